@@ -1,0 +1,64 @@
+# make demo, make test: everything from nothing, in .venv; a second call reuses what is there. make help lists the rest.
+# PYTHON chooses the interpreter that .venv is made from; ARGS goes to the demo, PYTEST_ARGS to pytest.
+PYTHON ?= python3
+VENV_PYTHON := .venv/bin/python
+SETUP := $(PYTHON) tools/environment.py
+CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+
+# gpu-check runs where there may be no network and no .venv: a PYTHON that was asked for, else .venv, else python3.
+CHOSEN := $(filter command environment,$(firstword $(origin PYTHON)))
+GPU_PYTHON = $(if $(CHOSEN),$(PYTHON),$(shell $(VENV_PYTHON) -c 1 2>/dev/null && echo $(VENV_PYTHON) || echo $(PYTHON)))
+
+.PHONY: help demo test build lint format gates gpu-check bench clean distclean
+
+help:
+	@echo "make demo       set up, build, then encode real text padded and padding-free (ARGS='--json')"
+	@echo "make test       set up, build, then every test that this machine can run (PYTEST_ARGS='-k packing')"
+	@echo "make build      set up and compile what changed"
+	@echo "make lint       formatters, linter and type checker; make format applies the formatters"
+	@echo "make gates      reads the built binary: architectures, stack, tensor-core instructions"
+	@echo "make gpu-check  on a machine with a GPU, from a built tree: gpu tests, benchmarks, record in docs/hardware.md"
+	@echo "make bench      benchmarks, where there are some"
+	@echo "make clean      removes what was built; make distclean removes .venv too"
+
+demo:
+	@$(SETUP) run build
+	@$(VENV_PYTHON) -m warpform demo $(ARGS)
+
+test:
+	@$(SETUP) run test build
+	@$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+build:
+	@$(SETUP) run build
+
+lint:
+	@$(SETUP) run lint
+	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) -m ruff format --check .
+	@$(VENV_PYTHON) -m mypy
+	@.venv/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+	@echo "lint: clean"
+
+format:
+	@$(SETUP) run lint
+	@$(VENV_PYTHON) -m ruff check --fix --quiet . || true
+	@$(VENV_PYTHON) -m ruff format .
+	@.venv/bin/clang-format -i $(CXX_SOURCES)
+
+gates:
+	@$(SETUP) run test build
+	@$(VENV_PYTHON) tools/gates.py
+
+gpu-check:
+	@$(GPU_PYTHON) tools/gpu_check.py
+
+bench:
+	@if [ -d bench ]; then $(SETUP) run test build && $(VENV_PYTHON) -m pytest bench $(PYTEST_ARGS); \
+	else echo "The benchmarks come in a later version; there is nothing to run yet."; exit 2; fi
+
+clean:
+	@rm -rf build dist python/*.egg-info python/warpform/libwarpform.so
+
+distclean: clean
+	@rm -rf .venv

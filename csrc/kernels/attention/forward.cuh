@@ -1,0 +1,201 @@
+// Forward of softmax attention over packed sequences: out = softmax(scores) V and the log-sum-exp of every row, by the
+// online softmax of FlashAttention-2 (Dao, arXiv 2307.08691) on mma.sync.
+//
+// Tile      block_m queries of one sequence and head against block_n keys at a time (tiles.cuh), found by search
+//           (sequences.cuh); where causal, a sequence's later tiles, which are longer, come first.
+// Loads     all threads, 16-byte cp.async, zeros past the sequence and past head_dim. Q once; K and V of one block
+// each: V
+//           arrives while S = Q K^T runs, the next K while softmax and P V run.
+// Registers 16 or 32 query rows a warp: S, O, row maximum and sum. P goes from S's registers into the next product.
+// Bounds    FLOP: 4 head_dim a visible pair, against the tensor cores' mma.sync rate; at head_dim 64 as much time goes
+// to
+//           exp2 (16 a clock and SM). Bytes: Q and O once, K and V once per query block, mostly from L2; many sequences
+//           of 16-64 tokens are bound by those bytes, 4 tokens x heads x head_dim x 2.
+// Measured  not yet: no GPU run so far.
+#pragma once
+
+#include "attention/scores.cuh"
+#include "attention/sequences.cuh"
+#include "attention/tiles.cuh"
+#include "device/mma.cuh"
+#include "device/reduce.cuh"
+
+namespace warpform {
+
+// A query that sees nothing: out 0, lse -inf.
+template <int kThreads, class T>
+__device__ __forceinline__ void write_empty_rows(const AttentionForwardParams& params, int head, int row, int rows) {
+  const AttentionProblem& p = params.problem;
+  const int row_chunks = p.head_dim / kChunk;
+  T* out = static_cast<T*>(params.out);
+  for (int i = static_cast<int>(threadIdx.x); i < rows * row_chunks; i += kThreads) {
+    const int64_t r = static_cast<int64_t>(row + i / row_chunks) * p.heads_q + head;
+    store_global(reinterpret_cast<uint4*>(out + r * p.head_dim + i % row_chunks * kChunk), uint4{0, 0, 0, 0});
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < rows; i += kThreads) {
+    store_global(params.lse + static_cast<int64_t>(head) * p.total_q + row + i, negative_infinity());
+  }
+}
+
+// One step of the online softmax over the scores of 16 kM rows: s becomes the unnormalised probabilities, `o` and the
+// sums are rescaled to the new maxima. Sums stay partial to the lane until the end.
+template <int kM, int kN, int kO>
+__device__ __forceinline__ void online_softmax(float (&s)[kM][kN][4], float (&o)[kM][kO][4], float (&row_max)[kM][2],
+                                               float (&row_sum)[kM][2], float factor) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float top = row_max[m][r];
+#pragma unroll
+      for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
+      top = warp_reduce<4>(top, Max{});
+      // A row that has seen no key yet keeps -inf: measured from 0, its exponentials are 0 and not NaN.
+      const float base = top == negative_infinity() ? 0.f : top * factor;
+      const float rescale = exp2_approx(row_max[m][r] * factor - base);
+      row_max[m][r] = top;
+      float sum = row_sum[m][r] * rescale;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int e = 2 * r; e < 2 * r + 2; ++e) {
+          s[m][n][e] = exp2_approx(s[m][n][e] * factor - base);
+          sum += s[m][n][e];
+        }
+      }
+      row_sum[m][r] = sum;
+#pragma unroll
+      for (int n = 0; n < kO; ++n) {
+        o[m][n][2 * r] *= rescale;
+        o[m][n][2 * r + 1] *= rescale;
+      }
+    }
+  }
+}
+
+template <class T, int kHeadDim, bool kSmall, class Score>
+__global__ void __launch_bounds__(32 * forward_tile(kHeadDim, kSmall).warps) varlen_attention_forward(
+    const __grid_constant__ AttentionForwardParams params) {
+  constexpr ForwardTile kTile = forward_tile(kHeadDim, kSmall);
+  constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n, kThreads = 32 * kTile.warps;
+  constexpr int kM = kBlockM / (16 * kTile.warps), kN = kBlockN / 8, kO = kHeadDim / 8;
+  const AttentionProblem& p = params.problem;
+
+  const SequenceTile tile = find_tile<kBlockM>(p.cu_seqlens_q, p.batch, p.total_q, static_cast<int>(blockIdx.x));
+  const int tiles = ceil_div(tile.length, kBlockM);
+  if (tile.index >= tiles) return;
+  const int head = static_cast<int>(blockIdx.y);
+  const int block_row = (p.window_right >= 0 ? tiles - 1 - tile.index : tile.index) * kBlockM;
+  const int block_rows = min(kBlockM, tile.length - block_row);
+  const int first_row = tile.begin + block_row;  // in the packed tensors
+  if (tile.sequence < 0 || tile.sequence == p.batch) {
+    write_empty_rows<kThreads, T>(params, head, first_row, block_rows);
+    return;
+  }
+
+  const int k_begin = sequence_begin(p.cu_seqlens_k, p.batch, p.total_k, tile.sequence);
+  const int k_end = sequence_begin(p.cu_seqlens_k, p.batch, p.total_k, tile.sequence + 1);
+  const Pair pair(p, tile.length, max(k_end - k_begin, 0));
+  const int live_rows = min(block_rows, pair.q_limit - block_row);
+  // First and last row see the lowest and the highest key of the block.
+  const Range range_first = visible_keys(pair, block_row);
+  const Range range_last = visible_keys(pair, block_row + block_rows - 1);
+  const int n_first = range_first.first / kBlockN, n_last = ceil_div(range_last.last, kBlockN);
+  if (live_rows <= 0 || n_first >= n_last) {
+    write_empty_rows<kThreads, T>(params, head, first_row, block_rows);
+    return;
+  }
+
+  using Tile = SharedTile<kHeadDim>;
+  const Tile tile_q{shared_base()};
+  const Tile tile_k{tile_q.base + Tile::bytes(kBlockM)};
+  const Tile tile_v{tile_k.base + Tile::bytes(kBlockN)};
+  const int head_kv = head / (p.heads_q / p.heads_kv);
+  const T* q = static_cast<const T*>(p.q.data) + first_row * p.q.row_stride + head * p.q.head_stride;
+  const auto copy_keys = [&](Tile to, const HeadsView& from, int n) {
+    const int64_t row = static_cast<int64_t>(k_begin) + n * kBlockN;
+    const T* data = static_cast<const T*>(from.data) + row * from.row_stride + head_kv * from.head_stride;
+    copy_tile_async<kBlockN, kThreads>(to, data, from.row_stride, pair.k_limit - n * kBlockN, p.head_dim);
+    cp_async_commit();
+  };
+
+  copy_tile_async<kBlockM, kThreads>(tile_q, q, p.q.row_stride, live_rows, p.head_dim);
+  copy_keys(tile_k, p.k, n_last - 1);
+
+  const Score score(p, pair, tile.sequence, head);
+  const int warp_row = warp_id() * 16 * kM;
+  const bool warp_has_rows = warp_row < live_rows;
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  float o[kM][kO][4] = {};
+  float row_max[kM][2], row_sum[kM][2] = {};
+#pragma unroll
+  for (int m = 0; m < kM; ++m) row_max[m][0] = row_max[m][1] = negative_infinity();
+
+  for (int n = n_last - 1; n >= n_first; --n) {
+    cp_async_wait<0>();
+    block_sync();  // K is here, and nobody reads the V of the block before any more
+    copy_keys(tile_v, p.v, n);
+
+    float s[kM][kN][4] = {};
+    if (warp_has_rows) {
+      mma_abt<T>(s, tile_q, warp_row, tile_k, 0, p.head_dim);
+      const bool masked = n * kBlockN < range_last.first || (n + 1) * kBlockN > range_first.last;
+      const int i0 = block_row + warp_row + g, j0 = n * kBlockN + 2 * t;
+      score.visit(i0, j0, [&](const auto& term) {
+        for_each_accumulator<kM, kN>([&](int m, int c, int e) {
+          float slope;
+          s[m][c][e] = term(s[m][c][e], 16 * m + 8 * (e / 2), 8 * c + e % 2, slope);
+        });
+      });
+      if (masked) {
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          const Range upper = visible_keys(pair, i0 + 16 * m), lower = visible_keys(pair, i0 + 16 * m + 8);
+          for_each_accumulator<1, kN>([&](int, int c, int e) {
+            const int j = j0 + 8 * c + e % 2;
+            const Range& range = e < 2 ? upper : lower;
+            if (j < range.first || j >= range.last) s[m][c][e] = negative_infinity();
+          });
+        }
+      }
+    }
+
+    cp_async_wait<0>();
+    block_sync();  // V is here, and nobody reads this K any more
+    if (n > n_first) copy_keys(tile_k, p.k, n - 1);
+    if (warp_has_rows) {
+      online_softmax(s, o, row_max, row_sum, score.factor());
+      mma_accumulator_b<T>(o, s, tile_v, 0, p.head_dim);
+    }
+  }
+
+  // A warp's own rows of Q's tile take its rows of O, to be written 16 bytes a lane.
+  warp_sync();
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    float inverse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = warp_row + 16 * m + 8 * r + g;
+      const bool live = row < live_rows;
+      const float sum = warp_reduce<4>(row_sum[m][r], Sum{});
+      inverse[r] = sum == 0.f || !live ? 0.f : 1.f / sum;
+      if (t == 0 && row < block_rows) {
+        const float lse = (row_max[m][r] * score.factor() + log2_approx(sum)) * kLn2;
+        store_global(params.lse + static_cast<int64_t>(head) * p.total_q + first_row + row,
+                     sum == 0.f || !live ? negative_infinity() : lse);
+      }
+    }
+    store_accumulators<T>(tile_q, warp_row + 16 * m, 0, o[m], inverse[0], inverse[1]);
+  }
+  warp_sync();
+  const int64_t out_stride = static_cast<int64_t>(p.heads_q) * p.head_dim;
+  T* out = static_cast<T*>(params.out) + first_row * out_stride + head * p.head_dim;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    const int row = warp_row + 16 * m;
+    write_rows<T, kHeadDim>(tile_q, row, 0, out + row * out_stride, out_stride, block_rows - row, p.head_dim);
+  }
+}
+
+}  // namespace warpform

@@ -1,0 +1,50 @@
+// Instantiation and choice of the forward kernels of one head dimension bucket.
+#pragma once
+
+#include "attention/forward.cuh"
+#include "attention/instances.h"
+#include "device/launch.cuh"
+
+namespace warpform {
+
+template <class T, int kHeadDim, bool kSmall, class Score>
+void launch_forward_instance(const AttentionForwardParams& params, void* stream) {
+  constexpr ForwardTile kTile = forward_tile(kHeadDim, kSmall);
+  const AttentionProblem& p = params.problem;
+  launch<varlen_attention_forward<T, kHeadDim, kSmall, Score>>(
+      "varlen_attention", dim3(slots<kTile.block_m>(p.total_q, p.batch), p.heads_q), 32 * kTile.warps,
+      forward_shared_bytes(kHeadDim, kTile), stream, params);
+}
+
+template <class T, int kHeadDim, bool kSmall>
+void launch_forward_score(const AttentionForwardParams& params, void* stream) {
+  if (has_score_bias(params.problem)) {
+    launch_forward_instance<T, kHeadDim, kSmall, BiasedScore>(params, stream);
+  } else {
+    launch_forward_instance<T, kHeadDim, kSmall, PlainScore>(params, stream);
+  }
+}
+
+template <class T, int kHeadDim>
+void launch_forward_tile(const AttentionForwardParams& params, void* stream) {
+  constexpr ForwardTile kLarge = forward_tile(kHeadDim, false);
+  if constexpr (kLarge.block_m > 64) {
+    const AttentionProblem& p = params.problem;
+    const int64_t large_tiles = static_cast<int64_t>(p.total_q / kLarge.block_m + p.batch) * p.heads_q;
+    if (p.max_seqlen_q > 64 && large_tiles >= sm_count()) {
+      return launch_forward_score<T, kHeadDim, false>(params, stream);
+    }
+  }
+  launch_forward_score<T, kHeadDim, true>(params, stream);
+}
+
+template <int kHeadDim>
+void launch_forward(const AttentionForwardParams& params, void* stream) {
+  if (params.problem.bfloat16) {
+    launch_forward_tile<bf16_t, kHeadDim>(params, stream);
+  } else {
+    launch_forward_tile<half_t, kHeadDim>(params, stream);
+  }
+}
+
+}  // namespace warpform

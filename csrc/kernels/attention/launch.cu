@@ -1,0 +1,58 @@
+// Dispatch of the attention family: head dimension to bucket, and what is supported.
+#include "attention/instances.h"
+#include "attention/tiles.cuh"
+#include "device/launch.cuh"
+
+namespace warpform {
+
+bool backward_is_small(const AttentionProblem& p) {
+  const int bucket = head_dim_bucket(p.head_dim);
+  return p.max_seqlen_k <= 64 || (bucket == 128 && has_score_bias(p)) ||
+         backward_shared_bytes(bucket, backward_tile(bucket, false)) > shared_memory_limit();
+}
+
+DqMode attention_backward_dq_mode(const AttentionProblem& p, bool deterministic) {
+  const BackwardTile tile = backward_tile(head_dim_bucket(p.head_dim), backward_is_small(p));
+  if (p.max_seqlen_k <= tile.block_n) return DqMode::kDirect;
+  return deterministic ? DqMode::kSeparate : DqMode::kAccumulate;
+}
+
+void launch_varlen_attention(const AttentionForwardParams& params, void* stream) {
+  switch (head_dim_bucket(params.problem.head_dim)) {
+    case 64: return launch_forward<64>(params, stream);
+    case 128: return launch_forward<128>(params, stream);
+    default: return launch_forward<256>(params, stream);
+  }
+}
+
+void launch_varlen_attention_backward(const AttentionBackwardParams& params, void* stream) {
+  switch (head_dim_bucket(params.problem.head_dim)) {
+    case 64: return launch_backward<64>(params, stream);
+    case 128: return launch_backward<128>(params, stream);
+    default: return launch_backward<256>(params, stream);
+  }
+}
+
+const char* attention_unsupported(int head_dim, bool backward) {
+  if (head_dim % 8 != 0 || head_dim > 256) return "head_dim is not a multiple of 8 up to 256";
+  const int bucket = head_dim_bucket(head_dim);
+  const int limit = shared_memory_limit();
+  const bool fits = forward_shared_bytes(bucket, forward_tile(bucket, true)) <= limit &&
+                    (!backward || (backward_shared_bytes(bucket, backward_tile(bucket, true)) <= limit &&
+                                   dq_shared_bytes(bucket, dq_tile()) <= limit));
+  return fits ? nullptr : "head_dim needs more shared memory a block than this GPU has";
+}
+
+std::string attention_kernel_table() {
+  std::string table;
+  for (const char* op : {"varlen_attention", "varlen_attention_backward"}) {
+    for (const char* dtype : {"float16", "bfloat16"}) {
+      if (!table.empty()) table += ", ";
+      table += std::string("{\"op\": \"") + op + "\", \"dtype\": \"" + dtype +
+               "\", \"head_dim\": {\"multiple_of\": 8, \"max\": 256}}";
+    }
+  }
+  return table;
+}
+
+}  // namespace warpform

@@ -1,0 +1,82 @@
+// Launch functions of the attention kernels: pointers into device memory, sizes, strides in elements, an opaque stream.
+// They launch and return; a launch that fails throws std::runtime_error.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace warpform {
+
+// More tokens than one packed tensor may have: sums of two token numbers fit 32 bits.
+inline constexpr int kMaxTokens = (1 << 30) - 1;
+
+// A tensor [tokens, heads, head_dim] of 16-bit elements, its last dimension contiguous, everything 16-byte aligned.
+struct HeadsView {
+  const void* data;
+  int64_t row_stride;
+  int64_t head_stride;
+};
+
+// What forward and backward share: the sequences, and which pairs count how much.
+struct AttentionProblem {
+  HeadsView q;                  // [total_q, heads_q, head_dim]
+  HeadsView k;                  // [total_k, heads_kv, head_dim]
+  HeadsView v;                  // [total_k, heads_kv, head_dim]
+  const int32_t* cu_seqlens_q;  // [batch + 1]; values outside [0, total_q] are clamped on the device
+  const int32_t* cu_seqlens_k;  // [batch + 1]
+  int batch;
+  int total_q;
+  int total_k;
+  int max_seqlen_q;  // tokens of a sequence past it are not attended from (out 0) and not attended to
+  int max_seqlen_k;
+  int heads_q;
+  int heads_kv;
+  int head_dim;
+  bool bfloat16;  // else float16
+  float softmax_scale;
+  int window_left;  // keys before a query's own position that it sees; negative: all
+  int window_right;
+  float softcap;              // 0: none
+  float softcap_exponent;     // 2 log2(e) / softcap
+  const float* alibi_slopes;  // [heads_q] or [batch, heads_q], or null
+  int alibi_batch_stride;     // heads_q or 0
+};
+
+struct AttentionForwardParams {
+  AttentionProblem problem;
+  void* out;   // [total_q, heads_q, head_dim]
+  float* lse;  // [heads_q, total_q]
+};
+void launch_varlen_attention(const AttentionForwardParams& params, void* stream);
+
+// How the kernel that owns a block of keys hands on its part of dQ.
+enum class DqMode : int {
+  kDirect,      // every sequence has one block of keys: dQ is complete there and is stored
+  kAccumulate,  // float32 atomics into dq_accumulator: fastest, not repeatable bit for bit
+  kSeparate,    // not at all: a second kernel, which owns a block of queries, recomputes the scores
+};
+
+struct AttentionBackwardParams {
+  AttentionProblem problem;
+  HeadsView out;          // [total_q, heads_q, head_dim]
+  HeadsView dout;         // [total_q, heads_q, head_dim]
+  const float* lse;       // [heads_q, total_q]
+  const float* dlse;      // [heads_q, total_q] or null
+  float* delta;           // [heads_q, total_q], workspace: rowsum(dout * out) - dlse
+  float* dq_accumulator;  // [total_q, heads_q, head_dim], workspace; only for kAccumulate
+  void* dq;               // [total_q, heads_q, head_dim]
+  void* dk;               // [total_k, heads_kv, head_dim]
+  void* dv;               // [total_k, heads_kv, head_dim]
+  DqMode dq_mode;
+};
+// The mode that a launch must be given: by determinism and by whether one block holds all keys of every sequence.
+DqMode attention_backward_dq_mode(const AttentionProblem& problem, bool deterministic);
+void launch_varlen_attention_backward(const AttentionBackwardParams& params, void* stream);
+
+// Null if a kernel serves this head_dim on the current device, else why none does.
+const char* attention_unsupported(int head_dim, bool backward);
+
+// The family's supported configurations, JSON objects separated by commas.
+std::string attention_kernel_table();
+
+}  // namespace warpform

@@ -1,0 +1,134 @@
+// Which keys a query sees, and what is done to a score before the softmax.
+//
+// A score policy is built once per tile and head and has
+//   factor()         what turns its values into exponents of 2
+//   visit(i, j, f)   calls f(term) for scores that begin at query i and key j: choices that hold for all of them are
+//   made
+//                    here, outside the loops
+//   collect(ds, i, j)  is given d loss / d (softmax_scale * qk) of every pair once in the backward: where a learnt bias
+//   adds
+//                    up its gradient
+// and a term has
+//   term(qk, di, dj, slope)  the value for query i + di and key j + dj from the bare product, and d score /
+//                    d (softmax_scale * qk) for the backward; -inf, a masked pair, stays -inf
+// A further bias is a further policy, not a further kernel.
+#pragma once
+
+#include "attention/launch.h"
+#include "device/memory.cuh"
+#include "device/ptx.cuh"
+
+namespace warpform {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+__device__ __forceinline__ float negative_infinity() { return -INFINITY; }
+
+// One sequence's two sides. They end together: query i stands at position i + k_length - q_length.
+struct Pair {
+  int q_length;
+  int k_length;
+  int q_limit;  // min(length, max_seqlen): tokens past it take no part
+  int k_limit;
+  int first;  // query i sees keys [i + first, i + last), as far as there are any
+  int last;
+
+  // No token's number reaches it (the binding sees to that), and sums of two do not overflow.
+  static constexpr int kUnbounded = kMaxTokens;
+
+  __device__ __forceinline__ Pair(const AttentionProblem& p, int q_length_, int k_length_)
+      : q_length(q_length_),
+        k_length(k_length_),
+        q_limit(min(q_length_, p.max_seqlen_q)),
+        k_limit(min(k_length_, p.max_seqlen_k)) {
+    const int offset = k_length - q_length;
+    first = p.window_left < 0 ? -kUnbounded : max(offset - min(p.window_left, kUnbounded), -kUnbounded);
+    last = p.window_right < 0 ? kUnbounded : min(offset + min(p.window_right, kUnbounded - 1) + 1, kUnbounded);
+  }
+};
+
+struct Range {
+  int first;
+  int last;  // exclusive
+};
+
+// Keys that query i sees.
+__device__ __forceinline__ Range visible_keys(const Pair& pair, int i) {
+  return {min(max(i + pair.first, 0), pair.k_limit), min(max(i + pair.last, 0), pair.k_limit)};
+}
+
+// Queries that see key j: the inverse of visible_keys.
+__device__ __forceinline__ Range seeing_queries(const Pair& pair, int j) {
+  if (j >= pair.k_limit) return {0, 0};
+  return {min(max(j - pair.last + 1, 0), pair.q_limit), min(max(j - pair.first + 1, 0), pair.q_limit)};
+}
+
+// softmax_scale * q.k and nothing else.
+struct PlainScore {
+  static constexpr bool kPlain = true;
+
+  float exponent;
+
+  __device__ __forceinline__ PlainScore(const AttentionProblem& p, const Pair&, int /*sequence*/, int /*head*/)
+      : exponent(p.softmax_scale * kLog2e) {}
+  __device__ __forceinline__ float factor() const { return exponent; }
+  __device__ __forceinline__ void collect(float, int, int) const {}
+  template <class F>
+  __device__ __forceinline__ void visit(int, int, F&& f) const {
+    f(*this);
+  }
+  __device__ __forceinline__ float operator()(float qk, int, int, float& slope) const {
+    slope = 1.f;
+    return qk;
+  }
+};
+
+// softcap * tanh(x / softcap) if there is a softcap, then ALiBi's -slope * |distance| if there are slopes (Press et
+// al., arXiv 2108.12409), chosen at run time: one variant for all of them.
+struct BiasedScore {
+  static constexpr bool kPlain = false;
+
+  const AttentionProblem& p;  // in constant memory: no registers
+  float alibi_slope;
+  int offset;  // of a query's position from its index
+
+  __device__ __forceinline__ BiasedScore(const AttentionProblem& problem, const Pair& pair, int sequence, int head)
+      : p(problem), alibi_slope(0.f), offset(pair.k_length - pair.q_length) {
+    if (p.alibi_slopes != nullptr) {
+      alibi_slope = load_global(p.alibi_slopes + static_cast<int64_t>(sequence) * p.alibi_batch_stride + head);
+    }
+  }
+  __device__ __forceinline__ float factor() const { return kLog2e; }
+  __device__ __forceinline__ void collect(float, int, int) const {}
+  template <class F>
+  __device__ __forceinline__ void visit(int i, int j, F&& f) const {
+    const float distance = static_cast<float>(i + offset - j);
+    if (p.softcap > 0.f) {
+      f(Term<true>{p, alibi_slope, distance});
+    } else {
+      f(Term<false>{p, alibi_slope, distance});
+    }
+  }
+
+  template <bool kSoftcap>
+  struct Term {
+    const AttentionProblem& p;
+    float alibi_slope;
+    float distance;  // of key j behind query i; that of the others differs by a constant
+
+    __device__ __forceinline__ float operator()(float qk, int di, int dj, float& slope) const {
+      float x = qk * p.softmax_scale;
+      slope = 1.f;
+      if constexpr (kSoftcap) {
+        // tanh x = 1 - 2 / (e^2x + 1); both ends saturate as they should.
+        const float tanh = 1.f - 2.f * reciprocal_approx(exp2_approx(x * p.softcap_exponent) + 1.f);
+        x = qk == negative_infinity() ? qk : p.softcap * tanh;
+        slope = 1.f - tanh * tanh;
+      }
+      return x - alibi_slope * fabsf(distance + static_cast<float>(di - dj));
+    }
+  };
+};
+
+}  // namespace warpform

@@ -1,0 +1,31 @@
+// The emulator's own ops, for tests.
+#include <torch/csrc/stable/library.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "simt/scheduler.h"
+#include "torch/tensor.h"
+
+namespace warpform {
+namespace {
+
+void configure(int64_t seed, int64_t sm_count, int64_t shared_memory_limit) {
+  check(seed >= 0, "_configure: seed must not be negative, got ", seed);
+  check(sm_count >= 1 && sm_count <= 1024, "_configure: sm_count must be 1 to 1024, got ", sm_count);
+  check(shared_memory_limit >= 0 && shared_memory_limit <= 227 * 1024,
+        "_configure: shared_memory_limit must be 0 to 232448, got ", shared_memory_limit);
+  simt::configure(static_cast<uint64_t>(seed), {static_cast<int>(sm_count), static_cast<int>(shared_memory_limit)});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(warpform_simt, m) {
+  // Which order of threads and blocks the next launches see (0: the plain one), how many multiprocessors a kernel
+  // finds, and how many bytes of shared memory a block may have.
+  m.def("_configure(int seed, int sm_count=4, int shared_memory_limit=232448) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(warpform_simt, CompositeExplicitAutograd, m) { m.impl("_configure", TORCH_BOX(&configure)); }
+
+}  // namespace warpform

@@ -1,0 +1,145 @@
+// The machine: a grid's blocks one after another, in each block one fibre per CUDA thread, one of them running at a
+// time.
+//
+// Which fibre goes on when one has to wait is drawn from a seed, so that tests see many orders: the lanes of a warp in
+// any order, mostly one warp for a while, now and then another. Seed 0 is the plain order. Barriers and warp
+// collectives are `meet`: all lanes of the warp come to the same line of the kernel, then the warp as a whole goes on
+// or waits for others.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "simt/builtins.h"
+#include "simt/copies.h"
+#include "simt/fibre.h"
+#include "simt/report.h"
+
+namespace warpform::simt {
+
+constexpr int kLanes = 32;
+constexpr int kMaxWarps = 32;
+constexpr int kMaxThreads = kLanes * kMaxWarps;
+constexpr int kNamedBarriers = 16;  // 0 is the block's
+
+// What lanes of a warp do together. The first three are barriers: exited lanes count as come. The others need all 32.
+enum class Meeting : uint8_t {
+  kBlockSync,
+  kNamedSync,
+  kNamedArrive,
+  kWarpSync,
+  kShuffleXor,
+  kShuffleUp,
+  kShuffleDown,
+  kShuffle,
+  kBallot,
+  kLdmatrix,
+  kLdmatrixTrans,
+  kMmaHalf,
+  kMmaBfloat16,
+  kMmaTf32,
+};
+const char* name_of(Meeting meeting);
+
+// Logical time: it steps at every synchronisation. What a warp knows of another is the time before which all that the
+// other did is ordered before what it does now.
+using Time = uint32_t;
+struct Knowledge {
+  Time before[kMaxWarps];
+  void join(const Knowledge& other) {
+    for (int w = 0; w < kMaxWarps; ++w) before[w] = before[w] > other.before[w] ? before[w] : other.before[w];
+  }
+};
+
+struct Fibre {
+  Context context;
+  void* stack = nullptr;  // null before it starts and after it ends
+  Copies copies;
+};
+
+struct Warp {
+  uint32_t alive = 0;     // lanes whose thread has not ended
+  uint32_t runnable = 0;  // lanes that may go on; includes the one that runs
+  uint32_t arrived = 0;   // lanes that wait in the present meeting
+  Meeting meeting{};
+  int barrier = 0;  // its id and thread count, where the meeting is one at a named barrier
+  int barrier_threads = 0;
+  bool at_barrier = false;  // the whole warp waits at a barrier
+  int parity = 0;  // which half of `values` the next meeting uses: a fast lane may be one meeting ahead of a slow one
+  Where where;
+  Knowledge knows{};
+  uint64_t values[2][kLanes];  // what lanes hand each other
+  uint32_t votes[2];
+  void* operands[kLanes];
+};
+
+struct Barrier {
+  int threads = 0;  // that it waits for, 0 while nobody came
+  int come = 0;
+  uint32_t waiting = 0;  // warps
+  Knowledge knows{};
+};
+
+struct GridState {
+  std::string op;
+  std::string kernel;
+};
+const GridState& grid();
+
+struct Block {
+  int threads = 0;
+  int warps = 0;
+  int alive = 0;  // threads
+  uint32_t warps_runnable = 0;
+  Time now = 0;
+  Warp warp[kMaxWarps];
+  Barrier barrier[kNamedBarriers];
+  Knowledge ended{};  // what warps that have ended did
+  Fibre fibre[kMaxThreads];
+};
+extern Block block;
+
+// The running thread.
+struct Running {
+  Warp* warp = nullptr;
+  int thread = 0;
+  int lane = 0;
+};
+extern Running running;
+inline Warp& this_warp() { return *running.warp; }
+inline int this_thread() { return running.thread; }
+inline int this_lane() { return running.lane; }
+inline int warp_number(const Warp& warp) { return static_cast<int>(&warp - block.warp); }
+
+// The running lane comes to a meeting. True in the lane that comes last, which then does the work of all and calls
+// end_meeting(); false in the others, once it has. Not for barriers.
+bool meet(Meeting meeting, const Where& where);
+void end_meeting(Warp& warp);
+
+void block_barrier(const Where& where);
+void named_barrier(int id, int threads, bool wait, const Where& where);
+void warp_barrier(const Where& where);
+
+struct Kernel {
+  const char* name;       // given to launch()
+  const char* signature;  // __PRETTY_FUNCTION__ of launch<kKernel>
+  void (*call)(const void* params);
+  const void* params;
+};
+// The op whose launches follow, for reports.
+void begin_op(const char* op);
+void run_grid(const Kernel& kernel, dim3 grid, int threads, int shared_bytes);
+
+// What kernels find when they ask for the device's properties.
+struct Device {
+  int sm_count = 4;
+  int shared_memory_limit = 227 * 1024;
+};
+void configure(uint64_t seed, const Device& device);
+const Device& device();
+
+// A random number below n, from the seed; 0 with seed 0.
+uint32_t draw(uint32_t n);
+
+}  // namespace warpform::simt

@@ -1,0 +1,33 @@
+// The shared memory of the running block: filled with garbage at the start, every byte known as written or not, and
+// every access compared with those of other threads that no barrier orders before it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "simt/report.h"
+
+namespace warpform::simt {
+
+// Where a block's arena begins in the 32-bit address space of shared memory; not 0, so that an address computed without
+// shared_base() is caught.
+constexpr uint32_t kSharedBase = 1024;
+
+// Before a launch: room for `bytes` a block. Before each block: garbage.
+void size_shared(size_t bytes);
+void clear_shared();
+
+// kBytes in {2, 4, 8, 16}
+template <int kBytes>
+void load_shared_bytes(uint32_t address, void* to, const Where& where);
+template <int kBytes>
+void store_shared_bytes(uint32_t address, const void* from, const Where& where);
+
+// A 16-byte row for ldmatrix, read on behalf of `lane` of the running warp.
+const void* shared_row(uint32_t address, int lane, const Where& where);
+
+// An asynchronous copy of 16 bytes is issued, and done by its thread's wait; `from` null writes zeros.
+void begin_shared_copy(uint32_t address, const Where& where);
+void end_shared_copy(uint32_t address, const void* from, const Where& where);
+
+}  // namespace warpform::simt

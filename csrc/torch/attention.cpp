@@ -1,0 +1,242 @@
+// Bindings of the attention ops: checks, allocation, launch.
+#include "kernels/attention/launch.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <optional>
+
+#include "tensor.h"
+
+#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
+namespace warpform {
+namespace {
+
+// The arguments that forward and backward share, in the schema's order.
+struct Arguments {
+  Tensor q, k, v, cu_seqlens_q, cu_seqlens_k;
+  int64_t max_seqlen_q, max_seqlen_k;
+  std::optional<double> softmax_scale;
+  bool causal;
+  int64_t window_left, window_right;
+  double softcap;
+  std::optional<Tensor> alibi_slopes;
+  bool deterministic;
+};
+
+void check_offsets(const char* op, const char* name, const Tensor& cu_seqlens, const Tensor& as) {
+  check(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1 && cu_seqlens.scalar_type() == ScalarType::Int, op, ": ", name,
+        " must be int32 of shape [batch + 1], got ", Got{cu_seqlens});
+  check_same_device(op, name, cu_seqlens, as);
+  check_contiguous(op, name, cu_seqlens);
+}
+
+void check_arguments(const char* op, const Arguments& a) {
+  check(a.q.dim() == 3, op, ": q must be of shape [total_q, heads, head_dim], got ", Got{a.q});
+  check(a.k.dim() == 3 && a.k.size(2) == a.q.size(2) && a.k.scalar_type() == a.q.scalar_type(), op,
+        ": k must be of shape [total_k, heads_kv, head_dim] with q's head_dim and dtype, got ", Got{a.k}, " for q ",
+        Got{a.q});
+  check(a.v.dim() == 3 && a.v.size(0) == a.k.size(0) && a.v.size(1) == a.k.size(1) && a.v.size(2) == a.k.size(2) &&
+            a.v.scalar_type() == a.k.scalar_type(),
+        op, ": v must have the shape and dtype of k, ", Got{a.k}, ", got ", Got{a.v});
+  check(a.q.size(1) == 0 || (a.k.size(1) > 0 && a.q.size(1) % a.k.size(1) == 0), op,
+        ": the heads of q must be a multiple of those of k and v, got ", a.q.size(1), " and ", a.k.size(1));
+  check_same_device(op, "k", a.k, a.q);
+  check_same_device(op, "v", a.v, a.q);
+  check_offsets(op, "cu_seqlens_q", a.cu_seqlens_q, a.q);
+  check_offsets(op, "cu_seqlens_k", a.cu_seqlens_k, a.q);
+  check(a.cu_seqlens_q.size(0) == a.cu_seqlens_k.size(0), op,
+        ": cu_seqlens_q and cu_seqlens_k must have the same length, got ", a.cu_seqlens_q.size(0), " and ",
+        a.cu_seqlens_k.size(0));
+  check(a.window_left >= -1 && a.window_right >= -1, op, ": window_size must be at least -1 on both sides, got (",
+        a.window_left, ", ", a.window_right, ")");
+  check(a.max_seqlen_q >= 0 && a.max_seqlen_k >= 0, op, ": max_seqlen_q and max_seqlen_k must not be negative, got ",
+        a.max_seqlen_q, " and ", a.max_seqlen_k);
+  check(a.softcap >= 0, op, ": softcap must not be negative, got ", a.softcap);
+  if (a.alibi_slopes) {
+    const Tensor& s = *a.alibi_slopes;
+    const int64_t batch = a.cu_seqlens_q.size(0) - 1, heads = a.q.size(1);
+    const bool shape_fits =
+        (s.dim() == 1 && s.size(0) == heads) || (s.dim() == 2 && s.size(0) == batch && s.size(1) == heads);
+    check(shape_fits && s.scalar_type() == ScalarType::Float, op, ": alibi_slopes must be float32 of shape [", heads,
+          "] or [", batch, ", ", heads, "], got ", Got{s});
+    check_same_device(op, "alibi_slopes", s, a.q);
+    check_contiguous(op, "alibi_slopes", s);
+  }
+}
+
+bool aligned(const Tensor& t) {
+  const auto bytes = static_cast<int64_t>(t.element_size());
+  return (t.size(2) <= 1 || t.stride(2) == 1) && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 &&
+         (t.size(0) <= 1 || t.stride(0) * bytes % 16 == 0) && (t.size(1) <= 1 || t.stride(1) * bytes % 16 == 0);
+}
+
+// Why no kernel serves the call, or null.
+const char* no_kernel(const Arguments& a, bool backward) {
+  if (a.q.scalar_type() != ScalarType::Half && a.q.scalar_type() != ScalarType::BFloat16) {
+    return "the kernels take float16 and bfloat16";
+  }
+  const double scale = a.softmax_scale.value_or(1);
+  if (!(scale > 0) || !std::isfinite(scale)) return "softmax_scale is not positive";
+  if (a.q.size(0) > kMaxTokens || a.k.size(0) > kMaxTokens) return "more than 2^30 tokens";
+  if (a.q.size(1) > 65535) return "more than 65535 heads";
+  return attention_unsupported(static_cast<int>(std::min<int64_t>(a.q.size(2), INT32_MAX)), backward);
+}
+
+// The kernels copy 16 bytes at a time: what is not aligned for that, or has gaps between its elements, is copied first.
+Tensor readable(const Tensor& t) { return aligned(t) ? t : torch::stable::clone(torch::stable::contiguous(t)); }
+
+HeadsView view(const Launch& launch, const Tensor& t) { return {launch.in(t), t.stride(0), t.stride(1)}; }
+
+AttentionProblem problem(const Launch& launch, const Arguments& a) {
+  const auto head_dim = static_cast<int>(a.q.size(2));
+  const auto bounded = [](int64_t x) { return static_cast<int>(std::min<int64_t>(x, kMaxTokens)); };
+  const int64_t right = a.causal && a.window_right != 0 ? 0 : a.window_right;
+  return {.q = view(launch, a.q),
+          .k = view(launch, a.k),
+          .v = view(launch, a.v),
+          .cu_seqlens_q = launch.in<int32_t>(a.cu_seqlens_q),
+          .cu_seqlens_k = launch.in<int32_t>(a.cu_seqlens_k),
+          .batch = static_cast<int>(a.cu_seqlens_q.size(0) - 1),
+          .total_q = static_cast<int>(a.q.size(0)),
+          .total_k = static_cast<int>(a.k.size(0)),
+          .max_seqlen_q = bounded(a.max_seqlen_q),
+          .max_seqlen_k = bounded(a.max_seqlen_k),
+          .heads_q = static_cast<int>(a.q.size(1)),
+          .heads_kv = static_cast<int>(a.k.size(1)),
+          .head_dim = head_dim,
+          .bfloat16 = a.q.scalar_type() == ScalarType::BFloat16,
+          .softmax_scale = static_cast<float>(a.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)))),
+          .window_left = bounded(a.window_left),
+          .window_right = bounded(right),
+          .softcap = static_cast<float>(a.softcap),
+          .softcap_exponent = a.softcap > 0 ? static_cast<float>(2.0 / std::log(2.0) / a.softcap) : 0.f,
+          .alibi_slopes = a.alibi_slopes ? launch.in<float>(*a.alibi_slopes) : nullptr,
+          .alibi_batch_stride = a.alibi_slopes && a.alibi_slopes->dim() == 2 ? static_cast<int>(a.q.size(1)) : 0};
+}
+
+using ForwardResult = std::tuple<Tensor, Tensor>;
+
+ForwardResult varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
+                               int64_t max_seqlen_q, int64_t max_seqlen_k, std::optional<double> softmax_scale,
+                               bool causal, int64_t window_left, int64_t window_right, double softcap,
+                               std::optional<Tensor> alibi_slopes, bool deterministic) {
+  constexpr const char* kOp = "varlen_attention";
+  Arguments a{q,
+              k,
+              v,
+              cu_seqlens_q,
+              cu_seqlens_k,
+              max_seqlen_q,
+              max_seqlen_k,
+              softmax_scale,
+              causal,
+              window_left,
+              window_right,
+              softcap,
+              alibi_slopes,
+              deterministic};
+  check_arguments(kOp, a);
+  const char* reason = reference_requested() ? kReferenceRequested : no_kernel(a, /*backward=*/false);
+  if (reason != nullptr) {
+    return call_reference<Tensor, Tensor>(kOp, reason, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                                          softmax_scale, causal, window_left, window_right, softcap, alibi_slopes,
+                                          deterministic);
+  }
+  a.q = readable(q);
+  a.k = readable(k);
+  a.v = readable(v);
+  ForwardResult result{empty(kOp, sizes_of(q), q.scalar_type(), q),
+                       empty(kOp, {q.size(1), q.size(0)}, ScalarType::Float, q)};
+  const Launch launch(kOp, q);
+  launch_varlen_attention({.problem = problem(launch, a),
+                           .out = launch.out(std::get<0>(result)),
+                           .lse = launch.out<float>(std::get<1>(result))},
+                          launch.stream());
+  return result;
+}
+
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor>;
+
+BackwardResult varlen_attention_backward(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v,
+                                         Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
+                                         int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                         std::optional<double> softmax_scale, bool causal, int64_t window_left,
+                                         int64_t window_right, double softcap, std::optional<Tensor> alibi_slopes,
+                                         bool deterministic) {
+  constexpr const char* kOp = "varlen_attention_backward";
+  Arguments a{q,
+              k,
+              v,
+              cu_seqlens_q,
+              cu_seqlens_k,
+              max_seqlen_q,
+              max_seqlen_k,
+              softmax_scale,
+              causal,
+              window_left,
+              window_right,
+              softcap,
+              alibi_slopes,
+              deterministic};
+  check_arguments(kOp, a);
+  for (const auto& [name, t] : {std::pair{"dout", dout}, std::pair{"out", out}}) {
+    check(t.dim() == 3 && t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(2) == q.size(2) &&
+              t.scalar_type() == q.scalar_type(),
+          kOp, ": ", name, " must have the shape and dtype of q, ", Got{q}, ", got ", Got{t});
+    check_same_device(kOp, name, t, q);
+  }
+  const char* reason = reference_requested() ? kReferenceRequested : no_kernel(a, /*backward=*/true);
+  if (reason != nullptr) {
+    return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dout, dlse, q, k, v, out, lse, cu_seqlens_q,
+                                                  cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
+                                                  window_left, window_right, softcap, alibi_slopes, deterministic);
+  }
+  const auto check_rows = [&](const char* name, const Tensor& t) {
+    check(t.dim() == 2 && t.size(0) == q.size(1) && t.size(1) == q.size(0) && t.scalar_type() == ScalarType::Float, kOp,
+          ": ", name, " must be float32 of shape [", q.size(1), ", ", q.size(0), "], got ", Got{t});
+    check_same_device(kOp, name, t, q);
+  };
+  check_rows("lse", lse);
+  check_contiguous(kOp, "lse", lse);
+  if (dlse) {
+    check_rows("dlse", *dlse);
+    dlse = torch::stable::contiguous(*dlse);
+  }
+  a.q = readable(q);
+  a.k = readable(k);
+  a.v = readable(v);
+  dout = readable(dout);
+  out = readable(out);
+  BackwardResult result{empty(kOp, sizes_of(q), q.scalar_type(), q), empty(kOp, sizes_of(k), q.scalar_type(), q),
+                        empty(kOp, sizes_of(v), q.scalar_type(), q)};
+  const Tensor delta = empty(kOp, {q.size(1), q.size(0)}, ScalarType::Float, q);
+  const Launch launch(kOp, q);
+  const AttentionProblem shared = problem(launch, a);
+  const DqMode mode = attention_backward_dq_mode(shared, deterministic);
+  const Tensor accumulator = mode == DqMode::kAccumulate ? empty(kOp, sizes_of(q), ScalarType::Float, q)
+                                                         : empty(kOp, {0}, ScalarType::Float, q);
+  launch_varlen_attention_backward({.problem = shared,
+                                    .out = view(launch, out),
+                                    .dout = view(launch, dout),
+                                    .lse = launch.in<float>(lse),
+                                    .dlse = dlse ? launch.in<float>(*dlse) : nullptr,
+                                    .delta = launch.out<float>(delta),
+                                    .dq_accumulator = launch.out<float>(accumulator),
+                                    .dq = launch.out(std::get<0>(result)),
+                                    .dk = launch.out(std::get<1>(result)),
+                                    .dv = launch.out(std::get<2>(result)),
+                                    .dq_mode = mode},
+                                   launch.stream());
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
+  m.impl("varlen_attention", TORCH_BOX(&varlen_attention));
+  m.impl("varlen_attention_backward", TORCH_BOX(&varlen_attention_backward));
+}
+
+}  // namespace warpform
+#endif

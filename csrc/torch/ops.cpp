@@ -1,0 +1,78 @@
+// Every op of warpform, one sentence each: the index of the API. Shapes, dtypes and formulas stand in the docstrings of
+// python/warpform/ops. Each op has a reference in PyTorch (python/warpform/ops/reference), registered from Python;
+// where a CUDA implementation meets a configuration without a kernel it calls NAME_reference, whose first argument says
+// why.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "build_info.h"
+#include "tensor.h"
+
+namespace {
+
+using torch::stable::detail::StableLibrary;
+
+// Schema of NAME and, in the real library, of NAME_reference beside it.
+void def(StableLibrary& m, const std::string& name, const std::string& arguments, const std::string& results) {
+  m.def((name + "(" + arguments + ") -> " + results).c_str());
+#ifndef WARPFORM_SIMT
+  m.def((name + "_reference(str reason, " + arguments + ") -> " + results).c_str());
+#endif
+}
+
+// Everything that says which key a query may see; the same in attention forward and backward.
+const std::string kAttentionSequences =
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, *, float? softmax_scale=None, "
+    "bool causal=False, SymInt window_size_left=-1, SymInt window_size_right=-1, float softcap=0.0, "
+    "Tensor? alibi_slopes=None, bool deterministic=False";
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
+  // ---- padding-free encoder ----
+
+  // Where the tokens of a [batch, seqlen] mask go when padding is dropped: offsets, positions and their inverse.
+  def(m, "packing_plan", "Tensor mask, SymInt capacity",
+      "(Tensor cu_seqlens, Tensor lengths, Tensor indices, Tensor position_ids, Tensor ranks, Tensor summary)");
+  // Gathers the rows of tokens, [batch, seqlen, ...] -> [total, ...].
+  def(m, "pack", "Tensor x, Tensor indices, Tensor ranks", "Tensor");
+  // Puts packed rows back, [total, ...] -> [batch, seqlen, ...], zeros where masked.
+  def(m, "unpack", "Tensor t, Tensor indices, Tensor ranks", "Tensor");
+
+  // Softmax attention over sequences of any lengths laid end to end; returns the output and the log-sum-exp of each
+  // row.
+  def(m, "varlen_attention", "Tensor q, Tensor k, Tensor v, " + kAttentionSequences, "(Tensor out, Tensor lse)");
+  // Gradients of q, k and v, from those of out and (optionally) lse.
+  def(m, "varlen_attention_backward",
+      "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " + kAttentionSequences,
+      "(Tensor dq, Tensor dk, Tensor dv)");
+
+  // LayerNorm(x + bias + residual); also the sum (empty unless return_sum), mean and 1/std of each row.
+  def(m, "add_bias_residual_layer_norm",
+      "Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor ln_bias, float eps=1e-5, *, bool "
+      "return_sum=False",
+      "(Tensor out, Tensor sum, Tensor mean, Tensor rstd)");
+  // dx is the gradient of x and of residual; dbias, dweight and dln_bias are sums over rows in a fixed order.
+  def(m, "add_bias_residual_layer_norm_backward",
+      "Tensor dout, Tensor? dsum, Tensor sum, Tensor weight, Tensor mean, Tensor rstd",
+      "(Tensor dx, Tensor dbias, Tensor dweight, Tensor dln_bias)");
+
+  // GELU(x + bias), approximate "none" (erf) or "tanh".
+  def(m, "bias_gelu", "Tensor x, Tensor? bias, str approximate=\"none\"", "Tensor");
+  // dbias is empty without a bias.
+  def(m, "bias_gelu_backward", "Tensor dout, Tensor x, Tensor? bias, str approximate=\"none\"",
+      "(Tensor dx, Tensor dbias)");
+
+  // ---- facts about this binary ----
+
+  // What it was built with, as JSON.
+  m.def("_build_info() -> str");
+  // Every configuration that has a CUDA kernel, as a JSON list.
+  m.def("_kernel_table() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("_build_info", TORCH_BOX(&warpform::build_info));
+  m.impl("_kernel_table", TORCH_BOX(&warpform::kernel_table));
+}

@@ -1,0 +1,157 @@
+// What a binding needs of torch beyond its stable headers: allocation with errors that keep their text, the pointers of
+// a launch, and the way to the reference.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+#include "check.h"
+
+#ifdef WARPFORM_SIMT
+#include "simt/host.h"
+#define WARPFORM_NAMESPACE warpform_simt
+#define WARPFORM_DEVICE_KEY CPU
+#else
+#define WARPFORM_NAMESPACE warpform
+#define WARPFORM_DEVICE_KEY CUDA
+#endif
+
+// Not in a CPU build of torch, hence weak.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+
+namespace warpform {
+
+// A new contiguous tensor on the device of `like`, its contents unset (in the emulator: every byte 0xff, so that an
+// element that no kernel wrote reads as NaN).
+inline Tensor empty(const char* op, const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  int32_t device_type = 0;
+  torch_check(aoti_torch_get_device_type(like.get(), &device_type), op);
+  AtenTensorHandle handle = nullptr;
+  const int32_t code = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                                                device_type, like.get_device_index(), &handle);
+  if (code != 0) {
+    const char* what =
+        torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
+    std::string text = what ? what : std::string(op) + ": allocation of an output failed";
+    // Code that retries with a smaller batch looks for these words.
+    if (like.is_cuda() && text.find("CUDA out of memory.") != 0) text = "CUDA out of memory. " + text;
+    throw std::runtime_error(text);
+  }
+  Tensor out(handle);
+#ifdef WARPFORM_SIMT
+  std::memset(out.mutable_data_ptr(), 0xff, static_cast<size_t>(out.numel()) * out.element_size());
+#endif
+  return out;
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& t) {
+  const auto s = t.sizes();
+  return std::vector<int64_t>(s.begin(), s.end());
+}
+
+// Makes the tensors' device current for its lifetime and hands a launch its pointers and its stream. In the emulator
+// the same calls tell it which memory the kernel may touch.
+class Launch {
+ public:
+  Launch(const char* op, const Tensor& on)
+#ifndef WARPFORM_SIMT
+      : guard_(on.get_device_index()) {
+    check(aoti_torch_get_current_cuda_stream != nullptr, op,
+          ": this torch has no CUDA stream function, although the tensor is on a GPU; install a CUDA build of torch");
+    torch_check(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream_), op);
+  }
+#else
+  {
+    (void)on;
+    simt::begin_launches(op);
+  }
+  ~Launch() { simt::end_launches(); }
+  Launch(const Launch&) = delete;
+  Launch& operator=(const Launch&) = delete;
+#endif
+
+  const void* in(const Tensor& t) const {
+    const void* p = t.const_data_ptr();
+#ifdef WARPFORM_SIMT
+    simt::register_memory(p, extent(t), /*writable=*/false);
+#endif
+    return p;
+  }
+  void* out(const Tensor& t) const {
+    void* p = t.mutable_data_ptr();
+#ifdef WARPFORM_SIMT
+    simt::register_memory(p, extent(t), /*writable=*/true);
+#endif
+    return p;
+  }
+  template <class T>
+  const T* in(const Tensor& t) const {
+    return static_cast<const T*>(in(t));
+  }
+  template <class T>
+  T* out(const Tensor& t) const {
+    return static_cast<T*>(out(t));
+  }
+  void* stream() const { return stream_; }
+
+ private:
+#ifdef WARPFORM_SIMT
+  // Bytes from the first to past the last element of a strided tensor.
+  static size_t extent(const Tensor& t) {
+    if (t.numel() == 0) return 0;
+    int64_t last = 0;
+    for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+    return static_cast<size_t>(last + 1) * t.element_size();
+  }
+#else
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  void* stream_ = nullptr;
+};
+
+namespace detail {
+template <class T>
+inline StableIValue box(const T& v) {
+  return torch::stable::detail::from(v);
+}
+}  // namespace detail
+
+// Calls warpform::NAME_reference(reason, args...) through the dispatcher: PyTorch code that warns once and names the
+// reason. In the emulator there is no way out: a configuration without a kernel is an error there.
+template <class... Results, class... Args>
+inline std::tuple<Results...> call_reference(const char* name, const std::string& reason,
+                                             [[maybe_unused]] const Args&... args) {
+#ifdef WARPFORM_SIMT
+  throw std::runtime_error(std::string(name) + ": no kernel: " + reason);
+#else
+  constexpr size_t kArgs = 1 + sizeof...(Args);
+  constexpr size_t kSlots = kArgs > sizeof...(Results) ? kArgs : sizeof...(Results);
+  StableIValue stack[kSlots] = {detail::box(reason), detail::box(args)...};
+  const std::string op = std::string("warpform::") + name + "_reference";
+  torch_check(torch_call_dispatcher(op.c_str(), "", stack, TORCH_ABI_VERSION), name);
+  return torch::stable::detail::unbox_to_tuple<Results...>(stack);
+#endif
+}
+
+// WARPFORM_BACKEND=reference sends every op to its reference; read at each call, so that tests and users can switch.
+inline bool reference_requested() {
+  const char* value = std::getenv("WARPFORM_BACKEND");
+  return value != nullptr && std::strcmp(value, "reference") == 0;
+}
+inline constexpr const char* kReferenceRequested = "WARPFORM_BACKEND=reference";
+
+}  // namespace warpform

@@ -1,0 +1,52 @@
+"""The environment variables that are read at run time, each when it is used, so that a script may change it."""
+
+from __future__ import annotations
+
+import os
+
+BACKENDS = ("auto", "reference")
+NAMES = (
+    "WARPFORM_BACKEND",
+    "WARPFORM_STRICT",
+    "WARPFORM_VALIDATE",
+    "WARPFORM_LOG",
+    "WARPFORM_CUDA",
+    "WARPFORM_CUDA_ARCHS",
+    "WARPFORM_SIMT",
+    "WARPFORM_SIMT_LIBRARY",
+)
+
+
+def _flag(name: str) -> bool:
+    value = os.environ.get(name, "")
+    if value in ("", "0"):
+        return False
+    if value == "1":
+        return True
+    raise ValueError(f"{name} must be 0 or 1, got {value!r}")
+
+
+def backend() -> str:
+    """`WARPFORM_BACKEND`: "auto" (default) or "reference". Raises ValueError for anything else."""
+    value = os.environ.get("WARPFORM_BACKEND", "") or "auto"
+    if value not in BACKENDS:
+        raise ValueError(f"WARPFORM_BACKEND must be one of {', '.join(BACKENDS)}, got {value!r}")
+    return value
+
+
+def strict() -> bool:
+    """`WARPFORM_STRICT=1`: going to the reference where a kernel was expected is an error, not a warning."""
+    return _flag("WARPFORM_STRICT")
+
+
+def validate() -> bool:
+    """`WARPFORM_VALIDATE=1`: check values that take a synchronisation to read, such as those of `cu_seqlens`."""
+    return _flag("WARPFORM_VALIDATE")
+
+
+def log_debug() -> bool:
+    """`WARPFORM_LOG=debug`: log each op and its shapes. Raises ValueError for another level."""
+    value = os.environ.get("WARPFORM_LOG", "")
+    if value not in ("", "debug"):
+        raise ValueError(f"WARPFORM_LOG must be debug or unset, got {value!r}")
+    return value == "debug"
