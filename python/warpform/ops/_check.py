@@ -1,0 +1,69 @@
+"""Checks of arguments, all with messages of one form: `op: argument must be this, got that`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _env
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_logger = logging.getLogger("warpform")
+
+
+def describe(value: Any) -> str:
+    """What came, for an error message: `int64 of shape [5]` for a tensor."""
+    if isinstance(value, Tensor):
+        return f"{dtype_name(value.dtype)} of shape {list(value.shape)}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` rather than `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def tensor(op: str, name: str, value: Any) -> None:
+    """Raises TypeError unless value is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {describe(value)}")
+
+
+def floating(op: str, name: str, value: Tensor) -> None:
+    """Raises TypeError unless value has one of the floating-point dtypes that the ops take."""
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {describe(value)}")
+
+
+def same_device(op: str, name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """Raises ValueError unless both tensors are on one device."""
+    if value.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device} as {like_name} is, got {value.device}")
+
+
+def integer(op: str, name: str, value: Any) -> None:
+    """Raises TypeError unless value is an integer, which under tracing may be symbolic."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be an int, got {describe(value)}")
+
+
+def log(op: str, **arguments: Any) -> None:
+    """With WARPFORM_LOG=debug, logs the op and its arguments before it is launched."""
+    if torch.compiler.is_compiling() or not _env.log_debug():
+        return
+    if not _logger.isEnabledFor(logging.DEBUG):
+        # Asking through the environment is enough to see it; a program that configured logging keeps its handlers.
+        _logger.setLevel(logging.DEBUG)
+        if not _logger.hasHandlers():
+            _logger.addHandler(logging.StreamHandler())
+    shown = ", ".join(f"{name}={_shown(value)}" for name, value in arguments.items())
+    _logger.debug("%s(%s)", op, shown)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{dtype_name(value.dtype)}{list(value.shape)}@{value.device}"
+    return repr(value)

@@ -1,0 +1,144 @@
+"""Registers everything Python knows about an op in one call: reference, fake, autograd and autocast."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
+
+from .. import _env, _library
+
+NAMESPACE = "warpform"
+# The reason that the bindings give where the user asked for the reference: that needs no warning.
+REQUESTED = "WARPFORM_BACKEND=reference"
+
+# A registration lasts as long as its Library.
+_libraries: list[torch.library.Library] = []
+_warned: set[tuple[str, str]] = set()
+
+
+def register_op(
+    name: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    autocast: Sequence[str] = (),
+) -> Callable[..., Any]:
+    """Registers warpform::NAME and warpform::NAME_reference, whose schemas the library defines, and returns the op.
+
+    Args:
+        name: the op's name, without a namespace.
+        reference: the definition in PyTorch, called with the op's arguments.
+        fake: the same with outputs of the right shapes and dtypes and no values; sizes may be symbolic.
+        backward: (ctx, *gradients of the outputs) -> one gradient for each positional argument. None for an op that is
+            not differentiable: differentiating through it raises.
+        setup_context: (ctx, inputs, output) or (ctx, inputs, keyword_only_inputs, output), saves what backward needs.
+        autocast: the arguments that autocast casts; all others keep their dtype. Empty: autocast leaves the op alone.
+
+    Where the library is not loaded nothing is registered, and what is returned raises the load error when it is called.
+    """
+    if not _library.loaded():
+
+        @functools.wraps(reference)
+        def unavailable(*args: Any, **kwargs: Any) -> Any:
+            _library.require()
+            raise ImportError(f"{NAMESPACE}: {name} was not registered when warpform was imported")
+
+        return unavailable
+
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    _libraries.append(library)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    library.impl(name, _autograd_kernel(op, backward, setup_context), "Autograd", with_keyset=True)
+    if autocast:
+        for device_type in ("cuda", "cpu"):
+            library.impl(name, _autocast_kernel(op, device_type, autocast), f"Autocast{device_type.upper()}")
+
+    def reference_with_reason(reason: str, *args: Any, **kwargs: Any) -> Any:
+        _report(name, reason)
+        return reference(*args, **kwargs)
+
+    def fake_with_reason(reason: str, *args: Any, **kwargs: Any) -> Any:
+        return fake(*args, **kwargs)
+
+    with_reason = getattr(getattr(torch.ops, NAMESPACE), f"{name}_reference").default
+    library.impl(f"{name}_reference", reference_with_reason, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}_reference", fake_with_reason, lib=library)
+    library.impl(f"{name}_reference", _autograd_kernel(with_reason, None, None), "Autograd", with_keyset=True)
+    return op
+
+
+def _report(name: str, reason: str) -> None:
+    if reason == REQUESTED:
+        return
+    if _env.strict():
+        raise RuntimeError(f"{name}: no kernel runs this ({reason}), and WARPFORM_STRICT=1 forbids the reference")
+    if (name, reason) not in _warned:
+        _warned.add((name, reason))
+        warnings.warn(f"{name}: the PyTorch reference runs instead of a kernel: {reason}", stacklevel=3)
+
+
+def _autograd_kernel(
+    op: Any, backward: Callable[..., Any] | None, setup_context: Callable[..., None] | None
+) -> Callable[..., Any]:
+    """The rule that `torch.library.register_autograd` makes, and errors where that rule would give silent zeros.
+
+    That function itself refuses schemas with keyword-only tensors, and its rule drops forward-mode tangents.
+    """
+    name = op._opname
+
+    def not_differentiable(ctx: Any, *gradients: Tensor) -> None:
+        if name.endswith("_backward"):
+            raise RuntimeError(
+                f"{name.removesuffix('_backward')}: double backward is not implemented; "
+                "call backward or grad without create_graph=True"
+            )
+        raise RuntimeError(f"{name} has no gradient; call the differentiable op instead")
+
+    rule = make_autograd_impl(op, Info(backward or not_differentiable, setup_context))
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        # Both look at a global first: this runs on every call outside of inference mode.
+        if forward_ad._current_level >= 0 and _has_tangent((*args, *kwargs.values())):
+            raise NotImplementedError(f"{name}: forward-mode differentiation is not implemented")
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(f"{name}: torch.func transforms are not implemented; use torch.autograd")
+        for key, value in kwargs.items():
+            if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+                raise ValueError(f"{name}: {key} has no gradient; pass {key}.detach()")
+        return rule(keyset, *args, **kwargs)
+
+    return kernel
+
+
+def _has_tangent(values: Sequence[Any]) -> bool:
+    return any(isinstance(v, Tensor) and forward_ad.unpack_dual(v).tangent is not None for v in values)
+
+
+def _autocast_kernel(op: Any, device_type: str, names: Sequence[str]) -> Callable[..., Any]:
+    positions = frozenset(i for i, argument in enumerate(op._schema.arguments) if argument.name in names)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = [_cast(value, dtype, device_type) if i in positions else value for i, value in enumerate(args)]
+        with torch.autocast(device_type, enabled=False):
+            return op(*cast, **kwargs)
+
+    return kernel
+
+
+def _cast(value: Any, dtype: torch.dtype, device_type: str) -> Any:
+    # As torch's own rule does: float64 was asked for by whoever uses it, and stays.
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+        return value.to(dtype) if value.device.type == device_type else value
+    return value

@@ -1,0 +1,232 @@
+"""Attention over sequences of any lengths laid end to end, without padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _env
+from . import _check
+from ._register import register_op
+from .reference import attention as reference
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    **how: Any,
+) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((q.size(1), q.size(0)), dtype=lse_dtype)
+
+
+def _backward_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **how: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]
+) -> None:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, ctx.max_seqlen_q, ctx.max_seqlen_k = inputs
+    ctx.how = dict(keyword_only_inputs)
+    ctx.set_materialize_grads(False)  # so that an lse that nobody differentiates costs nothing
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, ctx.how.pop("alibi_slopes"))
+
+
+def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, alibi_slopes = ctx.saved_tensors
+    if dout is None:
+        if dlse is None:
+            return (None,) * 7
+        dout = torch.zeros_like(out)
+    how = {**ctx.how, "deterministic": ctx.how["deterministic"] or torch.are_deterministic_algorithms_enabled()}
+    gradients = _varlen_attention_backward(
+        dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, ctx.max_seqlen_q, ctx.max_seqlen_k,
+        alibi_slopes=alibi_slopes, **how,
+    )  # fmt: skip
+    return (
+        *(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[:3], strict=True)),
+        *(None,) * 4,
+    )
+
+
+_varlen_attention_backward = register_op(
+    "varlen_attention_backward", reference=reference.varlen_attention_backward, fake=_backward_fake
+)
+_varlen_attention = register_op(
+    "varlen_attention",
+    reference=reference.varlen_attention,
+    fake=_fake,
+    backward=_gradient,
+    setup_context=_setup,
+    autocast=("q", "k", "v"),
+)
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(softmax_scale * q k^T) v for each of B sequences laid end to end (FlashAttention-2, arXiv 2307.08691).
+
+    Sequence b has queries cu_seqlens_q[b] to cu_seqlens_q[b + 1] (sq of them) and keys cu_seqlens_k[b] to
+    cu_seqlens_k[b + 1] (sk). Masks and ALiBi are aligned at the end: query i stands at key i + sk - sq.
+
+    Args:
+        q: [Tq, Hq, D], float16, bfloat16, float32 or float64; the last dimension contiguous, others of any stride, so
+            that slices of one QKV product need no copy.
+        k, v: [Tk, Hkv, D] like q. Hq is a multiple of Hkv; query head h reads key head h // (Hq // Hkv).
+        cu_seqlens_q, cu_seqlens_k: int32 [B + 1], from 0, not decreasing, within the rows of q and of k.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence.
+        softmax_scale: D ** -0.5 by default.
+        causal: query i sees keys up to i + sk - sq.
+        window_size: (left, right): query i sees keys from i + sk - sq - left to i + sk - sq + right, both included;
+            -1 is unbounded.
+        softcap: above 0, scores become softcap * tanh(score / softcap).
+        alibi_slopes: float32 [Hq] or [B, Hq]; -slope * |i + sk - sq - j| is added to the score of key j, after the
+            softcap. It has no gradient.
+        deterministic: the same gradients bit by bit in each run; `torch.use_deterministic_algorithms` turns it on too.
+        return_lse: also return the log-sum-exp of each row's scores.
+
+    Returns:
+        out [Tq, Hq, D] like q, or (out, lse) with lse [Hq, Tq] float32 (float64 for float64); both differentiable. A
+        query that sees no key, and a row past the last sequence, has out 0, lse -inf and gradient 0.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, a last dimension that is not contiguous, tensors on different devices. Values of
+            cu_seqlens that decrease, pass the end or exceed max_seqlen: on a CPU, or with WARPFORM_VALIDATE=1, which
+            waits for the device; otherwise they are clamped and never lead outside of the tensors.
+    """
+    op = "varlen_attention"
+    _check_tensors(op, q, k, v, cu_seqlens_q, cu_seqlens_k)
+    _check.integer(op, "max_seqlen_q", max_seqlen_q)
+    _check.integer(op, "max_seqlen_k", max_seqlen_k)
+    left, right = _window(op, window_size)
+    if softcap < 0:
+        raise ValueError(f"{op}: softcap must not be negative, got {softcap}")
+    if alibi_slopes is not None:
+        _check_slopes(op, alibi_slopes, q, cu_seqlens_q)
+    if not torch.compiler.is_compiling():
+        if max_seqlen_q < 0 or max_seqlen_k < 0:
+            raise ValueError(
+                f"{op}: max_seqlen_q and max_seqlen_k must not be negative, got {max_seqlen_q}, {max_seqlen_k}"
+            )
+        if q.device.type != "cpu" and _env.validate():  # on a CPU the reference checks
+            reference.check_offsets(op, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        _check.log(
+            op, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+            softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
+            alibi_slopes=alibi_slopes,
+        )  # fmt: skip
+    out, lse = _varlen_attention(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size_left=left,
+        window_size_right=right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
+    )
+    return (out, lse) if return_lse else out
+
+
+def _check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        _check.tensor(op, name, t)
+        if t.dim() != 3:
+            raise ValueError(f"{op}: {name} must be of shape [total, heads, head_dim], got {_check.describe(t)}")
+        if t.stride(2) != 1 and t.size(2) != 1:
+            raise ValueError(
+                f"{op}: the last dimension of {name} must be contiguous, got stride {t.stride(2)}; "
+                f"call {name}.contiguous()"
+            )
+    _check.floating(op, "q", q)
+    head_dim = q.size(2)
+    if head_dim == 0:
+        raise ValueError(f"{op}: head_dim must be at least 1, got q {_check.describe(q)}")
+    if v.shape != k.shape or k.size(2) != head_dim:
+        raise ValueError(
+            f"{op}: k and v must both be of shape [total_k, heads_k, {head_dim}], got k {_check.describe(k)} and "
+            f"v {_check.describe(v)}"
+        )
+    if k.size(1) == 0 or q.size(1) % k.size(1) != 0:
+        raise ValueError(
+            f"{op}: the {q.size(1)} heads of q must be a multiple of the heads of k and v, got {k.size(1)}"
+        )
+    if (k.dtype != q.dtype or v.dtype != q.dtype) and not torch.is_autocast_enabled(q.device.type):
+        raise TypeError(
+            f"{op}: k and v must be {_check.dtype_name(q.dtype)} as q is, got {_check.dtype_name(k.dtype)} and "
+            f"{_check.dtype_name(v.dtype)}"
+        )
+    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _check.tensor(op, name, cu_seqlens)
+        if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.size(0) == 0:
+            raise (TypeError if cu_seqlens.dtype != torch.int32 else ValueError)(
+                f"{op}: {name} must be int32 of shape [batch + 1], got {_check.describe(cu_seqlens)}"
+            )
+        _check.same_device(op, name, cu_seqlens, "q", q)
+    if cu_seqlens_k is not cu_seqlens_q and cu_seqlens_k.size(0) != cu_seqlens_q.size(0):
+        raise ValueError(
+            f"{op}: cu_seqlens_k must be of shape [{cu_seqlens_q.size(0)}] as cu_seqlens_q is, "
+            f"got {_check.describe(cu_seqlens_k)}"
+        )
+    _check.same_device(op, "k", k, "q", q)
+    _check.same_device(op, "v", v, "q", q)
+
+
+def _window(op: str, window_size: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(f"{op}: window_size must be (left, right), got {_check.describe(window_size)}")
+    left, right = window_size
+    _check.integer(op, "window_size[0]", left)
+    _check.integer(op, "window_size[1]", right)
+    if left < -1 or right < -1:
+        raise ValueError(f"{op}: window_size must be at least -1, which is unbounded, got {(left, right)}")
+    return left, right
+
+
+def _check_slopes(op: str, slopes: Tensor, q: Tensor, cu_seqlens_q: Tensor) -> None:
+    _check.tensor(op, "alibi_slopes", slopes)
+    heads, batch = q.size(1), cu_seqlens_q.size(0) - 1
+    if slopes.dtype != torch.float32:
+        raise TypeError(f"{op}: alibi_slopes must be float32, got {_check.describe(slopes)}")
+    if not (
+        (slopes.dim() == 1 and slopes.size(0) == heads)
+        or (slopes.dim() == 2 and slopes.size(0) == batch and slopes.size(1) == heads)
+    ):
+        raise ValueError(
+            f"{op}: alibi_slopes must be of shape [{heads}] or [{batch}, {heads}], got {_check.describe(slopes)}"
+        )
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: alibi_slopes has no gradient; pass alibi_slopes.detach()")
+    _check.same_device(op, "alibi_slopes", slopes, "q", q)

@@ -1,0 +1,26 @@
+"""Which tests this machine can run."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import pytest
+
+# Two threads are enough for the sizes used here, and many cores would only fight over them.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    try:
+        import torch
+    except Exception:
+        return False
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not _has_gpu():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

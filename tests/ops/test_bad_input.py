@@ -1,0 +1,248 @@
+"""Bad arguments: each gives one clear sentence which names the op, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import cases
+from warpform import ops
+
+Q = torch.randn(7, 2, 8)
+CU = cases.offsets([3, 4])
+INT = torch.int32
+
+ATTENTION = {"q": Q, "k": Q, "v": Q, "cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_q": 4, "max_seqlen_k": 4}
+BAD_ATTENTION: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"q": [1.0]}, TypeError, r"q must be a tensor, got \[1.0\] \(list\)"),
+    ({"q": Q[0]}, ValueError, r"q must be of shape \[total, heads, head_dim\], got float32 of shape \[2, 8\]"),
+    (
+        {"q": Q.int(), "k": Q.int(), "v": Q.int()},
+        TypeError,
+        r"q must be float16, bfloat16, float32 or float64, got int32",
+    ),
+    ({"k": Q.half()}, TypeError, r"k and v must be float32 as q is, got float16 and float32"),
+    (
+        {"v": Q[:, :, :4]},
+        ValueError,
+        r"k and v must both be of shape \[total_k, heads_k, 8\], got k .* v .*\[7, 2, 4\]",
+    ),
+    ({"k": Q[:, :, :4], "v": Q[:, :, :4]}, ValueError, r"k and v must both be of shape \[total_k, heads_k, 8\]"),
+    ({"k": Q[:6]}, ValueError, r"k and v must both be"),
+    ({"q": torch.randn(7, 3, 8)}, ValueError, r"the 3 heads of q must be a multiple of the heads of k and v, got 2"),
+    ({"k": Q[:, :0], "v": Q[:, :0]}, ValueError, r"the 2 heads of q must be a multiple of the heads of k and v, got 0"),
+    ({"v": torch.randn(7, 8, 2).mT}, ValueError, r"the last dimension of v must be contiguous, got stride 2"),
+    ({"q": Q[:, :, :0], "k": Q[:, :, :0], "v": Q[:, :, :0]}, ValueError, r"head_dim must be at least 1"),
+    (
+        {"cu_seqlens_q": CU.long()},
+        TypeError,
+        r"cu_seqlens_q must be int32 of shape \[batch \+ 1\], got int64 of shape \[3\]",
+    ),
+    (
+        {"cu_seqlens_k": CU[None]},
+        ValueError,
+        r"cu_seqlens_k must be int32 of shape \[batch \+ 1\], got int32 of shape \[1, 3\]",
+    ),
+    (
+        {"cu_seqlens_k": CU[:0]},
+        ValueError,
+        r"cu_seqlens_k must be int32 of shape \[batch \+ 1\], got int32 of shape \[0\]",
+    ),
+    ({"cu_seqlens_k": cases.offsets([7])}, ValueError, r"cu_seqlens_k must be of shape \[3\] as cu_seqlens_q is"),
+    ({"max_seqlen_q": 4.0}, TypeError, r"max_seqlen_q must be an int, got 4.0 \(float\)"),
+    ({"max_seqlen_k": -1}, ValueError, r"max_seqlen_q and max_seqlen_k must not be negative, got 4, -1"),
+    ({"max_seqlen_k": 3}, ValueError, r"max_seqlen_k must be at least the longest sequence of cu_seqlens_k, 4, got 3"),
+    ({"window_size": 3}, TypeError, r"window_size must be \(left, right\), got 3"),
+    ({"window_size": (1.5, 0)}, TypeError, r"window_size\[0\] must be an int"),
+    ({"window_size": (0, -2)}, ValueError, r"window_size must be at least -1, which is unbounded, got \(0, -2\)"),
+    ({"softcap": -1.0}, ValueError, r"softcap must not be negative, got -1.0"),
+    (
+        {"alibi_slopes": torch.ones(3)},
+        ValueError,
+        r"alibi_slopes must be of shape \[2\] or \[2, 2\], got float32 of shape \[3\]",
+    ),
+    ({"alibi_slopes": torch.ones(2).half()}, TypeError, r"alibi_slopes must be float32, got float16"),
+    (
+        {"cu_seqlens_q": torch.tensor([0, 5, 4], dtype=INT)},
+        ValueError,
+        r"cu_seqlens_q must not decrease, got 5 then 4 at \[2\]",
+    ),
+    (
+        {"cu_seqlens_q": torch.tensor([0, 3, 9], dtype=INT)},
+        ValueError,
+        r"cu_seqlens_q must not pass the end .* of 7 rows, got 9",
+    ),
+    ({"cu_seqlens_k": torch.tensor([-1, 3, 7], dtype=INT)}, ValueError, r"cu_seqlens_k must begin with 0, got -1"),
+    ({"cu_seqlens_q": CU.to("meta")}, ValueError, r"cu_seqlens_q must be on cpu as q is, got meta"),
+    ({"k": Q.to("meta"), "v": Q.to("meta")}, ValueError, r"k must be on cpu as q is, got meta"),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), BAD_ATTENTION, ids=[m for _, _, m in BAD_ATTENTION])
+def test_varlen_attention(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^varlen_attention: {message}"):
+        ops.varlen_attention(**{**ATTENTION, **changed})
+
+
+@pytest.mark.parametrize("values", ([0, 5, 4], [0, 3, 9], [-1, 3, 7], [0, 7, 7], [2, 3, 7], [0, -3, 4]), ids=str)
+def test_op_called_directly_checks_offsets(values: list[int]) -> None:
+    cu = torch.tensor(values, dtype=INT)
+    with pytest.raises(ValueError, match=r"^varlen_attention: (cu_seqlens_q|max_seqlen_q) must"):
+        torch.ops.warpform.varlen_attention(Q, Q, Q, cu, cu, 4, 4)
+    with pytest.raises(ValueError, match=r"^varlen_attention_backward: (cu_seqlens_q|max_seqlen_q) must"):
+        torch.ops.warpform.varlen_attention_backward(Q, None, Q, Q, Q, Q, Q[:, :, 0].t(), cu, cu, 4, 4)
+
+
+X = torch.randn(2, 3, 8)
+W = torch.ones(8)
+BAD_LAYER_NORM: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"x": None}, TypeError, r"x must be a tensor, got None \(NoneType\)"),
+    ({"x": torch.tensor(1.0)}, ValueError, r"x must be of shape \[..., width\], got float32 of shape \[\]"),
+    ({"x": X.long()}, TypeError, r"x must be float16, bfloat16, float32 or float64, got int64 of shape \[2, 3, 8\]"),
+    ({"weight": None}, TypeError, r"weight must be a tensor"),
+    ({"weight": W[:4]}, ValueError, r"weight must be of shape \[8\], got float32 of shape \[4\]"),
+    ({"bias": W[None]}, ValueError, r"bias must be of shape \[8\], got float32 of shape \[1, 8\]"),
+    (
+        {"ln_bias": W.half()},
+        TypeError,
+        r"bias, weight and ln_bias must all be float32 as x is, or all float32, got ln_bias float16",
+    ),
+    (
+        {"x": X.half(), "residual": X.half(), "bias": W.half()},
+        TypeError,
+        r"bias, weight and ln_bias must all be float16",
+    ),
+    ({"residual": X[:, :2]}, ValueError, r"residual must be of shape \[2, 3, 8\], got float32 of shape \[2, 2, 8\]"),
+    ({"residual": X.double()}, TypeError, r"residual must be float32 as x is, got float64"),
+    ({"residual": X.to("meta")}, ValueError, r"residual must be on cpu as x is, got meta"),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), BAD_LAYER_NORM, ids=[m for _, _, m in BAD_LAYER_NORM])
+def test_add_bias_residual_layer_norm(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"x": X, "bias": W, "residual": X, "weight": W, "ln_bias": W, **changed}
+    with pytest.raises(error, match=f"^add_bias_residual_layer_norm: {message}"):
+        ops.add_bias_residual_layer_norm(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    (
+        ((X.int(), None), TypeError, r"x must be float16"),
+        ((X, W[:3]), ValueError, r"bias must be of shape \[8\], got float32 of shape \[3\]"),
+        ((torch.tensor(1.0), W), ValueError, r"bias must be of shape"),
+        ((X, W.half()), TypeError, r"bias must be float32 as x is, or float32, got float16"),
+        ((X, None, "fast"), ValueError, r"approximate must be \"none\" or \"tanh\", got 'fast'"),
+        ((X, W.to("meta")), ValueError, r"bias must be on cpu as x is, got meta"),
+    ),
+)
+def test_bias_gelu(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^bias_gelu: {message}"):
+        ops.bias_gelu(*arguments)
+
+
+INDICES, RANKS = torch.arange(6), torch.arange(6, dtype=INT).view(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    (
+        ((X.tolist(), INDICES, RANKS), TypeError, "x must be a tensor"),
+        (
+            (X[:1], INDICES, RANKS),
+            ValueError,
+            r"x must be of shape \[2, 3, '...'\] as the mask was, got float32 of shape \[1, 3, 8\]",
+        ),
+        ((X[0, 0], INDICES, RANKS), ValueError, r"x must be of shape"),
+        ((X, INDICES.int(), RANKS), ValueError, r"indices must be int64 of shape \[total\], got int32"),
+        ((X, INDICES, RANKS.long()), ValueError, r"ranks must be int32 of shape \[batch, seqlen\], got int64"),
+        ((X, INDICES, RANKS.to("meta")), ValueError, r"ranks must be on cpu as x is, got meta"),
+    ),
+)
+def test_pack(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^pack: {message}"):
+        ops.pack(*arguments)
+
+
+def test_unpack() -> None:
+    with pytest.raises(ValueError, match=r"^unpack: t must be of shape \[6, '...'\], the packed rows, got .* \[5, 8\]"):
+        ops.unpack(torch.randn(5, 8), INDICES, RANKS)
+
+
+@pytest.mark.parametrize("op", ("pack", "unpack"))
+def test_indices_out_of_range_read_nothing(op: str) -> None:
+    indices = torch.tensor([0, 6, -5, 1 << 40, 5])
+    ranks = torch.tensor([[0, 5, -7], [1 << 30, 4, -1]], dtype=INT)
+    x = X if op == "pack" else torch.randn(5, 8)
+    out = getattr(ops, op)(x, indices, ranks).flatten(0, -2)
+    assert [row for row in range(len(out)) if out[row].any()] == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("mask", "capacity", "error", "message"),
+    (
+        (torch.ones(3), 1, ValueError, r"mask must be of shape \[batch, seqlen\], got float32 of shape \[3\]"),
+        (torch.ones(3, 2), 1, TypeError, r"mask must be bool or integer, got float32 of shape \[3, 2\]"),
+        (torch.ones(3, 2).int(), -1, ValueError, r"capacity must not be negative, got -1"),
+        (torch.ones(3, 2).int(), 1.0, TypeError, r"capacity must be an int"),
+        ([[1]], 1, TypeError, r"mask must be a tensor"),
+    ),
+)
+def test_packing_plan(mask: Any, capacity: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^packing_plan: {message}"):
+        ops.packing_plan(mask, capacity)
+
+
+def test_reference_op_warns_once_for_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = torch.ops.warpform.bias_gelu_reference
+    expected = ops.bias_gelu(X, W)
+    with pytest.warns(
+        UserWarning, match="bias_gelu: the PyTorch reference runs instead of a kernel: no kernel for this test"
+    ):
+        assert torch.equal(op("no kernel for this test", X, W), expected)
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        op("no kernel for this test", X, W)
+        op("WARPFORM_BACKEND=reference", X, W)
+    with pytest.warns(UserWarning, match="another reason"):
+        op("another reason", X, W)
+    monkeypatch.setenv("WARPFORM_STRICT", "1")
+    with pytest.raises(RuntimeError, match=r"bias_gelu: no kernel runs this \(another reason\), and WARPFORM_STRICT=1"):
+        op("another reason", X, W)
+    assert torch.equal(op("WARPFORM_BACKEND=reference", X, W), expected)
+
+
+def test_every_op_has_a_reference_op() -> None:
+    library = torch.ops.warpform
+    for name in (
+        "packing_plan",
+        "pack",
+        "unpack",
+        "varlen_attention",
+        "varlen_attention_backward",
+        "bias_gelu",
+        "add_bias_residual_layer_norm",
+        "add_bias_residual_layer_norm_backward",
+        "bias_gelu_backward",
+    ):
+        op, reference = getattr(library, name).default._schema, getattr(library, f"{name}_reference").default._schema
+        assert [a.name for a in reference.arguments] == ["reason", *(a.name for a in op.arguments)]
+    with pytest.warns(UserWarning, match="varlen_attention: .* for the sake of it"):
+        out, _ = library.varlen_attention_reference("for the sake of it", Q, Q, Q, CU, CU, 4, 4, causal=True)
+    assert torch.equal(out, ops.varlen_attention(Q, Q, Q, CU, CU, 4, 4, causal=True))
+
+
+def test_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "warpform"):
+        ops.bias_gelu(X, W)
+        assert not caplog.records
+        monkeypatch.setenv("WARPFORM_LOG", "debug")
+        ops.varlen_attention(Q, Q, Q, CU, CU, 4, 4, causal=True)
+        ops.pack(X, INDICES, RANKS)
+    assert "varlen_attention(q=float32[7, 2, 8]@cpu" in caplog.messages[0] and "causal=True" in caplog.messages[0]
+    assert "pack(x=float32[2, 3, 8]@cpu" in caplog.messages[1]
