@@ -1,0 +1,270 @@
+"""The table of architectures, and everything about conversion that does not depend on one.
+
+An architecture is a file in this folder with a class derived from `ConvertibleModel` under `@register`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ._weights import read_weights
+
+_MODELS: list[type[ConvertibleModel]] = []
+
+
+class ConvertibleModel(nn.Module):
+    """A model that exists in transformers too. An architecture says how names and configs correspond; the rest is here.
+
+    Attributes:
+        config_class: its Config dataclass, with `from_transformers(mapping, **overrides)` and `to_transformers()`.
+        transformers_class, transformers_config_class: names of the classes in `transformers`.
+        model_type: `model_type` in config.json.
+        weight_prefix: what checkpoints with a head put before the names of this model's weights.
+        ignored_weights: prefixes of weights in checkpoints that are not the encoder's: heads, and constant buffers.
+        optional_module: a module that a checkpoint may lack as a whole (the pooler).
+    """
+
+    config_class: ClassVar[Any]
+    transformers_class: ClassVar[str]
+    transformers_config_class: ClassVar[str]
+    model_type: ClassVar[str]
+    weight_prefix: ClassVar[str]
+    ignored_weights: ClassVar[tuple[str, ...]] = ()
+    optional_module: ClassVar[str | None] = None
+
+    config: Any
+    # The model this one was made from. In a list, so that its parameters are not registered a second time.
+    _origin: list[nn.Module]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._origin = []
+
+    @classmethod
+    def build(cls, config: Any, *, with_optional: bool = True) -> ConvertibleModel:
+        """A model with weights as yet unset or random; with_optional False leaves `optional_module` out."""
+        raise NotImplementedError
+
+    def weight_names(self) -> dict[str, tuple[str, ...]]:
+        """For each parameter of this model the names in transformers whose tensors, joined on dim 0, it holds."""
+        raise NotImplementedError
+
+    def to_transformers(self) -> nn.Module:
+        """Writes the weights back and returns the transformers model: the one this was made from, else a new one.
+
+        Parameters that both models share need no copy; concatenated ones are split into their parts.
+
+        Raises:
+            ImportError: transformers is not installed.
+        """
+        origin = self._origin[0] if self._origin else self._new_origin()
+        theirs = dict(origin.named_parameters())
+        ours = dict(self.named_parameters())
+        with torch.no_grad():
+            for name, parts in self.weight_names().items():
+                chunks = ours[name].chunk(len(parts), dim=0)
+                for part, chunk in zip(parts, chunks, strict=True):
+                    if theirs[part] is not ours[name]:
+                        theirs[part].data = chunk.detach().clone(memory_format=torch.contiguous_format)
+        device = next(iter(ours.values())).device
+        origin.to(device)  # what is left are constant buffers
+        return origin.train(self.training)
+
+    def _new_origin(self) -> nn.Module:
+        transformers = _import_transformers("to_transformers")
+        config = getattr(transformers, self.transformers_config_class)(**self.config.to_transformers())
+        return getattr(transformers, self.transformers_class)(config, **self.transformers_options())
+
+    def transformers_options(self) -> dict[str, Any]:
+        """Keywords of the transformers class beside its config."""
+        return {}
+
+
+ModelType = TypeVar("ModelType", bound=type[ConvertibleModel])
+
+
+def register(cls: ModelType) -> ModelType:
+    """Adds an architecture to the table that `from_transformers` and `from_pretrained` look in."""
+    _MODELS.append(cls)
+    return cls
+
+
+def from_transformers(hf_model: nn.Module, **overrides: Any) -> ConvertibleModel:
+    """The padding-free counterpart of a transformers model: same call, same outputs at real tokens, 0 at padded ones.
+
+    Query, key and value weights are concatenated, which copies them; other Parameter objects are shared, so training
+    one model trains the other. `to_transformers()` on the result writes everything back and returns `hf_model`.
+
+    Args:
+        hf_model: a `transformers.BertModel`.
+        **overrides: fields of the config to change, for instance attention_probs_dropout_prob=0.0 for training.
+
+    Raises:
+        TypeError: a class that warpform has no counterpart for, or an override that is no field of the config.
+        ValueError: an option of the model's config that is not supported, by name; weights that differ from the
+            architecture's (quantised or with adapters), by name.
+    """
+    name = type(hf_model).__name__
+    model_class = next((m for m in _MODELS if m.transformers_class == name), None)
+    if model_class is None or not type(hf_model).__module__.startswith("transformers."):
+        inner = getattr(hf_model, getattr(hf_model, "base_model_prefix", "") or "_", None)
+        hint = ""
+        if isinstance(inner, nn.Module) and any(m.transformers_class == type(inner).__name__ for m in _MODELS):
+            prefix = hf_model.base_model_prefix
+            hint = f"; replace its encoder: model.{prefix} = warpform.models.from_transformers(model.{prefix})"
+        raise TypeError(
+            f"from_transformers: hf_model must be one of {_names('transformers_class')} of transformers, "
+            f"got {type(hf_model).__module__}.{name}{hint}"
+        )
+    config = model_class.config_class.from_transformers(_config_dict(hf_model), **overrides)
+    theirs = dict(hf_model.named_parameters())
+    with torch.device("meta"):
+        model = model_class.build(config, with_optional=_has_optional(model_class, theirs))
+    names = model.weight_names()
+    _check_names(names, theirs, f"from_transformers: the parameters of this {name}")
+    for ours, parts in names.items():
+        sources = [theirs[part] for part in parts]
+        _check_shape(ours, model, parts, sources, "from_transformers")
+        if len(sources) == 1:
+            _set_parameter(model, ours, sources[0])
+            continue
+        trained = {source.requires_grad for source in sources}
+        if len(trained) > 1:
+            raise ValueError(
+                f"from_transformers: {', '.join(parts)} become one parameter, so requires_grad must be the same for all"
+            )
+        joined = torch.cat([source.detach() for source in sources])
+        _set_parameter(model, ours, nn.Parameter(joined, requires_grad=trained.pop()))
+    model._origin.append(hf_model)
+    return model.train(hf_model.training)
+
+
+def from_pretrained(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **overrides: Any,
+) -> ConvertibleModel:
+    """Reads a model from a folder as transformers saves it: `config.json` and safetensors, nothing that is pickled.
+
+    Weights of heads (`cls.`, `classifier.`, `qa_outputs.`, and where the encoder is under `bert.` whatever is
+    not) are ignored; a checkpoint without a pooler gives a model without one. The model comes in eval mode.
+
+    Args:
+        folder: with `config.json` and `model.safetensors`, or `model.safetensors.index.json` and its shards.
+        dtype: None keeps the dtype of the file.
+        device: None is the CPU.
+        **overrides: fields of the config to change.
+
+    Raises:
+        FileNotFoundError: no such folder, no config.json, no weights, or only pickled ones (says how to convert them).
+        ValueError: a file that cannot be read, a `model_type` or an option that is not supported, weights that are
+            missing, unknown or of another shape.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"from_pretrained: there is no folder {folder}")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"from_pretrained: {folder} has no config.json")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"from_pretrained: {path} is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"from_pretrained: {path} must hold a JSON object, got {type(fields).__name__}")
+    model_class = next((m for m in _MODELS if m.model_type == fields.get("model_type")), None)
+    if model_class is None:
+        raise ValueError(
+            f"from_pretrained: model_type in {path} must be one of {_names('model_type')}, "
+            f"got {fields.get('model_type')!r}"
+        )
+    config = model_class.config_class.from_transformers(fields, **overrides)
+    weights = _encoder_weights(model_class, read_weights(folder, device="cpu" if device is None else str(device)))
+    with torch.device("meta"):
+        model = model_class.build(config, with_optional=_has_optional(model_class, weights))
+    names = model.weight_names()
+    _check_names(names, weights, f"from_pretrained: the weights in {folder}")
+    for ours, parts in names.items():
+        sources = [weights[part] for part in parts]
+        _check_shape(ours, model, parts, sources, f"from_pretrained: {folder}")
+        joined = sources[0] if len(sources) == 1 else torch.cat(sources)
+        _set_parameter(model, ours, nn.Parameter(joined if dtype is None else joined.to(dtype)))
+    return model.eval()
+
+
+def _encoder_weights(model_class: type[ConvertibleModel], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = model_class.weight_prefix
+    if any(name.startswith(prefix) for name in weights):
+        # A checkpoint with a head: what is outside the encoder is the head's.
+        weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+    # Names of TensorFlow days, still found in old checkpoints.
+    renamed = {
+        name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): w
+        for name, w in weights.items()
+    }
+    return {name: w for name, w in renamed.items() if not name.startswith(model_class.ignored_weights)}
+
+
+def _has_optional(model_class: type[ConvertibleModel], weights: Mapping[str, Any]) -> bool:
+    optional = model_class.optional_module
+    return optional is None or any(name.startswith(f"{optional}.") for name in weights)
+
+
+def _config_dict(hf_model: nn.Module) -> dict[str, Any]:
+    config: Any = hf_model.config
+    # Before transformers 5 an attribute of the config could be set without being in its dictionary.
+    return {**config.to_dict(), **{k: v for k, v in vars(config).items() if not k.startswith("_")}}
+
+
+def _check_names(names: dict[str, tuple[str, ...]], given: Mapping[str, Any], what: str) -> None:
+    expected = {part for parts in names.values() for part in parts}
+    for problem, found in (("lack", sorted(expected - set(given))), ("have unknown", sorted(set(given) - expected))):
+        if found:
+            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+            raise ValueError(f"{what} {problem} {', '.join(found[:5])}{more}")
+
+
+def _check_shape(ours: str, model: nn.Module, parts: tuple[str, ...], sources: list[Any], what: str) -> None:
+    shape = list(model.get_parameter(ours).shape)
+    shape[0] //= len(parts)
+    for part, source in zip(parts, sources, strict=True):
+        if list(source.shape) != shape or not source.is_floating_point():
+            raise ValueError(
+                f"{what}: {part} must be floating point of shape {shape}, as the config says, "
+                f"got {source.dtype} of shape {list(source.shape)}"
+            )
+
+
+def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, parameter)
+
+
+def _names(attribute: str) -> str:
+    return ", ".join(getattr(m, attribute) for m in _MODELS)
+
+
+def _import_transformers(what: str) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(f"{what} needs transformers: pip install transformers") from error
+    return transformers
+
+
+def config_overrides(config_class: type[Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The overrides, checked to be fields of the config."""
+    fields = [f.name for f in dataclasses.fields(config_class)]
+    for name in overrides:
+        if name not in fields:
+            raise TypeError(f"{config_class.__name__} has no field {name!r}; fields: {', '.join(fields)}")
+    return overrides

@@ -1,0 +1,59 @@
+"""The sum of token, position and token type embeddings, normalised, on packed ids."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .norm import AddBiasResidualLayerNorm
+
+
+class Embeddings(nn.Module):
+    """LayerNorm(tokens + token types + positions), BERT's (arXiv 1810.04805, figure 2), on packed ids.
+
+    Args:
+        vocab_size, hidden_size, max_position_embeddings: sizes of the tables.
+        type_vocab_size: number of token types; 0 for models that have none.
+        padding_idx: the row of the token table that gets no gradient, as in `torch.nn.Embedding`.
+        eps, dropout: of the normalisation and after it.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        max_position_embeddings: int,
+        type_vocab_size: int = 2,
+        *,
+        padding_idx: int | None = None,
+        eps: float = 1e-12,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, hidden_size, padding_idx=padding_idx)
+        self.positions = nn.Embedding(max_position_embeddings, hidden_size)
+        self.token_types = nn.Embedding(type_vocab_size, hidden_size) if type_vocab_size else None
+        self.norm = AddBiasResidualLayerNorm(hidden_size, eps)
+        self.dropout = dropout
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids, position_ids, token_type_ids: int64 [total]; inputs_embeds: [total, hidden] in place of input_ids.
+
+        Returns [total, hidden]. token_type_ids None means type 0 everywhere.
+        """
+        x = self.tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        bias = None
+        if self.token_types is not None:
+            if token_type_ids is None:
+                # One type for all tokens is one row for all tokens: the bias of the fused sum.
+                bias = self.token_types.weight[0]
+            else:
+                x = x + self.token_types(token_type_ids)
+        x = self.norm(x, bias, self.positions(position_ids))
+        return F.dropout(x, self.dropout, training=self.training)

@@ -1,0 +1,68 @@
+"""Encoder layers with the normalisation after each block (post-LN), on packed rows."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..packing import Packing
+from .attention import SelfAttention
+from .feed_forward import FeedForward
+from .norm import AddBiasResidualLayerNorm
+
+
+class EncoderLayer(nn.Module):
+    """One layer of the padding-free encoder (ByteTransformer, arXiv 2210.03052, section III).
+
+    Args:
+        hidden_size, num_heads, intermediate_size: sizes.
+        hidden_act: one of `ACTIVATIONS`.
+        eps: of both normalisations.
+        hidden_dropout, attention_dropout: in training only; see `SelfAttention` for the second.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        *,
+        hidden_act: str = "gelu",
+        eps: float = 1e-12,
+        hidden_dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.attention = SelfAttention(hidden_size, num_heads, attention_dropout=attention_dropout)
+        self.attention_norm = AddBiasResidualLayerNorm(hidden_size, eps, hidden_dropout)
+        self.feed_forward = FeedForward(hidden_size, intermediate_size, hidden_act)
+        self.feed_forward_norm = AddBiasResidualLayerNorm(hidden_size, eps, hidden_dropout)
+
+    def forward(self, hidden: Tensor, packing: Packing) -> Tensor:
+        """hidden: [total, hidden]; returns [total, hidden]."""
+        product, bias = self.attention(hidden, packing)
+        hidden = self.attention_norm(product, bias, hidden)
+        product, bias = self.feed_forward(hidden)
+        return self.feed_forward_norm(product, bias, hidden)
+
+
+class Encoder(nn.Module):
+    """A stack of encoder layers on packed rows.
+
+    Args:
+        layers: modules called as `layer(hidden, packing)`.
+    """
+
+    def __init__(self, layers: list[EncoderLayer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(
+        self, hidden: Tensor, packing: Packing, *, output_hidden_states: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """hidden: [total, hidden]. Returns the last hidden state and, on request, the input and each layer's output."""
+        states = [hidden]
+        for layer in self.layers:
+            hidden = layer(hidden, packing)
+            if output_hidden_states:
+                states.append(hidden)
+        return hidden, tuple(states) if output_hidden_states else None

@@ -1,0 +1,33 @@
+"""The two-layer feed-forward block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ._product import CPU_ROWS, in_blocks, product
+from .activations import BiasActivation
+
+
+class FeedForward(nn.Module):
+    """down(act(up(x))); the bias of `down` may be left for the next normalisation to add.
+
+    Args:
+        hidden_size, intermediate_size: widths.
+        hidden_act: one of `ACTIVATIONS`.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str = "gelu") -> None:
+        super().__init__()
+        self.up = nn.Linear(hidden_size, intermediate_size)
+        self.activation = BiasActivation(hidden_act)
+        self.down = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """hidden: [total, hidden]. Returns the product [total, hidden] and the bias [hidden] to be added, or None."""
+        if in_blocks(hidden):
+            return torch.cat([self._block(rows)[0] for rows in hidden.split(CPU_ROWS)]), None
+        return self._block(hidden)
+
+    def _block(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        return product(self.activation(*product(hidden, self.up)), self.down)

@@ -1,0 +1,40 @@
+"""LayerNorm of a residual sum, together with the bias of the product before it."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+
+
+class AddBiasResidualLayerNorm(nn.Module):
+    """LayerNorm(dropout(x + bias) + residual), in one pass over the memory.
+
+    Args:
+        hidden_size: N, the width of a row.
+        eps: the model's own.
+        dropout: probability, in training only. Dropout acts between the bias and the residual, so then the sum with the
+            bias is made first and the fused operation gets the rest.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-12, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+        self.eps = eps
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        """x, residual: [..., N]; bias: [N]; returns [..., N]."""
+        if self.training and self.dropout > 0.0:
+            x = F.dropout(x if bias is None else x + bias, self.dropout, training=True)
+            bias = None
+        out = ops.add_bias_residual_layer_norm(x, bias, residual, self.weight, self.bias, self.eps)
+        return cast("Tensor", out)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}, dropout={self.dropout}"

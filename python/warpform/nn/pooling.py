@@ -1,0 +1,43 @@
+"""From packed tokens to one vector per sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..packing import Packing
+
+
+def first_tokens(hidden: Tensor, packing: Packing) -> Tensor:
+    """The first real token of every sequence: [total, hidden] -> [batch, hidden]; zeros for empty sequences."""
+    starts = packing.cu_seqlens[:-1].long()
+    if hidden.shape[0] == 0:
+        return hidden.new_zeros(starts.shape[0], hidden.shape[1])
+    rows = hidden[starts.clamp(max=hidden.shape[0] - 1)]
+    return torch.where((packing.lengths > 0).unsqueeze(1), rows, rows.new_zeros(()))
+
+
+def mean_pool(hidden: Tensor, packing: Packing) -> Tensor:
+    """The mean over the tokens of every sequence: [total, hidden] -> [batch, hidden]; zeros for empty sequences.
+
+    Sums are taken in float32 at least, and token after token, so that the result does not vary between runs.
+    """
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    # The rows past the last sequence, which a Packing with a capacity can have, belong to a segment of their own.
+    lengths = packing.lengths.long()
+    tail = hidden.shape[0] - lengths.sum(0, keepdim=True)
+    sums = torch.segment_reduce(wide, "sum", lengths=torch.cat([lengths, tail]), axis=0, unsafe=True)[:-1]
+    return (sums / lengths.clamp(min=1).unsqueeze(1)).to(hidden.dtype)
+
+
+class FirstTokenPooler(nn.Module):
+    """tanh(dense(first real token)), BERT's pooler: [total, hidden] -> [batch, hidden]; zeros for empty sequences."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, hidden: Tensor, packing: Packing) -> Tensor:
+        """hidden: [total, hidden]; returns [batch, hidden]."""
+        pooled = torch.tanh(self.dense(first_tokens(hidden, packing)))
+        return torch.where((packing.lengths > 0).unsqueeze(1), pooled, pooled.new_zeros(()))
