@@ -1,0 +1,161 @@
+"""doctor: right where all is well, and useful where much is broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import warpform
+from warpform import __main__, _library, doctor
+
+PACKAGE = Path(warpform.__file__).resolve().parent
+
+
+def run_doctor(*path: Path) -> tuple[int, dict, str]:
+    """Exit status, JSON report and text of doctor in processes whose sys.path begins with `path`."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "warpform", "doctor"]
+    as_json = subprocess.run([*command, "--json"], env=env, cwd=path[0], capture_output=True, text=True, timeout=120)
+    as_text = subprocess.run(command, env=env, cwd=path[0], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in as_json.stderr + as_text.stderr
+    assert as_json.returncode == as_text.returncode
+    return as_json.returncode, json.loads(as_json.stdout), as_text.stdout
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    shutil.copytree(PACKAGE, tmp_path / "copy" / "warpform", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "copy"
+
+
+def test_all_is_well(capsys):
+    assert doctor.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] and report["warpform"]["loaded"]
+    assert report["torch"]["version"] == torch.__version__
+    assert report["binary"]["version"] == warpform.__version__
+    assert {row["op"] for row in report["backends"]} == set(doctor.OPS)
+    tested = {row["op"].split()[0] for row in report["self_test"]}
+    assert tested == set(doctor.OPS)
+    assert report["self_test_seconds"] < 20
+
+
+def test_text_names_every_op(capsys):
+    assert doctor.main([]) == 0
+    text = capsys.readouterr().out
+    for op in doctor.OPS:
+        assert text.count(op) >= 2
+    assert "everything works" in text
+
+
+@pytest.mark.parametrize("text", ["raise OSError('libcudart.so.13: cannot open')", "__version__ = '2.1.0'"])
+def test_broken_torch(copy, tmp_path, text):
+    (tmp_path / "fake" / "torch").mkdir(parents=True)
+    (tmp_path / "fake" / "torch" / "__init__.py").write_text(text)
+    status, report, shown = run_doctor(tmp_path / "fake", copy)
+    assert status == 1 and not report["ok"]
+    assert "torch" in report["warpform"]["error"]
+    assert report["machine"]["cpu"]["cores"] >= 1
+    assert "NOT LOADED" in shown and "something is wrong" in shown
+
+
+def test_no_library(copy):
+    (copy / "warpform" / "libwarpform.so").unlink()
+    status, report, shown = run_doctor(copy)
+    assert status == 1
+    assert "does not exist" in report["warpform"]["error"]
+    assert report["torch"]["version"] == torch.__version__
+    assert {row["backend"] for row in report["backends"]} == {"none"}
+    assert "not run, the library is not loaded" in shown
+
+
+def test_a_wrong_op_is_found(monkeypatch, capsys):
+    right = warpform.ops.bias_gelu
+    monkeypatch.setattr(warpform.ops, "bias_gelu", lambda *a: right(*a) * (1 + 2**-18))
+    assert doctor.main(["--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    failed = {row["op"] for row in report["self_test"] if not row["ok"]}
+    assert failed == {"bias_gelu", "bias_gelu tanh"}
+    assert doctor.main([]) == 1
+    assert "FAILED: output is off by" in capsys.readouterr().out
+
+
+def test_an_op_that_raises_is_found(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(warpform.ops, "varlen_attention", broken)
+    rows = {row["op"]: row for row in doctor.examine()["self_test"]}
+    assert rows["varlen_attention"]["problem"] == "RuntimeError: broken on purpose"
+    assert rows["pack"]["ok"]
+
+
+def test_every_probe_is_guarded(monkeypatch):
+    def broken(*args):
+        raise ValueError("broken on purpose")
+
+    probes = ("_packages", "_torch", "_binary", "_cpu", "_nvidia_smi", "_driver", "_nvcc", "_backends", "_self_tests")
+    for probe in probes:
+        monkeypatch.setattr(doctor, probe, broken)
+    report = doctor.examine()
+    assert not report["ok"]
+    assert "\n".join(doctor._lines(report)).count("broken on purpose") >= 4
+
+
+@pytest.mark.parametrize(
+    "archs, capability, covered",
+    [
+        ("80 90a-real", "8.0", True),
+        ("80 90a-real", "8.9", True),
+        ("80 90a-real", "9.0", True),
+        ("80 90a-real", "12.0", True),
+        ("80 90a-real", "7.5", False),
+        ("90a-real", "10.0", False),
+        ("80-real", "9.0", False),
+        ("80-virtual", "8.0", True),
+        ("100f-real 120", "12.1", True),
+        ("", "8.0", False),
+    ],
+)
+def test_which_gpu_an_architecture_serves(archs, capability, covered):
+    assert doctor._covers(archs, capability) is covered
+
+
+def backends(monkeypatch, gpus: list[dict], binary: dict, backend: str = "auto") -> dict[str, tuple[str, str]]:
+    monkeypatch.setenv("WARPFORM_BACKEND", backend)
+    report = {"warpform": {"loaded": True}, "torch": {"cuda": "13.0", "gpus": gpus}, "binary": binary}
+    return {row["op"]: (row["backend"], row["why"]) for row in doctor._backends(report)}
+
+
+def test_backend_of_each_op(monkeypatch):
+    gpu = {"name": "GPU", "capability": "9.0"}
+    built = {"cuda": "13.0", "cuda_archs": "80 90a-real", "kernels": {"pack": [{"dtype": "any"}]}}
+    rows = backends(monkeypatch, [gpu], built)
+    assert rows["pack"] == ("cuda", "any")
+    assert rows["bias_gelu"] == ("reference", "has no kernel in this version")
+    assert backends(monkeypatch, [gpu], built, "reference")["pack"] == ("reference", "WARPFORM_BACKEND=reference")
+    assert backends(monkeypatch, [], built)["pack"] == ("reference", "CPU: torch sees no GPU")
+    assert backends(monkeypatch, [gpu], {"cuda": "", "kernels": {}})["pack"][1] == "the library was built without nvcc"
+    old = {"name": "GPU", "capability": "7.5"}
+    assert "compute capability 7.5" in backends(monkeypatch, [old], built)["pack"][1]
+
+
+def test_commands(capsys):
+    assert __main__.main([]) == 2
+    assert __main__.main(["--help"]) == 0
+    assert __main__.main(["bench"]) == 2
+    assert __main__.main(["docter"]) == 2
+    captured = capsys.readouterr()
+    assert "come in a later version" in captured.err and "unknown command 'docter'" in captured.err
+
+
+def test_library_is_where_doctor_says(capsys):
+    doctor.main(["--json"])
+    assert Path(json.loads(capsys.readouterr().out)["warpform"]["library"]) == _library.library_path()
