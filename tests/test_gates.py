@@ -1,0 +1,87 @@
+"""The gates on the built binary, each made to fail once on data that is wrong in one way."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+if not TOOLS.is_dir():
+    pytest.skip("needs a checkout", allow_module_level=True)
+sys.path.insert(0, str(TOOLS))
+
+import gates  # noqa: E402
+
+RESOURCES = """
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _Z4packv:
+  REG:8 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:360 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _Z4spilv:
+  REG:255 STACK:48 SHARED:0 LOCAL:16 CONSTANT[0]:360 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+SASS = """
+\t\tFunction : _Z4packv
+\t.headerflags\t@"EF_CUDA_SM80"
+        /*0000*/                   MOV R1, c[0x0][0x28] ;                   /* 0x00000a0000017a02 */
+                                                                            /* 0x000fe40000000f00 */
+        /*0010*/              @!P0 HMMA.16816.F32 R4, R2, R6, R4 ;          /* 0x0000000000027919 */
+        /*0020*/             @UP0  HMMA.16816.F32 R4, R2, R6, R4 ;          /* 0x0000000000027919 */
+\t\tFunction : _Z4spilv
+        /*0000*/                   EXIT ;                                   /* 0x0000000000027919 */
+"""
+
+
+def both(name: str, stack: int = 0, **opcodes: int) -> list[gates.Kernel]:
+    counts = Counter({key.replace("_", "."): value for key, value in opcodes.items()})
+    return [gates.Kernel(name, arch, stack, counts) for arch in gates.ARCHS]
+
+
+IMAGES = Counter({"sm_80": 2, "sm_90a": 2})
+
+
+def test_parsing():
+    assert gates.parse_resources(RESOURCES) == {"_Z4packv": 0, "_Z4spilv": 64}
+    opcodes = gates.parse_opcodes(SASS)
+    assert opcodes["_Z4packv"] == {"MOV": 1, "HMMA.16816.F32": 2}
+    assert opcodes["_Z4spilv"] == {"EXIT": 1}
+
+
+def test_architectures():
+    ptx = Counter({"sm_80": 2})
+    assert not gates.check_architectures(both("pack"), IMAGES, ptx, ()).problems
+    assert gates.check_architectures([], Counter(), Counter(), ()).problems
+    assert "pack is built for sm_80" in gates.check_architectures(both("pack")[:1], IMAGES, ptx, ()).problems[0]
+    assert (
+        "1 of 2 object files" in gates.check_architectures(both("pack"), IMAGES, Counter({"sm_80": 1}), ()).problems[0]
+    )
+    rule = gates.ArchRule("pack", ("sm_90a",), "uses wgmma")
+    assert not gates.check_architectures(both("pack")[1:] + both("b"), IMAGES, ptx, (rule,)).problems
+    assert gates.check_architectures(both("pack"), IMAGES, ptx, (rule,)).problems
+
+
+def test_stack():
+    assert not gates.check_stack(both("pack"), ()).problems
+    assert "uses 8 bytes" in gates.check_stack(both("pack", 8), ()).problems[0]
+    rule = gates.StackRule("pack", 8, "head_dim 256")
+    assert not gates.check_stack(both("pack", 8), (rule,)).problems
+    assert gates.check_stack(both("pack", 16), (rule,)).problems
+    assert gates.check_stack(both("other"), (rule,)).problems == ["the rule for /pack/ matches no kernel"]
+
+
+def test_instructions():
+    rule = gates.OpcodeRule("attention", r"HMMA\.")
+    assert not gates.check_opcodes(both("attention", HMMA_16816=4), (rule,)).problems
+    assert len(gates.check_opcodes(both("attention", FFMA=4), (rule,)).problems) == 2
+    assert gates.check_opcodes(both("pack"), (rule,)).problems
+
+
+def test_serialised_wgmma():
+    assert not gates.check_wgmma(both("k", HGMMA_64x64x16=8, WARPGROUP_DEPBAR=2)).problems
+    assert gates.check_wgmma(both("k", HGMMA_64x64x16=8, WARPGROUP_DEPBAR_LE=8)).problems
+    assert not gates.check_wgmma(both("k", HMMA_16816=8)).problems

@@ -1,0 +1,282 @@
+"""Gates on the built binary that need no GPU: architectures, stack, tensor-core instructions, serialised wgmma.
+
+    python tools/gates.py [libwarpform.so]
+
+Reads the binary with cuobjdump (Python packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm, or a toolkit's), not a
+compiler's log, because a cached build prints none. Prints a table; exits 0 only if every gate passed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "python" / "warpform" / "libwarpform.so"
+
+# Every kernel must exist as machine code for each of these, and every object file must carry PTX for later GPUs.
+ARCHS = ("sm_80", "sm_90a")
+PTX_ARCH = "sm_80"
+
+
+@dataclass(frozen=True)
+class StackRule:
+    """Kernels that may use stack: up to `size` bytes in `archs`, because of `reason`."""
+
+    kernel: str
+    size: int
+    reason: str
+    archs: tuple[str, ...] = ARCHS
+
+
+@dataclass(frozen=True)
+class OpcodeRule:
+    """Kernels whose point is an instruction: `opcode` (a regular expression) must occur in each of `archs`."""
+
+    kernel: str
+    opcode: str
+    archs: tuple[str, ...] = ARCHS
+
+
+@dataclass(frozen=True)
+class ArchRule:
+    """Kernels that exist for `archs` only, because of `reason`."""
+
+    kernel: str
+    archs: tuple[str, ...]
+    reason: str
+
+
+# `kernel` is a regular expression, searched in the demangled name. A rule that matches no kernel fails its gate.
+STACK: tuple[StackRule, ...] = (
+    StackRule(
+        r"varlen_attention_backward_keys<\w+, 256,",
+        24,
+        "128 columns of dK and dV and 256 columns of operands: some addresses live in local memory",
+        ("sm_80",),
+    ),
+)
+ATTENTION = r"varlen_attention_(forward|backward_keys|backward_queries)<"
+VECTORS = r"(gather_(long|short)_rows<uint4,|(bias_gelu|layer_norm)(_backward)?_kernel<(float, 4|\w+, 8),)"
+OPCODES: tuple[OpcodeRule, ...] = (
+    OpcodeRule(ATTENTION, r"HMMA\.16816\.F32"),  # tensor cores, accumulating in float32
+    OpcodeRule(ATTENTION, r"LDSM\."),  # ldmatrix
+    OpcodeRule(ATTENTION, r"LDGSTS\."),  # cp.async
+    OpcodeRule(VECTORS, r"LDG\..*128"),  # 16 bytes a thread
+    OpcodeRule(VECTORS, r"STG\..*128"),
+)
+ONLY: tuple[ArchRule, ...] = ()
+
+
+@dataclass
+class Kernel:
+    """One kernel in one architecture: stack in bytes, and how often each opcode occurs."""
+
+    name: str
+    arch: str
+    stack: int = 0
+    opcodes: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    gate: str
+    problems: list[str]
+    summary: str
+
+
+# ---- reading ----
+
+
+def find_cuobjdump() -> str | None:
+    """cuobjdump of the Python packages, else of a toolkit."""
+    try:
+        spec = importlib.util.find_spec("nvidia")
+    except (ImportError, ValueError):
+        spec = None
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("cu[0-9]*/bin/cuobjdump"), reverse=True):
+            return str(path)
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    return shutil.which("cuobjdump") or shutil.which(str(Path(home) / "bin" / "cuobjdump"))
+
+
+def run(command: list[str], cwd: str | None = None) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"gates: {' '.join(command)} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def demangle(names: list[str]) -> list[str]:
+    tool = shutil.which("c++filt")
+    if not tool or not names:
+        return names
+    done = subprocess.run([tool], input="\n".join(names), stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def parse_resources(text: str) -> dict[str, int]:
+    """Stack bytes by kernel, of `cuobjdump -res-usage` of one cubin. LOCAL is stack too, under another name."""
+    usage = {}
+    for name, stack, local in re.findall(r"Function (\S+):\s*\n[^\n]*?STACK:(\d+)[^\n]*?LOCAL:(\d+)", text):
+        usage[name] = int(stack) + int(local)
+    return usage
+
+
+def parse_opcodes(text: str) -> dict[str, Counter[str]]:
+    """Opcodes by kernel, of `cuobjdump -sass` of one cubin."""
+    kernels: dict[str, Counter[str]] = {}
+    current: Counter[str] | None = None
+    for line in text.splitlines():
+        function = re.match(r"\s*Function : (\S+)", line)
+        if function:
+            current = kernels.setdefault(function[1], Counter())
+            continue
+        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line)
+        if instruction and current is not None:
+            current[instruction[1]] += 1
+    return kernels
+
+
+def read_cubin(tool: str, path: Path) -> list[Kernel]:
+    arch = re.search(r"\.(sm_\w+)\.cubin$", path.name)
+    name = arch[1] if arch else "unknown"
+    usage = parse_resources(run([tool, "-res-usage", str(path)]))
+    opcodes = parse_opcodes(run([tool, "-sass", str(path)]))
+    return [Kernel(kernel, name, stack, opcodes.get(kernel, Counter())) for kernel, stack in usage.items()]
+
+
+def read_library(tool: str, library: Path) -> tuple[list[Kernel], Counter[str], Counter[str]]:
+    """All kernels, and how many machine-code and PTX images there are by architecture."""
+    images = re.findall(r"^ELF file.*\.(sm_\w+)\.cubin$", run([tool, "-lelf", str(library)]), re.MULTILINE)
+    ptx = re.findall(r"^PTX file.*\.(sm_\w+)\.ptx$", run([tool, "-lptx", str(library)]), re.MULTILINE)
+    kernels: list[Kernel] = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        run([tool, "-xelf", "all", str(library.resolve())], cwd=folder)
+        for found in pool.map(lambda path: read_cubin(tool, path), sorted(Path(folder).glob("*.cubin"))):
+            kernels += found
+    for kernel, name in zip(kernels, demangle([kernel.name for kernel in kernels]), strict=True):
+        kernel.name = name
+    return kernels, Counter(images), Counter(ptx)
+
+
+# ---- gates ----
+
+
+def short(name: str) -> str:
+    """A kernel's name without its parameters."""
+    return re.sub(r"\(.*", "", name.removeprefix("void "))[:100]
+
+
+def stale(
+    rules: tuple[StackRule, ...] | tuple[OpcodeRule, ...] | tuple[ArchRule, ...], kernels: list[Kernel]
+) -> list[str]:
+    return [
+        f"the rule for /{rule.kernel}/ matches no kernel"
+        for rule in rules
+        if not any(re.search(rule.kernel, kernel.name) for kernel in kernels)
+    ]
+
+
+def check_architectures(
+    kernels: list[Kernel], images: Counter[str], ptx: Counter[str], only: tuple[ArchRule, ...] = ONLY
+) -> Verdict:
+    problems = stale(only, kernels)
+    by_name: dict[str, set[str]] = {}
+    for kernel in kernels:
+        by_name.setdefault(kernel.name, set()).add(kernel.arch)
+    if not by_name:
+        problems.append("the library holds no kernel")
+    for name, archs in by_name.items():
+        wanted = next((set(rule.archs) for rule in only if re.search(rule.kernel, name)), set(ARCHS))
+        if archs != wanted:
+            problems.append(f"{short(name)} is built for {', '.join(sorted(archs))}, not {', '.join(sorted(wanted))}")
+    for arch in ARCHS:
+        if not images[arch]:
+            problems.append(f"no machine code for {arch}")
+    if ptx[PTX_ARCH] < images[PTX_ARCH] or not ptx[PTX_ARCH]:
+        problems.append(f"{ptx[PTX_ARCH]} of {images[PTX_ARCH]} object files carry PTX for {PTX_ARCH}")
+    summary = f"{len(by_name)} kernels in {', '.join(ARCHS)}; PTX of {PTX_ARCH} in {ptx[PTX_ARCH]} files"
+    return Verdict("architectures", problems, summary)
+
+
+def check_stack(kernels: list[Kernel], rules: tuple[StackRule, ...] = STACK) -> Verdict:
+    problems = stale(rules, kernels)
+    allowed = 0
+    for kernel in kernels:
+        limit = max(
+            (rule.size for rule in rules if kernel.arch in rule.archs and re.search(rule.kernel, kernel.name)),
+            default=0,
+        )
+        allowed += 0 < kernel.stack <= limit
+        if kernel.stack > limit:
+            problems.append(
+                f"{short(kernel.name)} ({kernel.arch}) uses {kernel.stack} bytes of stack, allowed are {limit}"
+            )
+    none = sum(kernel.stack == 0 for kernel in kernels)
+    return Verdict("stack", problems, f"{none} of {len(kernels)} use none, {allowed} what is listed for them")
+
+
+def check_opcodes(kernels: list[Kernel], rules: tuple[OpcodeRule, ...] = OPCODES) -> Verdict:
+    problems = stale(rules, kernels)
+    checked: set[tuple[str, str]] = set()
+    for rule in rules:
+        for kernel in kernels:
+            if kernel.arch in rule.archs and re.search(rule.kernel, kernel.name):
+                checked.add((kernel.name, kernel.arch))
+                if not any(re.match(rule.opcode, opcode) for opcode in kernel.opcodes):
+                    problems.append(f"{short(kernel.name)} ({kernel.arch}) has no /{rule.opcode}/")
+    return Verdict(
+        "instructions", problems, f"{len(checked)} kernels checked" if checked else "no kernel is listed yet"
+    )
+
+
+def check_wgmma(kernels: list[Kernel]) -> Verdict:
+    """ptxas serialises wgmma by a wait behind every one, where written code has one wait for a group of them."""
+    problems = []
+    users = 0
+    for kernel in kernels:
+        products = sum(
+            count for opcode, count in kernel.opcodes.items() if opcode.startswith(("HGMMA", "QGMMA", "IGMMA"))
+        )
+        waits = sum(count for opcode, count in kernel.opcodes.items() if opcode.startswith("WARPGROUP.DEPBAR"))
+        users += products > 0
+        if products > 1 and waits >= products:
+            problems.append(f"{short(kernel.name)} ({kernel.arch}) waits {waits} times for {products} wgmma")
+    return Verdict("wgmma", problems, f"{users} kernels, none serialised" if users else "no kernel uses it yet")
+
+
+def main(arguments: list[str]) -> int:
+    library = Path(arguments[0]) if arguments else LIBRARY
+    if not library.is_file():
+        raise SystemExit(f"gates: {library} does not exist; run make build")
+    tool = find_cuobjdump()
+    if tool is None:
+        raise SystemExit("gates: cuobjdump is missing; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    kernels, images, ptx = read_library(tool, library)
+    verdicts = [
+        check_architectures(kernels, images, ptx),
+        check_stack(kernels),
+        check_opcodes(kernels),
+        check_wgmma(kernels),
+    ]
+    print(f"{'gate':14} {'result':7} {library.name}")
+    for verdict in verdicts:
+        print(f"{verdict.gate:14} {'FAILED' if verdict.problems else 'ok':7} {verdict.summary}")
+        for problem in verdict.problems:
+            print(f"{'':22} {problem}")
+    return 1 if any(verdict.problems for verdict in verdicts) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
