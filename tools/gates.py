@@ -57,14 +57,7 @@ class ArchRule:
 
 
 # `kernel` is a regular expression, searched in the demangled name. A rule that matches no kernel fails its gate.
-STACK: tuple[StackRule, ...] = (
-    StackRule(
-        r"varlen_attention_backward_keys<\w+, 256,",
-        24,
-        "128 columns of dK and dV and 256 columns of operands: some addresses live in local memory",
-        ("sm_80",),
-    ),
-)
+STACK: tuple[StackRule, ...] = ()
 ATTENTION = r"varlen_attention_(forward|backward_keys|backward_queries)<"
 VECTORS = r"(gather_(long|short)_rows<uint4,|(bias_gelu|layer_norm)(_backward)?_kernel<(float, 4|\w+, 8),)"
 OPCODES: tuple[OpcodeRule, ...] = (

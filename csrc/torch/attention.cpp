@@ -76,17 +76,32 @@ const char* no_kernel(const Arguments& a, bool backward) {
   if (a.q.scalar_type() != ScalarType::Half && a.q.scalar_type() != ScalarType::BFloat16) {
     return "the kernels take float16 and bfloat16";
   }
-  const double scale = a.softmax_scale.value_or(1);
-  if (!(scale > 0) || !std::isfinite(scale)) return "softmax_scale is not positive";
+  const auto scale = static_cast<float>(a.softmax_scale.value_or(1));
+  if (!(scale > 0) || !std::isnormal(scale) || scale > 1e30f) return "softmax_scale is not a positive float32";
   if (a.q.size(0) > kMaxTokens || a.k.size(0) > kMaxTokens) return "more than 2^30 tokens";
   if (a.q.size(1) > 65535) return "more than 65535 heads";
   return attention_unsupported(static_cast<int>(std::min<int64_t>(a.q.size(2), INT32_MAX)), backward);
 }
 
-// The kernels copy 16 bytes at a time: what is not aligned for that, or has gaps between its elements, is copied first.
-Tensor readable(const Tensor& t) { return aligned(t) ? t : torch::stable::clone(torch::stable::contiguous(t)); }
+// The kernels copy 16 bytes at a time. A copy of q, k or v would cost as much as some calls do, so it is left to the
+// caller.
+void check_aligned(const char* op, const char* name, const Tensor& t) {
+  check(t.size(2) <= 1 || t.stride(2) == 1, op, ": ", name,
+        " must be contiguous in its last dimension; call .contiguous()");
+  check(aligned(t), op, ": ", name,
+        " must be 16-byte aligned, its rows and heads too, got a slice that is not; call .clone()");
+}
 
-HeadsView view(const Launch& launch, const Tensor& t) { return {launch.in(t), t.stride(0), t.stride(1)}; }
+// Gradients come as autograd made them, expanded for instance: what the kernels cannot read is copied first.
+Tensor readable(const Tensor& t) {
+  if (aligned(t)) return t;
+  return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
+}
+
+HeadsView view(const Launch& launch, const Tensor& t) {
+  // The stride of a dimension of one element means nothing and may be odd; no address is made of it.
+  return {launch.in(t), t.size(0) > 1 ? t.stride(0) : 0, t.size(1) > 1 ? t.stride(1) : 0};
+}
 
 AttentionProblem problem(const Launch& launch, const Arguments& a) {
   const auto head_dim = static_cast<int>(a.q.size(2));
@@ -137,18 +152,18 @@ ForwardResult varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q
               alibi_slopes,
               deterministic};
   check_arguments(kOp, a);
+  const Launch launch(kOp, q);  // what a kernel needs is asked of the tensors' own GPU
   const char* reason = reference_requested() ? kReferenceRequested : no_kernel(a, /*backward=*/false);
   if (reason != nullptr) {
     return call_reference<Tensor, Tensor>(kOp, reason, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                                           softmax_scale, causal, window_left, window_right, softcap, alibi_slopes,
                                           deterministic);
   }
-  a.q = readable(q);
-  a.k = readable(k);
-  a.v = readable(v);
+  check_aligned(kOp, "q", q);
+  check_aligned(kOp, "k", k);
+  check_aligned(kOp, "v", v);
   ForwardResult result{empty(kOp, sizes_of(q), q.scalar_type(), q),
                        empty(kOp, {q.size(1), q.size(0)}, ScalarType::Float, q)};
-  const Launch launch(kOp, q);
   launch_varlen_attention({.problem = problem(launch, a),
                            .out = launch.out(std::get<0>(result)),
                            .lse = launch.out<float>(std::get<1>(result))},
@@ -186,6 +201,7 @@ BackwardResult varlen_attention_backward(Tensor dout, std::optional<Tensor> dlse
           kOp, ": ", name, " must have the shape and dtype of q, ", Got{q}, ", got ", Got{t});
     check_same_device(kOp, name, t, q);
   }
+  const Launch launch(kOp, q);  // what a kernel needs is asked of the tensors' own GPU
   const char* reason = reference_requested() ? kReferenceRequested : no_kernel(a, /*backward=*/true);
   if (reason != nullptr) {
     return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dout, dlse, q, k, v, out, lse, cu_seqlens_q,
@@ -203,15 +219,14 @@ BackwardResult varlen_attention_backward(Tensor dout, std::optional<Tensor> dlse
     check_rows("dlse", *dlse);
     dlse = torch::stable::contiguous(*dlse);
   }
-  a.q = readable(q);
-  a.k = readable(k);
-  a.v = readable(v);
+  check_aligned(kOp, "q", q);
+  check_aligned(kOp, "k", k);
+  check_aligned(kOp, "v", v);
   dout = readable(dout);
   out = readable(out);
   BackwardResult result{empty(kOp, sizes_of(q), q.scalar_type(), q), empty(kOp, sizes_of(k), q.scalar_type(), q),
                         empty(kOp, sizes_of(v), q.scalar_type(), q)};
   const Tensor delta = empty(kOp, {q.size(1), q.size(0)}, ScalarType::Float, q);
-  const Launch launch(kOp, q);
   const AttentionProblem shared = problem(launch, a);
   const DqMode mode = attention_backward_dq_mode(shared, deterministic);
   const Tensor accumulator = mode == DqMode::kAccumulate ? empty(kOp, sizes_of(q), ScalarType::Float, q)

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers import cases, checks
+from helpers import cases, checks, oracle
 from helpers.cases import AttentionCase, attention_inputs
+from helpers.compare import assert_close
 
 DTYPES = (torch.float16, torch.bfloat16)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -132,6 +133,24 @@ def test_causal_is_aligned_at_the_end(simt: Any) -> None:
     torch.testing.assert_close(lse, torch.tensor([[math.log(3), math.log(4)]]))
 
 
+@pytest.mark.parametrize(
+    "mode", ({}, {"causal": True}, {"softcap": 3.0, "slopes": "heads"}), ids=("plain", "causal", "biased")
+)
+def test_lse_is_as_exact_as_float32(simt: Any, mode: dict[str, Any]) -> None:
+    """It is float32 whatever q and k are, and is judged as float32: gradients and ring attention start from it."""
+    case = AttentionCase("", (130, 1, 70), head_dim=64, score_spread=8.0, **mode)
+    x = attention_inputs(case, torch.bfloat16)
+    where = (x.cu_seqlens_q, x.cu_seqlens_k, x.max_seqlen_q, x.max_seqlen_k)
+    _, lse = simt.varlen_attention(x.q, x.k, x.v, *where, **x.options)
+    truth, eager = (
+        oracle.varlen_attention(
+            x.q.to(t), x.k.to(t), x.v.to(t), list(case.lengths_q), list(case.keys), **x.oracle_options
+        )[1]
+        for t in (torch.float64, torch.float32)
+    )
+    assert_close("lse", lse, truth, eager)
+
+
 def test_windows_are_inclusive(simt: Any) -> None:
     q = torch.zeros(5, 1, 8, dtype=torch.float16)
     v = torch.eye(5, 8, dtype=torch.float16)[:, None]
@@ -152,6 +171,14 @@ def test_rows_that_see_nothing(simt: Any) -> None:
         assert (out[:65] == 0).all() and (lse[:, :65] == -math.inf).all() and (dq[:65] == 0).all()
         assert all(t.isfinite().all() for t in (out[65:], lse[:, 65:], dq[65:], dv))
         assert poison is not None or dk.isfinite().all()
+
+
+def test_infinite_values_stay_out_of_rows_that_see_nothing(simt: Any) -> None:
+    case = AttentionCase("", (6,), (2,), head_dim=16, causal=True)
+    x = attention_inputs(case, torch.bfloat16)
+    x.v[1] = float("inf")
+    out, *_ = _call(simt, case, q=x.q, k=x.k, v=x.v)
+    assert (out[:4] == 0).all() and (out[5] == float("inf")).all()
 
 
 def test_other_sequences_do_not_leak(simt: Any) -> None:
@@ -203,18 +230,28 @@ def test_tokens_past_max_seqlen_take_no_part(simt: Any, deterministic: bool) -> 
         assert t.isfinite()[:limit].all() and (t[:limit] != 0).any()
 
 
-def test_misaligned_slices_are_copied(simt: Any) -> None:
-    """q, k and v from places that are not 16-byte aligned, and with gaps between elements."""
+def test_misaligned_slices_are_refused(simt: Any) -> None:
+    """From a place that is not 16-byte aligned, with gaps between elements, with odd rows; gradients are copied."""
     case = AttentionCase("", (30, 11), head_dim=24)
     x = attention_inputs(case, torch.bfloat16)
-    expected = _call(simt, case, q=x.q, k=x.k, v=x.v)[:2]
-    shifted = torch.zeros(x.q.numel() + 3, dtype=torch.bfloat16)[3:].view_as(x.q).copy_(x.q)
-    spread = torch.zeros(*x.k.shape, 2, dtype=torch.bfloat16)[..., 0].copy_(x.k)
-    odd_rows = (
-        torch.zeros(x.v.size(0), x.v.size(1) * 24 + 1, dtype=torch.bfloat16)[:, 1:].unflatten(1, (-1, 24)).copy_(x.v)
+    shifted = torch.zeros(x.q.numel() + 3, dtype=torch.bfloat16)[3:].view_as(x.q)
+    spread = torch.zeros(*x.k.shape, 2, dtype=torch.bfloat16)[..., 0]
+    odd_rows = torch.zeros(x.v.size(0), x.v.size(1) * 24 + 1, dtype=torch.bfloat16)[:, :-1].unflatten(1, (-1, 24))
+    with pytest.raises(RuntimeError, match=r"varlen_attention: q must be 16-byte aligned, .* call \.clone\(\)"):
+        _call(simt, case, q=shifted)
+    with pytest.raises(RuntimeError, match=r"k must be contiguous in its last dimension; call \.contiguous\(\)"):
+        _call(simt, case, k=spread)
+    with pytest.raises(RuntimeError, match="v must be 16-byte aligned"):
+        _call(simt, case, v=odd_rows)
+
+    out, lse, *_ = _call(simt, case, q=x.q, k=x.k, v=x.v)
+    where = (x.cu_seqlens_q, x.cu_seqlens_k, x.max_seqlen_q, x.max_seqlen_k)
+    ones = torch.ones((), dtype=torch.bfloat16)
+    expanded, plain = (
+        simt.varlen_attention_backward(dout, None, x.q, x.k, x.v, out, lse, *where)
+        for dout in (ones.expand_as(out), ones.expand_as(out).contiguous())
     )
-    actual = _call(simt, case, q=shifted, k=spread, v=odd_rows)[:2]
-    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expanded, plain, strict=True))
 
 
 def test_kernel_table_lists_what_runs(simt: Any) -> None:
@@ -234,7 +271,8 @@ def test_kernel_table_lists_what_runs(simt: Any) -> None:
     [
         ({"head_dim": 7}, "no kernel: head_dim is not a multiple of 8 up to 256"),
         ({"head_dim": 264}, "no kernel: head_dim is not a multiple of 8 up to 256"),
-        ({"softmax_scale": -1.0}, "no kernel: softmax_scale is not positive"),
+        ({"softmax_scale": -1.0}, "no kernel: softmax_scale is not a positive float32"),
+        ({"softmax_scale": 1e-46}, "no kernel: softmax_scale is not a positive float32"),
         ({"window_size_left": -2}, r"window_size must be at least -1 on both sides, got \(-2, -1\)"),
         ({"softcap": -1.0}, "softcap must not be negative, got -1"),
         ({"max_seqlen_k": -1}, "max_seqlen_q and max_seqlen_k must not be negative"),

@@ -29,10 +29,10 @@ __device__ __forceinline__ float lse_exponent(float lse) {
   return lse == negative_infinity() ? INFINITY : lse * kLog2e;
 }
 
-// delta = rowsum(dO * O) - dlse for every query and head, and zeros for the sums of dQ. A row takes kHeadDim / 8 lanes.
+// delta = rowsum(dO * O) - dlse for every query and head, and zeros for the sums of dQ. A row takes 8, 16 or 32 lanes.
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(256) varlen_attention_delta(const __grid_constant__ AttentionBackwardParams params) {
-  constexpr int kLanes = kHeadDim / kChunk;
+  constexpr int kLanes = tile_cols(kHeadDim) / kChunk;
   const AttentionProblem& p = params.problem;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * (256 / kLanes) + static_cast<int>(threadIdx.x) / kLanes;
   const int64_t rows = static_cast<int64_t>(p.total_q) * p.heads_q;
@@ -87,7 +87,7 @@ template <int kThreads, class T>
 __device__ __forceinline__ void write_zero_rows(void* data, int heads, int head, int head_dim, int row, int rows,
                                                 int col, int cols) {
   const int row_chunks = ceil_div(min(cols, head_dim - col), kChunk);
-  for (int i = static_cast<int>(threadIdx.x); i < rows * row_chunks; i += kThreads) {
+  for (int64_t i = threadIdx.x; i < int64_t{rows} * row_chunks; i += kThreads) {
     const int64_t r = (static_cast<int64_t>(row) + i / row_chunks) * heads + head;
     T* to = static_cast<T*>(data) + r * head_dim + col + i % row_chunks * kChunk;
     store_global(reinterpret_cast<uint4*>(to), uint4{0, 0, 0, 0});
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
   constexpr int kDqWarpCols = kOutCols / (kWarps / (kBlockM / 16));
   constexpr int kDqParts = ceil_div(kDqWarpCols, 64);
   constexpr int kDq = kDqWarpCols / kDqParts / 8;
-  constexpr int kDpTiles = kHeadDim == 64 ? kM : Score::kPlain ? kM / 2 : kM / 4;
+  constexpr int kDpTiles = kHeadDim <= 64 ? kM : Score::kPlain ? kM / 2 : kM / 4;
   static_assert(kBlockN == 16 * kWarps, "16 keys a warp");
   static_assert(kBlockM == 64, "dS is one swizzled tile of 64 columns");
   const AttentionProblem& p = params.problem;
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
     return;
   }
 
-  using Tile = SharedTile<kHeadDim>;
+  using Tile = SharedTile<tile_cols(kHeadDim)>;
   const Tile tile_k{shared_base()};
   const Tile tile_v{tile_k.base + Tile::bytes(kBlockN)};
   const uint32_t stages = tile_v.base + Tile::bytes(kBlockN);
@@ -164,9 +164,9 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
     const T* q = static_cast<const T*>(p.q.data) + first * p.q.row_stride + head * p.q.head_stride;
     const T* d =
         static_cast<const T*>(params.dout.data) + first * params.dout.row_stride + head * params.dout.head_stride;
-    copy_tile_async<kBlockM, kThreads>(Tile{base}, q, p.q.row_stride, q_length - row, p.head_dim);
-    copy_tile_async<kBlockM, kThreads>(Tile{base + Tile::bytes(kBlockM)}, d, params.dout.row_stride, q_length - row,
-                                       p.head_dim);
+    copy_tile_async<kBlockM, kHeadDim, kThreads>(Tile{base}, q, p.q.row_stride, q_length - row, p.head_dim);
+    copy_tile_async<kBlockM, kHeadDim, kThreads>(Tile{base + Tile::bytes(kBlockM)}, d, params.dout.row_stride,
+                                                 q_length - row, p.head_dim);
     cp_async_commit();
     const int i = static_cast<int>(threadIdx.x);
     if (i < kBlockM) {
@@ -178,8 +178,8 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
     }
   };
 
-  copy_tile_async<kBlockN, kThreads>(tile_k, k, p.k.row_stride, live_keys, p.head_dim);
-  copy_tile_async<kBlockN, kThreads>(tile_v, v, p.v.row_stride, live_keys, p.head_dim);
+  copy_tile_async<kBlockN, kHeadDim, kThreads>(tile_k, k, p.k.row_stride, live_keys, p.head_dim);
+  copy_tile_async<kBlockN, kHeadDim, kThreads>(tile_v, v, p.v.row_stride, live_keys, p.head_dim);
   copy_queries(head_kv * group, m_first * kBlockM, 0);
 
   const int warp_key = warp_id() * 16;
@@ -212,9 +212,10 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
     const uint32_t rows = rows_base + step % kStages * 2 * kBlockM * 4;
     const Score score(p, pair, tile.sequence, head);
 
-    float ds[1][kM][4] = {};
+    uint32_t packed_ds[1][kM / 2][4] = {};
     if (warp_has_keys) {
-      mma_abt<T>(ds, tile_k, warp_key, tile_q, 0, p.head_dim);
+      float ds[1][kM][4] = {};
+      mma_abt<T, kHeadDim>(ds, tile_k, warp_key, tile_q, 0, p.head_dim);
       const bool masked = block_row < seeing_queries(pair, block_key + live_keys - 1).first ||
                           block_row + kBlockM > seeing_queries(pair, block_key).last ||
                           block_key + warp_key + 16 > pair.k_limit;
@@ -231,7 +232,7 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
       score.visit(block_row + 2 * t, block_key + warp_key + g, [&](const auto& term) {
 #pragma unroll
         for (int s = 0; s < kM / 2; ++s) {
-          uint32_t a[1][4];
+          uint32_t a[4];
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int n = 2 * s + half;
@@ -244,10 +245,16 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
               probability[e] = exp2_approx(x * score.factor() - lse[e % 2]);
               ds[0][n][e] = probability[e] * slope;
             }
-            a[0][2 * half] = pack2<T>(probability[0], probability[1]);
-            a[0][2 * half + 1] = pack2<T>(probability[2], probability[3]);
+            a[2 * half] = pack2<T>(probability[0], probability[1]);
+            a[2 * half + 1] = pack2<T>(probability[2], probability[3]);
           }
-          mma_ab_step<T>(dv, a, tile_do, 16 * s, out_col, p.head_dim);
+          mma_ab<T, 1>(
+              dv,
+              [&](int, int, uint32_t (&fragment)[4]) {
+#pragma unroll
+                for (int r = 0; r < 4; ++r) fragment[r] = a[r];
+              },
+              tile_do, 16 * s, out_col, p.head_dim);
         }
       });
 
@@ -255,7 +262,7 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
 #pragma unroll
       for (int first = 0; first < kM; first += kDpTiles) {
         float dp[1][kDpTiles][4] = {};
-        mma_abt<T>(dp, tile_v, warp_key, tile_do, 8 * first, p.head_dim);
+        mma_abt<T, kHeadDim>(dp, tile_v, warp_key, tile_do, 8 * first, p.head_dim);
 #pragma unroll
         for (int c = 0; c < kDpTiles; ++c) {
           const int n = first + c;
@@ -269,12 +276,13 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
           }
         }
       }
-      mma_accumulator_b<T>(dk, ds, tile_q, out_col, p.head_dim);
+      pack_accumulators<T>(packed_ds, ds);
+      mma_packed_b<T>(dk, packed_ds, tile_q, out_col, p.head_dim);
     }
 
     if (params.dq_mode != DqMode::kSeparate) {
       // dS^T, keys as rows; a warp without keys writes zeros.
-      store_accumulators<T>(tile_ds, warp_key, 0, ds[0], 1.f, 1.f);
+      store_packed(tile_ds, warp_key, packed_ds[0]);
       block_sync();
       const uint32_t lane = opaque(lane_offset_quarters<kBlockM>());
       const int dq_row = warp_id() % (kBlockM / 16) * 16;
@@ -282,29 +290,30 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
       for (int part = 0; part < kDqParts; ++part) {
         const int dq_col = out_col + (warp_id() / (kBlockM / 16) * kDqParts + part) * (kDq * 8);
         float dq[1][kDq][4] = {};
-#pragma unroll
-        for (int s = 0; s < kBlockN / 16; ++s) {
-          if (16 * s < live_keys) {
-            uint32_t a[1][4];
-            load_a_transposed(a[0], tile_ds, lane, 16 * s, dq_row);
-            mma_ab_step<T>(dq, a, tile_k, 16 * s, dq_col, p.head_dim);
-          }
-        }
+        // dS is zero where there are no keys, and so is K.
+        mma_ab<T, kBlockN / 16>(
+            dq, [&](int, int s, uint32_t (&a)[4]) { load_a_transposed(a, tile_ds, lane, 16 * s, dq_row); }, tile_k, 0,
+            dq_col, p.head_dim);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int row = block_row + dq_row + 8 * r + g;
           if (row >= q_length) continue;
           const int64_t at = ((static_cast<int64_t>(q_begin) + row) * p.heads_q + head) * p.head_dim + dq_col + 2 * t;
+          if (params.dq_mode == DqMode::kDirect) {
+            T* to = static_cast<T*>(params.dq) + at;
 #pragma unroll
-          for (int n = 0; n < kDq; ++n) {
-            if (dq_col + 8 * n >= p.head_dim) continue;
-            const float x = dq[0][n][2 * r], y = dq[0][n][2 * r + 1];
-            if (params.dq_mode == DqMode::kDirect) {
-              T* to = static_cast<T*>(params.dq) + at + 8 * n;
-              store_global(reinterpret_cast<uint32_t*>(to), pack2<T>(x * p.softmax_scale, y * p.softmax_scale));
-            } else {
-              atomic_add_global(params.dq_accumulator + at + 8 * n, x);
-              atomic_add_global(params.dq_accumulator + at + 8 * n + 1, y);
+            for (int n = 0; n < kDq; ++n) {
+              const uint32_t pair = pack2<T>(dq[0][n][2 * r] * p.softmax_scale, dq[0][n][2 * r + 1] * p.softmax_scale);
+              if (dq_col + 8 * n < p.head_dim) store_global(reinterpret_cast<uint32_t*>(to + 8 * n), pair);
+            }
+          } else {
+            float* to = params.dq_accumulator + at;
+#pragma unroll
+            for (int n = 0; n < kDq; ++n) {
+              if (dq_col + 8 * n < p.head_dim) {
+                atomic_add_global(to + 8 * n, dq[0][n][2 * r]);
+                atomic_add_global(to + 8 * n + 1, dq[0][n][2 * r + 1]);
+              }
             }
           }
         }

@@ -23,11 +23,11 @@ void launch_backward_score(const AttentionBackwardParams& params, void* stream) 
   constexpr const char* kName = "varlen_attention_backward";
   const AttentionProblem& p = params.problem;
   const int64_t rows = static_cast<int64_t>(p.total_q) * p.heads_q;
-  launch<varlen_attention_delta<T, kHeadDim>>(kName, dim3(ceil_div(rows, int64_t{256 / (kHeadDim / kChunk)})), 256, 0,
-                                              stream, params);
+  launch<varlen_attention_delta<T, kHeadDim>>(
+      kName, dim3(ceil_div(rows, int64_t{256 / (tile_cols(kHeadDim) / kChunk)})), 256, 0, stream, params);
   // In the bucket of 256 both are the same tile; at 128 columns a score bias and the large tile do not fit the
   // registers.
-  if constexpr (kHeadDim == 64 || (kHeadDim == 128 && Score::kPlain)) {
+  if constexpr (kHeadDim <= 64 || (kHeadDim <= 128 && Score::kPlain)) {
     if (backward_is_small(p)) {
       launch_backward_keys<T, kHeadDim, true, Score>(params, stream);
     } else {
@@ -50,11 +50,10 @@ void launch_backward_score(const AttentionBackwardParams& params, void* stream) 
 
 template <class T, int kHeadDim>
 void launch_backward_type(const AttentionBackwardParams& params, void* stream) {
-  if (has_score_bias(params.problem)) {
-    launch_backward_score<T, kHeadDim, BiasedScore>(params, stream);
-  } else {
-    launch_backward_score<T, kHeadDim, PlainScore>(params, stream);
+  if constexpr (head_dim_bucket(kHeadDim, true) == kHeadDim) {
+    if (has_score_bias(params.problem)) return launch_backward_score<T, kHeadDim, BiasedScore>(params, stream);
   }
+  launch_backward_score<T, kHeadDim, PlainScore>(params, stream);
 }
 
 template <int kHeadDim>

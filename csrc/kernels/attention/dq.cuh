@@ -1,6 +1,7 @@
 // dQ of a block of queries, for deterministic=True: the owner of the queries recomputes the scores against all keys
-// that they see and adds in a fixed order, so nothing is summed with atomics. Three products more than backward.cuh
-// does alone with DqMode::kAccumulate save two of dQ's: 14 FLOP x head_dim a visible pair in all instead of 10.
+// that they see and adds in a fixed order, so nothing is summed with atomics. Three products here and four in
+// backward.cuh instead of its five with DqMode::kAccumulate: 14 FLOP x head_dim a visible pair instead of 10 (18 and 14
+// in the bucket of 256).
 //
 // Tile      64 queries of one sequence and head, 16 a warp, against 64 keys at a time.
 // Loads     all threads, 16-byte cp.async: Q and dO once; V arrives while S runs, the next K only when dS K is done.
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(32 * dq_tile().warps) varlen_attention_backwar
     return;
   }
 
-  using Tile = SharedTile<kHeadDim>;
+  using Tile = SharedTile<tile_cols(kHeadDim)>;
   const Tile tile_q{shared_base()};
   const Tile tile_do{tile_q.base + Tile::bytes(kBlockM)};
   const Tile tile_k{tile_do.base + Tile::bytes(kBlockM)};
@@ -53,12 +54,12 @@ __global__ void __launch_bounds__(32 * dq_tile().warps) varlen_attention_backwar
   const auto copy_keys = [&](Tile to, const HeadsView& from, int n) {
     const int64_t row = static_cast<int64_t>(k_begin) + n * kBlockN;
     const T* data = static_cast<const T*>(from.data) + row * from.row_stride + head_kv * from.head_stride;
-    copy_tile_async<kBlockN, kThreads>(to, data, from.row_stride, pair.k_limit - n * kBlockN, p.head_dim);
+    copy_tile_async<kBlockN, kHeadDim, kThreads>(to, data, from.row_stride, pair.k_limit - n * kBlockN, p.head_dim);
     cp_async_commit();
   };
 
-  copy_tile_async<kBlockM, kThreads>(tile_q, q, p.q.row_stride, block_rows, p.head_dim);
-  copy_tile_async<kBlockM, kThreads>(tile_do, d, params.dout.row_stride, block_rows, p.head_dim);
+  copy_tile_async<kBlockM, kHeadDim, kThreads>(tile_q, q, p.q.row_stride, block_rows, p.head_dim);
+  copy_tile_async<kBlockM, kHeadDim, kThreads>(tile_do, d, params.dout.row_stride, block_rows, p.head_dim);
   copy_keys(tile_k, p.k, n_first);
 
   const Score score(p, pair, tile.sequence, head);
@@ -83,12 +84,12 @@ __global__ void __launch_bounds__(32 * dq_tile().warps) varlen_attention_backwar
     block_sync();  // K is here, and nobody reads the V of the block before any more
     copy_keys(tile_v, p.v, n);
     float s[1][kN][4] = {};
-    if (warp_has_rows) mma_abt<T>(s, tile_q, warp_row, tile_k, 0, p.head_dim);
+    if (warp_has_rows) mma_abt<T, kHeadDim>(s, tile_q, warp_row, tile_k, 0, p.head_dim);
     cp_async_wait<0>();
     block_sync();  // V is here
     if (warp_has_rows) {
       float dp[1][kN][4] = {};
-      mma_abt<T>(dp, tile_do, warp_row, tile_v, 0, p.head_dim);
+      mma_abt<T, kHeadDim>(dp, tile_do, warp_row, tile_v, 0, p.head_dim);
       const int i0 = block_row + warp_row + g, j0 = n * kBlockN + 2 * t;
       score.visit(i0, j0, [&](const auto& term) {
         for_each_accumulator<1, kN>([&](int, int c, int e) {
@@ -101,7 +102,9 @@ __global__ void __launch_bounds__(32 * dq_tile().warps) varlen_attention_backwar
           s[0][c][e] = counts ? p_slope * (dp[0][c][e] - delta[r]) : 0.f;
         });
       });
-      mma_accumulator_b<T>(dq, s, tile_k, 0, p.head_dim);
+      uint32_t ds[1][kN / 2][4];
+      pack_accumulators<T>(ds, s);
+      mma_packed_b<T>(dq, ds, tile_k, 0, p.head_dim);
     }
     block_sync();  // nobody reads this K any more
     if (n + 1 < n_last) copy_keys(tile_k, p.k, n + 1);

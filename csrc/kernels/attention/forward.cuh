@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(32 * forward_tile(kHeadDim, kSmall).warps) var
     return;
   }
 
-  using Tile = SharedTile<kHeadDim>;
+  using Tile = SharedTile<tile_cols(kHeadDim)>;
   const Tile tile_q{shared_base()};
   const Tile tile_k{tile_q.base + Tile::bytes(kBlockM)};
   const Tile tile_v{tile_k.base + Tile::bytes(kBlockN)};
@@ -115,11 +115,11 @@ __global__ void __launch_bounds__(32 * forward_tile(kHeadDim, kSmall).warps) var
   const auto copy_keys = [&](Tile to, const HeadsView& from, int n) {
     const int64_t row = static_cast<int64_t>(k_begin) + n * kBlockN;
     const T* data = static_cast<const T*>(from.data) + row * from.row_stride + head_kv * from.head_stride;
-    copy_tile_async<kBlockN, kThreads>(to, data, from.row_stride, pair.k_limit - n * kBlockN, p.head_dim);
+    copy_tile_async<kBlockN, kHeadDim, kThreads>(to, data, from.row_stride, pair.k_limit - n * kBlockN, p.head_dim);
     cp_async_commit();
   };
 
-  copy_tile_async<kBlockM, kThreads>(tile_q, q, p.q.row_stride, live_rows, p.head_dim);
+  copy_tile_async<kBlockM, kHeadDim, kThreads>(tile_q, q, p.q.row_stride, live_rows, p.head_dim);
   copy_keys(tile_k, p.k, n_last - 1);
 
   const Score score(p, pair, tile.sequence, head);
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(32 * forward_tile(kHeadDim, kSmall).warps) var
 
     float s[kM][kN][4] = {};
     if (warp_has_rows) {
-      mma_abt<T>(s, tile_q, warp_row, tile_k, 0, p.head_dim);
+      mma_abt<T, kHeadDim>(s, tile_q, warp_row, tile_k, 0, p.head_dim);
       const bool masked = n * kBlockN < range_last.first || (n + 1) * kBlockN > range_first.last;
       const int i0 = block_row + warp_row + g, j0 = n * kBlockN + 2 * t;
       score.visit(i0, j0, [&](const auto& term) {
@@ -165,7 +165,9 @@ __global__ void __launch_bounds__(32 * forward_tile(kHeadDim, kSmall).warps) var
     if (n > n_first) copy_keys(tile_k, p.k, n - 1);
     if (warp_has_rows) {
       online_softmax(s, o, row_max, row_sum, score.factor());
-      mma_accumulator_b<T>(o, s, tile_v, 0, p.head_dim);
+      uint32_t probabilities[kM][kN / 2][4];
+      pack_accumulators<T>(probabilities, s);
+      mma_packed_b<T>(o, probabilities, tile_v, 0, p.head_dim);
     }
   }
 
@@ -179,11 +181,17 @@ __global__ void __launch_bounds__(32 * forward_tile(kHeadDim, kSmall).warps) var
       const int row = warp_row + 16 * m + 8 * r + g;
       const bool live = row < live_rows;
       const float sum = warp_reduce<4>(row_sum[m][r], Sum{});
-      inverse[r] = sum == 0.f || !live ? 0.f : 1.f / sum;
+      const bool empty = sum == 0.f || !live;
+      inverse[r] = empty ? 0.f : reciprocal_approx(sum);
+      if (empty) {
+        // Not by the factor 0: a value of Inf or NaN among keys that the row does not see would survive it.
+#pragma unroll
+        for (int n = 0; n < kO; ++n) o[m][n][2 * r] = o[m][n][2 * r + 1] = 0.f;
+      }
       if (t == 0 && row < block_rows) {
         const float lse = (row_max[m][r] * score.factor() + log2_approx(sum)) * kLn2;
         store_global(params.lse + static_cast<int64_t>(head) * p.total_q + first_row + row,
-                     sum == 0.f || !live ? negative_infinity() : lse);
+                     empty ? negative_infinity() : lse);
       }
     }
     store_accumulators<T>(tile_q, warp_row + 16 * m, 0, o[m], inverse[0], inverse[1]);

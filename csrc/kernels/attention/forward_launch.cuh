@@ -18,11 +18,12 @@ void launch_forward_instance(const AttentionForwardParams& params, void* stream)
 
 template <class T, int kHeadDim, bool kSmall>
 void launch_forward_score(const AttentionForwardParams& params, void* stream) {
-  if (has_score_bias(params.problem)) {
-    launch_forward_instance<T, kHeadDim, kSmall, BiasedScore>(params, stream);
-  } else {
-    launch_forward_instance<T, kHeadDim, kSmall, PlainScore>(params, stream);
+  if constexpr (head_dim_bucket(kHeadDim, true) == kHeadDim) {
+    if (has_score_bias(params.problem)) {
+      return launch_forward_instance<T, kHeadDim, kSmall, BiasedScore>(params, stream);
+    }
   }
+  launch_forward_instance<T, kHeadDim, kSmall, PlainScore>(params, stream);
 }
 
 template <class T, int kHeadDim>
@@ -31,7 +32,7 @@ void launch_forward_tile(const AttentionForwardParams& params, void* stream) {
   if constexpr (kLarge.block_m > 64) {
     const AttentionProblem& p = params.problem;
     const int64_t large_tiles = static_cast<int64_t>(p.total_q / kLarge.block_m + p.batch) * p.heads_q;
-    if (p.max_seqlen_q > 64 && large_tiles >= sm_count()) {
+    if (p.max_seqlen_q > 64 && large_tiles >= 2 * sm_count()) {
       return launch_forward_score<T, kHeadDim, false>(params, stream);
     }
   }

@@ -6,7 +6,7 @@
 
 namespace warpform {
 
-// kHeadDim: 64, 128 or 256.
+// kHeadDim: 32, 64, 96, 128 or 256; the first and third without a score bias.
 template <int kHeadDim>
 void launch_forward(const AttentionForwardParams& params, void* stream);
 template <int kHeadDim>
@@ -15,7 +15,8 @@ void launch_backward(const AttentionBackwardParams& params, void* stream);
 // Whether the scores need more than their scale.
 inline bool has_score_bias(const AttentionProblem& p) { return p.softcap > 0.f || p.alibi_slopes != nullptr; }
 
-// Whether the backward takes blocks of 64 keys: all sequences fit into one, or the GPU's shared memory allows no more.
+// Whether the backward takes blocks of 64 keys: all sequences fit into one, the GPU's shared memory or registers allow
+// no more, or larger ones would be fewer than its SMs.
 bool backward_is_small(const AttentionProblem& p);
 
 }  // namespace warpform

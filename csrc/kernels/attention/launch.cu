@@ -6,28 +6,34 @@
 namespace warpform {
 
 bool backward_is_small(const AttentionProblem& p) {
-  const int bucket = head_dim_bucket(p.head_dim);
-  return p.max_seqlen_k <= 64 || (bucket == 128 && has_score_bias(p)) ||
-         backward_shared_bytes(bucket, backward_tile(bucket, false)) > shared_memory_limit();
+  const int bucket = head_dim_bucket(p.head_dim, has_score_bias(p));
+  const BackwardTile large = backward_tile(bucket, false);
+  const int64_t large_tiles = static_cast<int64_t>(p.total_k / large.block_n + p.batch) * p.heads_kv;
+  return p.max_seqlen_k <= 64 || (bucket == 128 && has_score_bias(p)) || large_tiles < sm_count() ||
+         backward_shared_bytes(bucket, large) > shared_memory_limit();
 }
 
 DqMode attention_backward_dq_mode(const AttentionProblem& p, bool deterministic) {
-  const BackwardTile tile = backward_tile(head_dim_bucket(p.head_dim), backward_is_small(p));
+  const BackwardTile tile = backward_tile(head_dim_bucket(p.head_dim, has_score_bias(p)), backward_is_small(p));
   if (p.max_seqlen_k <= tile.block_n) return DqMode::kDirect;
   return deterministic ? DqMode::kSeparate : DqMode::kAccumulate;
 }
 
 void launch_varlen_attention(const AttentionForwardParams& params, void* stream) {
-  switch (head_dim_bucket(params.problem.head_dim)) {
+  switch (head_dim_bucket(params.problem.head_dim, has_score_bias(params.problem))) {
+    case 32: return launch_forward<32>(params, stream);
     case 64: return launch_forward<64>(params, stream);
+    case 96: return launch_forward<96>(params, stream);
     case 128: return launch_forward<128>(params, stream);
     default: return launch_forward<256>(params, stream);
   }
 }
 
 void launch_varlen_attention_backward(const AttentionBackwardParams& params, void* stream) {
-  switch (head_dim_bucket(params.problem.head_dim)) {
+  switch (head_dim_bucket(params.problem.head_dim, has_score_bias(params.problem))) {
+    case 32: return launch_backward<32>(params, stream);
     case 64: return launch_backward<64>(params, stream);
+    case 96: return launch_backward<96>(params, stream);
     case 128: return launch_backward<128>(params, stream);
     default: return launch_backward<256>(params, stream);
   }
@@ -35,7 +41,7 @@ void launch_varlen_attention_backward(const AttentionBackwardParams& params, voi
 
 const char* attention_unsupported(int head_dim, bool backward) {
   if (head_dim % 8 != 0 || head_dim > 256) return "head_dim is not a multiple of 8 up to 256";
-  const int bucket = head_dim_bucket(head_dim);
+  const int bucket = head_dim_bucket(head_dim, /*biased=*/true);
   const int limit = shared_memory_limit();
   const bool fits = forward_shared_bytes(bucket, forward_tile(bucket, true)) <= limit &&
                     (!backward || (backward_shared_bytes(bucket, backward_tile(bucket, true)) <= limit &&

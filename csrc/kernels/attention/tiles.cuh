@@ -1,8 +1,8 @@
 // Tile sizes of the attention kernels, with the reason for each. Not tuned on hardware yet.
 //
-// A head dimension runs in the smallest bucket (64, 128, 256) that holds it; products skip the panels of 32 columns
-// that lie past it, and copies fill the rest with zeros. Rows of a block are split across warps, so that softmax needs
-// no more than shuffles among the four lanes that share a row.
+// A head dimension runs in the smallest bucket of 32, 64, 96, 128 and 256 that holds it: products run over the bucket
+// without a test, over zeros past head_dim. Rows of a block are split across warps, so that softmax needs no more than
+// shuffles among the four lanes that share a row.
 #pragma once
 
 #include "device/types.cuh"
@@ -19,7 +19,7 @@ struct ForwardTile {
 // fewer large tiles than the GPU has SMs.
 __host__ __device__ constexpr ForwardTile forward_tile(int head_dim, bool small) {
   if (head_dim == 256) return {64, 64, 4};  // 96 KiB: also fits GPUs with 99 KiB a block; 128 float32 of O a thread
-  if (small) return {64, 64, 4};            // 24 or 48 KiB, one m16 tile a warp: many CTAs an SM
+  if (small) return {64, 64, 4};            // 24 or 48 KiB, one m16 tile a warp: 3 or 4 CTAs an SM
   if (head_dim == 128)
     return {128, 64, 4};  // two m16 tiles a warp use each K and V fragment twice; O takes 128 registers
   return {128, 64, 4};    // d <= 64: 32 KiB; 128 keys at a time would spill
@@ -39,30 +39,38 @@ __host__ __device__ constexpr BackwardTile backward_tile(int head_dim, bool smal
   // dK and dV of 256 columns are 256 registers a thread: two CTAs take 128 columns each and both compute the scores, 7
   // products instead of 5.
   if (head_dim == 256) return {64, 64, 4, 1, 128};
-  if (head_dim == 128) {
-    if (small) return {64, 64, 4, 1, 128};  // 72 KiB
-    return {64, 128, 8, 2, 128};            // 144 KiB; 128 keys halve the atomic adds to dQ
+  if (head_dim > 64) {
+    if (small) return {64, 64, 4, 1, head_dim};  // 72 KiB
+    return {64, 128, 8, 2, head_dim};            // 144 KiB; 128 keys halve the atomic adds to dQ
   }
-  if (small) return {64, 64, 4, 2, 64};  // 56 KiB
-  return {64, 128, 8, 2, 64};            // 80 KiB: two CTAs an SM
+  if (small) return {64, 64, 4, 2, head_dim};  // 56 KiB
+  return {64, 128, 8, 2, head_dim};            // 80 KiB; registers allow one CTA an SM
 }
 
 // The kernel that owns a block of queries and computes dQ alone (deterministic=True): 64 or 128 KiB.
 __host__ __device__ constexpr ForwardTile dq_tile() { return {64, 64, 4}; }
 
+// Columns of a bucket's tiles in shared memory, which come in powers of two.
+__host__ __device__ constexpr int tile_cols(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+
 __host__ __device__ constexpr int forward_shared_bytes(int head_dim, ForwardTile t) {
-  return (t.block_m + 2 * t.block_n) * head_dim * 2;
+  return (t.block_m + 2 * t.block_n) * tile_cols(head_dim) * 2;
 }
 __host__ __device__ constexpr int dq_shared_bytes(int head_dim, ForwardTile t) {
-  return 2 * (t.block_m + t.block_n) * head_dim * 2;
+  return 2 * (t.block_m + t.block_n) * tile_cols(head_dim) * 2;
 }
 __host__ __device__ constexpr int backward_shared_bytes(int head_dim, BackwardTile t) {
   // K, V; Q, dO and two floats a query, each stage; dS.
-  return 2 * t.block_n * head_dim * 2 + t.stages * t.block_m * (2 * head_dim * 2 + 8) + t.block_n * t.block_m * 2;
+  return 2 * t.block_n * tile_cols(head_dim) * 2 + t.stages * t.block_m * (2 * tile_cols(head_dim) * 2 + 8) +
+         t.block_n * t.block_m * 2;
 }
 
-__host__ __device__ constexpr int head_dim_bucket(int head_dim) {
-  return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
+// `biased`: a score bias has no kernels of its own at 32 and 96.
+__host__ __device__ constexpr int head_dim_bucket(int head_dim, bool biased) {
+  if (head_dim <= 32 && !biased) return 32;
+  if (head_dim <= 64) return 64;
+  if (head_dim <= 96 && !biased) return 96;
+  return head_dim <= 128 ? 128 : 256;
 }
 
 }  // namespace warpform

@@ -12,6 +12,7 @@ namespace warpform {
 
 inline void throw_on_error(const char* name, const char* what, cudaError_t error) {
   if (error != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());  // the runtime keeps it, and the next launch would be blamed for it
     throw std::runtime_error(std::string(name) + ": " + what + ": " + cudaGetErrorString(error));
   }
 }
@@ -47,7 +48,7 @@ void launch(const char* name, dim3 grid, int threads, int shared_bytes, void* st
     throw_on_error(name, "no current CUDA device", cudaGetDevice(&device));
     const uint64_t bit = uint64_t{1} << (device % 64);
     if (device >= 64 || !(asked.load(std::memory_order_relaxed) & bit)) {
-      throw_on_error(name, "this GPU has too little shared memory for the kernel",
+      throw_on_error(name, "the kernel cannot have its shared memory on this GPU",
                      cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
       asked.fetch_or(bit, std::memory_order_relaxed);

@@ -17,7 +17,7 @@ __device__ __forceinline__ V load_global(const V* p) {
   return v;
 }
 
-// As load_global, for data that this kernel never writes and reads once: past L1.
+// As load_global, for data that is read once: the first to leave the caches.
 template <class V>
 __device__ __forceinline__ V load_global_streaming(const V* p) {
   using R = typename Raw<sizeof(V)>::type;

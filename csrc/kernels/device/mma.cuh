@@ -15,7 +15,7 @@ template <int kCols_>
 struct SharedTile {
   static constexpr int kCols = kCols_;
   static constexpr int kRowBytes = kCols * 2;
-  static_assert(kCols % 64 == 0, "the swizzle permutes the eight chunks of 128 bytes");
+  static_assert(kCols >= 64 && (kCols & (kCols - 1)) == 0, "columns are combined with the lane's offset by XOR");
 
   uint32_t base;
 
@@ -33,7 +33,7 @@ struct SharedTile {
 // Copies rows x cols of a matrix in global memory (rows `stride` elements apart, 16-byte aligned, cols a multiple of 8)
 // to the first kRows rows of the tile and fills what lies outside with zeros. Asynchronous: commit and wait are the
 // caller's.
-template <int kRows, int kThreads, class T, int kCols>
+template <int kRows, int kWidth, int kThreads, class T, int kCols>
 __device__ __forceinline__ void copy_tile_async(SharedTile<kCols> tile, const T* src, int64_t stride, int rows,
                                                 int cols) {
   constexpr int kRowChunks = kCols / kChunk;
@@ -42,6 +42,7 @@ __device__ __forceinline__ void copy_tile_async(SharedTile<kCols> tile, const T*
   const int row = static_cast<int>(threadIdx.x) / kRowChunks;
   const int c = static_cast<int>(threadIdx.x) % kRowChunks;
   const T* from = src + row * stride + c * kChunk;
+  if (c * kChunk >= kWidth) return;
   if (c * kChunk >= cols) rows = 0;
 #pragma unroll
   for (int i = 0; i < kRows; i += kStep) {
@@ -116,22 +117,24 @@ __device__ __forceinline__ void pack_a(uint32_t (&a)[4], const float (&acc)[kTil
 // ---- products
 // --------------------------------------------------------------------------------------------------------
 
-// Columns that a product over a head dimension handles at a time: it skips the steps that lie wholly past `head_dim`.
-constexpr int kPanel = 32;
+// Products over more columns than this go by panels and skip those that lie wholly past `head_dim`. The branch also
+// keeps the compiler from loading operands so far ahead that it runs out of registers.
+constexpr int kPanel = 64;
 
-// acc[16 kM x 8 kN] += A B^T over the columns of both: 16 kM rows from `row_a` on of tile a, 8 kN from `row_b` on of
+// acc[16 kM x 8 kN] += A B^T over kDepth columns of both: 16 kM rows from `row_a` on of tile a, 8 kN from `row_b` on of
 // tile b.
-template <class T, int kM, int kN, int kCols>
+template <class T, int kDepth, int kM, int kN, int kCols>
 __device__ __forceinline__ void mma_abt(float (&acc)[kM][kN][4], SharedTile<kCols> a, int row_a, SharedTile<kCols> b,
                                         int row_b, int head_dim) {
+  static_assert(kDepth % 16 == 0 && kDepth <= kCols, "whole steps within the tile");
   static_assert(kN % 2 == 0, "B comes in pairs of 8 columns");
   const uint32_t lane_a = opaque(lane_offset_halves<kCols>());
   const uint32_t lane_b = opaque(lane_offset_quarters<kCols>());
 #pragma unroll
-  for (int panel = 0; panel < kCols; panel += kPanel) {
-    if (panel < head_dim) {
+  for (int panel = 0; panel < kDepth; panel += kPanel) {
+    if (kDepth <= kPanel || panel < head_dim) {
 #pragma unroll
-      for (int k = panel; k < panel + kPanel; k += 16) {
+      for (int k = panel; k < panel + kPanel && k < kDepth; k += 16) {
         uint32_t fa[kM][4];
 #pragma unroll
         for (int m = 0; m < kM; ++m) load_a(fa[m], a, lane_a, row_a + 16 * m, k);
@@ -150,41 +153,68 @@ __device__ __forceinline__ void mma_abt(float (&acc)[kM][kN][4], SharedTile<kCol
   }
 }
 
-// acc[16 kM x 8 kN] += A B for one k-step: A's fragments, 16 rows of tile b from `row` on, its columns from `col` on as
-// far as they are within head_dim.
-template <class T, int kM, int kN, int kCols>
-__device__ __forceinline__ void mma_ab_step(float (&acc)[kM][kN][4], const uint32_t (&a)[kM][4], SharedTile<kCols> b,
-                                            int row, int col, int head_dim) {
-  static_assert(8 * kN % kPanel == 0, "whole panels");
+// acc[16 kM x 8 kN] += A[16 kM x 16 kSteps] B, B's rows from `row` on of the tile, its columns from `col` on;
+// left(m, step, a) gives A's fragments.
+template <class T, int kSteps, int kM, int kN, int kCols, class Left>
+__device__ __forceinline__ void mma_ab(float (&acc)[kM][kN][4], Left&& left, SharedTile<kCols> b, int row, int col,
+                                       int head_dim) {
+  static_assert(kN % 2 == 0, "B comes in pairs of 8 columns");
+  constexpr int kPanelTiles = kPanel / 8;
   const uint32_t lane = opaque(lane_offset_halves<kCols>());
 #pragma unroll
-  for (int panel = 0; panel < kN; panel += kPanel / 8) {
-    if (col + 8 * panel < head_dim) {
+  for (int panel = 0; panel < kN; panel += kPanelTiles) {
+    if (kN <= kPanelTiles || col + 8 * panel < head_dim) {
 #pragma unroll
-      for (int n = panel; n < panel + kPanel / 8; n += 2) {
-        uint32_t fb[4];
-        load_b(fb, b, lane, row, col + 8 * n);
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t fa[kM][4];
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
-          mma_m16n8k16<T>(acc[m][n], a[m], fb[0], fb[1]);
-          mma_m16n8k16<T>(acc[m][n + 1], a[m], fb[2], fb[3]);
+        for (int m = 0; m < kM; ++m) left(m, step, fa[m]);
+#pragma unroll
+        for (int n = panel; n < panel + kPanelTiles && n < kN; n += 2) {
+          uint32_t fb[4];
+          load_b(fb, b, lane, row + 16 * step, col + 8 * n);
+#pragma unroll
+          for (int m = 0; m < kM; ++m) {
+            mma_m16n8k16<T>(acc[m][n], fa[m], fb[0], fb[1]);
+            mma_m16n8k16<T>(acc[m][n + 1], fa[m], fb[2], fb[3]);
+          }
         }
       }
     }
   }
 }
 
-// acc[16 kM x 8 kN] += A B, where A is the accumulator `left` of a product before, rounded to T, and B the rows of the
-// tile from 0 on, its columns from `col` on.
-template <class T, int kM, int kN, int kLeft, int kCols>
-__device__ __forceinline__ void mma_accumulator_b(float (&acc)[kM][kN][4], const float (&left)[kM][kLeft][4],
-                                                  SharedTile<kCols> b, int col, int head_dim) {
+// As left operands, rounded to T: half the registers, and no shared memory between two products.
+template <class T, int kM, int kTiles>
+__device__ __forceinline__ void pack_accumulators(uint32_t (&a)[kM][kTiles / 2][4], const float (&acc)[kM][kTiles][4]) {
 #pragma unroll
-  for (int step = 0; step < kLeft / 2; ++step) {
-    uint32_t a[kM][4];
+  for (int m = 0; m < kM; ++m) {
 #pragma unroll
-    for (int m = 0; m < kM; ++m) pack_a<T>(a[m], left[m], step);
-    mma_ab_step<T>(acc, a, b, 16 * step, col, head_dim);
+    for (int step = 0; step < kTiles / 2; ++step) pack_a<T>(a[m][step], acc[m], step);
+  }
+}
+
+// acc += A B as above, A from pack_accumulators, B's rows from 0 on.
+template <class T, int kM, int kN, int kSteps, int kCols>
+__device__ __forceinline__ void mma_packed_b(float (&acc)[kM][kN][4], const uint32_t (&a)[kM][kSteps][4],
+                                             SharedTile<kCols> b, int col, int head_dim) {
+  mma_ab<T, kSteps>(
+      acc,
+      [&](int m, int step, uint32_t (&fragment)[4]) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) fragment[r] = a[m][step][r];
+      },
+      b, 0, col, head_dim);
+}
+
+// Writes 16 rows from `row` on, from packed accumulators.
+template <int kSteps, int kCols>
+__device__ __forceinline__ void store_packed(SharedTile<kCols> tile, int row, const uint32_t (&a)[kSteps][4]) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) store_shared(tile.pair(row + g + r % 2 * 8, 16 * step + r / 2 * 8 + 2 * t), a[step][r]);
   }
 }
 

@@ -1,0 +1,5 @@
+#include "attention/backward_launch.cuh"
+
+namespace warpform {
+template void launch_backward<32>(const AttentionBackwardParams& params, void* stream);
+}  // namespace warpform

@@ -1,0 +1,5 @@
+#include "attention/forward_launch.cuh"
+
+namespace warpform {
+template void launch_forward<96>(const AttentionForwardParams& params, void* stream);
+}  // namespace warpform
