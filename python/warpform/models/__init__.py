@@ -1,7 +1,43 @@
 """Architectures assembled from warpform's ops, made from a transformers model or from a folder of weights."""
 
-from ._output import EncoderOutput
+from ._output import EncoderOutput, HeadOutput
 from ._registry import from_pretrained, from_transformers
-from .bert import BertConfig, BertModel
+from .albert import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    AlbertForSequenceClassification,
+    AlbertForTokenClassification,
+    AlbertModel,
+)
+from .bert import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
+from .distilbert import (
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    DistilBertForSequenceClassification,
+    DistilBertForTokenClassification,
+    DistilBertModel,
+)
+from .sentence_encoder import SentenceEncoder
 
-__all__ = ["BertConfig", "BertModel", "EncoderOutput", "from_pretrained", "from_transformers"]
+__all__ = [
+    "AlbertConfig",
+    "AlbertForMaskedLM",
+    "AlbertForSequenceClassification",
+    "AlbertForTokenClassification",
+    "AlbertModel",
+    "BertConfig",
+    "BertForMaskedLM",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
+    "DistilBertConfig",
+    "DistilBertForMaskedLM",
+    "DistilBertForSequenceClassification",
+    "DistilBertForTokenClassification",
+    "DistilBertModel",
+    "EncoderOutput",
+    "HeadOutput",
+    "SentenceEncoder",
+    "from_pretrained",
+    "from_transformers",
+]

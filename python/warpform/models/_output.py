@@ -1,4 +1,4 @@
-"""The output of encoder models, read like the outputs of transformers without needing transformers."""
+"""The outputs of models, read like the outputs of transformers without needing transformers."""
 
 from __future__ import annotations
 
@@ -9,26 +9,15 @@ from typing import Any
 from torch import Tensor
 
 
-@dataclasses.dataclass
-class EncoderOutput:
-    """Output by name (`out.last_hidden_state`, `out["last_hidden_state"]`) or by place (`out[0]`, `out[:2]`).
+class Output:
+    """Output by name (`out.logits`, `out["logits"]`) or by place (`out[0]`, `out[:2]`), for dataclasses to derive from.
 
     As in transformers, fields that are None do not count for indexing, and iteration goes over names.
-
-    Attributes:
-        last_hidden_state: [batch, seqlen, hidden], 0 at padded tokens; [total, hidden] when packed ids were given.
-        pooler_output: [batch, hidden], or None for a model without a pooler.
-        hidden_states: on request, the embeddings and the output of every layer, each shaped as last_hidden_state.
-        attentions: always None, for callers that look.
     """
 
-    last_hidden_state: Tensor
-    pooler_output: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: None = None
-
     def keys(self) -> tuple[str, ...]:
-        return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None)
+        names = (f.name for f in dataclasses.fields(self))  # type: ignore[arg-type]
+        return tuple(name for name in names if getattr(self, name) is not None)
 
     def values(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.keys())
@@ -59,3 +48,38 @@ class EncoderOutput:
 
     def __len__(self) -> int:
         return len(self.keys())
+
+
+@dataclasses.dataclass
+class EncoderOutput(Output):
+    """The output of an encoder.
+
+    Attributes:
+        last_hidden_state: [batch, seqlen, hidden], 0 at padded tokens; [total, hidden] when packed ids were given.
+        pooler_output: [batch, hidden], or None for a model without a pooler.
+        hidden_states: on request, the embeddings and the output of every layer, each shaped as last_hidden_state.
+        attentions: always None, for callers that look.
+    """
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None
+
+
+@dataclasses.dataclass
+class HeadOutput(Output):
+    """The output of a model with a head.
+
+    Attributes:
+        loss: a scalar, where labels were given.
+        logits: per token [batch, seqlen, classes], 0 at padded tokens, or [total, classes] when packed ids were given;
+            per sequence [batch, classes]. None where only the loss was asked for.
+        hidden_states: on request, as in `EncoderOutput`.
+        attentions: always None, for callers that look.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None

@@ -18,6 +18,8 @@ from ._weights import read_weights
 
 _MODELS: list[type[ConvertibleModel]] = []
 
+SomeModel = TypeVar("SomeModel", bound="ConvertibleModel")
+
 
 class ConvertibleModel(nn.Module):
     """A model that exists in transformers too. An architecture says how names and configs correspond; the rest is here.
@@ -27,8 +29,11 @@ class ConvertibleModel(nn.Module):
         transformers_class, transformers_config_class: names of the classes in `transformers`.
         model_type: `model_type` in config.json.
         weight_prefix: what checkpoints with a head put before the names of this model's weights.
-        ignored_weights: prefixes of weights in checkpoints that are not the encoder's: heads, and constant buffers.
+        ignored_weights: prefixes of weights in checkpoints that are not this model's: those of (other) heads.
+        constant_weights: prefixes of constant buffers that old checkpoints hold, ignored too.
+        aliases: other names in checkpoints of weights that are tied, with the names in `weight_names`.
         optional_module: a module that a checkpoint may lack as a whole (the pooler).
+        is_encoder: whether `from_pretrained` of this package makes it for its model_type, as against a head on one.
     """
 
     config_class: ClassVar[Any]
@@ -37,7 +42,10 @@ class ConvertibleModel(nn.Module):
     model_type: ClassVar[str]
     weight_prefix: ClassVar[str]
     ignored_weights: ClassVar[tuple[str, ...]] = ()
+    constant_weights: ClassVar[tuple[str, ...]] = ()
+    aliases: ClassVar[Mapping[str, str]] = {}
     optional_module: ClassVar[str | None] = None
+    is_encoder: ClassVar[bool] = True
 
     config: Any
     # The model this one was made from. In a list, so that its parameters are not registered a second time.
@@ -51,6 +59,29 @@ class ConvertibleModel(nn.Module):
     def build(cls, config: Any, *, with_optional: bool = True) -> ConvertibleModel:
         """A model with weights as yet unset or random; with_optional False leaves `optional_module` out."""
         raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(
+        cls: type[SomeModel],
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **overrides: Any,
+    ) -> SomeModel:
+        """As `warpform.models.from_pretrained`, for this class: so are models with a head read from a folder.
+
+        Raises:
+            FileNotFoundError, ValueError: as there; a head whose weights the folder lacks is an error too.
+        """
+        folder = Path(folder)
+        fields = _read_config(folder)
+        if fields.get("model_type") != cls.model_type:
+            raise ValueError(
+                f"from_pretrained: model_type in {folder / 'config.json'} must be {cls.model_type} for a "
+                f"{cls.__name__}, got {fields.get('model_type')!r}"
+            )
+        return _load(cls, folder, fields, dtype, device, overrides)
 
     def weight_names(self) -> dict[str, tuple[str, ...]]:
         """For each parameter of this model the names in transformers whose tensors, joined on dim 0, it holds."""
@@ -103,7 +134,7 @@ def from_transformers(hf_model: nn.Module, **overrides: Any) -> ConvertibleModel
     one model trains the other. `to_transformers()` on the result writes everything back and returns `hf_model`.
 
     Args:
-        hf_model: a `transformers.BertModel`.
+        hf_model: a `transformers.BertModel`, or another that `warpform.models` has a class of the same name for.
         **overrides: fields of the config to change, for instance attention_probs_dropout_prob=0.0 for training.
 
     Raises:
@@ -133,7 +164,7 @@ def from_transformers(hf_model: nn.Module, **overrides: Any) -> ConvertibleModel
         sources = [theirs[part] for part in parts]
         _check_shape(ours, model, parts, sources, "from_transformers")
         if len(sources) == 1:
-            _set_parameter(model, ours, sources[0])
+            set_parameter(model, ours, sources[0])
             continue
         trained = {source.requires_grad for source in sources}
         if len(trained) > 1:
@@ -141,7 +172,7 @@ def from_transformers(hf_model: nn.Module, **overrides: Any) -> ConvertibleModel
                 f"from_transformers: {', '.join(parts)} become one parameter, so requires_grad must be the same for all"
             )
         joined = torch.cat([source.detach() for source in sources])
-        _set_parameter(model, ours, nn.Parameter(joined, requires_grad=trained.pop()))
+        set_parameter(model, ours, nn.Parameter(joined, requires_grad=trained.pop()))
     model._origin.append(hf_model)
     return model.train(hf_model.training)
 
@@ -155,8 +186,9 @@ def from_pretrained(
 ) -> ConvertibleModel:
     """Reads a model from a folder as transformers saves it: `config.json` and safetensors, nothing that is pickled.
 
-    Weights of heads (`cls.`, `classifier.`, `qa_outputs.`, and where the encoder is under `bert.` whatever is
-    not) are ignored; a checkpoint without a pooler gives a model without one. The model comes in eval mode.
+    The model is the encoder. Weights of heads (`cls.`, `classifier.`, `qa_outputs.`, and where the encoder is under
+    `bert.` whatever is not) are ignored: `BertForMaskedLM.from_pretrained` and the like read them. A checkpoint without
+    a pooler gives a model without one. The model comes in eval mode.
 
     Args:
         folder: with `config.json` and `model.safetensors`, or `model.safetensors.index.json` and its shards.
@@ -170,6 +202,17 @@ def from_pretrained(
             missing, unknown or of another shape.
     """
     folder = Path(folder)
+    fields = _read_config(folder)
+    model_class = next((m for m in _MODELS if m.is_encoder and m.model_type == fields.get("model_type")), None)
+    if model_class is None:
+        raise ValueError(
+            f"from_pretrained: model_type in {folder / 'config.json'} must be one of {_names('model_type')}, "
+            f"got {fields.get('model_type')!r}"
+        )
+    return _load(model_class, folder, fields, dtype, device, overrides)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(f"from_pretrained: there is no folder {folder}")
     path = folder / "config.json"
@@ -181,27 +224,33 @@ def from_pretrained(
         raise ValueError(f"from_pretrained: {path} is not valid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"from_pretrained: {path} must hold a JSON object, got {type(fields).__name__}")
-    model_class = next((m for m in _MODELS if m.model_type == fields.get("model_type")), None)
-    if model_class is None:
-        raise ValueError(
-            f"from_pretrained: model_type in {path} must be one of {_names('model_type')}, "
-            f"got {fields.get('model_type')!r}"
-        )
+    return fields
+
+
+def _load(
+    model_class: type[SomeModel],
+    folder: Path,
+    fields: dict[str, Any],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    overrides: dict[str, Any],
+) -> SomeModel:
     config = model_class.config_class.from_transformers(fields, **overrides)
-    weights = _encoder_weights(model_class, read_weights(folder, device="cpu" if device is None else str(device)))
+    weights = _own_weights(model_class, read_weights(folder, device="cpu" if device is None else str(device)))
     with torch.device("meta"):
         model = model_class.build(config, with_optional=_has_optional(model_class, weights))
+    assert isinstance(model, model_class)
     names = model.weight_names()
     _check_names(names, weights, f"from_pretrained: the weights in {folder}")
     for ours, parts in names.items():
         sources = [weights[part] for part in parts]
         _check_shape(ours, model, parts, sources, f"from_pretrained: {folder}")
         joined = sources[0] if len(sources) == 1 else torch.cat(sources)
-        _set_parameter(model, ours, nn.Parameter(joined if dtype is None else joined.to(dtype)))
+        set_parameter(model, ours, nn.Parameter(joined if dtype is None else joined.to(dtype)))
     return model.eval()
 
 
-def _encoder_weights(model_class: type[ConvertibleModel], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _own_weights(model_class: type[ConvertibleModel], weights: dict[str, Tensor]) -> dict[str, Tensor]:
     prefix = model_class.weight_prefix
     if any(name.startswith(prefix) for name in weights):
         # A checkpoint with a head: what is outside the encoder is the head's.
@@ -211,7 +260,11 @@ def _encoder_weights(model_class: type[ConvertibleModel], weights: dict[str, Ten
         name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): w
         for name, w in weights.items()
     }
-    return {name: w for name, w in renamed.items() if not name.startswith(model_class.ignored_weights)}
+    for alias, name in model_class.aliases.items():
+        if alias in renamed:
+            renamed.setdefault(name, renamed.pop(alias))
+    ignored = (*model_class.ignored_weights, *model_class.constant_weights)
+    return {name: w for name, w in renamed.items() if not name.startswith(ignored)}
 
 
 def _has_optional(model_class: type[ConvertibleModel], weights: Mapping[str, Any]) -> bool:
@@ -244,13 +297,14 @@ def _check_shape(ours: str, model: nn.Module, parts: tuple[str, ...], sources: l
             )
 
 
-def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Puts a parameter in the place of the one of that name."""
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, parameter)
 
 
 def _names(attribute: str) -> str:
-    return ", ".join(getattr(m, attribute) for m in _MODELS)
+    return ", ".join(dict.fromkeys(getattr(m, attribute) for m in _MODELS))
 
 
 def _import_transformers(what: str) -> Any:

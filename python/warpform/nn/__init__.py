@@ -5,8 +5,9 @@ from .attention import SelfAttention
 from .embeddings import Embeddings
 from .encoder import Encoder, EncoderLayer
 from .feed_forward import FeedForward
+from .masked_lm import MaskedLMHead
 from .norm import AddBiasResidualLayerNorm
-from .pooling import FirstTokenPooler, first_tokens, mean_pool
+from .pooling import FirstTokenPooler, first_tokens, last_tokens, max_pool, mean_pool
 
 __all__ = [
     "ACTIVATIONS",
@@ -17,7 +18,10 @@ __all__ = [
     "EncoderLayer",
     "FeedForward",
     "FirstTokenPooler",
+    "MaskedLMHead",
     "SelfAttention",
     "first_tokens",
+    "last_tokens",
+    "max_pool",
     "mean_pool",
 ]

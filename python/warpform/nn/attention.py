@@ -45,7 +45,8 @@ class SelfAttention(nn.Module):
         if self.training and self.attention_dropout > 0.0:
             raise NotImplementedError(
                 f"attention_probs_dropout_prob is {self.attention_dropout}, and attention dropout is not supported in "
-                "training mode: set attention_probs_dropout_prob=0.0 in the config, or call eval()"
+                "training mode: set attention_probs_dropout_prob=0.0 in the config, or call eval(). In DistilBERT the "
+                "field is attention_dropout"
             )
         qkv = self.qkv(hidden).view(hidden.shape[0], 3, self.num_heads, self.head_dim)  # [total, 3, H, D]
         query, key, value = qkv.unbind(1)

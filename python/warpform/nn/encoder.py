@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from ..packing import Packing
@@ -17,7 +19,9 @@ class EncoderLayer(nn.Module):
         hidden_size, num_heads, intermediate_size: sizes.
         hidden_act: one of `ACTIVATIONS`.
         eps: of both normalisations.
-        hidden_dropout, attention_dropout: in training only; see `SelfAttention` for the second.
+        hidden_dropout: in training only, on what each block adds to the residual: one probability, or one for the
+            attention block and one for the feed-forward block.
+        attention_dropout: see `SelfAttention`.
     """
 
     def __init__(
@@ -28,14 +32,15 @@ class EncoderLayer(nn.Module):
         *,
         hidden_act: str = "gelu",
         eps: float = 1e-12,
-        hidden_dropout: float = 0.0,
+        hidden_dropout: float | tuple[float, float] = 0.0,
         attention_dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        dropouts = hidden_dropout if isinstance(hidden_dropout, tuple) else (hidden_dropout, hidden_dropout)
         self.attention = SelfAttention(hidden_size, num_heads, attention_dropout=attention_dropout)
-        self.attention_norm = AddBiasResidualLayerNorm(hidden_size, eps, hidden_dropout)
+        self.attention_norm = AddBiasResidualLayerNorm(hidden_size, eps, dropouts[0])
         self.feed_forward = FeedForward(hidden_size, intermediate_size, hidden_act)
-        self.feed_forward_norm = AddBiasResidualLayerNorm(hidden_size, eps, hidden_dropout)
+        self.feed_forward_norm = AddBiasResidualLayerNorm(hidden_size, eps, dropouts[1])
 
     def forward(self, hidden: Tensor, packing: Packing) -> Tensor:
         """hidden: [total, hidden]; returns [total, hidden]."""
@@ -50,19 +55,22 @@ class Encoder(nn.Module):
 
     Args:
         layers: modules called as `layer(hidden, packing)`.
+        order: which layer runs when, by index; a layer may run many times (ALBERT shares its weights so). None: each
+            once, in turn.
     """
 
-    def __init__(self, layers: list[EncoderLayer]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], order: Sequence[int] | None = None) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.order = tuple(range(len(layers)) if order is None else order)
 
     def forward(
         self, hidden: Tensor, packing: Packing, *, output_hidden_states: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """hidden: [total, hidden]. Returns the last hidden state and, on request, the input and each layer's output."""
         states = [hidden]
-        for layer in self.layers:
-            hidden = layer(hidden, packing)
+        for index in self.order:
+            hidden = self.layers[index](hidden, packing)
             if output_hidden_states:
                 states.append(hidden)
         return hidden, tuple(states) if output_hidden_states else None

@@ -17,6 +17,22 @@ def first_tokens(hidden: Tensor, packing: Packing) -> Tensor:
     return torch.where((packing.lengths > 0).unsqueeze(1), rows, rows.new_zeros(()))
 
 
+def last_tokens(hidden: Tensor, packing: Packing) -> Tensor:
+    """The last real token of every sequence: [total, hidden] -> [batch, hidden]; zeros for empty sequences."""
+    if hidden.shape[0] == 0:
+        return hidden.new_zeros(packing.batch_size, hidden.shape[1])
+    rows = hidden[(packing.cu_seqlens[1:].long() - 1).clamp(min=0, max=hidden.shape[0] - 1)]
+    return torch.where((packing.lengths > 0).unsqueeze(1), rows, rows.new_zeros(()))
+
+
+def max_pool(hidden: Tensor, packing: Packing) -> Tensor:
+    """The largest of each column over a sequence: [total, hidden] -> [batch, hidden]; zeros for empty sequences."""
+    lengths = packing.lengths.long()
+    tail = hidden.shape[0] - lengths.sum(0, keepdim=True)
+    largest = torch.segment_reduce(hidden, "max", lengths=torch.cat([lengths, tail]), axis=0, unsafe=True)[:-1]
+    return torch.where((lengths > 0).unsqueeze(1), largest, largest.new_zeros(()))
+
+
 def mean_pool(hidden: Tensor, packing: Packing) -> Tensor:
     """The mean over the tokens of every sequence: [total, hidden] -> [batch, hidden]; zeros for empty sequences.
 

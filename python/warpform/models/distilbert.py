@@ -1,0 +1,233 @@
+"""DistilBERT (arXiv 1910.01108), padding-free: BERT with half of the layers, without token types and pooler."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn import Embeddings, Encoder, EncoderLayer, first_tokens
+from ..packing import Packing
+from ._config import check_config, read_fields
+from ._encoder_model import EncoderModel, PackedStates
+from ._heads import MaskedLM, SequenceClassification, TokenClassification
+from ._output import EncoderOutput
+from ._registry import register
+
+_EPS = 1e-12  # of every normalisation; not in the config
+
+
+@dataclasses.dataclass(frozen=True)
+class DistilBertConfig:
+    """The options of a DistilBERT encoder and its heads, under the names of transformers' `DistilBertConfig`.
+
+    Raises:
+        ValueError: an unknown activation or problem_type, sizes that do not fit, a dropout outside [0, 1].
+    """
+
+    vocab_size: int = 30522
+    max_position_embeddings: int = 512
+    sinusoidal_pos_embds: bool = False
+    n_layers: int = 6
+    n_heads: int = 12
+    dim: int = 768
+    hidden_dim: int = 4 * 768
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    activation: str = "gelu"
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    output_hidden_states: bool = False
+    return_dict: bool = True
+    tie_word_embeddings: bool = True
+    num_labels: int = 2
+    seq_classif_dropout: float = 0.2
+    problem_type: str | None = None
+
+    def __post_init__(self) -> None:
+        check_config(
+            self,
+            activation="activation",
+            heads="n_heads",
+            width="dim",
+            probabilities=("dropout", "attention_dropout", "seq_classif_dropout"),
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        """`dim`, under the name that other configs have for it."""
+        return self.dim
+
+    @classmethod
+    def from_transformers(cls, fields: Mapping[str, Any], **overrides: Any) -> DistilBertConfig:
+        """From the fields of a transformers config. Fields that change nothing in the encoder are ignored.
+
+        Raises:
+            ValueError: an option that is not supported: output_attentions, pruned_heads.
+            TypeError: an override that is no field.
+        """
+        return cls(**read_fields(cls, fields, overrides))
+
+    def to_transformers(self) -> dict[str, Any]:
+        """The fields as keywords of transformers' `DistilBertConfig`."""
+        return dataclasses.asdict(self)
+
+
+@register
+class DistilBertModel(EncoderModel):
+    """DistilBERT's encoder. Called as `transformers.DistilBertModel`: same outputs at real tokens, 0 at padded ones.
+
+    Args:
+        config: its options.
+    """
+
+    config_class = DistilBertConfig
+    transformers_class = "DistilBertModel"
+    transformers_config_class = "DistilBertConfig"
+    model_type = "distilbert"
+    weight_prefix = "distilbert."
+    ignored_weights = ("vocab_", "pre_classifier.", "classifier.", "qa_outputs.")
+    constant_weights = ("embeddings.position_ids",)
+
+    def __init__(self, config: DistilBertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(
+            config.vocab_size,
+            config.dim,
+            config.max_position_embeddings,
+            0,
+            padding_idx=config.pad_token_id,
+            eps=_EPS,
+            dropout=config.dropout,
+        )
+        self.encoder = Encoder(
+            [
+                EncoderLayer(
+                    config.dim,
+                    config.n_heads,
+                    config.hidden_dim,
+                    hidden_act=config.activation,
+                    eps=_EPS,
+                    hidden_dropout=(0.0, config.dropout),  # as transformers has it
+                    attention_dropout=config.attention_dropout,
+                )
+                for _ in range(config.n_layers)
+            ]
+        )
+        self.pooler = None
+        self.apply(self.init_weights)
+        if config.sinusoidal_pos_embds:
+            with torch.no_grad():
+                self.embeddings.positions.weight.copy_(_sinusoids(config.max_position_embeddings, config.dim))
+
+    @classmethod
+    def build(cls, config: DistilBertConfig, *, with_optional: bool = True) -> DistilBertModel:
+        return cls(config)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        packing: Packing | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **unsupported: Any,
+    ) -> EncoderOutput | tuple[Any, ...]:
+        """As of `BertModel`, with arguments in the order of `transformers.DistilBertModel`; there are no token types.
+
+        Args:
+            input_ids: int64 [batch, seqlen], or [total] with `packing`.
+            attention_mask: bool or integer [batch, seqlen], nonzero = token; None = all are tokens. Not with `packing`.
+            inputs_embeds: [batch, seqlen, dim] or [total, dim], in place of input_ids.
+            position_ids: as input_ids, or [1, seqlen]; None = a token's place in its padded row.
+            packing: says that all inputs are packed; then outputs are packed too.
+            output_hidden_states: also return the embeddings and the output of every layer. None = as the config says.
+            return_dict: False returns a tuple. None = as the config says.
+            **unsupported: other arguments, accepted when None or False.
+
+        Raises:
+            ValueError, NotImplementedError: as `BertModel`; token_type_ids that are not None.
+        """
+        return super().forward(
+            input_ids,
+            attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            packing=packing,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+            **unsupported,
+        )
+
+    def weight_names(self) -> dict[str, tuple[str, ...]]:
+        names: dict[str, tuple[str, ...]] = {
+            "embeddings.tokens.weight": ("embeddings.word_embeddings.weight",),
+            "embeddings.positions.weight": ("embeddings.position_embeddings.weight",),
+        }
+        both: dict[str, tuple[str, ...]] = {"embeddings.norm": ("embeddings.LayerNorm",)}
+        for i in range(self.config.n_layers):
+            ours, theirs = f"encoder.layers.{i}", f"transformer.layer.{i}"
+            both |= {
+                f"{ours}.attention.qkv": tuple(f"{theirs}.attention.{x}" for x in ("q_lin", "k_lin", "v_lin")),
+                f"{ours}.attention.out": (f"{theirs}.attention.out_lin",),
+                f"{ours}.attention_norm": (f"{theirs}.sa_layer_norm",),
+                f"{ours}.feed_forward.up": (f"{theirs}.ffn.lin1",),
+                f"{ours}.feed_forward.down": (f"{theirs}.ffn.lin2",),
+                f"{ours}.feed_forward_norm": (f"{theirs}.output_layer_norm",),
+            }
+        for name, parts in both.items():
+            for leaf in ("weight", "bias"):
+                names[f"{name}.{leaf}"] = tuple(f"{part}.{leaf}" for part in parts)
+        return names
+
+
+def _sinusoids(positions: int, dim: int) -> Tensor:
+    """[positions, dim]: sin in even columns, cos in odd ones (arXiv 1706.03762, section 3.5)."""
+    column = torch.arange(dim, dtype=torch.float64)
+    place = torch.arange(positions, dtype=torch.float64).unsqueeze(1)
+    angle = place / 10000 ** (2 * (column // 2) / dim)
+    return torch.where(column % 2 == 0, angle.sin(), angle.cos())
+
+
+@register
+class DistilBertForMaskedLM(MaskedLM):
+    """DistilBERT that predicts masked tokens."""
+
+    base_class = DistilBertModel
+    head_modules = {"head.dense": "vocab_transform", "head.norm": "vocab_layer_norm"}
+    bias_name = "vocab_projector.bias"
+    aliases = {"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"}
+    activation_field = "activation"
+
+
+@register
+class DistilBertForSequenceClassification(SequenceClassification):
+    """DistilBERT with a classifier on relu(dense(first real token)), in place of the pooler that it does not have."""
+
+    base_class = DistilBertModel
+    uses_pooler = False
+    head_modules = {"pre_classifier": "pre_classifier", "classifier": "classifier"}
+    dropout_fields = ("seq_classif_dropout",)
+
+    def make_head(self) -> None:
+        super().make_head()
+        self.pre_classifier = nn.Linear(self.config.dim, self.config.dim)
+
+    def pool(self, run: PackedStates) -> Tensor:
+        return F.relu(self.pre_classifier(first_tokens(run.hidden, run.packing)))
+
+
+@register
+class DistilBertForTokenClassification(TokenClassification):
+    """DistilBERT with a classifier on every token."""
+
+    base_class = DistilBertModel
+    dropout_fields = ("dropout",)
