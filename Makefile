@@ -18,7 +18,7 @@ help:
 	@echo "make lint       formatters, linter and type checker; make format applies the formatters"
 	@echo "make gates      reads the built binary: architectures, stack, tensor-core instructions"
 	@echo "make gpu-check  on a machine with a GPU, from a built tree: gpu tests, benchmarks, record in docs/hardware.md"
-	@echo "make bench      benchmarks, where there are some"
+	@echo "make bench      times every op and model beside its peers, rows to bench/results (ARGS='-k attention')"
 	@echo "make clean      removes what was built; make distclean removes .venv too"
 
 demo:
@@ -54,8 +54,8 @@ gpu-check:
 	@$(GPU_PYTHON) tools/gpu_check.py
 
 bench:
-	@if [ -d bench ]; then $(SETUP) run test build && $(VENV_PYTHON) -m pytest bench $(PYTEST_ARGS); \
-	else echo "The benchmarks come in a later version; there is nothing to run yet."; exit 2; fi
+	@$(SETUP) run bench build
+	@$(VENV_PYTHON) -m warpform bench $(ARGS)
 
 clean:
 	@rm -rf build dist python/*.egg-info python/warpform/libwarpform.so

@@ -150,10 +150,10 @@ def test_backend_of_each_op(monkeypatch):
 def test_commands(capsys):
     assert __main__.main([]) == 2
     assert __main__.main(["--help"]) == 0
-    assert __main__.main(["bench"]) == 2
+    assert __main__.main(["bench", "--help"]) == 0
     assert __main__.main(["docter"]) == 2
     captured = capsys.readouterr()
-    assert "come in a later version" in captured.err and "unknown command 'docter'" in captured.err
+    assert "unknown command 'docter'" in captured.err
 
 
 def test_library_is_where_doctor_says(capsys):

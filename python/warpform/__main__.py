@@ -8,7 +8,7 @@ USAGE = """usage: python -m warpform COMMAND [options]
 
   doctor [--json]   what this machine, this torch and this build of warpform can do, and a self-test of every op
   demo [options]    encode real text with a BERT, padded and padding-free, and compare; --help lists the options
-  bench             benchmarks of the ops (not in this version)
+  bench [options]   benchmarks of the ops and models, from a checkout; --help lists the options
 """
 
 
@@ -26,8 +26,9 @@ def main(argv: list[str]) -> int:
 
         return demo(rest)
     if command == "bench":
-        print("warpform: the benchmarks come in a later version; there is nothing to run yet", file=sys.stderr)
-        return 2
+        from .bench import main as bench
+
+        return bench(rest)
     print(f"warpform: unknown command {command!r}; use doctor, demo or bench", file=sys.stderr)
     return 2
 

@@ -1,0 +1,79 @@
+"""Options of the benchmarks, and the fixture that runs one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+import torch
+
+SESSION = pytest.StashKey[harness.Session]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("warpform benchmarks")
+    group.addoption("--tiny", action="store_true", help="every benchmark once, at a tiny size; nothing is recorded")
+    group.addoption(
+        "--everything",
+        action="store_true",
+        help="all sizes on a GPU, and compiled peers where a default run leaves them out",
+    )
+    group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    group.addoption("--budget", type=float, default=harness.BUDGET, help="seconds; 0 is no limit (default %(default)s)")
+    group.addoption("--results", type=Path, help="folder that rows are appended to (default bench/results)")
+    group.addoption("--no-results", action="store_true", help="append nothing")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    tiny = config.getoption("--tiny")
+    device = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no GPU")
+    results = config.getoption("--results") or (None if tiny else harness.RESULTS)
+    config.stash[SESSION] = harness.Session(
+        device=device,
+        tiny=tiny,
+        everything=config.getoption("--everything"),
+        results=None if config.getoption("--no-results") else results,
+        budget=config.getoption("--budget"),
+    )
+    # The suite has a summary of its own.
+    config.option.benchmark_quiet = True
+    # As in the tests; full runs use what torch finds.
+    if tiny and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "spec" in metafunc.fixturenames:
+        specs = metafunc.module.specs(metafunc.config.stash[SESSION])
+        pairs = [(spec, provider) for spec in specs for provider in spec.providers]
+        metafunc.parametrize(("spec", "provider"), pairs, ids=[f"{spec}-{provider}" for spec, provider in pairs])
+
+
+@pytest.fixture
+def measure(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Callable[[harness.Spec, str], None]]:
+    session = request.config.stash[SESSION]
+    yield lambda spec, provider: session.measure(spec, provider, benchmark)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    run = session.config.stash.get(SESSION, None)
+    if run is not None:
+        run.flush()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    run = config.stash.get(SESSION, None)
+    if run is None or not run.rows:
+        return
+    terminalreporter.write_sep("=", f"warpform benchmarks, {run.facts['device']}, torch {torch.__version__}")
+    for line in harness.summary(run.rows):
+        terminalreporter.write_line(line)
+    where = "nothing was recorded" if run.results is None else f"rows appended in {run.results}"
+    terminalreporter.write_line(where)

@@ -1,0 +1,454 @@
+"""What every benchmark shares: cases and their providers, clocks, ceilings, and the rows that are appended to results.
+
+A `Spec` names a workload and its providers; `Spec.build` makes a `Case`, whose `with_NAME` methods each prepare one
+provider. `Session.measure` runs a provider once, lets the case check the outputs, and only then times it.
+
+Timing. On a CPU pytest-benchmark's clock. On a GPU CUDA events around several launches that walk through copies of the
+inputs larger together than the L2 cache; a short sleep is put on the stream first, so that the host enqueues ahead and
+the gaps it would leave do not count (except where `Case.end_to_end`: there they do). pytest-benchmark's clock then
+times the host.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import functools
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+SIZE_COLUMNS = ("dtype", "batch", "seqlen", "tokens", "heads", "kv_heads", "head_dim", "hidden", "causal")
+COLUMNS = (
+    "date", "commit", "device", "kind", "family", "kernel", "direction", "workload", "provider", "status", "backend",
+    *SIZE_COLUMNS,
+    "p20_us", "p50_us", "p80_us", "host_us", "tflops", "gbs", "roofline", "ceiling_tflops", "ceiling_gbs", "ratios",
+    "threads", "warpform", "torch", "cuda", "transformers", "python",
+)  # fmt: skip
+
+# Seconds that one run may take, by default, and by which part of them each file has to be done; what one leaves over
+# the next may use. Past COMPILE_SHARE of its time compiled peers of a file are left out, past all of it everything
+# else; each is listed as such.
+BUDGET = 340.0
+DEADLINES = {"attention": 0.5, "encoder": 0.93, "host": 1.0}
+COMPILE_SHARE = 0.7
+# Inputs together exceed the largest L2 cache there is about three times over.
+ROTATE_BYTES = 160e6
+MOST_COPIES = 64
+
+
+class Missing(Exception):
+    """A provider that this machine, or this run, cannot have; the text says why."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One workload, not yet built. Subclasses add what they need and `build`."""
+
+    kernel: str
+    direction: str  # forward, backward or training step
+    sizes: tuple[tuple[str, Any], ...]  # of SIZE_COLUMNS
+    providers: tuple[str, ...]
+
+    family = ""
+
+    def __str__(self) -> str:
+        sizes = "-".join(f"{name}{value}" for name, value in self.sizes if name != "dtype")
+        return f"{self.kernel}-{self.direction.replace(' ', '_')}-{sizes}"
+
+    def build(self, session: Session) -> Case:
+        raise NotImplementedError
+
+
+class Case:
+    """A workload with its inputs. `flops` and `bytes` are the least that any implementation has to do and move."""
+
+    flops = 0.0
+    bytes = 0.0
+    end_to_end = False  # whether the host's gaps between launches are part of the time
+
+    def prepare(self, provider: str) -> list[Callable[[], Any]]:
+        """One call for each copy of the inputs. Raises Missing."""
+        calls: list[Callable[[], Any]] = getattr(self, f"with_{provider}")()
+        return calls
+
+    def check(self, provider: str, output: Any) -> None:
+        """Raises AssertionError where the output of a provider's first call is wrong."""
+        raise NotImplementedError
+
+
+def copies(device: str, bytes_of_one: float) -> int:
+    """How many copies of the inputs to rotate through."""
+    return 1 if device == "cpu" else max(1, min(MOST_COPIES, round(ROTATE_BYTES / max(bytes_of_one, 1.0) + 0.5)))
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """||actual - truth|| / ||truth||, infinite where actual is not finite."""
+    actual, truth = actual.detach().double(), truth.detach().double()
+    norm, error = truth.norm().item(), (actual - truth).norm().item()
+    return error / norm if norm > 0 and error == error else (0.0 if error == 0 else float("inf"))
+
+
+def assert_near(name: str, actual: Tensor, oracle: Tensor, eager: Tensor) -> None:
+    """The bound for peers: 4 times the relative error of the eager computation in the same dtype, plus 4 eps.
+
+    They are not ours to judge by the rule of tests/helpers/compare.py, which warpform has to pass; but one that
+    computed something else would be off by far more.
+    """
+    assert actual.shape == oracle.shape, f"{name}: shape {list(actual.shape)}, expected {list(oracle.shape)}"
+    error, allowed = (
+        relative_error(actual, oracle),
+        4 * relative_error(eager, oracle) + 4 * torch.finfo(eager.dtype).eps,
+    )
+    assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
+
+
+@functools.cache
+def compiled(function: Callable[..., Any], dynamic: bool | None = True) -> Callable[..., Any]:
+    """torch.compile of a function, once a run, so that several sizes share its code."""
+    torch._dynamo.config.cache_size_limit = 64
+    torch._functorch.config.donated_buffer = False  # backward is timed many times over one forward
+    return torch.compile(function, dynamic=dynamic)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def quantile(values: list[float], q: float) -> float:
+    """Linear between the two nearest."""
+    values = sorted(values)
+    place = q * (len(values) - 1)
+    low = int(place)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (values[high] - values[low]) * (place - low)
+
+
+def device_samples(calls: list[Callable[[], Any]], seconds: float, *, hide_host: bool) -> list[float]:
+    """Microseconds of one call on the GPU, in samples of several calls each, by CUDA events."""
+
+    def sample(count: int, first: int, sleep_us: float) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if sleep_us:
+            torch.cuda._sleep(int(sleep_us * 2000))  # cycles; some 2 GHz, so at least as long as asked
+        start.record()
+        for i in range(count):
+            calls[(first + i) % len(calls)]()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1000 / count
+
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    rough = sample(3, 0, 0)
+    host_us = (time.perf_counter() - begin) * 1e6 / 3
+    count = max(1, min(32, int(1000 / max(rough, 1.0))))
+    sleep_us = min(20_000.0, 1.5 * count * host_us) if hide_host else 0.0
+    each = max(host_us, rough) * count * 1e-6 + sleep_us * 1e-6
+    rounds = max(5, min(100, int(seconds / each)))
+    return [sample(count, i * count, sleep_us) for i in range(rounds)]
+
+
+def ceilings(device: str, dtype: torch.dtype, tiny: bool) -> tuple[float, float]:
+    """(TFLOP/s of a large matrix product, GB/s of a large copy, reads and writes counted), both by this machine now."""
+    width = 128 if tiny else 8192 if device == "cuda" else 1536
+    length = 1 << (16 if tiny else 30 if device == "cuda" else 28)  # bytes
+    a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
+    source = torch.ones(length, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def fastest(call: Callable[[], Any]) -> float:
+        call()
+        if device == "cuda":
+            return statistics.median(device_samples([call], 0.2, hide_host=True))
+        times = []
+        for _ in range(1 if tiny else 7):
+            start = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - start) * 1e6)
+        return statistics.median(times)
+
+    return 2 * width**3 / fastest(lambda: a @ b) / 1e6, 2 * length / fastest(lambda: target.copy_(source)) / 1e3
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def commit() -> str:
+    """What is measured; a tree that differs from its commit says so. Records of earlier runs do not count."""
+    named = os.environ.get("WARPFORM_COMMIT")
+    if named:
+        return named
+    head = _output("git", "rev-parse", "--short=12", "HEAD")
+    records = ("docs/hardware.md", "bench/results/")
+    dirty = [
+        line for line in _output("git", "status", "--porcelain").splitlines() if not any(r in line for r in records)
+    ]
+    return (head + (" (changed)" if dirty else "")) if head else "unknown"
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The columns that are the same in every row of a run."""
+    import warpform
+
+    try:
+        import transformers
+
+        transformers_version = transformers.__version__
+    except ImportError:
+        transformers_version = ""
+    if device == "cuda":
+        name = torch.cuda.get_device_name(0)
+    else:
+        name = platform.processor() or platform.machine()
+        for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+        "commit": commit(),
+        "device": name,
+        "kind": device,
+        "threads": torch.get_num_threads(),
+        "warpform": warpform.__version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "transformers": transformers_version,
+        "python": platform.python_version(),
+    }
+
+
+def backend(device: str) -> str:
+    """What stood behind warpform's ops in the last call, as far as can be told: the reference warns once per op."""
+    if device == "cpu" or os.environ.get("WARPFORM_BACKEND") == "reference":
+        return "reference"
+    from warpform.ops import _register
+
+    names = sorted({name for name, _ in _register._warned})
+    return f"kernels, reference for {' '.join(names)}" if names else "kernels"
+
+
+@dataclass
+class Session:
+    """One run of the suite."""
+
+    device: str  # "cpu" or "cuda"
+    tiny: bool = False  # every benchmark once, at sizes that say nothing
+    everything: bool = False  # all sizes of the issue, not only those that fit the budget
+    results: Path | None = None  # the folder that rows are appended to
+    budget: float = BUDGET  # seconds; 0 is no limit
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    _group: list[dict[str, Any]] = field(default_factory=list)
+    _spec: Spec | None = None
+    _case: Case | None = None
+    _started: dict[str, float] = field(default_factory=dict)
+    _ceilings: dict[torch.dtype, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        return machine(self.device)
+
+    def need_gpu(self) -> None:
+        if self.device != "cuda":
+            raise Missing("needs a GPU")
+
+    def allow_compile(self) -> None:
+        """Called by a provider that is about to compile something."""
+        if self.tiny and not self.everything:
+            raise Missing("nothing is compiled in a tiny run")
+        if self._spec is not None and self._late(self._spec.family, COMPILE_SHARE):
+            raise Missing("no time left to compile in this run (--budget 0 lifts the limit)")
+
+    def _late(self, family: str, share: float = 1.0) -> bool:
+        now = time.monotonic()
+        begin = self._started.setdefault("", now)
+        start = self._started.setdefault(family, now)
+        deadline = begin + self.budget * DEADLINES[family]
+        return bool(self.budget) and now > start + share * (deadline - start)
+
+    def measure(self, spec: Spec, provider: str, benchmark: Any) -> None:
+        """Checks one provider and times it; a peer that is missing or fails leaves a row that says so, and a skip."""
+        if self._spec is not spec:
+            self.flush()
+            self._spec = spec
+        row: dict[str, Any] = {
+            **self.facts,
+            "family": spec.family,
+            "kernel": spec.kernel,
+            "direction": spec.direction,
+            "workload": str(spec),
+            "provider": provider,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **dict(spec.sizes),
+        }
+        self._group.append(row)
+        benchmark.group = str(spec)
+        try:
+            if self._late(spec.family):
+                raise Missing("no time left in this run (--budget 0 lifts the limit)")
+            if self._case is None:
+                torch.manual_seed(0)
+                self._case = spec.build(self)
+            case = self._case
+            calls = case.prepare(provider)
+            output = calls[0]()
+            synchronize(self.device)
+            try:
+                case.check(provider, output)
+            except AssertionError as wrong:
+                row["status"] = f"disagrees: {_line(wrong)}"
+                raise
+            del output
+            self._time(case, calls, row, benchmark)
+            row["status"] = "ok"
+            if provider.startswith("warpform"):
+                row["backend"] = backend(self.device)
+        except Missing as missing:
+            row["status"] = f"missing: {missing}"
+            pytest.skip(row["status"])
+        except Exception as error:
+            row.setdefault("status", f"failed: {_line(error)}")
+            # One that computes something else, and warpform itself, must not go unnoticed.
+            if provider == "warpform" or row["status"].startswith("disagrees"):
+                raise
+            pytest.skip(row["status"])
+
+    def _time(self, case: Case, calls: list[Callable[[], Any]], row: dict[str, Any], benchmark: Any) -> None:
+        seconds = 0.1 if self.device == "cuda" else 0.4
+        samples: list[float] = []
+        if self.tiny:
+            host = clock(benchmark, calls[0], 1, 1, self.device)
+            samples = host
+        elif self.device == "cuda":
+            samples = device_samples(calls, seconds, hide_host=not case.end_to_end)
+            host = clock(benchmark, calls[0], 10, 1, self.device)
+            row["host_us"] = f"{statistics.median(host):.3f}" if host else ""
+        else:
+            start = time.perf_counter()
+            calls[0]()
+            once = time.perf_counter() - start
+            rounds = max(3 if once > 0.5 else 5, min(400, int(seconds / once)))
+            samples = clock(benchmark, calls[0], rounds, max(1, int(1e-4 / once)), self.device)
+        if not samples:
+            return
+        p20, p50, p80 = (quantile(samples, q) for q in (0.2, 0.5, 0.8))
+        if self.dtype not in self._ceilings:
+            self._ceilings[self.dtype] = ceilings(self.device, self.dtype, self.tiny)
+        tflops, gbs = self._ceilings[self.dtype]
+        values = {
+            "p20_us": p20,
+            "p50_us": p50,
+            "p80_us": p80,
+            "tflops": case.flops / p50 / 1e6,
+            "gbs": case.bytes / p50 / 1e3,
+            "roofline": max(case.flops / (tflops * 1e6), case.bytes / (gbs * 1e3)) / p50,
+            "ceiling_tflops": tflops,
+            "ceiling_gbs": gbs,
+        }
+        # A workload that counts nothing (a host call) has no rate.
+        row.update({name: f"{value:.4g}" for name, value in values.items() if value})
+        benchmark.extra_info.update({name: row[name] for name in values if name in row})
+
+    def flush(self) -> None:
+        """Ends a group: fills in the ratios, keeps its rows, appends them to the results."""
+        group, self._group, self._spec, self._case = self._group, [], None, None
+        if not group:
+            return
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        times = {row["provider"]: float(row["p50_us"]) for row in group if "p50_us" in row}
+        for row in group:
+            own = times.get(row["provider"])
+            if own and row["provider"].startswith("warpform"):
+                peers = ((p, t) for p, t in times.items() if p != row["provider"])
+                row["ratios"] = " ".join(f"{peer}={other / own:.3g}" for peer, other in peers)
+        self.rows += group
+        if self.results is not None:
+            append(self.results / f"{group[0]['family']}.csv", group)
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:200].removeprefix("AssertionError: ")
+
+
+def clock(benchmark: Any, call: Callable[[], Any], rounds: int, iterations: int, device: str) -> list[float]:
+    """Microseconds of a call by pytest-benchmark's clock, round by round; on a GPU each starts with it idle."""
+    if device == "cuda":
+        benchmark.pedantic(call, setup=torch.cuda.synchronize, rounds=rounds, iterations=1)
+    else:
+        benchmark.pedantic(call, rounds=rounds, iterations=iterations)
+    return [] if benchmark.stats is None else [seconds * 1e6 for seconds in benchmark.stats.stats.data]
+
+
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Adds rows to a results file, which is only ever appended to.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    if not new:
+        with path.open(newline="") as file:
+            header = next(csv.reader(file), [])
+        if tuple(header) != COLUMNS:
+            raise ValueError(f"{path} has other columns than this version writes; move it away to start another")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """A short table: of each kernel and direction, how often warpform is ahead of the best peer, and by how much."""
+    groups: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if row["family"] != "host" and "p50_us" in row:
+            found = groups.setdefault((row["kernel"], row["direction"]), {})
+            found.setdefault(row["workload"], {})[row["provider"]] = float(row["p50_us"])
+    lines = [
+        f"{'kernel':30} {'direction':14} {'workloads':>9} {'ahead':>6} {'best peer / warpform: least, median, most'}"
+    ]
+    for (kernel, direction), workloads in groups.items():
+        ratios = []
+        for times in workloads.values():
+            ours = [t for p, t in times.items() if p.startswith("warpform")]
+            peers = [t for p, t in times.items() if not p.startswith("warpform")]
+            if ours and peers:
+                ratios.append(min(peers) / min(ours))
+        if ratios:
+            spread = f"{min(ratios):.2f}, {statistics.median(ratios):.2f}, {max(ratios):.2f}"
+            lines.append(f"{kernel:30} {direction:14} {len(ratios):9} {sum(r > 1 for r in ratios):6} {spread}")
+    counts: dict[str, int] = {}
+    for row in rows:
+        status = row.get("status", "failed").partition(":")[0]
+        counts[status] = counts.get(status, 0) + 1
+    lines.append("rows: " + ", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
+    return lines

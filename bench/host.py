@@ -1,0 +1,135 @@
+"""What a call of each op costs the host, in each mode: at a size where the device has next to nothing to do."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import harness
+import torch
+import torch.nn.functional as F
+from harness import Case, Session
+from torch import Tensor
+
+import warpform
+
+OPS = ("packing_plan", "pack", "unpack", "varlen_attention", "add_bias_residual_layer_norm", "bias_gelu")
+MODES = ("warpform", "warpform_no_grad", "warpform_inference_mode", "warpform_compiled", "torch_inference_mode")
+
+
+@dataclass(frozen=True)
+class Spec(harness.Spec):
+    family = "host"
+
+    def __str__(self) -> str:
+        return f"{self.kernel}-{self.direction}"
+
+    def build(self, session: Session) -> HostCase:
+        return HostCase(self.kernel, session)
+
+
+def specs(session: Session) -> list[Spec]:
+    sizes = {"batch": 2, "seqlen": 4, "tokens": 6, "heads": 2, "kv_heads": 2, "head_dim": 64, "hidden": 128}
+    return [Spec(op, "host call", tuple(sizes.items()), MODES) for op in OPS]
+
+
+def _torch_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
+    offsets = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    return offsets, mask.flatten().nonzero().flatten()
+
+
+class HostCase(Case):
+    """Two sequences, of 4 and 2 tokens, hidden size 128; gradients are wanted, which only the first mode heeds."""
+
+    end_to_end = True
+
+    def __init__(self, op: str, session: Session) -> None:
+        self.session = session
+        device, dtype = session.device, session.dtype
+        mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]], dtype=torch.bool, device=device)
+        packing = warpform.Packing.from_mask(mask)
+        indices, ranks, offsets = packing.indices, packing.ranks, packing.cu_seqlens
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape).to(device, dtype).requires_grad_()
+
+        x, rows, residual = draw(2, 4, 128), draw(6, 128), draw(6, 128)
+        bias, weight, ln_bias = draw(128), draw(128), draw(128)
+        q, k, v = draw(6, 2, 64), draw(6, 2, 64), draw(6, 2, 64)
+        norm = warpform.ops.add_bias_residual_layer_norm
+        padded = torch.zeros(8, 128, device=device, dtype=dtype)
+        # The op, the same in torch, and the arguments.
+        table: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]] = {
+            "packing_plan": (lambda m: warpform.ops.packing_plan(m, 8), _torch_plan, (mask,)),
+            "pack": (lambda t: warpform.ops.pack(t, indices, ranks), lambda t: t.flatten(0, 1)[indices], (x,)),
+            "unpack": (
+                lambda t: warpform.ops.unpack(t, indices, ranks),
+                lambda t: padded.index_put((indices,), t).view(2, 4, 128),
+                (rows,),
+            ),
+            "varlen_attention": (
+                lambda q, k, v: warpform.ops.varlen_attention(q, k, v, offsets, offsets, 4, 4),
+                lambda q, k, v: (
+                    F.scaled_dot_product_attention(
+                        *(
+                            padded.index_put((indices,), t.flatten(1)).view(2, 4, 2, 64).transpose(1, 2)
+                            for t in (q, k, v)
+                        ),
+                        mask[:, None, None, :],
+                    )
+                    .transpose(1, 2)
+                    .reshape(8, 2, 64)[indices]
+                ),
+                (q, k, v),
+            ),
+            "add_bias_residual_layer_norm": (
+                norm,
+                lambda x, b, r, w, c: F.layer_norm(x + b + r, (128,), w, c),
+                (rows, bias, residual, weight, ln_bias),
+            ),
+            "bias_gelu": (
+                lambda x, b: warpform.ops.bias_gelu(x, b),
+                lambda x, b: F.gelu(x + b),
+                (rows, bias),
+            ),
+        }
+        self.op, self.torch, self.inputs = table[op]
+
+    def with_warpform(self) -> list[Callable[[], Any]]:
+        return [functools.partial(self.op, *self.inputs)]
+
+    def with_warpform_no_grad(self) -> list[Callable[[], Any]]:
+        return [functools.partial(_under, torch.no_grad, self.op, self.inputs)]
+
+    def with_warpform_inference_mode(self) -> list[Callable[[], Any]]:
+        return [functools.partial(_under, torch.inference_mode, self.op, self.inputs)]
+
+    def with_warpform_compiled(self) -> list[Callable[[], Any]]:
+        self.session.allow_compile()
+        return [functools.partial(_under, torch.no_grad, torch.compile(self.op), self.inputs)]
+
+    def with_torch_inference_mode(self) -> list[Callable[[], Any]]:
+        return [functools.partial(_under, torch.inference_mode, self.torch, self.inputs)]
+
+    def check(self, provider: str, output: Any) -> None:
+        """All against torch's composition, in relative error: a few eps, for the sizes here are small."""
+        ours = output if isinstance(output, tuple) else (output,)
+        with torch.no_grad():
+            theirs = self.torch(*self.inputs)
+        theirs = theirs if isinstance(theirs, tuple) else (theirs,)
+        if self.torch is _torch_plan and provider != "torch_inference_mode":
+            ours = (ours[0], ours[2][: theirs[1].numel()])
+        for a, b in zip(ours, theirs, strict=True):
+            error, allowed = harness.relative_error(a, b), 16 * torch.finfo(self.session.dtype).eps
+            assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"
+
+
+def _under(mode: Callable[[], Any], function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    with mode():
+        return function(*inputs)
+
+
+def test_host(spec: Spec, provider: str, measure: Callable[[harness.Spec, str], None]) -> None:
+    measure(spec, provider)

@@ -1,0 +1,216 @@
+"""Tables (Markdown) and plots (SVG) of committed results.
+
+    python bench/report.py                                 the tables, on standard output
+    python bench/report.py --markdown FILE --plots FOLDER  written to files
+    python bench/report.py --device H200                   one device of several
+
+Of each device, workload and provider the newest row counts. Nothing is computed here but ratios of what the rows say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import html
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+Row = dict[str, str]
+
+
+def read(folder: Path) -> list[Row]:
+    """All rows of a folder of results, oldest first.
+
+    Raises:
+        FileNotFoundError: there is no results file in it.
+    """
+    files = sorted(folder.glob("*.csv"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no results yet; make bench writes some")
+    rows: list[Row] = []
+    for path in files:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows += csv.DictReader(file)
+    return rows
+
+
+def newest(rows: Iterable[Row]) -> dict[str, dict[tuple[str, str, str], dict[str, dict[str, Row]]]]:
+    """device -> (family, kernel, direction) -> workload -> provider -> row.
+
+    Ratios are only made within one run, so of each workload all rows come from the run that measured warpform last.
+    """
+    runs: dict[tuple[str, str], dict[str, dict[str, Row]]] = {}
+    for row in rows:
+        key = row["device"], row["workload"]
+        runs.setdefault(key, {}).setdefault(row["date"], {})[row["provider"]] = row
+    found: dict[str, dict[tuple[str, str, str], dict[str, dict[str, Row]]]] = {}
+    for (device, workload), dates in runs.items():
+        timed = [date for date, providers in dates.items() if providers.get("warpform", {}).get("p50_us")]
+        providers = dates[max(timed or dates)]
+        first = next(iter(providers.values()))
+        key3 = first["family"], first["kernel"], first["direction"]
+        found.setdefault(device, {}).setdefault(key3, {})[workload] = providers
+    return found
+
+
+def number(value: float) -> str:
+    """Three digits that mean something, without exponents."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def sizes(row: Row) -> str:
+    """The sizes that a row has, in words."""
+    parts = [f"{row['batch']} x {row['seqlen']}, {row['tokens']} tokens"]
+    if row["heads"]:
+        kv = f"/{row['kv_heads']}" if row["kv_heads"] not in ("", row["heads"]) else ""
+        parts.append(f"{row['heads']}{kv} heads of {row['head_dim']}")
+    if row["hidden"]:
+        parts.append(f"hidden {row['hidden']}")
+    if row["causal"] == "1":
+        parts.append("causal")
+    return ", ".join(parts)
+
+
+def table(workloads: dict[str, dict[str, Row]]) -> list[str]:
+    """One Markdown table: a line for each workload, a column for each provider that was timed; below, what was not."""
+    order = list(dict.fromkeys(p for providers in workloads.values() for p in providers))
+    timed = [p for p in order if any(w.get(p, {}).get("p50_us") for w in workloads.values())]
+    lines = [
+        "| workload | " + " | ".join(timed) + " | share of roofline |",
+        "|---|" + "---:|" * (len(timed) + 1),
+    ]
+    for providers in workloads.values():
+        first = next(iter(providers.values()))
+        own = providers.get("warpform", {}).get("p50_us")
+        cells = []
+        for provider in timed:
+            row = providers.get(provider, {})
+            value = row.get("p50_us")
+            if not value:
+                cells.append("-")
+            elif provider == "warpform" or not own:
+                cells.append(f"{number(float(value))} ({number(float(row['p20_us']))}..{number(float(row['p80_us']))})")
+            else:
+                cells.append(f"{number(float(value))} ({float(value) / float(own):.2f}x)")
+        roofline = providers.get("warpform", {}).get("roofline")
+        lines.append(
+            f"| {sizes(first)} | " + " | ".join(cells) + f" | {f'{float(roofline):.0%}' if roofline else '-'} |"
+        )
+    reasons: dict[tuple[str, str], int] = {}
+    for providers in workloads.values():
+        for provider, row in providers.items():
+            if row["status"] != "ok":
+                key = provider, row["status"]
+                reasons[key] = reasons.get(key, 0) + 1
+    if reasons:
+        lines += ["", "Not timed:", ""]
+        lines += [
+            f"* {provider}, {count} of {len(workloads)} workloads: {html.escape(status, quote=False)}"
+            for (provider, status), count in reasons.items()
+        ]
+    return lines
+
+
+def markdown(found: dict[str, dict[tuple[str, str, str], dict[str, dict[str, Row]]]]) -> str:
+    """Every table, under a heading for each device and kernel."""
+    lines = []
+    for device, kernels in found.items():
+        lines += [f"# {device}", ""]
+        for (family, kernel, direction), workloads in kernels.items():
+            rows = [row for providers in workloads.values() for row in providers.values()]
+            one = next((row for row in rows if row["p50_us"]), rows[0])
+            dates = sorted({row["date"] for row in rows})
+            when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+            backends = sorted({row["backend"] for row in rows if row["backend"]})
+            lines += [f"## {kernel}, {direction}", ""]
+            lines += [
+                f"Microseconds, median (warpform: 20th to 80th percentile; peers: times warpform's). {one['dtype']}, "
+                f"{one['threads']} host threads, warpform {one['warpform']} at {one['commit']} "
+                f"({', '.join(backends) or 'not timed'}), torch {one['torch']}, "
+                f"transformers {one['transformers'] or 'absent'}, {when}; {family}.csv."
+            ]
+            if one["ceiling_tflops"]:
+                lines[-1] += f" Ceilings in the same run: {one['ceiling_tflops']} TFLOP/s, {one['ceiling_gbs']} GB/s."
+            lines += ["", *table(workloads), ""]
+    return "\n".join(lines)
+
+
+def plot(path: Path, title: str, workloads: dict[str, dict[str, Row]]) -> bool:
+    """Bars of times relative to warpform's, one group for each workload. False where there is nothing to compare."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    bars: dict[str, dict[str, float]] = {}
+    for providers in workloads.values():
+        own = providers.get("warpform", {}).get("p50_us")
+        if own:
+            label = sizes(next(iter(providers.values()))).replace(" tokens, ", " tokens,\n", 1)
+            times = {p: float(row["p50_us"]) / float(own) for p, row in providers.items() if row["p50_us"]}
+            bars[label] = times
+    order = list(dict.fromkeys(p for times in bars.values() for p in times))
+    if len(order) < 2:
+        return False
+    # The same picture from the same rows, byte for byte.
+    with pyplot.rc_context({"svg.hashsalt": "warpform", "font.size": 8}):
+        height = 0.18 * len(order)
+        figure, axes = pyplot.subplots(figsize=(8, 1 + len(bars) * (height + 0.25)))
+        for i, provider in enumerate(order):
+            places = [j + i * 0.8 / len(order) for j in range(len(bars))]
+            values = [times.get(provider, 0.0) for times in bars.values()]
+            drawn = axes.barh(places, values, 0.8 / len(order), label=provider, color=f"C{i % 10}")
+            axes.bar_label(drawn, [f"{v:.2f}" if v else "not timed" for v in values], padding=2, fontsize=6)
+        axes.set_yticks([j + 0.4 * (len(order) - 1) / len(order) for j in range(len(bars))], list(bars))
+        axes.invert_yaxis()
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_xlabel("time / time of warpform: longer bars are slower")
+        axes.set_title(title)
+        axes.legend(fontsize=6)
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)
+    return True
+
+
+def file_name(*words: Any) -> str:
+    text = "-".join(str(word) for word in words).lower()
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in text) + ".svg"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="report.py", description="tables and plots of benchmark results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="a folder of results (default bench/results)")
+    parser.add_argument("--device", default="", help="only devices whose name has this in it")
+    parser.add_argument("--markdown", type=Path, help="write the tables there; default: standard output")
+    parser.add_argument("--plots", type=Path, help="write a plot for each kernel and direction into this folder")
+    given = parser.parse_args(arguments)
+    try:
+        found = newest(read(given.results))
+    except FileNotFoundError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    found = {device: kernels for device, kernels in found.items() if given.device.lower() in device.lower()}
+    if not found:
+        print(f"report: no device in {given.results} has {given.device!r} in its name", file=sys.stderr)
+        return 2
+    text = markdown(found)
+    if given.markdown is None:
+        print(text)
+    else:
+        given.markdown.write_text(text + "\n", encoding="utf-8")
+    if given.plots is not None:
+        given.plots.mkdir(parents=True, exist_ok=True)
+        for device, kernels in found.items():
+            for (_, kernel, direction), workloads in kernels.items():
+                path = given.plots / file_name(device, kernel, direction)
+                if plot(path, f"{kernel}, {direction}, {device}", workloads):
+                    print(f"report: wrote {path}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
