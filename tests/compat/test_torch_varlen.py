@@ -11,7 +11,7 @@ from helpers import oracle
 from helpers.compare import assert_close
 from warpform.compat.torch_varlen import AuxRequest, varlen_attn
 
-LENGTHS_Q, LENGTHS_K = [4, 0, 1, 6], [4, 2, 5, 3]
+LENGTHS_Q, LENGTHS_K = [24, 0, 1, 36], [24, 12, 25, 13]
 CU_Q, CU_K = (torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (LENGTHS_Q, LENGTHS_K))
 MODES = {
     "plain": ({}, {}),
@@ -35,12 +35,14 @@ def test_signature_is_torchs() -> None:
 @pytest.mark.parametrize("heads_k", [4, 2])
 def test_results(mode: str, heads_k: int) -> None:
     how, oracle_how = MODES[mode]
-    q = torch.randn(sum(LENGTHS_Q), 4, 8, requires_grad=True)
-    k, v = (torch.randn(sum(LENGTHS_K), heads_k, 8, requires_grad=True) for _ in "kv")
+    q = torch.randn(sum(LENGTHS_Q), 4, 16, requires_grad=True)
+    k, v = (torch.randn(sum(LENGTHS_K), heads_k, 16, requires_grad=True) for _ in "kv")
     how = {**how, "enable_gqa": heads_k != 4}
-    out, lse = varlen_attn(q, k, v, CU_Q, CU_K, 6, 5, return_aux=AuxRequest(lse=True), **how)
+    out, lse = varlen_attn(q, k, v, CU_Q, CU_K, max(LENGTHS_Q), max(LENGTHS_K), return_aux=AuxRequest(lse=True), **how)
     for request in (None, AuxRequest()):
-        assert torch.equal(varlen_attn(q, k, v, CU_Q, CU_K, 6, 5, return_aux=request, **how), out)
+        assert torch.equal(
+            varlen_attn(q, k, v, CU_Q, CU_K, max(LENGTHS_Q), max(LENGTHS_K), return_aux=request, **how), out
+        )
     truth = [t.detach().double().requires_grad_() for t in (q, k, v)]
     plain = [t.detach() for t in (q, k, v)]
     out64, lse64 = oracle.varlen_attention(*truth, LENGTHS_Q, LENGTHS_K, **oracle_how)

@@ -33,9 +33,8 @@ def simt() -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _inputs(request: pytest.FixtureRequest) -> Iterator[None]:
-    # Random inputs are fresh in every test and the same in every run. They are small: a second thread would only wait.
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+def _one_thread() -> Iterator[None]:
+    # Inputs are small: a second thread would only wait.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
