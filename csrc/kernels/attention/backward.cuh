@@ -2,17 +2,14 @@
 // FlashAttention-2 (Dao, arXiv 2307.08691, algorithm 2) on mma.sync.
 //
 // Tile      block_n keys of one sequence and key head, 16 a warp, against block_m queries at a time of every query head
-// that
-//           shares the key head: the sum over them stays in registers, with no atomics and no copies of dK and dV.
+//           that shares the key head: the sum over them stays in registers, with no atomics and no copies of dK and dV.
 // Loads     all threads, 16-byte cp.async: K and V once; Q, dO, lse and delta of the next block while this one is
-// worked on
-//           where shared memory allows two stages.
+//           worked on, where shared memory allows two stages.
 // Products  S^T = K Q^T and dP^T = V dO^T, keys as rows: P^T and dS^T are then the left operands of dV += P^T dO and
 //           dK += dS^T Q straight from registers. Only dS goes through shared memory, for dQ = dS K.
 // dQ        by DqMode (launch.h): stored, added with float32 atomics, or left to dq.cuh.
 // Bounds    FLOP: 10 head_dim a visible pair (14 in the bucket of 256), against the tensor cores' mma.sync rate;
-// kAccumulate
-//           adds 4 bytes x head_dim of atomics to L2 for each query and block of keys.
+//           kAccumulate adds 4 bytes x head_dim of atomics to L2 for each query and block of keys.
 // Measured  not yet: no GPU run so far.
 #pragma once
 

@@ -3,14 +3,13 @@
 //
 // Tile      block_m queries of one sequence and head against block_n keys at a time (tiles.cuh), found by search
 //           (sequences.cuh); where causal, a sequence's later tiles, which are longer, come first.
-// Loads     all threads, 16-byte cp.async, zeros past the sequence and past head_dim. Q once; K and V of one block
-// each: V
-//           arrives while S = Q K^T runs, the next K while softmax and P V run.
+// Loads     all threads, 16-byte cp.async, zeros past the sequence and past head_dim. Q once; of K and V one block
+// each:
+//           V arrives while S = Q K^T runs, the next K while softmax and P V run.
 // Registers 16 or 32 query rows a warp: S, O, row maximum and sum. P goes from S's registers into the next product.
 // Bounds    FLOP: 4 head_dim a visible pair, against the tensor cores' mma.sync rate; at head_dim 64 as much time goes
-// to
-//           exp2 (16 a clock and SM). Bytes: Q and O once, K and V once per query block, mostly from L2; many sequences
-//           of 16-64 tokens are bound by those bytes, 4 tokens x heads x head_dim x 2.
+//           to exp2 (16 a clock and SM). Bytes: Q and O once, K and V once per query block, mostly from L2; many
+//           sequences of 16-64 tokens are bound by those bytes, 4 tokens x heads x head_dim x 2.
 // Measured  not yet: no GPU run so far.
 #pragma once
 

@@ -1,16 +1,14 @@
 // Which keys a query sees, and what is done to a score before the softmax.
 //
 // A score policy is built once per tile and head and has
-//   factor()         what turns its values into exponents of 2
-//   visit(i, j, f)   calls f(term) for scores that begin at query i and key j: choices that hold for all of them are
-//   made
-//                    here, outside the loops
-//   collect(ds, i, j)  is given d loss / d (softmax_scale * qk) of every pair once in the backward: where a learnt bias
-//   adds
-//                    up its gradient
+//   factor()            what turns its values into exponents of 2
+//   visit(i, j, f)      calls f(term) for scores that begin at query i and key j: choices that hold for all of them are
+//                       made here, outside the loops
+//   collect(ds, i, j)   is given d loss / d (softmax_scale * qk) of every pair once in the backward: where a learnt
+//                       bias adds up its gradient
 // and a term has
-//   term(qk, di, dj, slope)  the value for query i + di and key j + dj from the bare product, and d score /
-//                    d (softmax_scale * qk) for the backward; -inf, a masked pair, stays -inf
+//   term(qk, di, dj, slope)   the value for query i + di and key j + dj from the bare product, and d score /
+//                       d (softmax_scale * qk) for the backward; -inf, a masked pair, stays -inf
 // A further bias is a further policy, not a further kernel.
 #pragma once
 

@@ -1,8 +1,8 @@
 // Tile sizes of the attention kernels, with the reason for each. Not tuned on hardware yet.
 //
 // A head dimension runs in the smallest bucket of 32, 64, 96, 128 and 256 that holds it: products run over the bucket
-// without a test, over zeros past head_dim. Rows of a block are split across warps, so that softmax needs no more than
-// shuffles among the four lanes that share a row.
+// (above 64 columns less the panels of 64 wholly past head_dim), over zeros past head_dim. Rows of a block are split
+// across warps, so that softmax needs no more than shuffles among the four lanes that share a row.
 #pragma once
 
 #include "device/types.cuh"
@@ -20,9 +20,9 @@ struct ForwardTile {
 __host__ __device__ constexpr ForwardTile forward_tile(int head_dim, bool small) {
   if (head_dim == 256) return {64, 64, 4};  // 96 KiB: also fits GPUs with 99 KiB a block; 128 float32 of O a thread
   if (small) return {64, 64, 4};            // 24 or 48 KiB, one m16 tile a warp: 3 or 4 CTAs an SM
-  if (head_dim == 128)
-    return {128, 64, 4};  // two m16 tiles a warp use each K and V fragment twice; O takes 128 registers
-  return {128, 64, 4};    // d <= 64: 32 KiB; 128 keys at a time would spill
+  // 32 or 64 KiB. Two m16 tiles a warp use each K and V fragment twice; 128 keys at a time would spill, at 128 columns
+  // because O takes 128 registers, below because S would.
+  return {128, 64, 4};
 }
 
 struct BackwardTile {
@@ -33,8 +33,7 @@ struct BackwardTile {
   int out_cols;  // columns of dK and dV that one CTA holds in registers
 };
 
-// `small`: half the keys, where no sequence has more than 64, or where shared memory is short (GPUs with 99 KiB a
-// block).
+// `small`: half the keys, where backward_is_small (instances.h) says so.
 __host__ __device__ constexpr BackwardTile backward_tile(int head_dim, bool small) {
   // dK and dV of 256 columns are 256 registers a thread: two CTAs take 128 columns each and both compute the scores, 7
   // products instead of 5.

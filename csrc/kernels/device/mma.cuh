@@ -51,12 +51,11 @@ __device__ __forceinline__ void copy_tile_async(SharedTile<kCols> tile, const T*
   }
 }
 
-// ---- operands
-// ---------------------------------------------------------------------------------------------------------- `row` and
-// `col` are the first of a 16 x 16 tile: row a multiple of 8, col of 16. What depends on the lane is computed once,
-// `lane`, and combined with the column by XOR, so that rows become immediate offsets. The products below make it
-// opaque: one XOR a load is cheaper than an address register for every column, held through loops that have none to
-// spare.
+// ---- operands ----
+
+// `row` and `col` are the first of a 16 x 16 tile: row a multiple of 8, col of 16. What depends on the lane is computed
+// once, `lane`, and combined with the column by XOR, so that rows become immediate offsets. The products below make it
+// opaque: one XOR a load is cheaper than an address register for every column, held through loops with none to spare.
 
 // Lane l gives row l % 16 of the left (l < 16) or right half: A as it stands, or B by transposing loads.
 template <int kCols>
@@ -114,8 +113,7 @@ __device__ __forceinline__ void pack_a(uint32_t (&a)[4], const float (&acc)[kTil
   a[3] = pack2<T>(acc[2 * step + 1][2], acc[2 * step + 1][3]);
 }
 
-// ---- products
-// --------------------------------------------------------------------------------------------------------
+// ---- products ----
 
 // Products over more columns than this go by panels and skip those that lie wholly past `head_dim`. The branch also
 // keeps the compiler from loading operands so far ahead that it runs out of registers.

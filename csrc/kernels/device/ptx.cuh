@@ -9,7 +9,7 @@ namespace warpform {
 constexpr int kWarpSize = 32;
 constexpr uint32_t kFullMask = 0xffffffffu;
 
-// ---- threads of a block -------------------------------------------------------------------------------------------
+// ---- threads of a block ----
 
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 __device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / kWarpSize; }
@@ -25,7 +25,7 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- lanes of a warp; all 32 lanes take part ------------------------------------------------------------------------
+// ---- lanes of a warp; all 32 lanes take part ----
 
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T v, int lane_mask) {
@@ -46,7 +46,7 @@ __device__ __forceinline__ T shuffle(T v, int lane) {
 __device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_sync(kFullMask, predicate); }
 __device__ __forceinline__ int popcount(uint32_t x) { return __popc(x); }
 
-// ---- asynchronous copies, sm_80 -------------------------------------------------------------------------------------
+// ---- asynchronous copies, sm_80 ----
 
 // Copies 16 bytes from global to shared memory, past the registers and L1; zeros where !valid: gmem is not read then
 // and may point anywhere. Both addresses 16-byte aligned.
@@ -62,7 +62,7 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- tensor cores, sm_80 --------------------------------------------------------------------------------------------
+// ---- tensor cores, sm_80 ----
 
 // Four 8x8 tiles of 16-bit elements: lane l gives the address of row l % 8 of tile l / 8 (16-byte aligned); lane l gets
 // of each tile row l / 4, columns 2 (l % 4) and +1. With _trans each tile arrives transposed.
@@ -111,8 +111,7 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// ---- registers
-// --------------------------------------------------------------------------------------------------------
+// ---- registers ----
 
 // x, but as a value that the compiler knows nothing about: what is computed from it inside a loop is computed there
 // again, instead of being kept in a register each from before the loop on.
@@ -121,7 +120,7 @@ __device__ __forceinline__ uint32_t opaque(uint32_t x) {
   return x;
 }
 
-// ---- special functions ----------------------------------------------------------------------------------------------
+// ---- special functions ----
 
 // 2^x, relative error 2^-22; -inf gives 0, NaN stays NaN.
 __device__ __forceinline__ float exp2_approx(float x) {

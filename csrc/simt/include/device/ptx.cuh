@@ -19,7 +19,7 @@ namespace warpform {
 constexpr int kWarpSize = 32;
 constexpr uint32_t kFullMask = 0xffffffffu;
 
-// ---- threads of a block -------------------------------------------------------------------------------------------
+// ---- threads of a block ----
 
 inline int lane_id() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 inline int warp_id() { return static_cast<int>(threadIdx.x) / kWarpSize; }
@@ -34,7 +34,7 @@ inline void named_barrier_arrive(int id, int threads, const simt::Where& where =
   simt::named_barrier(id, threads, /*wait=*/false, where);
 }
 
-// ---- lanes of a warp; all 32 lanes take part ------------------------------------------------------------------------
+// ---- lanes of a warp; all 32 lanes take part ----
 
 namespace simt {
 template <class T>
@@ -73,7 +73,7 @@ inline uint32_t ballot(bool predicate, const simt::Where& where = simt::Where::c
 }
 inline int popcount(uint32_t x) { return std::popcount(x); }
 
-// ---- asynchronous copies, sm_80 -------------------------------------------------------------------------------------
+// ---- asynchronous copies, sm_80 ----
 
 inline void cp_async_16(uint32_t smem, const void* gmem, bool valid = true,
                         const simt::Where& where = simt::Where::current()) {
@@ -85,7 +85,7 @@ inline void cp_async_wait(const simt::Where& where = simt::Where::current()) {
   simt::wait_for_copies(kPending, where);
 }
 
-// ---- tensor cores, sm_80 --------------------------------------------------------------------------------------------
+// ---- tensor cores, sm_80 ----
 
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t row, const simt::Where& where = simt::Where::current()) {
   simt::ldmatrix(r, row, /*transposed=*/false, where);
@@ -107,13 +107,12 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
   simt::mma(simt::Meeting::kMmaTf32, {d, a, {b0, b1}}, where);
 }
 
-// ---- registers
-// --------------------------------------------------------------------------------------------------------
+// ---- registers ----
 
 // Only register allocation differs on the GPU.
 inline uint32_t opaque(uint32_t x) { return x; }
 
-// ---- special functions; results too small for a normal float are 0, as on the device --------------------------------
+// ---- special functions; results too small for a normal float are 0, as on the device ----
 
 namespace simt {
 inline float flush(float x) { return std::fabs(x) < FLT_MIN ? std::copysign(0.0f, x) : x; }
