@@ -27,6 +27,11 @@ const std::string kAttentionSequences =
     "bool causal=False, SymInt window_size_left=-1, SymInt window_size_right=-1, float softcap=0.0, "
     "Tensor? alibi_slopes=None, bool deterministic=False";
 
+// What makes a relative position of two tokens, and a score of three terms; the same in forward and backward.
+const std::string kDisentangledSequences =
+    "Tensor cu_seqlens, SymInt max_seqlen, *, Tensor? positions=None, float? softmax_scale=None, "
+    "SymInt position_buckets=0, SymInt max_relative_positions=512";
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
@@ -47,6 +52,17 @@ STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
   def(m, "varlen_attention_backward",
       "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " + kAttentionSequences,
       "(Tensor dq, Tensor dk, Tensor dv)");
+
+  // Self-attention over packed sequences whose scores add content-to-position and position-to-content terms (DeBERTa);
+  // returns the output and the log-sum-exp of each row.
+  def(m, "disentangled_attention",
+      "Tensor q, Tensor k, Tensor v, Tensor? pos_key, Tensor? pos_query, " + kDisentangledSequences,
+      "(Tensor out, Tensor lse)");
+  // dpos_key and dpos_query are empty where the projection is None.
+  def(m, "disentangled_attention_backward",
+      "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? pos_key, Tensor? pos_query, Tensor out, Tensor lse, " +
+          kDisentangledSequences,
+      "(Tensor dq, Tensor dk, Tensor dv, Tensor dpos_key, Tensor dpos_query)");
 
   // LayerNorm(x + bias + residual); also the sum (empty unless return_sum), mean and 1/std of each row.
   def(m, "add_bias_residual_layer_norm",

@@ -277,6 +277,134 @@ def attention_cases(draw: st.DrawFn) -> AttentionCase:
     )
 
 
+# ---- disentangled attention ----
+
+
+@dataclass(frozen=True)
+class DisentangledCase:
+    """Lengths and options of one call of disentangled_attention."""
+
+    name: str
+    lengths: tuple[int, ...]
+    heads: int = 2
+    head_dim: int = 32
+    terms: str = "both"  # or "key" (content to position only), "query" (position to content only), "none"
+    span: int = 8  # half the relative positions that have an embedding
+    position_buckets: int = 0
+    max_relative_positions: int = 512
+    softmax_scale: float | None = None
+    holes: bool = False  # positions with gaps, as a mask with holes gives
+    rows_past_the_end: int = 0
+    layout: str = "contiguous"  # or "qkv": slices of one tensor, as a QKV product gives
+    score_spread: float = 1.0  # factor on q and k: large ones make the softmax sharp
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass
+class DisentangledInputs:
+    """Tensors of one DisentangledCase, and the gradient that comes back."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pos_key: Tensor | None
+    pos_query: Tensor | None
+    cu_seqlens: Tensor
+    max_seqlen: int
+    dout: Tensor
+    options: dict[str, object] = field(default_factory=dict)  # keyword arguments of the op and of the oracle
+
+
+def disentangled_inputs(case: DisentangledCase, dtype: torch.dtype, device: str = "cpu") -> DisentangledInputs:
+    """Fresh random tensors; rows past the last sequence hold NaN, which must go nowhere."""
+    tokens = sum(case.lengths)
+    shape = (tokens + case.rows_past_the_end, case.heads, case.head_dim)
+    if case.layout == "qkv":
+        q, k, v = random(shape[0], 3, *shape[1:], dtype=dtype, device=device).unbind(1)
+    else:
+        q, k, v = (random(*shape, dtype=dtype, device=device) for _ in range(3))
+    q.mul_(case.score_spread)
+    k.mul_(case.score_spread)
+    dout = random(*shape, dtype=dtype, device=device)
+    for t in (q, k, v, dout):
+        t[tokens:] = float("nan")
+    relative = (2 * case.span, case.heads, case.head_dim)
+    pos_key = random(*relative, dtype=dtype, device=device) if case.terms in ("both", "key") else None
+    pos_query = random(*relative, dtype=dtype, device=device) if case.terms in ("both", "query") else None
+    positions = None
+    if case.holes:
+        rows = [torch.randint(1, 4, (length,)).cumsum(0) + 5 for length in case.lengths]
+        positions = torch.cat([*rows, torch.full((case.rows_past_the_end,), -(2**62))]).to(device, torch.int64)
+    options = {
+        "positions": positions,
+        "softmax_scale": case.softmax_scale,
+        "position_buckets": case.position_buckets,
+        "max_relative_positions": case.max_relative_positions,
+    }
+    return DisentangledInputs(
+        q, k, v, pos_key, pos_query, offsets(case.lengths, device), max(case.lengths, default=0), dout, options
+    )
+
+
+LOG_BUCKETS = {"position_buckets": 16, "max_relative_positions": 32, "span": 16}
+DISENTANGLED_CASES = (
+    DisentangledCase("linear", RAGGED),
+    DisentangledCase("log", RAGGED, **LOG_BUCKETS),
+    DisentangledCase("log_long", (3, 300, 1), heads=1, **LOG_BUCKETS),
+    DisentangledCase("linear_long", (3, 200, 1), heads=1, span=40),
+    DisentangledCase("linear_within_the_span", RAGGED, span=100),
+    DisentangledCase("one_embedding_a_side", RAGGED, span=1),
+    DisentangledCase("odd_span", RAGGED, span=13),
+    DisentangledCase("span_past_the_buckets", (70, 9), position_buckets=8, max_relative_positions=20, span=50),
+    DisentangledCase("span_below_the_buckets", (70, 9), position_buckets=32, max_relative_positions=64, span=5),
+    DisentangledCase("three_buckets", RAGGED, position_buckets=3, max_relative_positions=9, span=3),
+    DisentangledCase("key_only", RAGGED, terms="key", **LOG_BUCKETS),
+    DisentangledCase("query_only", RAGGED, terms="query", **LOG_BUCKETS),
+    DisentangledCase("neither", RAGGED, terms="none"),
+    DisentangledCase("key_only_linear", (150, 2), heads=1, terms="key", span=20),
+    DisentangledCase("query_only_linear", (150, 2), heads=1, terms="query", span=20),
+    DisentangledCase("many_short", (5, 3, 5, 2, 3, 5, 1, 5, 3, 1, 2), layout="qkv"),
+    DisentangledCase("one_token_each", (1, 1, 1)),
+    DisentangledCase("all_empty", (0, 0)),
+    DisentangledCase("no_sequence", ()),
+    DisentangledCase("rows_past_the_end", (6, 0, 71), rows_past_the_end=9, **LOG_BUCKETS),
+    DisentangledCase("holes", RAGGED, holes=True, **LOG_BUCKETS),
+    DisentangledCase("holes_linear", (70, 3), holes=True, span=30, rows_past_the_end=4),
+    DisentangledCase("qkv_slices", RAGGED, heads=3, layout="qkv", **LOG_BUCKETS),
+    DisentangledCase("scale", RAGGED, softmax_scale=0.37, **LOG_BUCKETS),
+    DisentangledCase("sharp", (64, 90), score_spread=5.0, **LOG_BUCKETS),
+    DisentangledCase("d16", (33, 5), head_dim=16),
+    DisentangledCase("d64", (70, 130, 5), head_dim=64, layout="qkv", **LOG_BUCKETS),
+    DisentangledCase("d72", (70, 5), head_dim=72, **LOG_BUCKETS),
+    DisentangledCase("d128", (70, 5), head_dim=128, holes=True, **LOG_BUCKETS),
+    DisentangledCase("d7", (12, 5), head_dim=7),
+)  # fmt: skip
+
+
+@st.composite
+def disentangled_cases(draw: st.DrawFn) -> DisentangledCase:
+    """Any combination of lengths and options."""
+    length = st.one_of(st.integers(0, 3), st.integers(0, 40), st.sampled_from((63, 64, 65, 100)))
+    buckets = draw(st.one_of(st.just(0), st.integers(2, 40)))
+    return DisentangledCase(
+        "drawn",
+        tuple(draw(st.lists(length, max_size=5))),
+        heads=draw(st.integers(1, 3)),
+        head_dim=draw(st.sampled_from((8, 16, 24, 32, 64))),
+        terms=draw(st.sampled_from(("both", "both", "key", "query", "none"))),
+        # With holes no length bounds the distances; so many columns are reached by max_relative_positions.
+        span=draw(st.integers(1, buckets // 2 * 2 if buckets else 50)),
+        position_buckets=buckets,
+        max_relative_positions=buckets // 2 + draw(st.integers(2, 100)),
+        softmax_scale=draw(st.none() | st.floats(0.05, 1.0)),
+        holes=draw(st.booleans()),
+        rows_past_the_end=draw(st.sampled_from((0, 0, 1, 5))),
+        layout=draw(st.sampled_from(("contiguous", "qkv"))),
+    )
+
+
 # ---- LayerNorm and GELU ----
 
 # What has CUDA kernels: the dtype of x, and whether the parameters are float32 beside it.

@@ -112,6 +112,47 @@ def _attention_gradients(
     return tuple(torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True))
 
 
+def check_disentangled_attention(
+    library: Any, case: cases.DisentangledCase, dtype: torch.dtype, device: str = "cpu", *, backward: bool = True
+) -> None:
+    """disentangled_attention and its backward, all five gradients."""
+    x = cases.disentangled_inputs(case, dtype, device)
+    arguments = (x.q, x.k, x.v, x.pos_key, x.pos_query)
+    where = (x.cu_seqlens, x.max_seqlen)
+    out, lse = library.disentangled_attention(*arguments, *where, **x.options)
+    assert out.is_contiguous() and out.dtype == dtype
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+    lengths = list(case.lengths)
+    exact = [None if t is None else t.detach().to(torch.float64, copy=True).requires_grad_() for t in arguments]
+    expected = oracle.disentangled_attention(*exact, lengths, **x.options)
+    eager = oracle.disentangled_attention(*arguments, lengths, **x.options)
+    assert_close("out", out, expected[0], eager[0])
+    assert_close("lse", lse, expected[1], eager[1])
+    if not backward:
+        return
+
+    gradients = library.disentangled_attention_backward(x.dout, *arguments, out, lse, *where, **x.options)
+    leaves = [t for t in exact if t is not None]
+    tokens = sum(lengths)
+    loss = (expected[0][:tokens] * x.dout[:tokens].double()).sum()
+    found = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else [None] * len(leaves)
+    truths = {id(leaf): torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)}
+    yardsticks = oracle.disentangled_attention_gradients(x.dout, *arguments, lengths, **x.options)
+    # As in check_attention: P = exp(score - lse), and gradients that cancel to zero.
+    finite = expected[1].detach()[expected[1].isfinite()]
+    growth = 1 + 2 * _largest(finite) * torch.finfo(lse.dtype).eps / torch.finfo(dtype).eps
+    largest = max(_largest(t) for t in truths.values())
+    names = ("dq", "dk", "dv", "dpos_key", "dpos_query")
+    for name, leaf, g, yardstick in zip(names, exact, gradients, yardsticks, strict=True):
+        assert g.dtype == dtype and g.is_contiguous(), name
+        if leaf is None:
+            assert g.shape == (0,), name
+            continue
+        truth = truths[id(leaf)]
+        assert_close(name, g, truth, yardstick, gradient=True, scale=growth * (_largest(truth) or largest))
+
+
 def check_layer_norm(
     library: Any, case: cases.LayerNormCase, dtype: torch.dtype, device: str = "cpu", *, backward: bool = True
 ) -> None:

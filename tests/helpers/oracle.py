@@ -6,6 +6,7 @@ under test it is the eager computation whose error is the yardstick (see compare
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise
 
@@ -161,6 +162,141 @@ def varlen_attention_gradients(
         for target, part in ((dk, dscore.transpose(1, 2) @ one_q), (dv, p.transpose(1, 2) @ one_dout)):
             target[keys] = part.unflatten(0, (-1, group)).sum(1).transpose(0, 1)
     return dq, dk, dv
+
+
+@functools.cache
+def log_bucket(distance: int, position_buckets: int, max_relative_positions: int) -> int:
+    """The bucket of a distance >= 0, in integers: the c-th bucket past mid ends at mid * (m / mid)^(c / (mid - 1))."""
+    mid, m = position_buckets // 2, max_relative_positions - 1
+    if distance <= mid:
+        return distance
+    c = 0
+    while mid > 1 and m**c * mid ** (mid - 1) < distance ** (mid - 1) * mid**c:
+        c += 1
+    return mid + c
+
+
+def relative_index(rel: Tensor, span: int, position_buckets: int = 0, max_relative_positions: int = 512) -> Tensor:
+    """Which relative embedding a distance of query minus key takes, in [0, 2 * span)."""
+    if position_buckets > 0 and rel.numel() > 0:
+        distances, inverse = rel.abs().unique(return_inverse=True)
+        buckets = [log_bucket(d, position_buckets, max_relative_positions) for d in distances.tolist()]
+        rel = rel.sign() * torch.tensor(buckets, device=rel.device)[inverse]
+    return (rel + span).clamp(0, 2 * span - 1)
+
+
+def disentangled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    lengths: list[int],
+    *,
+    positions: Tensor | None = None,
+    softmax_scale: float | None = None,
+    position_buckets: int = 0,
+    max_relative_positions: int = 512,
+) -> tuple[Tensor, Tensor]:
+    """out [T, H, D] and lse [H, T], one sequence after another."""
+    outs, lses, start = [], [], 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        start += length
+        if length == 0:
+            continue
+        index = _relative_index_of(positions, rows, pos_key, pos_query, position_buckets, max_relative_positions)
+        score = _disentangled_score(q[rows], k[rows], pos_key, pos_query, index, softmax_scale)
+        lses.append(torch.logsumexp(score, -1))
+        outs.append((torch.softmax(score, -1) @ v[rows].transpose(0, 1)).transpose(0, 1))
+    rest = q.size(0) - start
+    outs.append(q.new_zeros(rest, *q.shape[1:]))
+    lses.append(q.new_full((q.size(1), rest), -math.inf))
+    return torch.cat(outs), torch.cat(lses, 1)
+
+
+def _relative_index_of(
+    positions: Tensor | None,
+    rows: slice,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    position_buckets: int,
+    max_relative_positions: int,
+) -> Tensor | None:
+    """[s, s] of a sequence; None where no term asks for it."""
+    table = pos_key if pos_key is not None else pos_query
+    if table is None:
+        return None
+    at = torch.arange(rows.stop - rows.start, device=table.device) if positions is None else positions[rows]
+    return relative_index(at[:, None] - at[None, :], table.size(0) // 2, position_buckets, max_relative_positions)
+
+
+def _disentangled_score(
+    q: Tensor, k: Tensor, pos_key: Tensor | None, pos_query: Tensor | None, index: Tensor | None, scale: float | None
+) -> Tensor:
+    """[H, s, s] of one sequence."""
+    terms = 1 + (pos_key is not None) + (pos_query is not None)
+    scale = (q.size(-1) * terms) ** -0.5 if scale is None else scale
+    q, k = q.transpose(0, 1), k.transpose(0, 1)
+    score = q @ k.transpose(1, 2)
+    if pos_key is not None and index is not None:
+        c2p = q @ pos_key.permute(1, 2, 0)  # [H, query, 2 * span]
+        score = score + c2p.gather(2, index.expand(q.size(0), -1, -1))
+    if pos_query is not None and index is not None:
+        p2c = k @ pos_query.permute(1, 2, 0)  # [H, key, 2 * span]
+        score = score + p2c.gather(2, index.T.expand(q.size(0), -1, -1)).transpose(1, 2)
+    return score * scale
+
+
+def disentangled_attention_gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    lengths: list[int],
+    *,
+    positions: Tensor | None = None,
+    softmax_scale: float | None = None,
+    position_buckets: int = 0,
+    max_relative_positions: int = 512,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dq, dk, dv, dpos_key, dpos_query written out, eagerly in the dtype of q, as varlen_attention_gradients does."""
+    how = {"position_buckets": position_buckets, "max_relative_positions": max_relative_positions}
+    out, lse = disentangled_attention(
+        q, k, v, pos_key, pos_query, lengths, positions=positions, softmax_scale=softmax_scale, **how
+    )
+    terms = 1 + (pos_key is not None) + (pos_query is not None)
+    scale = (q.size(-1) * terms) ** -0.5 if softmax_scale is None else softmax_scale
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dpos_key, dpos_query = (None if t is None else torch.zeros_like(t) for t in (pos_key, pos_query))
+    start = 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        start += length
+        if length == 0:
+            continue
+        index = _relative_index_of(positions, rows, pos_key, pos_query, **how)
+        score = _disentangled_score(q[rows], k[rows], pos_key, pos_query, index, softmax_scale)
+        one_q, one_k, one_v, one_out, one_dout = (t[rows].transpose(0, 1) for t in (q, k, v, out, dout))
+        p = torch.exp(score - lse[:, rows, None])
+        delta = (one_dout * one_out).sum(-1)
+        dscore = p * (one_dout @ one_v.transpose(1, 2) - delta[:, :, None]) * scale
+        dq[rows] += (dscore @ one_k).transpose(0, 1)
+        dk[rows] += (dscore.transpose(1, 2) @ one_q).transpose(0, 1)
+        dv[rows] += (p.transpose(1, 2) @ one_dout).transpose(0, 1)
+        for table, dtable, own, down, along, at in (
+            (pos_key, dpos_key, one_q, dq, dscore, index),
+            (pos_query, dpos_query, one_k, dk, dscore.transpose(1, 2), None if index is None else index.T),
+        ):
+            if table is None or dtable is None or at is None:
+                continue
+            dterm = table.new_zeros(along.size(0), length, table.size(0))  # [H, s, 2 * span]
+            dterm.scatter_add_(2, at.expand(along.size(0), -1, -1), along)
+            down[rows] += (dterm @ table.transpose(0, 1)).transpose(0, 1)
+            dtable += (dterm.transpose(1, 2) @ own).transpose(0, 1)
+    return dq, dk, dv, dpos_key, dpos_query
 
 
 def add_bias_residual_layer_norm(

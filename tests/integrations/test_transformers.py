@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -234,14 +236,18 @@ def test_a_mask_changed_in_place_is_seen_in_inference_mode() -> None:
         assert torch.equal(attend(mask), attend(mask.clone())) and not torch.equal(attend(mask), first)
 
 
+@pytest.mark.parametrize("writer", ["torch", "numpy"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_model_sees_a_mask_changed_in_place(mode) -> None:
+def test_a_model_sees_a_mask_changed_in_place(mode, writer: str) -> None:
+    """Writes through numpy too, which torch does not count: a model's mask is made anew in each forward pass."""
     eager = build("bert")
     model, ids = ours(eager), torch.randint(0, 97, (4, 9))
     with mode():
         mask = make_mask("right")  # bool, so that transformers hands it on without a copy
         model(ids, attention_mask=mask)
-        mask[1] = True
+        version = integration._version(mask)
+        (mask if writer == "torch" else mask.numpy())[1] = True
+        assert (integration._version(mask) == version) == (writer == "numpy" or version is None)
         found = model(ids, attention_mask=mask).last_hidden_state[mask]
         torch.testing.assert_close(found, eager(ids, attention_mask=mask).last_hidden_state[mask])
 
@@ -278,6 +284,12 @@ LENGTHS = (3, 1, 5)
 EDGES = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
 POSITIONS = torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3, 4]])
 PACKED = {"cu_seq_lens_q": EDGES, "cu_seq_lens_k": EDGES, "max_length_q": 5, "max_length_k": 5}
+
+
+def attend_packed(**given) -> Tensor:
+    """integration.attention alone, on one row of nine tokens, the same each time."""
+    q, k, v = torch.randn(3, 1, 2, 9, 8, generator=torch.Generator().manual_seed(1))
+    return integration.attention(SimpleNamespace(is_causal=True), q, k, v, None, **given)[0]
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "mistral"])
@@ -322,10 +334,15 @@ def test_position_ids_that_disagree_raise(positions: Tensor) -> None:
     model, ids = ours(build("llama")), torch.randint(0, 97, (1, 9))
     with pytest.raises(ValueError, match=r"position_ids must begin anew where cu_seq_lens_q says .* rows \[3, 4\]"):
         states(model, ids, None, position_ids=positions, **PACKED)
+    for shape in ((1, 9), (9,)):
+        with pytest.raises(ValueError, match="position_ids must begin anew"):
+            attend_packed(position_ids=positions.view(shape), **PACKED)
 
 
 def test_position_ids_that_agree_pass() -> None:
-    """An offset as RoBERTa's, an empty sequence, rows past the last one."""
+    """An offset as RoBERTa's, an empty sequence, rows past the last one, and positions of three axes."""
+    for positions in (POSITIONS, POSITIONS[0], torch.arange(9).expand(3, 1, 9)):
+        assert torch.equal(attend_packed(position_ids=positions, **PACKED), attend_packed(**PACKED))
     check = integration._check_positions
     check(POSITIONS + 2, EDGES, 9)
     check(POSITIONS, torch.tensor([0, 3, 3, 4, 9]), 9)
@@ -340,8 +357,6 @@ def test_offsets_with_padding_or_incomplete_raise() -> None:
         some = {name: value for name, value in PACKED.items() if name != key}
         with pytest.raises(ValueError, match="go together; one is missing"):
             states(model, ids, None, position_ids=POSITIONS, **some)
-    with pytest.raises(ValueError, match="cu_seq_lens_q must be on cpu as query is, got meta"):
-        states(model, ids, None, position_ids=POSITIONS, **{**PACKED, "cu_seq_lens_q": EDGES.to("meta")})
 
 
 # --- generation, cross-attention, compilation ---
@@ -418,14 +433,19 @@ def test_a_model_can_be_switched() -> None:
 # --- what raises ---
 
 
-def test_a_model_that_ignores_it_raises() -> None:
+@pytest.mark.parametrize("kind", ["Model", "ForSequenceClassification"])
+@pytest.mark.parametrize("family", ["Deberta", "DebertaV2"])
+def test_a_model_that_ignores_it_raises(family: str, kind: str) -> None:
     """transformers itself takes any name that is registered, and runs DeBERTa's own attention."""
-    config = transformers.DebertaV2Config(**TINY)
-    with pytest.raises(ValueError, match='DebertaV2Model ignores attn_implementation="warpform"'):
-        transformers.DebertaV2Model._from_config(config, attn_implementation="warpform")
-    model = transformers.DebertaV2Model(transformers.DebertaV2Config(**TINY))
-    with pytest.raises(ValueError, match='DebertaV2Model ignores attn_implementation="warpform"'):
-        model.set_attn_implementation("warpform")
+    config, make = getattr(transformers, f"{family}Config"), getattr(transformers, family + kind)
+    ignores = rf'{family}{kind} ignores attn_implementation="warpform".*see warpform\.models\.from_transformers'
+    with pytest.raises(ValueError, match=ignores):
+        make._from_config(config(**TINY), attn_implementation="warpform")
+    model = make(config(**TINY))
+    for name in ("warpform", {"": "warpform"}):
+        with pytest.raises(ValueError, match=ignores):
+            model.set_attn_implementation(name)
+    assert model.config._attn_implementation == "eager"
 
 
 def test_dropout_raises_in_training_only() -> None:
@@ -451,8 +471,14 @@ def test_mixed_devices_raise() -> None:
     with pytest.raises(ValueError, match="attention_mask must be on cpu as query is, got meta"):
         attend(mask.to("meta"))
     q = torch.randn(2, 2, 4, 8)
-    with pytest.raises(ValueError, match="value must be on cpu as query is, got meta"):
-        integration.attention(SimpleNamespace(is_causal=False), q, q, q.to("meta"), mask)
+    for name in ("key", "value"):
+        states = {"key": q, "value": q, name: q.to("meta")}
+        with pytest.raises(ValueError, match=f"{name} must be on cpu as query is, got meta"):
+            integration.attention(SimpleNamespace(is_causal=False), q, attention_mask=mask, **states)
+    packed = {**PACKED, "position_ids": POSITIONS}
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "position_ids"):
+        with pytest.raises(ValueError, match=f"{name} must be on cpu as query is, got meta"):
+            attend_packed(**{**packed, name: packed[name].to("meta")})
 
 
 def test_bad_masks_raise() -> None:
@@ -485,8 +511,10 @@ def test_probabilities_raise() -> None:
 
 def test_a_relative_position_bias_raises() -> None:
     config = transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=40, num_layers=1, num_heads=4)
-    model = transformers.T5EncoderModel._from_config(config, attn_implementation="warpform").eval()
-    with pytest.raises(NotImplementedError, match="a bias on attention scores .position_bias. is not supported"):
+    # Older releases of transformers have attention of T5's own, for which the name is refused as for DeBERTa.
+    refusals = (NotImplementedError, ValueError)
+    with pytest.raises(refusals, match="a bias on attention scores .position_bias. is not supported|T5.* ignores"):
+        model = transformers.T5EncoderModel._from_config(config, attn_implementation="warpform").eval()
         model(torch.randint(0, 97, (2, 5)))
 
 
@@ -528,5 +556,28 @@ def test_importing_warpform_does_not_import_transformers() -> None:
 
 def test_without_transformers_register_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"needs transformers 5\.0 or later"):
+    with pytest.raises(ImportError, match=rf"needs transformers {re.escape(integration.OLDEST)} or later"):
         integration.register()
+
+
+def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 5.4 mask functions got cache_position in place of q_length and q_offset."""
+
+    def sdpa_mask(batch_size, cache_position, kv_length, kv_offset=0, mask_function=None, attention_mask=None): ...
+
+    monkeypatch.setattr(transformers.masking_utils, "sdpa_mask", sdpa_mask)
+    with pytest.raises(
+        ImportError, match=rf"needs transformers {re.escape(integration.OLDEST)} or later, got \d+\.\d+"
+    ):
+        integration.register()
+
+
+def test_the_oldest_transformers_is_one_number() -> None:
+    """The error, the extras that install it, and the page that tells of it."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "docs").is_dir():
+        pytest.skip("needs a checkout")
+    extras = re.findall(r'"transformers>=([\d.]+)"', (root / "pyproject.toml").read_text(encoding="utf-8"))
+    assert extras and set(extras) == {integration.OLDEST}
+    assert f"needs transformers {integration.OLDEST} or later" in (root / "docs" / "drop-in.md").read_text("utf-8")
+    assert f"before {integration.OLDEST}" in str(integration.register.__doc__)

@@ -6,6 +6,7 @@ import collections
 import re
 from collections.abc import Iterator
 from pydoc_data.topics import topics
+from typing import Any
 
 import pytest
 import torch
@@ -40,19 +41,42 @@ def masked(texts: list[Tensor]) -> tuple[Tensor, Tensor, warpform.Packing]:
     return ids.masked_fill(chosen, MASK), ids.masked_fill(~chosen, -100), packing
 
 
-def test_masked_lm_learns_more_than_how_frequent_words_are() -> None:
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 64,
+    "attention_probs_dropout_prob": 0.0,
+    "hidden_dropout_prob": 0.0,
+}
+# Without absolute positions: only attention can tell where a word stands.
+RELATIVE = {
+    "relative_attention": True,
+    "position_biased_input": False,
+    "pos_att_type": ("c2p", "p2c"),
+    "position_buckets": 16,
+    "max_relative_positions": 64,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "steps"),
+    (("Bert", SMALL, 450), ("DebertaV2", {**SMALL, **RELATIVE}, 150)),
+    ids=("Bert", "DebertaV2"),
+)
+def test_masked_lm_learns_more_than_how_frequent_words_are(family: str, options: dict[str, Any], steps: int) -> None:
     torch.manual_seed(0)
-    vocabulary, batch_tokens, steps = 400, 1024, 450
+    vocabulary, batch_tokens = 400, 1024
     words = [re.findall(r"\w+|[^\w\s]", p.lower())[:64] for _, p in paragraphs()]
     common = [word for word, _ in collections.Counter(x for w in words for x in w).most_common(vocabulary - 2)]
     number = {word: i for i, word in enumerate(common, 2)}
     texts = [torch.tensor([number.get(x, UNKNOWN) for x in w]) for w in words]
     held_out, texts = texts[::10], [text for i, text in enumerate(texts) if i % 10]
-    config = models.BertConfig(
-        vocab_size=vocabulary, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128,
-        max_position_embeddings=64, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0,
-    )  # fmt: skip
-    model = models.BertForMaskedLM(config).train()
+    config = getattr(models, f"{family}Config")(vocab_size=vocabulary, **options)
+    model = getattr(models, f"{family}ForMaskedLM")(config).train()
     evaluation = masked(held_out)
 
     def held_out_loss() -> float:

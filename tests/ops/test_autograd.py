@@ -44,6 +44,41 @@ def test_gradcheck_of_lse_alone() -> None:
     assert torch.autograd.gradcheck(lambda q, k: attend(q, k, v.detach())[1], (q, k))
 
 
+def attend_disentangled(
+    q: Tensor, k: Tensor, v: Tensor, *tables: Tensor | None, **how: object
+) -> tuple[Tensor, Tensor]:
+    return ops.disentangled_attention(q, k, v, *(tables or (None, None)), CU, 4, return_lse=True, **how)
+
+
+@pytest.mark.parametrize(
+    "how",
+    (
+        {},
+        {"position_buckets": 4, "max_relative_positions": 5},
+        {"positions": torch.tensor([0, 2, 5, 1, 2, 6, 7]), "softmax_scale": 0.7},
+    ),
+    ids=("plain", "buckets", "positions"),
+)
+@pytest.mark.parametrize("terms", ("both", "key", "query", "neither"))
+def test_gradcheck_of_disentangled_attention(how: dict[str, object], terms: str) -> None:
+    q, k, v = (torch.randn(7, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    pos_key, pos_query = (torch.randn(6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    tables = (
+        pos_key if terms in ("both", "key") else None,
+        pos_query if terms in ("both", "query") else None,
+    )
+    assert torch.autograd.gradcheck(lambda *t: attend_disentangled(*t, **how)[0], (q, k, v, *tables))
+
+
+def test_lse_of_disentangled_attention_has_no_gradient() -> None:
+    q = torch.randn(7, 2, 4, requires_grad=True)
+    table = torch.randn(6, 2, 4, requires_grad=True)
+    out, lse = attend_disentangled(q, q.detach(), q.detach(), table, None)
+    assert out.requires_grad and not lse.requires_grad
+    out.sum().backward()
+    assert q.grad is not None and table.grad is not None
+
+
 @pytest.mark.parametrize("return_sum", (False, True))
 @pytest.mark.parametrize("given", ("all", "no bias", "no residual", "neither"))
 def test_gradcheck_of_layer_norm(return_sum: bool, given: str) -> None:
@@ -101,6 +136,7 @@ def test_only_gradients_that_are_needed() -> None:
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "varlen_attention": lambda q: attend(q, q, q)[0],
+    "disentangled_attention": lambda q: attend_disentangled(q, q, q, q[:6], q[:6])[0],
     "add_bias_residual_layer_norm": lambda x: ops.add_bias_residual_layer_norm(x, None, x, x[0, 0], x[0, 0]),
     "bias_gelu": lambda x: ops.bias_gelu(x, None),
 }
@@ -180,12 +216,15 @@ def test_autocast(dtype: torch.dtype) -> None:
         out, lse = attend(q, q, q, alibi_slopes=SLOPES)
         normal = ops.add_bias_residual_layer_norm(x, bias, residual, weight, weight)
         gelu = ops.bias_gelu(x, bias)
+        apart, apart_lse = attend_disentangled(q, q, q.to(dtype), q[:6], q[:6])
         assert attend(*(t.double() for t in (q, q, q)))[0].dtype == torch.float64
         mixed, _ = attend(q, q.to(dtype), q)
-    assert out.dtype == mixed.dtype == normal.dtype == gelu.dtype == dtype
-    assert lse.dtype == torch.float32
+    assert out.dtype == mixed.dtype == normal.dtype == gelu.dtype == apart.dtype == dtype
+    assert lse.dtype == apart_lse.dtype == torch.float32
+    low = q.to(dtype)
+    assert torch.equal(apart, attend_disentangled(low, low, low, low[:6], low[:6])[0])
     half = attend(*(t.to(dtype) for t in (q, q, q)), alibi_slopes=SLOPES)[0]
     assert torch.equal(out, half)
     assert torch.equal(gelu, ops.bias_gelu(x.to(dtype), bias))
-    (out.float().sum() + normal.float().sum() + gelu.float().sum()).backward()
+    sum(t.float().sum() for t in (out, normal, gelu, apart)).backward()
     assert q.grad.dtype == weight.grad.dtype == bias.grad.dtype == torch.float32

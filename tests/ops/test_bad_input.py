@@ -94,6 +94,72 @@ def test_op_called_directly_checks_offsets(values: list[int]) -> None:
         torch.ops.warpform.varlen_attention(Q, Q, Q, cu, cu, 4, 4)
     with pytest.raises(ValueError, match=r"^varlen_attention_backward: (cu_seqlens_q|max_seqlen_q) must"):
         torch.ops.warpform.varlen_attention_backward(Q, None, Q, Q, Q, Q, Q[:, :, 0].t(), cu, cu, 4, 4)
+    with pytest.raises(ValueError, match=r"^disentangled_attention: (cu_seqlens|max_seqlen) must"):
+        torch.ops.warpform.disentangled_attention(Q, Q, Q, None, None, cu, 4)
+    with pytest.raises(ValueError, match=r"^disentangled_attention_backward: (cu_seqlens|max_seqlen) must"):
+        torch.ops.warpform.disentangled_attention_backward(Q, Q, Q, Q, None, None, Q, Q[:, :, 0].t(), cu, 4)
+
+
+TABLE = torch.randn(6, 2, 8)
+DISENTANGLED = {"q": Q, "k": Q, "v": Q, "pos_key": TABLE, "pos_query": TABLE, "cu_seqlens": CU, "max_seqlen": 4}
+BAD_DISENTANGLED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"k": [1.0]}, TypeError, r"k must be a tensor, got \[1.0\] \(list\)"),
+    ({"q": Q[0]}, ValueError, r"q must be of shape \[total, heads, head_dim\], got float32 of shape \[2, 8\]"),
+    ({"pos_key": TABLE[0]}, ValueError, r"pos_key must be of shape \[2 \* span, heads, head_dim\], got .* \[2, 8\]"),
+    ({"q": Q.int()}, TypeError, r"q must be float16, bfloat16, float32 or float64, got int32"),
+    ({"v": torch.randn(7, 8, 2).mT}, ValueError, r"the last dimension of v must be contiguous, got stride 2"),
+    ({"q": Q[:, :, :0]}, ValueError, r"head_dim must be at least 1, got q float32 of shape \[7, 2, 0\]"),
+    ({"k": Q[:6]}, ValueError, r"k must be of shape \[7, 2, 8\] as q is, got float32 of shape \[6, 2, 8\]"),
+    ({"v": Q[:, :1]}, ValueError, r"v must be of shape \[7, 2, 8\] as q is, got float32 of shape \[7, 1, 8\]"),
+    (
+        {"pos_query": TABLE[:5]},
+        ValueError,
+        r"pos_query must be of shape \[2 \* span, 2, 8\] with span at least 1, got float32 of shape \[5, 2, 8\]",
+    ),
+    ({"pos_key": TABLE[:0]}, ValueError, r"pos_key must be of shape .* span at least 1, got .* \[0, 2, 8\]"),
+    ({"pos_key": TABLE[:, :1]}, ValueError, r"pos_key must be of shape \[2 \* span, 2, 8\] with .* \[6, 1, 8\]"),
+    (
+        {"pos_query": TABLE[:4]},
+        ValueError,
+        r"pos_query must be of shape \[6, 2, 8\] as pos_key is, got float32 of shape \[4, 2, 8\]",
+    ),
+    ({"v": Q.half()}, TypeError, r"v must be float32 as q is, got float16 of shape \[7, 2, 8\]"),
+    ({"pos_key": TABLE.double()}, TypeError, r"pos_key must be float32 as q is, got float64 of shape \[6, 2, 8\]"),
+    ({"pos_key": TABLE.to("meta")}, ValueError, r"pos_key must be on cpu as q is, got meta"),
+    (
+        {"cu_seqlens": CU.long()},
+        TypeError,
+        r"cu_seqlens must be int32 of shape \[batch \+ 1\], got int64 of shape \[3\]",
+    ),
+    ({"cu_seqlens": CU[:0]}, ValueError, r"cu_seqlens must be int32 of shape \[batch \+ 1\], got int32 of shape \[0\]"),
+    ({"cu_seqlens": CU.to("meta")}, ValueError, r"cu_seqlens must be on cpu as q is, got meta"),
+    ({"cu_seqlens": cases.offsets([3, 5])}, ValueError, r"cu_seqlens must not pass the end .* of 7 rows, got 8"),
+    ({"max_seqlen": 4.0}, TypeError, r"max_seqlen must be an int, got 4.0 \(float\)"),
+    ({"max_seqlen": -1}, ValueError, r"max_seqlen must not be negative, got -1"),
+    ({"max_seqlen": 3}, ValueError, r"max_seqlen must be at least the longest sequence of cu_seqlens, 4, got 3"),
+    ({"positions": [0]}, TypeError, r"positions must be a tensor"),
+    ({"positions": torch.arange(7).int()}, TypeError, r"positions must be int64, got int32 of shape \[7\]"),
+    (
+        {"positions": torch.arange(6)},
+        ValueError,
+        r"positions must be of shape \[7\], the rows of q, got int64 .* \[6\]",
+    ),
+    ({"positions": torch.arange(7, device="meta")}, ValueError, r"positions must be on cpu as q is, got meta"),
+    ({"position_buckets": 1}, ValueError, r"position_buckets must be 0 or at least 2, got 1"),
+    ({"position_buckets": -4}, ValueError, r"position_buckets must be 0 or at least 2, got -4"),
+    ({"position_buckets": 2.0}, TypeError, r"position_buckets must be an int, got 2.0 \(float\)"),
+    (
+        {"position_buckets": 8, "max_relative_positions": 5},
+        ValueError,
+        r"max_relative_positions must be at least 6 with 8 position_buckets, got 5",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), BAD_DISENTANGLED, ids=[m for _, _, m in BAD_DISENTANGLED])
+def test_disentangled_attention(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^disentangled_attention: {message}"):
+        ops.disentangled_attention(**{**DISENTANGLED, **changed})
 
 
 X = torch.randn(2, 3, 8)
@@ -225,6 +291,8 @@ def test_every_op_has_a_reference_op() -> None:
         "unpack",
         "varlen_attention",
         "varlen_attention_backward",
+        "disentangled_attention",
+        "disentangled_attention_backward",
         "bias_gelu",
         "add_bias_residual_layer_norm",
         "add_bias_residual_layer_norm_backward",

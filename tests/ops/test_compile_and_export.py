@@ -49,6 +49,18 @@ def op_calls(grad: bool) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
                 "alibi_slopes": torch.rand(2),
             },
         ),
+        "disentangled_attention": ((*slices, tensor(6, 2, 8), tensor(6, 2, 8), CU, 4), {}),
+        "disentangled_attention ": (
+            (*slices, None, tensor(6, 2, 8), CU, 4),
+            {
+                "positions": torch.tensor([0, 2, 5, 1, 2, 6, 7]),
+                "softmax_scale": 0.2,
+                "position_buckets": 4,
+                "max_relative_positions": 5,
+            },
+        ),
+        "disentangled_attention  ": ((*slices, tensor(6, 2, 8), None, CU, 4), {}),
+        "disentangled_attention   ": ((*slices, None, None, CU, 4), {}),
         "add_bias_residual_layer_norm": ((tensor(3, 8), tensor(8), tensor(3, 8), tensor(8), tensor(8)), {}),
         "add_bias_residual_layer_norm ": ((tensor(3, 8), None, None, tensor(8), tensor(8), 1e-3), {"return_sum": True}),
         "bias_gelu": ((tensor(3, 8), tensor(8)), {}),
@@ -68,6 +80,11 @@ def test_opcheck_of_backward_ops() -> None:
     out, lse = OPS.varlen_attention(q, k, v, *rest)
     for dlse in (None, torch.randn_like(lse)):
         opcheck(OPS.varlen_attention_backward.default, (torch.randn_like(out), dlse, q, k, v, out, lse, *rest))
+    for name, (arguments, how) in op_calls(False).items():
+        if name.startswith("disentangled_attention"):
+            out, lse = OPS.disentangled_attention(*arguments, **how)
+            arguments = (torch.randn_like(out), *arguments[:5], out, lse, *arguments[5:])
+            opcheck(OPS.disentangled_attention_backward.default, arguments, how)
     x, weight = torch.randn(3, 8), torch.randn(8)
     _, total, mean, rstd = OPS.add_bias_residual_layer_norm(x, None, x, weight, weight, return_sum=True)
     for dsum in (None, x):
@@ -91,6 +108,19 @@ def encode(x: Tensor, weight: Tensor, packing: Packing) -> Tensor:
         packing.max_seqlen,
         causal=True,
         return_lse=True,
+    )
+    table = (weight * torch.arange(6).unsqueeze(1)).view(6, 2, 8)
+    out = out + ops.disentangled_attention(
+        heads,
+        heads,
+        heads,
+        table,
+        table,
+        packing.cu_seqlens,
+        packing.max_seqlen,
+        positions=packing.position_ids,
+        position_buckets=4,
+        max_relative_positions=8,
     )
     lse = torch.where(lse.isfinite(), lse, 0).mean(0)
     hidden, total = ops.add_bias_residual_layer_norm(out.flatten(1), weight, hidden, weight, weight, return_sum=True)

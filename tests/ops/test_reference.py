@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import warpform.ops  # noqa: F401  registers the ops
 from helpers import cases, checks
 from helpers.compare import poisoned
+from warpform.ops.reference import attention
 
 OPS = torch.ops.warpform
 DRAWN = settings(deadline=None, derandomize=True, max_examples=40, suppress_health_check=list(HealthCheck))
@@ -60,6 +61,33 @@ def test_varlen_attention_on_drawn_cases(case: cases.AttentionCase, dtype: torch
     torch.manual_seed(seed)
     with poisoned():
         checks.check_attention(OPS, case, dtype)
+
+
+@floats
+@pytest.mark.parametrize("case", cases.DISENTANGLED_CASES, ids=str)
+def test_disentangled_attention(case: cases.DisentangledCase, dtype: torch.dtype) -> None:
+    with poisoned():
+        checks.check_disentangled_attention(OPS, case, dtype)
+
+
+@floats
+@pytest.mark.parametrize("case", cases.DISENTANGLED_CASES, ids=str)
+def test_disentangled_attention_in_blocks(
+    case: cases.DisentangledCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Few scores at a time, made one by one: groups are split, and sequences taken some queries at a time.
+    monkeypatch.setattr(attention, "_SCORES_AT_A_TIME", 160)
+    monkeypatch.setattr(attention, "_flash", None)
+    with poisoned():
+        checks.check_disentangled_attention(OPS, case, dtype)
+
+
+@DRAWN
+@given(case=cases.disentangled_cases(), dtype=st.sampled_from(cases.FLOATS), seed=st.integers(0, 1 << 30))
+def test_disentangled_attention_on_drawn_cases(case: cases.DisentangledCase, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    with poisoned():
+        checks.check_disentangled_attention(OPS, case, dtype)
 
 
 @floats

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from helpers import cases
 from warpform import ops
+from warpform.ops.reference.disentangled_attention import _sums_in_order, _unpick, relative_index
 
 
 def seen_keys(sq: int, sk: int, **how: object) -> list[list[int]]:
@@ -133,18 +134,112 @@ def test_thousands_of_short_sequences_are_few_calls(monkeypatch: pytest.MonkeyPa
     assert sum(n * s for n, _, s, _ in calls) == sum(lengths)  # and nothing is padded
 
 
+def apart(values: Tensor, tables: Tensor, lengths: list[int], **how: object) -> tuple[Tensor, Tensor]:
+    """disentangled_attention of values [T, 3, H, D] with tables [2 * span, 2, H, D]."""
+    how = {"position_buckets": 8, "max_relative_positions": 20, **how}
+    return ops.disentangled_attention(
+        *values.unbind(1), *tables.unbind(1), cases.offsets(lengths), max(lengths), return_lse=True, **how
+    )
+
+
+@pytest.mark.parametrize(
+    ("buckets", "farthest"), ((256, 512), (32, 128), (64, 256), (256, 1024), (20, 271), (48, 300)), ids=str
+)
+def test_log_buckets_are_those_of_transformers(buckets: int, farthest: int) -> None:
+    transformers = pytest.importorskip("transformers.models.deberta_v2.modeling_deberta_v2")
+    distance = torch.arange(-4096, 4097)
+    expected = transformers.make_log_bucket_position(distance, buckets, farthest).long()
+    for span in (5000, buckets, 7):
+        rows = relative_index(distance, span, buckets, farthest)
+        assert torch.equal(rows, (expected + span).clamp(0, 2 * span - 1))
+        # Both terms read one index: a key's distance to a query is the query's to it, negated.
+        assert torch.equal((-expected + span).flip(0), expected + span)
+
+
+def test_positions_of_rows_without_holes_change_nothing() -> None:
+    lengths = [5, 5, 3, 0, 5, 3, 60]
+    values, tables = torch.randn(sum(lengths) + 2, 3, 2, 16), torch.randn(16, 2, 2, 16)
+    ranks = torch.cat([torch.arange(n) for n in [*lengths, 2]])
+    shifts = torch.cat([torch.full((n,), i * 7) for i, n in enumerate([*lengths, 2])])
+    out = apart(values, tables, lengths)
+    for positions in (ranks, ranks + shifts, ranks - (1 << 40)):
+        again = apart(values, tables, lengths, positions=positions)
+        assert all(torch.equal(one, other) for one, other in zip(again, out, strict=True))
+
+
+def test_positions_are_those_of_the_padded_row() -> None:
+    # The same tokens with masked ones between them, whose values and scores are then left out by hand.
+    mask = torch.rand(1, 41) > 0.4
+    mask[0, [0, -1]] = True
+    values, tables = torch.randn(41, 3, 2, 16, dtype=torch.float64), torch.randn(8, 2, 2, 16, dtype=torch.float64)
+    place = mask[0].nonzero().flatten()
+    out, lse = apart(values[place], tables, [len(place)], positions=place)
+    q, k, v = values.unbind(1)
+    r = relative_index(torch.arange(41).unsqueeze(1) - torch.arange(41), 4, 8, 20)
+    pos_key, pos_query = tables[r].unbind(2)  # [i, j, H, D]
+    score = torch.einsum("ihd,jhd->hij", q, k) + torch.einsum("ihd,ijhd->hij", q, pos_key)
+    score = (score + torch.einsum("jhd,ijhd->hij", k, pos_query)) / math.sqrt(3 * 16)
+    score = score.masked_fill(~mask[0], -math.inf)
+    torch.testing.assert_close(out, torch.einsum("hij,jhd->ihd", score.softmax(-1), v)[place])
+    torch.testing.assert_close(lse, score.logsumexp(-1)[:, place])
+
+
+def test_disentangled_attention_without_tables_is_attention() -> None:
+    lengths = [5, 5, 3, 60, 3]
+    cu = cases.offsets(lengths)
+    q, k, v = torch.randn(sum(lengths) + 1, 3, 2, 16).unbind(1)
+    out, lse = ops.disentangled_attention(q, k, v, None, None, cu, 60, return_lse=True)
+    expected = ops.varlen_attention(q, k, v, cu, cu, 60, 60, return_lse=True)
+    torch.testing.assert_close(out, expected[0])
+    torch.testing.assert_close(lse, expected[1])
+
+
+@pytest.mark.parametrize("bad", (math.nan, math.inf))
+def test_nan_in_a_sequence_does_not_reach_others_through_positions(bad: float) -> None:
+    lengths = [5, 5, 3, 5, 3, 40]
+    cu = cases.offsets(lengths)
+    values, tables = torch.randn(sum(lengths) + 2, 3, 2, 16), torch.randn(16, 2, 2, 16)
+    dout = torch.randn(sum(lengths) + 2, 2, 16)
+
+    def run(values: Tensor) -> tuple[Tensor, Tensor]:
+        values = values.clone().requires_grad_()
+        out, _ = apart(values, tables, lengths)
+        return out.detach(), torch.autograd.grad(out, values, dout)[0]
+
+    clean = run(values)
+    dirty = values.clone()
+    dirty[cu[1] : cu[2]] = bad
+    dirty[cu[-1] :] = bad
+    rows = torch.ones(len(values), dtype=torch.bool)
+    rows[cu[1] : cu[2]] = False
+    for one, other in zip(clean, run(dirty), strict=True):
+        assert torch.equal(one[rows], other[rows])
+        assert (other[cu[-1] :] == 0).all()
+
+
+@pytest.mark.parametrize("shape", ((2, 3, 5, 7), (1, 1, 1, 1)), ids=str)
+def test_sums_by_index_do_not_depend_on_how_they_are_made(shape: tuple[int, ...]) -> None:
+    values, index = torch.randn(shape, dtype=torch.float64), torch.randint(0, 6, (shape[0], 1, *shape[2:]))
+    sums = _unpick(values, index, 6)
+    assert torch.equal(sums, _sums_in_order(values, index, 6))
+    one_hot = torch.nn.functional.one_hot(index, 6).double()  # [n, 1, a, b, 6]
+    torch.testing.assert_close(sums, (values.unsqueeze(-1) * one_hot).sum(-2))
+
+
 def test_results_repeat_bit_by_bit() -> None:
     lengths = [40, 3, 40, 3, 100]
     cu = cases.offsets(lengths)
     qkv = torch.randn(sum(lengths), 3, 4, 32, requires_grad=True)
     x = torch.randn(50, 64, requires_grad=True)
     weight = torch.randn(64, requires_grad=True)
+    tables = torch.randn(16, 2, 4, 32, requires_grad=True)
 
     def run() -> tuple[Tensor, ...]:
         out, lse = ops.varlen_attention(*qkv.unbind(1), cu, cu, 100, 100, causal=True, return_lse=True)
         normal = ops.bias_gelu(ops.add_bias_residual_layer_norm(x, weight, x, weight, weight), weight)
-        gradients = torch.autograd.grad(out.sum() + lse.sum() + normal.sum(), (qkv, x, weight))
-        return (out, lse, normal, *gradients)
+        other, other_lse = apart(qkv, tables, lengths)
+        loss = out.sum() + lse.sum() + normal.sum() + other.square().sum()
+        return (out, lse, normal, other, other_lse, *torch.autograd.grad(loss, (qkv, x, weight, tables)))
 
     assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
 

@@ -29,6 +29,8 @@ from ..packing import Packing
 __all__ = ["NAME", "attention", "mask", "register"]
 
 NAME = "warpform"
+# The first release whose mask functions are given q_length and q_offset; pyproject.toml's extra asks for it too.
+OLDEST = "5.4"
 
 # What changes scores or keys in ways that `varlen_attention` does not know. Ignored, each would give wrong results.
 _UNSUPPORTED = {
@@ -52,18 +54,20 @@ def register() -> None:
     attended to), and has transformers refuse the name for models that would ignore it, such as DeBERTa-v2.
 
     Raises:
-        ImportError: there is no transformers, or one before 5.0, whose mask functions have another signature.
+        ImportError: there is no transformers, or one before 5.4, whose mask functions have another signature.
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
         from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
     except ImportError as error:
-        raise ImportError(f"warpform.integrations.transformers: needs transformers 5.0 or later ({error})") from error
+        raise ImportError(
+            f"warpform.integrations.transformers: needs transformers {OLDEST} or later ({error})"
+        ) from error
     if "q_offset" not in inspect.signature(sdpa_mask).parameters:
         import transformers
 
         raise ImportError(
-            f"warpform.integrations.transformers: needs transformers 5.0 or later, got {transformers.__version__}"
+            f"warpform.integrations.transformers: needs transformers {OLDEST} or later, got {transformers.__version__}"
         )
     _plain_masks.update(causal=causal_mask_function, bidirectional=bidirectional_mask_function)
     AttentionInterface.register(NAME, attention)
@@ -517,7 +521,9 @@ def _plan_of_offsets(
         )
         if padded:
             raise ValueError(f"{NAME}: an attention_mask with padding and cu_seq_lens_q exclude each other")
-        if position_ids is not None and position_ids.dim() == 2 and (q.device.type == "cpu" or _env.validate()):
+        # Three dimensions: positions in time, height and width, which say nothing about sequences.
+        if position_ids is not None and position_ids.dim() <= 2 and (q.device.type == "cpu" or _env.validate()):
+            _check.same_device(NAME, "position_ids", position_ids, "query", q)
             _check_positions(position_ids, cu_seqlens_q, q.size(0) * q.size(1))
     return _Plan(
         None,

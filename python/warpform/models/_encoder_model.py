@@ -52,9 +52,9 @@ class EncoderModel(ConvertibleModel):
 
     def init_weights(self, module: nn.Module) -> None:
         """For `apply`: normal weights of standard deviation initializer_range, biases 0."""
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | nn.Conv1d) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             with torch.no_grad():
@@ -177,7 +177,7 @@ class EncoderModel(ConvertibleModel):
             position_ids = None if position_ids is None else packing.pack(position_ids)
             inputs_embeds = None if inputs_embeds is None else packing.pack(inputs_embeds)
         if position_ids is None:
-            if packing.seqlen > self.config.max_position_embeddings:
+            if self.embeddings.positions is not None and packing.seqlen > self.config.max_position_embeddings:
                 raise ValueError(
                     f"{name}: sequences must be at most max_position_embeddings = "
                     f"{self.config.max_position_embeddings} long, got {packing.seqlen}"

@@ -34,6 +34,7 @@ class HeadModel(ConvertibleModel):
         uses_pooler: whether the head reads the pooler's output.
         head_modules: for each module of the head its name in transformers.
         head_ignored: prefixes of weights in checkpoints that are those of other heads.
+        head_spare: as `spare_weights`, of the head.
 
     Raises:
         TypeError: base is of another class.
@@ -44,6 +45,7 @@ class HeadModel(ConvertibleModel):
     uses_pooler: ClassVar[bool] = False
     head_modules: ClassVar[Mapping[str, str]] = {}
     head_ignored: ClassVar[tuple[str, ...]] = ()
+    head_spare: ClassVar[tuple[str, ...]] = ()
     is_encoder = False
     weight_prefix = ""
 
@@ -62,6 +64,7 @@ class HeadModel(ConvertibleModel):
         if not cls.uses_pooler and base.optional_module is not None:
             inner.append(f"{base.weight_prefix}{base.optional_module}.")
         cls.ignored_weights = (*inner, *cls.head_ignored)
+        cls.spare_weights = (*cls.head_spare, *(f"{base.weight_prefix}{name}" for name in base.spare_weights))
 
     def __init__(self, config: Any, base: EncoderModel | None = None) -> None:
         super().__init__()

@@ -31,6 +31,7 @@ class ConvertibleModel(nn.Module):
         weight_prefix: what checkpoints with a head put before the names of this model's weights.
         ignored_weights: prefixes of weights in checkpoints that are not this model's: those of (other) heads.
         constant_weights: prefixes of constant buffers that old checkpoints hold, ignored too.
+        spare_weights: prefixes of weights that some checkpoints hold beside a config that has no use for them.
         aliases: other names in checkpoints of weights that are tied, with the names in `weight_names`.
         optional_module: a module that a checkpoint may lack as a whole (the pooler).
         is_encoder: whether `from_pretrained` of this package makes it for its model_type, as against a head on one.
@@ -43,6 +44,7 @@ class ConvertibleModel(nn.Module):
     weight_prefix: ClassVar[str]
     ignored_weights: ClassVar[tuple[str, ...]] = ()
     constant_weights: ClassVar[tuple[str, ...]] = ()
+    spare_weights: ClassVar[tuple[str, ...]] = ()
     aliases: ClassVar[Mapping[str, str]] = {}
     optional_module: ClassVar[str | None] = None
     is_encoder: ClassVar[bool] = True
@@ -241,6 +243,8 @@ def _load(
         model = model_class.build(config, with_optional=_has_optional(model_class, weights))
     assert isinstance(model, model_class)
     names = model.weight_names()
+    used = {part for parts in names.values() for part in parts}
+    weights = {n: w for n, w in weights.items() if n in used or not n.startswith(model_class.spare_weights)}
     _check_names(names, weights, f"from_pretrained: the weights in {folder}")
     for ours, parts in names.items():
         sources = [weights[part] for part in parts]

@@ -122,6 +122,7 @@ class DistilBertModel(EncoderModel):
         self.pooler = None
         self.apply(self.init_weights)
         if config.sinusoidal_pos_embds:
+            assert self.embeddings.positions is not None
             with torch.no_grad():
                 self.embeddings.positions.weight.copy_(_sinusoids(config.max_position_embeddings, config.dim))
 

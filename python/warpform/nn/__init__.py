@@ -2,6 +2,8 @@
 
 from .activations import ACTIVATIONS, BiasActivation
 from .attention import SelfAttention
+from .convolution import TokenConvolution
+from .disentangled import DisentangledEncoder, DisentangledSelfAttention, FusedDisentangledSelfAttention
 from .embeddings import Embeddings
 from .encoder import Encoder, EncoderLayer
 from .feed_forward import FeedForward
@@ -13,13 +15,17 @@ __all__ = [
     "ACTIVATIONS",
     "AddBiasResidualLayerNorm",
     "BiasActivation",
+    "DisentangledEncoder",
+    "DisentangledSelfAttention",
     "Embeddings",
     "Encoder",
     "EncoderLayer",
     "FeedForward",
     "FirstTokenPooler",
+    "FusedDisentangledSelfAttention",
     "MaskedLMHead",
     "SelfAttention",
+    "TokenConvolution",
     "first_tokens",
     "last_tokens",
     "max_pool",

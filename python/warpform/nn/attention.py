@@ -42,17 +42,25 @@ class SelfAttention(nn.Module):
         Raises:
             NotImplementedError: training mode with attention dropout above 0.
         """
+        self.refuse_dropout()
+        query, key, value = self.project(hidden)
+        offsets, longest = packing.cu_seqlens, packing.max_seqlen
+        context = ops.varlen_attention(query, key, value, offsets, offsets, longest, longest)  # [total, H, D]
+        return product(cast("Tensor", context).flatten(1), self.out)
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden: [total, hidden]; returns query, key and value, slices [total, H, D] of one product."""
+        query, key, value = self.qkv(hidden).view(hidden.shape[0], 3, self.num_heads, self.head_dim).unbind(1)
+        return query, key, value
+
+    def refuse_dropout(self) -> None:
+        """Raises NotImplementedError in training mode with attention dropout above 0."""
         if self.training and self.attention_dropout > 0.0:
             raise NotImplementedError(
                 f"attention_probs_dropout_prob is {self.attention_dropout}, and attention dropout is not supported in "
                 "training mode: set attention_probs_dropout_prob=0.0 in the config, or call eval(). In DistilBERT the "
                 "field is attention_dropout"
             )
-        qkv = self.qkv(hidden).view(hidden.shape[0], 3, self.num_heads, self.head_dim)  # [total, 3, H, D]
-        query, key, value = qkv.unbind(1)
-        offsets, longest = packing.cu_seqlens, packing.max_seqlen
-        context = ops.varlen_attention(query, key, value, offsets, offsets, longest, longest)  # [total, H, D]
-        return product(cast("Tensor", context).flatten(1), self.out)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}"

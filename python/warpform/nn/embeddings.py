@@ -12,8 +12,11 @@ class Embeddings(nn.Module):
     """LayerNorm(tokens + token types + positions), BERT's (arXiv 1810.04805, figure 2), on packed ids.
 
     Args:
-        vocab_size, hidden_size, max_position_embeddings: sizes of the tables.
+        vocab_size, hidden_size: sizes of the token table and of a row.
+        max_position_embeddings: number of positions; 0 for models that have no absolute ones.
         type_vocab_size: number of token types; 0 for models that have none.
+        embedding_size: width of the tables, None = hidden_size. Where it is another, the sum is projected to
+            hidden_size before it is normalised.
         padding_idx: the row of the token table that gets no gradient, as in `torch.nn.Embedding`.
         eps, dropout: of the normalisation and after it.
     """
@@ -25,14 +28,17 @@ class Embeddings(nn.Module):
         max_position_embeddings: int,
         type_vocab_size: int = 2,
         *,
+        embedding_size: int | None = None,
         padding_idx: int | None = None,
         eps: float = 1e-12,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(vocab_size, hidden_size, padding_idx=padding_idx)
-        self.positions = nn.Embedding(max_position_embeddings, hidden_size)
-        self.token_types = nn.Embedding(type_vocab_size, hidden_size) if type_vocab_size else None
+        width = hidden_size if embedding_size is None else embedding_size
+        self.tokens = nn.Embedding(vocab_size, width, padding_idx=padding_idx)
+        self.positions = nn.Embedding(max_position_embeddings, width) if max_position_embeddings else None
+        self.token_types = nn.Embedding(type_vocab_size, width) if type_vocab_size else None
+        self.projection = nn.Linear(width, hidden_size, bias=False) if width != hidden_size else None
         self.norm = AddBiasResidualLayerNorm(hidden_size, eps)
         self.dropout = dropout
 
@@ -43,7 +49,7 @@ class Embeddings(nn.Module):
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """input_ids, position_ids, token_type_ids: int64 [total]; inputs_embeds: [total, hidden] in place of input_ids.
+        """input_ids, position_ids, token_type_ids: int64 [total]; inputs_embeds: [total, width] in place of input_ids.
 
         Returns [total, hidden]. token_type_ids None means type 0 everywhere.
         """
@@ -55,5 +61,10 @@ class Embeddings(nn.Module):
                 bias = self.token_types.weight[0]
             else:
                 x = x + self.token_types(token_type_ids)
-        x = self.norm(x, bias, self.positions(position_ids))
+        positions = None if self.positions is None else self.positions(position_ids)
+        if self.projection is not None:
+            for part in (bias, positions):
+                x = x if part is None else x + part
+            x, bias, positions = self.projection(x), None, None
+        x = self.norm(x, bias, positions)
         return F.dropout(x, self.dropout, training=self.training)

@@ -22,6 +22,7 @@ class EncoderLayer(nn.Module):
         hidden_dropout: in training only, on what each block adds to the residual: one probability, or one for the
             attention block and one for the feed-forward block.
         attention_dropout: see `SelfAttention`.
+        attention: the module to use in place of a `SelfAttention` made from these.
     """
 
     def __init__(
@@ -34,17 +35,20 @@ class EncoderLayer(nn.Module):
         eps: float = 1e-12,
         hidden_dropout: float | tuple[float, float] = 0.0,
         attention_dropout: float = 0.0,
+        attention: SelfAttention | None = None,
     ) -> None:
         super().__init__()
         dropouts = hidden_dropout if isinstance(hidden_dropout, tuple) else (hidden_dropout, hidden_dropout)
-        self.attention = SelfAttention(hidden_size, num_heads, attention_dropout=attention_dropout)
+        if attention is None:
+            attention = SelfAttention(hidden_size, num_heads, attention_dropout=attention_dropout)
+        self.attention = attention
         self.attention_norm = AddBiasResidualLayerNorm(hidden_size, eps, dropouts[0])
         self.feed_forward = FeedForward(hidden_size, intermediate_size, hidden_act)
         self.feed_forward_norm = AddBiasResidualLayerNorm(hidden_size, eps, dropouts[1])
 
-    def forward(self, hidden: Tensor, packing: Packing) -> Tensor:
-        """hidden: [total, hidden]; returns [total, hidden]."""
-        product, bias = self.attention(hidden, packing)
+    def forward(self, hidden: Tensor, packing: Packing, *attention_inputs: Tensor | None) -> Tensor:
+        """hidden: [total, hidden], attention_inputs: what else the attention takes; returns [total, hidden]."""
+        product, bias = self.attention(hidden, packing, *attention_inputs)
         hidden = self.attention_norm(product, bias, hidden)
         product, bias = self.feed_forward(hidden)
         return self.feed_forward_norm(product, bias, hidden)

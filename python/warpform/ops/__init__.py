@@ -1,11 +1,13 @@
 """Public functions. Each checks its arguments and calls the op of the same name in `torch.ops.warpform`."""
 
 from .attention import varlen_attention
+from .disentangled_attention import disentangled_attention
 from .encoder import add_bias_residual_layer_norm, bias_gelu, pack, packing_plan, unpack
 
 __all__ = [
     "add_bias_residual_layer_norm",
     "bias_gelu",
+    "disentangled_attention",
     "pack",
     "packing_plan",
     "unpack",

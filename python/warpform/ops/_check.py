@@ -44,6 +44,16 @@ def same_device(op: str, name: str, value: Tensor, like_name: str, like: Tensor)
         raise ValueError(f"{op}: {name} must be on {like.device} as {like_name} is, got {value.device}")
 
 
+def cu_seqlens(op: str, name: str, value: Any, q: Tensor) -> None:
+    """Raises unless value is what offsets of sequences have to be, as far as can be seen without reading them."""
+    tensor(op, name, value)
+    if value.dtype != torch.int32 or value.dim() != 1 or value.size(0) == 0:
+        raise (TypeError if value.dtype != torch.int32 else ValueError)(
+            f"{op}: {name} must be int32 of shape [batch + 1], got {describe(value)}"
+        )
+    same_device(op, name, value, "q", q)
+
+
 def integer(op: str, name: str, value: Any) -> None:
     """Raises TypeError unless value is an integer, which under tracing may be symbolic."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):

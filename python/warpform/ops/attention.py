@@ -188,13 +188,8 @@ def _check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tenso
             f"{op}: k and v must be {_check.dtype_name(q.dtype)} as q is, got {_check.dtype_name(k.dtype)} and "
             f"{_check.dtype_name(v.dtype)}"
         )
-    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        _check.tensor(op, name, cu_seqlens)
-        if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.size(0) == 0:
-            raise (TypeError if cu_seqlens.dtype != torch.int32 else ValueError)(
-                f"{op}: {name} must be int32 of shape [batch + 1], got {_check.describe(cu_seqlens)}"
-            )
-        _check.same_device(op, name, cu_seqlens, "q", q)
+    _check.cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q)
+    _check.cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, q)
     if cu_seqlens_k is not cu_seqlens_q and cu_seqlens_k.size(0) != cu_seqlens_q.size(0):
         raise ValueError(
             f"{op}: cu_seqlens_k must be of shape [{cu_seqlens_q.size(0)}] as cu_seqlens_q is, "

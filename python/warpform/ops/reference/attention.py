@@ -129,8 +129,8 @@ class _Sequences:
             self._t.index_copy_(0, rows, part.transpose(1, 2).flatten(0, 1).to(self._t.dtype))
 
 
-def _offsets(op: str, name: str, cu_seqlens: Tensor, rows: int, max_seqlen: int) -> list[int]:
-    """cu_seqlens on the host, after a check of its values."""
+def offsets_of(op: str, name: str, cu_seqlens: Tensor, rows: int, max_seqlen: int) -> list[int]:
+    """cu_seqlens on the host; ValueError where its values are not what attention asks for."""
     offsets: list[int] = cu_seqlens.tolist()
     longest = 0
     if offsets[0] != 0:
@@ -146,7 +146,8 @@ def _offsets(op: str, name: str, cu_seqlens: Tensor, rows: int, max_seqlen: int)
         raise ValueError(f"{op}: {name} must not pass the end of its tensor of {rows} rows, got {offsets[-1]} last")
     if longest > max_seqlen:
         raise ValueError(
-            f"{op}: max_seqlen_{name[-1]} must be at least the longest sequence of {name}, {longest}, got {max_seqlen}"
+            f"{op}: {name.replace('cu_seqlens', 'max_seqlen')} must be at least the longest sequence of {name}, "
+            f"{longest}, got {max_seqlen}"
         )
     return offsets
 
@@ -155,10 +156,10 @@ def check_offsets(
     op: str, q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
 ) -> tuple[list[int], list[int]]:
     """The values of both cu_seqlens on the host; ValueError where they are not what `varlen_attention` asks for."""
-    q_offsets = _offsets(op, "cu_seqlens_q", cu_seqlens_q, q.size(0), max_seqlen_q)
+    q_offsets = offsets_of(op, "cu_seqlens_q", cu_seqlens_q, q.size(0), max_seqlen_q)
     if cu_seqlens_k is cu_seqlens_q and k.size(0) == q.size(0) and max_seqlen_k >= max_seqlen_q:
         return q_offsets, q_offsets
-    return q_offsets, _offsets(op, "cu_seqlens_k", cu_seqlens_k, k.size(0), max_seqlen_k)
+    return q_offsets, offsets_of(op, "cu_seqlens_k", cu_seqlens_k, k.size(0), max_seqlen_k)
 
 
 def _groups(q_offsets: list[int], k_offsets: list[int], row_bytes: int, device: torch.device) -> list[_Group]:
