@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import disentangled_attention
 import harness
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,15 @@ from torch import Tensor
 
 import warpform
 
-OPS = ("packing_plan", "pack", "unpack", "varlen_attention", "add_bias_residual_layer_norm", "bias_gelu")
+OPS = (
+    "packing_plan",
+    "pack",
+    "unpack",
+    "varlen_attention",
+    "disentangled_attention",
+    "add_bias_residual_layer_norm",
+    "bias_gelu",
+)
 MODES = ("warpform", "warpform_no_grad", "warpform_inference_mode", "warpform_compiled", "torch_inference_mode")
 
 
@@ -58,8 +67,24 @@ class HostCase(Case):
         x, rows, residual = draw(2, 4, 128), draw(6, 128), draw(6, 128)
         bias, weight, ln_bias = draw(128), draw(128), draw(128)
         q, k, v = draw(6, 2, 64), draw(6, 2, 64), draw(6, 2, 64)
+        pos_key, pos_query = draw(8, 2, 64), draw(8, 2, 64)
+        places = torch.arange(4, device=device)
+        rows_of_tables = places[:, None] - places + 4  # distances of query less key are within the tables
+        seen = mask[:, None, None, :]
         norm = warpform.ops.add_bias_residual_layer_norm
         padded = torch.zeros(8, 128, device=device, dtype=dtype)
+
+        def pad(t: Tensor) -> Tensor:
+            """[6, 2, 64] -> [batch, heads, seqlen, head_dim]."""
+            return padded.index_put((indices,), t.flatten(1)).view(2, 4, 2, 64).transpose(1, 2)
+
+        def unpad(t: Tensor) -> Tensor:
+            return t.transpose(1, 2).reshape(8, 2, 64)[indices]
+
+        def composed(q: Tensor, k: Tensor, v: Tensor, pos_key: Tensor, pos_query: Tensor) -> Tensor:
+            tables = pos_key.transpose(0, 1), pos_query.transpose(0, 1)
+            return unpad(disentangled_attention.eager_attention(pad(q), pad(k), pad(v), *tables, rows_of_tables, seen))
+
         # The op, the same in torch, and the arguments.
         table: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]] = {
             "packing_plan": (lambda m: warpform.ops.packing_plan(m, 8), _torch_plan, (mask,)),
@@ -71,18 +96,13 @@ class HostCase(Case):
             ),
             "varlen_attention": (
                 lambda q, k, v: warpform.ops.varlen_attention(q, k, v, offsets, offsets, 4, 4),
-                lambda q, k, v: (
-                    F.scaled_dot_product_attention(
-                        *(
-                            padded.index_put((indices,), t.flatten(1)).view(2, 4, 2, 64).transpose(1, 2)
-                            for t in (q, k, v)
-                        ),
-                        mask[:, None, None, :],
-                    )
-                    .transpose(1, 2)
-                    .reshape(8, 2, 64)[indices]
-                ),
+                lambda q, k, v: unpad(F.scaled_dot_product_attention(pad(q), pad(k), pad(v), seen)),
                 (q, k, v),
+            ),
+            "disentangled_attention": (
+                lambda *tensors: warpform.ops.disentangled_attention(*tensors, offsets, 4),
+                composed,
+                (q, k, v, pos_key, pos_query),
             ),
             "add_bias_residual_layer_norm": (
                 norm,

@@ -2,6 +2,7 @@
 
     python bench/report.py                                 the tables, on standard output
     python bench/report.py --markdown FILE --plots FOLDER  written to files
+    python bench/report.py --readme                        README's numbers and the plots that it shows, in place
     python bench/report.py --device H200                   one device of several
 
 Of each device, workload and provider the newest row counts. Nothing is computed here but ratios of what the rows say.
@@ -17,7 +18,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+import plots
+import readme
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 Row = dict[str, str]
 
 
@@ -37,7 +42,11 @@ def read(folder: Path) -> list[Row]:
     return rows
 
 
-def newest(rows: Iterable[Row]) -> dict[str, dict[tuple[str, str, str], dict[str, dict[str, Row]]]]:
+# Of a device: (family, kernel, direction) -> workload -> provider -> row.
+Kernels = dict[tuple[str, str, str], dict[str, dict[str, Row]]]
+
+
+def newest(rows: Iterable[Row]) -> dict[str, Kernels]:
     """device -> (family, kernel, direction) -> workload -> provider -> row.
 
     Ratios are only made within one run, so of each workload all rows come from the run that measured warpform last.
@@ -46,7 +55,7 @@ def newest(rows: Iterable[Row]) -> dict[str, dict[tuple[str, str, str], dict[str
     for row in rows:
         key = row["device"], row["workload"]
         runs.setdefault(key, {}).setdefault(row["date"], {})[row["provider"]] = row
-    found: dict[str, dict[tuple[str, str, str], dict[str, dict[str, Row]]]] = {}
+    found: dict[str, Kernels] = {}
     for (device, workload), dates in runs.items():
         timed = [date for date, providers in dates.items() if providers.get("warpform", {}).get("p50_us")]
         providers = dates[max(timed or dates)]
@@ -114,7 +123,7 @@ def table(workloads: dict[str, dict[str, Row]]) -> list[str]:
     return lines
 
 
-def markdown(found: dict[str, dict[tuple[str, str, str], dict[str, dict[str, Row]]]]) -> str:
+def markdown(found: dict[str, Kernels]) -> str:
     """Every table, under a heading for each device and kernel."""
     lines = []
     for device, kernels in found.items():
@@ -138,47 +147,63 @@ def markdown(found: dict[str, dict[tuple[str, str, str], dict[str, dict[str, Row
     return "\n".join(lines)
 
 
-def plot(path: Path, title: str, workloads: dict[str, dict[str, Row]]) -> bool:
-    """Bars of times relative to warpform's, one group for each workload. False where there is nothing to compare."""
-    import matplotlib
+# What the figure of a family is called; what a call costs the host is no race and has none.
+TITLES = {
+    "attention": "Attention",
+    "disentangled_attention": "Disentangled attention (DeBERTa)",
+    "encoder": "Encoder ops",
+    "models": "Models end to end",
+}
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
 
-    bars: dict[str, dict[str, float]] = {}
-    for providers in workloads.values():
-        own = providers.get("warpform", {}).get("p50_us")
-        if own:
-            label = sizes(next(iter(providers.values()))).replace(" tokens, ", " tokens,\n", 1)
-            times = {p: float(row["p50_us"]) / float(own) for p, row in providers.items() if row["p50_us"]}
-            bars[label] = times
-    order = list(dict.fromkeys(p for times in bars.values() for p in times))
-    if len(order) < 2:
-        return False
-    # The same picture from the same rows, byte for byte.
-    with pyplot.rc_context({"svg.hashsalt": "warpform", "font.size": 8}):
-        height = 0.18 * len(order)
-        figure, axes = pyplot.subplots(figsize=(8, 1 + len(bars) * (height + 0.25)))
-        for i, provider in enumerate(order):
-            places = [j + i * 0.8 / len(order) for j in range(len(bars))]
-            values = [times.get(provider, 0.0) for times in bars.values()]
-            drawn = axes.barh(places, values, 0.8 / len(order), label=provider, color=f"C{i % 10}")
-            axes.bar_label(drawn, [f"{v:.2f}" if v else "not timed" for v in values], padding=2, fontsize=6)
-        axes.set_yticks([j + 0.4 * (len(order) - 1) / len(order) for j in range(len(bars))], list(bars))
-        axes.invert_yaxis()
-        axes.axvline(1, color="black", linewidth=0.8)
-        axes.set_xlabel("time / time of warpform: longer bars are slower")
-        axes.set_title(title)
-        axes.legend(fontsize=6)
-        figure.tight_layout()
-        figure.savefig(path, metadata={"Date": None})
-        pyplot.close(figure)
-    return True
+def figures(device: str, kernels: Kernels) -> dict[str, plots.Figure]:
+    """A figure for each family of a device."""
+    found: dict[str, plots.Figure] = {}
+    for (family, kernel, direction), workloads in kernels.items():
+        if family not in TITLES:
+            continue
+        several = len({k for f, k, _ in kernels if f == family}) > 1
+        for providers in workloads.values():
+            times = {p: float(row["p50_us"]) for p, row in providers.items() if row["p50_us"]}
+            if "warpform" not in times:
+                continue
+            row = providers["warpform"]
+            figure = found.setdefault(family, plots.Figure(f"{TITLES[family]} on {machine(row)}", source(row)))
+            label = sizes(row).replace(" x ", " × ").replace(" tokens, ", " tokens,\n", 1)
+            if several:
+                label = f"{kernel}\n{label}".replace(",\n", ", ")
+            figure.rows.setdefault(label, {})[direction] = plots.Cell(times.pop("warpform"), times)
+    return found
+
+
+def machine(row: Row) -> str:
+    """The device, by name and kind."""
+    return row["device"] if row["kind"] == "cuda" else f"{row['device']} (CPU, {row['threads']} threads)"
+
+
+def source(row: Row) -> str:
+    """Where a number comes from."""
+    return (
+        f"{row['dtype']}, torch {row['torch']}, transformers {row['transformers'] or 'absent'}, warpform "
+        f"{row['warpform']} at {row['commit']} ({row['backend']}), {row['date']}"
+    )
 
 
 def file_name(*words: Any) -> str:
     text = "-".join(str(word) for word in words).lower()
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in text) + ".svg"
+    return "-".join("".join(c if c.isalnum() else " " for c in text).split()) + ".svg"
+
+
+def draw(folder: Path, found: dict[str, Kernels]) -> dict[tuple[str, str], Path]:
+    """The plots of all devices, by device and family."""
+    written = {}
+    for device, kernels in found.items():
+        for family, figure in figures(device, kernels).items():
+            path = folder / file_name(device, family)
+            if plots.draw(path, figure):
+                written[device, family] = path
+                print(f"report: wrote {path}", file=sys.stderr)
+    return written
 
 
 def main(arguments: list[str]) -> int:
@@ -186,16 +211,25 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="a folder of results (default bench/results)")
     parser.add_argument("--device", default="", help="only devices whose name has this in it")
     parser.add_argument("--markdown", type=Path, help="write the tables there; default: standard output")
-    parser.add_argument("--plots", type=Path, help="write a plot for each kernel and direction into this folder")
+    parser.add_argument("--plots", type=Path, help="write a plot for each device and family into this folder")
+    parser.add_argument(
+        "--readme", type=Path, nargs="?", const=ROOT / "README.md", help="write numbers and plots (docs/plots) into it"
+    )
     given = parser.parse_args(arguments)
     try:
-        found = newest(read(given.results))
-    except FileNotFoundError as error:
+        rows = read(given.results)
+        found = newest(rows if given.readme is None else filter(readme.quotable, rows))
+        found = {device: kernels for device, kernels in found.items() if given.device.lower() in device.lower()}
+        if not found:
+            which = "" if given.readme is None else ", and measured at a commit,"
+            print(f"report: no device in {given.results}{which} has {given.device!r} in its name", file=sys.stderr)
+            return 2
+        if given.readme is not None:
+            drawn = draw(given.readme.parent / "docs" / "plots", found)
+            readme.write(given.readme, given.results, found, drawn)
+            return 0
+    except (FileNotFoundError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
-        return 2
-    found = {device: kernels for device, kernels in found.items() if given.device.lower() in device.lower()}
-    if not found:
-        print(f"report: no device in {given.results} has {given.device!r} in its name", file=sys.stderr)
         return 2
     text = markdown(found)
     if given.markdown is None:
@@ -203,12 +237,7 @@ def main(arguments: list[str]) -> int:
     else:
         given.markdown.write_text(text + "\n", encoding="utf-8")
     if given.plots is not None:
-        given.plots.mkdir(parents=True, exist_ok=True)
-        for device, kernels in found.items():
-            for (_, kernel, direction), workloads in kernels.items():
-                path = given.plots / file_name(device, kernel, direction)
-                if plot(path, f"{kernel}, {direction}, {device}", workloads):
-                    print(f"report: wrote {path}", file=sys.stderr)
+        draw(given.plots, found)
     return 0
 
 

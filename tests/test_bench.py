@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
+import warpform
 from warpform import bench
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = ROOT / "bench"
+FAMILIES = ("attention", "disentangled_attention", "encoder", "host", "models")
 if not BENCH.is_dir():
     pytest.skip("needs a checkout", allow_module_level=True)
 pytest.importorskip("pytest_benchmark")
@@ -24,6 +33,8 @@ pytest.importorskip("transformers")
 
 
 def load(name: str) -> ModuleType:
+    if str(BENCH) not in sys.path:
+        sys.path.append(str(BENCH))  # the files of bench/ import each other
     spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -40,7 +51,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The rows of a tiny run, made as a user makes them."""
     folder = tmp_path_factory.mktemp("results")
     command = [sys.executable, "-m", "warpform", "bench", "--tiny", "--results", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(BENCH.parent / "python")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "WARPFORM_COMMIT": "0123456789ab"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=environment)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "best peer / warpform" in done.stdout
@@ -49,7 +60,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_benchmark_runs(results: Path) -> None:
     rows = report.read(results)
-    assert {row["family"] for row in rows} == {"attention", "encoder", "host"}
+    assert {row["family"] for row in rows} == set(FAMILIES) == set(harness.DEADLINES)
+    ops = set(warpform.ops.__all__)
+    assert {row["kernel"] for row in rows if row["family"] == "host"} == ops
+    assert {row["kernel"] for row in rows} >= ops | {"bert_base", "deberta_v3_base"}
     for row in rows:
         assert None not in row and row["commit"] and row["date"] and row["device"] and row["torch"]
         timed = bool(row["p50_us"])
@@ -73,18 +87,82 @@ def test_report(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     page, plots = tmp_path / "report.md", tmp_path / "plots"
     assert report.main(["--results", str(results), "--markdown", str(page), "--plots", str(plots)]) == 0
     text = page.read_text()
-    for words in ("## varlen_attention, backward", "## bert_base, training step", "Not timed:", "share of roofline"):
+    headings = ("varlen_attention, backward", "disentangled_attention, forward", "deberta_v3_base, training step")
+    for words in (*(f"## {heading}" for heading in headings), "Not timed:", "share of roofline"):
         assert words in text
     for line in text.splitlines():
         if line.startswith("| "):
             assert line.endswith(" |")
     drawn = list(plots.glob("*.svg"))
-    assert any("bert_base-forward" in path.name for path in drawn)
-    assert all(path.read_text().startswith("<?xml") for path in drawn)
+    assert {path.stem.rpartition("-")[2] for path in drawn} == {"attention", "encoder", "models"}
+    assert len(drawn) == len(FAMILIES) - 1, "one for each family but the host's"
+    for path in drawn:
+        root = ElementTree.parse(path).getroot()
+        assert root.tag.endswith("svg") and len(list(root.iter())) > 100
     capsys.readouterr()
     assert report.main(["--results", str(tmp_path)]) == 2
     assert "no results yet" in capsys.readouterr().err
     assert report.main(["--results", str(results), "--device", "no such device"]) == 2
+
+
+def test_readme_is_written_from_results(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Machine, date, commit and files; plots that are there; the same bytes again; and nothing but the blocks."""
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "results"
+    shutil.copytree(results, folder)
+    facts = {"date": "2026-01-02", "device": "a CPU", "dtype": "float32", "torch": "2", "transformers": "5"}
+    facts |= {"model": "m", "batch_size": 4, "max_length": 8, "repeats": 3}
+    run = {"order": "arrival", "texts": 5, "padding_ratio": 2.5, "transformers_seconds": 2.0, "warpform_seconds": 1.0}
+    facts["results"] = [run | {"speedup": 2.0, "max_difference": 1e-7}]
+    (folder / "demo-cpu.json").write_text(json.dumps(facts))
+    page = tmp_path / "README.md"
+    around = (
+        "# Title\n\n<!-- demo:begin -->\n",
+        "<!-- demo:end -->\n\nwords\n\n<!-- bench:begin -->\nold\n",
+        "<!-- bench:end -->\n",
+    )
+    page.write_text("".join(around))
+    command = ["--results", str(folder), "--readme", str(page)]
+    assert report.main(command) == 2
+    assert "does not say at which commit" in capsys.readouterr().err
+    (folder / "demo-cpu.json").write_text(json.dumps(facts | {"commit": "abcdef0"}))
+    assert report.main(command) == 0
+    text = page.read_text()
+    assert text.startswith(around[0]) and "\nwords\n" in text and text.endswith(around[2]) and "old" not in text
+    row = report.read(folder)[0]
+    for words in ("abcdef0", "| speed-up | 2.00x |", row["device"], row["date"][:10], row["commit"], row["torch"]):
+        assert words in text
+    targets = re.findall(r"\]\(([^)]*)\)", text)
+    assert len(targets) > 8 and all((tmp_path / target).is_file() for target in targets)
+    before = {path: path.read_bytes() for path in [page, *(tmp_path / "docs" / "plots").glob("*.svg")]}
+    assert report.main(command) == 0
+    assert {path: path.read_bytes() for path in before} == before
+
+    page.write_text("no markers\n")
+    assert report.main(command) == 2
+    assert "demo:begin" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("commit", ["0123456789ab (changed)", "unknown", ""])
+def test_readme_quotes_no_row_without_a_commit(tmp_path: Path, commit: str, capsys: pytest.CaptureFixture[str]) -> None:
+    row = dict.fromkeys(harness.COLUMNS, "") | {"device": "a", "family": "attention", "provider": "warpform"}
+    harness.append(tmp_path / "attention.csv", [row | {"p50_us": "1", "status": "ok", "commit": commit}])
+    page = tmp_path / "README.md"
+    page.write_text("untouched\n")
+    assert report.main(["--results", str(tmp_path), "--readme", str(page)]) == 2
+    assert "measured at a commit" in capsys.readouterr().err and page.read_text() == "untouched\n"
+
+
+def test_readme_in_the_repository_has_its_markers_and_numbers() -> None:
+    """Every table of figures in it is what its results say."""
+    page = ROOT / "README.md"
+    text = page.read_text(encoding="utf-8")
+    demos = sorted((BENCH / "results").glob("demo-*.json"), key=lambda path: json.loads(path.read_text())["date"])
+    lines = report.readme.demo(demos[-1], report.readme.link(page, demos[-1]))
+    assert report.readme.replace(text, "demo", lines) == text
+    assert report.readme.replace(text, "bench", ["x"]) != text
+    for picture in re.findall(r"docs/plots/[\w.-]+", text):
+        assert (ROOT / picture).is_file()
 
 
 def test_rows_of_one_run_are_compared(tmp_path: Path) -> None:
@@ -156,6 +234,46 @@ def test_only_what_agrees_is_timed() -> None:
     states = {row["provider"]: row["status"] for row in session.rows}
     assert states["warpform"] == "ok" and states["wrong"].startswith("disagrees: got 2")
     assert states["absent"] == "missing: needs a GPU" and states["broken"] == "failed: RuntimeError: no kernel"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_check_can_fail(family: str) -> None:
+    """Outputs that are a little off are refused, of peers and of warpform alike."""
+    session = harness.Session("cpu", tiny=True)
+    seen = set()
+    for spec in load(family).specs(session):
+        if (spec.kernel, spec.direction) in seen:
+            continue
+        seen.add((spec.kernel, spec.direction))
+        torch.manual_seed(0)
+        case = spec.build(session)
+        output = case.prepare("warpform")[0]()
+        case.check("warpform", output)
+        # Of a plan the host's benchmark checks what torch computes too.
+        places = (0, 2) if str(spec).startswith("packing_plan-host") else range(len(list(tensors(output))))
+        for provider in ("warpform", *spec.providers[-1:] * (family != "host")):
+            for i in places:
+                with pytest.raises(AssertionError):
+                    case.check(provider, spoiled(output, i))
+
+
+def tensors(output: object) -> Iterator[torch.Tensor]:
+    """Those that a check looks at: of a Packing what others compute too, of tuples all."""
+    if isinstance(output, warpform.Packing):
+        yield from (output.cu_seqlens, output.indices)
+    elif isinstance(output, torch.Tensor):
+        yield output
+    else:
+        for one in output:
+            yield from tensors(one)
+
+
+def spoiled(output: object, which: int) -> object:
+    """The output with one of its tensors off by 1 %, or by 1."""
+    output = tree_map(lambda t: t.detach().clone() if isinstance(t, torch.Tensor) else t, output)
+    t = list(tensors(output))[which]
+    t.add_(1) if not t.is_floating_point() else t.mul_(1.01)
+    return output
 
 
 def test_committed_results_can_be_read() -> None:
