@@ -151,6 +151,7 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
   constexpr int kStageBytes = 2 * Tile::bytes(kBlockM);
   const SharedTile<kBlockM> tile_ds{stages + kStages * kStageBytes};
   const uint32_t rows_base = tile_ds.base + SharedTile<kBlockM>::bytes(kBlockN);  // lse and delta of every stage
+  const uint32_t score_tables = rows_base + kStages * 2 * kBlockM * 4;
 
   const T* k = static_cast<const T*>(p.k.data) + first_key * p.k.row_stride + head_kv * p.k.head_stride;
   const T* v = static_cast<const T*>(p.v.data) + first_key * p.v.row_stride + head_kv * p.v.head_stride;
@@ -183,6 +184,7 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
   const bool warp_has_keys = warp_key < live_keys;
   const int g = lane_id() / 4, t = lane_id() % 4;
   float dk[1][kOut][4] = {}, dv[1][kOut][4] = {};
+  Score::template prepare<kThreads>(p, score_tables);
 
   // The next step's block of queries: the head's next one, or the first of the next head.
   const auto advance = [&](int& head, int& row) {
@@ -207,12 +209,14 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
     const uint32_t stage = stages + step % kStages * kStageBytes;
     const Tile tile_q{stage}, tile_do{stage + Tile::bytes(kBlockM)};
     const uint32_t rows = rows_base + step % kStages * 2 * kBlockM * 4;
-    const Score score(p, pair, tile.sequence, head);
+    const Score score(p, pair, tile.sequence, head, q_begin, score_tables);
 
     uint32_t packed_ds[1][kM / 2][4] = {};
     if (warp_has_keys) {
+      score.template gather<Owner::kKeys>(warp_key, block_key + warp_key, block_row);
       float ds[1][kM][4] = {};
       mma_abt<T, kHeadDim>(ds, tile_k, warp_key, tile_q, 0, p.head_dim);
+      score.template add<Owner::kKeys>(ds, warp_key);
       const bool masked = block_row < seeing_queries(pair, block_key + live_keys - 1).first ||
                           block_row + kBlockM > seeing_queries(pair, block_key).last ||
                           block_key + warp_key + 16 > pair.k_limit;
@@ -269,12 +273,13 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
             // A pair that does not count has P = 0; whatever its dP is, Inf and NaN too, it must not reach dS.
             const float p_slope = ds[0][n][e];
             ds[0][n][e] = p_slope == 0.f ? 0.f : p_slope * (dp[0][c][e] - delta[e % 2]);
-            score.collect(ds[0][n][e], block_row + 8 * n + 2 * t + e % 2, block_key + warp_key + 8 * (e / 2) + g);
           }
         }
       }
       pack_accumulators<T>(packed_ds, ds);
       mma_packed_b<T>(dk, packed_ds, tile_q, out_col, p.head_dim);
+      Score::Gradient::template add<Owner::kKeys>(score, params.dp2c, packed_ds[0], warp_key, block_key + warp_key,
+                                                  block_row);
     }
 
     if (params.dq_mode != DqMode::kSeparate) {
@@ -322,6 +327,9 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
     }
     advance(head, block_row);
   }
+
+  Score::Gradient::finish(Score(p, pair, tile.sequence, head_kv, q_begin, score_tables), params.dp2c, warp_key,
+                          block_key + warp_key);
 
   // K's and V's tiles take dK and dV, to be written 16 bytes a lane: after the last reader of K and V, of any warp.
   cp_async_wait<0>();

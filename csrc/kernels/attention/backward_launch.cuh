@@ -8,44 +8,52 @@
 
 namespace warpform {
 
+template <class T, int kHeadDim>
+void launch_backward_delta(const char* name, const AttentionBackwardParams& params, void* stream) {
+  const int64_t rows = static_cast<int64_t>(params.problem.total_q) * params.problem.heads_q;
+  launch<varlen_attention_delta<T, kHeadDim>>(name, dim3(ceil_div(rows, int64_t{256 / (tile_cols(kHeadDim) / kChunk)})),
+                                              256, 0, stream, params);
+}
+
 template <class T, int kHeadDim, bool kSmall, class Score>
-void launch_backward_keys(const AttentionBackwardParams& params, void* stream) {
+void launch_backward_keys(const char* name, const AttentionBackwardParams& params, void* stream) {
   constexpr BackwardTile kTile = backward_tile(kHeadDim, kSmall);
   const AttentionProblem& p = params.problem;
   launch<varlen_attention_backward_keys<T, kHeadDim, kSmall, Score>>(
-      "varlen_attention_backward",
-      dim3(slots<kTile.block_n>(p.total_k, p.batch), p.heads_kv, ceil_div(p.head_dim, kTile.out_cols)),
-      32 * kTile.warps, backward_shared_bytes(kHeadDim, kTile), stream, params);
+      name, dim3(slots<kTile.block_n>(p.total_k, p.batch), p.heads_kv, ceil_div(p.head_dim, kTile.out_cols)),
+      32 * kTile.warps, backward_shared_bytes(kHeadDim, kTile) + Score::shared_bytes(p), stream, params);
+}
+
+template <class T, int kHeadDim, class Score>
+void launch_backward_queries(const char* name, const AttentionBackwardParams& params, void* stream) {
+  constexpr ForwardTile kTile = dq_tile();
+  const AttentionProblem& p = params.problem;
+  launch<varlen_attention_backward_queries<T, kHeadDim, Score>>(
+      name, dim3(slots<kTile.block_m>(p.total_q, p.batch), p.heads_q), 32 * kTile.warps,
+      dq_shared_bytes(kHeadDim, kTile) + Score::shared_bytes(p), stream, params);
 }
 
 template <class T, int kHeadDim, class Score>
 void launch_backward_score(const AttentionBackwardParams& params, void* stream) {
   constexpr const char* kName = "varlen_attention_backward";
   const AttentionProblem& p = params.problem;
-  const int64_t rows = static_cast<int64_t>(p.total_q) * p.heads_q;
-  launch<varlen_attention_delta<T, kHeadDim>>(
-      kName, dim3(ceil_div(rows, int64_t{256 / (tile_cols(kHeadDim) / kChunk)})), 256, 0, stream, params);
+  launch_backward_delta<T, kHeadDim>(kName, params, stream);
   // In the bucket of 256 both are the same tile; at 128 columns a score bias and the large tile do not fit the
   // registers.
   if constexpr (kHeadDim <= 64 || (kHeadDim <= 128 && Score::kPlain)) {
     if (backward_is_small(p)) {
-      launch_backward_keys<T, kHeadDim, true, Score>(params, stream);
+      launch_backward_keys<T, kHeadDim, true, Score>(kName, params, stream);
     } else {
-      launch_backward_keys<T, kHeadDim, false, Score>(params, stream);
+      launch_backward_keys<T, kHeadDim, false, Score>(kName, params, stream);
     }
   } else {
-    launch_backward_keys<T, kHeadDim, true, Score>(params, stream);
+    launch_backward_keys<T, kHeadDim, true, Score>(kName, params, stream);
   }
   if (params.dq_mode == DqMode::kAccumulate) {
-    launch<varlen_attention_round_dq<T>>(kName, dim3(ceil_div(rows * p.head_dim, int64_t{256 * kChunk})), 256, 0,
-                                         stream, params);
+    const int64_t count = static_cast<int64_t>(p.total_q) * p.heads_q * p.head_dim;
+    launch<varlen_attention_round_dq<T>>(kName, dim3(ceil_div(count, int64_t{256 * kChunk})), 256, 0, stream, params);
   }
-  if (params.dq_mode == DqMode::kSeparate) {
-    constexpr ForwardTile kTile = dq_tile();
-    launch<varlen_attention_backward_queries<T, kHeadDim, Score>>(
-        kName, dim3(slots<kTile.block_m>(p.total_q, p.batch), p.heads_q), 32 * kTile.warps,
-        dq_shared_bytes(kHeadDim, kTile), stream, params);
-  }
+  if (params.dq_mode == DqMode::kSeparate) launch_backward_queries<T, kHeadDim, Score>(kName, params, stream);
 }
 
 template <class T, int kHeadDim>

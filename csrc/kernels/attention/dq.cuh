@@ -62,7 +62,9 @@ __global__ void __launch_bounds__(32 * dq_tile().warps) varlen_attention_backwar
   copy_tile_async<kBlockM, kHeadDim, kThreads>(tile_do, d, params.dout.row_stride, block_rows, p.head_dim);
   copy_keys(tile_k, p.k, n_first);
 
-  const Score score(p, pair, tile.sequence, head);
+  const uint32_t score_tables = tile_v.base + Tile::bytes(kBlockN);
+  Score::template prepare<kThreads>(p, score_tables);
+  const Score score(p, pair, tile.sequence, head, tile.begin, score_tables);
   const int warp_row = warp_id() * 16;
   const bool warp_has_rows = warp_row < block_rows;
   const int g = lane_id() / 4, t = lane_id() % 4;
@@ -80,11 +82,15 @@ __global__ void __launch_bounds__(32 * dq_tile().warps) varlen_attention_backwar
   float dq[1][kOut][4] = {};
 
   for (int n = n_first; n < n_last; ++n) {
+    if (warp_has_rows) score.template gather<Owner::kQueries>(warp_row, block_row + warp_row, n * kBlockN);
     cp_async_wait<0>();
     block_sync();  // K is here, and nobody reads the V of the block before any more
     copy_keys(tile_v, p.v, n);
     float s[1][kN][4] = {};
-    if (warp_has_rows) mma_abt<T, kHeadDim>(s, tile_q, warp_row, tile_k, 0, p.head_dim);
+    if (warp_has_rows) {
+      mma_abt<T, kHeadDim>(s, tile_q, warp_row, tile_k, 0, p.head_dim);
+      score.template add<Owner::kQueries>(s, warp_row);
+    }
     cp_async_wait<0>();
     block_sync();  // V is here
     if (warp_has_rows) {
@@ -105,11 +111,14 @@ __global__ void __launch_bounds__(32 * dq_tile().warps) varlen_attention_backwar
       uint32_t ds[1][kN / 2][4];
       pack_accumulators<T>(ds, s);
       mma_packed_b<T>(dq, ds, tile_k, 0, p.head_dim);
+      Score::Gradient::template add<Owner::kQueries>(score, params.dc2p, ds[0], warp_row, block_row + warp_row,
+                                                     n * kBlockN);
     }
     block_sync();  // nobody reads this K any more
     if (n + 1 < n_last) copy_keys(tile_k, p.k, n + 1);
   }
 
+  Score::Gradient::finish(score, params.dc2p, warp_row, block_row + warp_row);
   warp_sync();
   store_accumulators<T>(tile_q, warp_row, 0, dq[0], p.softmax_scale, p.softmax_scale);
   warp_sync();

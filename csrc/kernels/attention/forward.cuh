@@ -121,7 +121,9 @@ __global__ void __launch_bounds__(32 * forward_tile(kHeadDim, kSmall).warps) var
   copy_tile_async<kBlockM, kHeadDim, kThreads>(tile_q, q, p.q.row_stride, live_rows, p.head_dim);
   copy_keys(tile_k, p.k, n_last - 1);
 
-  const Score score(p, pair, tile.sequence, head);
+  const uint32_t score_tables = tile_v.base + Tile::bytes(kBlockN);
+  Score::template prepare<kThreads>(p, score_tables);
+  const Score score(p, pair, tile.sequence, head, tile.begin, score_tables);
   const int warp_row = warp_id() * 16 * kM;
   const bool warp_has_rows = warp_row < live_rows;
   const int g = lane_id() / 4, t = lane_id() % 4;
@@ -131,6 +133,7 @@ __global__ void __launch_bounds__(32 * forward_tile(kHeadDim, kSmall).warps) var
   for (int m = 0; m < kM; ++m) row_max[m][0] = row_max[m][1] = negative_infinity();
 
   for (int n = n_last - 1; n >= n_first; --n) {
+    if (warp_has_rows) score.template gather<Owner::kQueries>(warp_row, block_row + warp_row, n * kBlockN);
     cp_async_wait<0>();
     block_sync();  // K is here, and nobody reads the V of the block before any more
     copy_keys(tile_v, p.v, n);
@@ -138,6 +141,7 @@ __global__ void __launch_bounds__(32 * forward_tile(kHeadDim, kSmall).warps) var
     float s[kM][kN][4] = {};
     if (warp_has_rows) {
       mma_abt<T, kHeadDim>(s, tile_q, warp_row, tile_k, 0, p.head_dim);
+      score.template add<Owner::kQueries>(s, warp_row);
       const bool masked = n * kBlockN < range_last.first || (n + 1) * kBlockN > range_first.last;
       const int i0 = block_row + warp_row + g, j0 = n * kBlockN + 2 * t;
       score.visit(i0, j0, [&](const auto& term) {

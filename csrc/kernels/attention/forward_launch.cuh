@@ -8,22 +8,23 @@
 namespace warpform {
 
 template <class T, int kHeadDim, bool kSmall, class Score>
-void launch_forward_instance(const AttentionForwardParams& params, void* stream) {
+void launch_forward_instance(const char* name, const AttentionForwardParams& params, void* stream) {
   constexpr ForwardTile kTile = forward_tile(kHeadDim, kSmall);
   const AttentionProblem& p = params.problem;
   launch<varlen_attention_forward<T, kHeadDim, kSmall, Score>>(
-      "varlen_attention", dim3(slots<kTile.block_m>(p.total_q, p.batch), p.heads_q), 32 * kTile.warps,
-      forward_shared_bytes(kHeadDim, kTile), stream, params);
+      name, dim3(slots<kTile.block_m>(p.total_q, p.batch), p.heads_q), 32 * kTile.warps,
+      forward_shared_bytes(kHeadDim, kTile) + Score::shared_bytes(p), stream, params);
 }
 
 template <class T, int kHeadDim, bool kSmall>
 void launch_forward_score(const AttentionForwardParams& params, void* stream) {
+  constexpr const char* kName = "varlen_attention";
   if constexpr (head_dim_bucket(kHeadDim, true) == kHeadDim) {
     if (has_score_bias(params.problem)) {
-      return launch_forward_instance<T, kHeadDim, kSmall, BiasedScore>(params, stream);
+      return launch_forward_instance<T, kHeadDim, kSmall, BiasedScore>(kName, params, stream);
     }
   }
-  launch_forward_instance<T, kHeadDim, kSmall, PlainScore>(params, stream);
+  launch_forward_instance<T, kHeadDim, kSmall, PlainScore>(kName, params, stream);
 }
 
 template <class T, int kHeadDim>

@@ -12,6 +12,12 @@ void launch_forward(const AttentionForwardParams& params, void* stream);
 template <int kHeadDim>
 void launch_backward(const AttentionBackwardParams& params, void* stream);
 
+// kHeadDim: 64 or 128.
+template <int kHeadDim>
+void launch_disentangled_forward(const AttentionForwardParams& params, void* stream);
+template <int kHeadDim>
+void launch_disentangled_backward(const AttentionBackwardParams& params, void* stream);
+
 // Whether the scores need more than their scale.
 inline bool has_score_bias(const AttentionProblem& p) { return p.softcap > 0.f || p.alibi_slopes != nullptr; }
 

@@ -39,6 +39,16 @@ void launch_varlen_attention_backward(const AttentionBackwardParams& params, voi
   }
 }
 
+void launch_disentangled_attention(const AttentionForwardParams& params, void* stream) {
+  if (params.problem.head_dim <= 64) return launch_disentangled_forward<64>(params, stream);
+  launch_disentangled_forward<128>(params, stream);
+}
+
+void launch_disentangled_attention_backward(const AttentionBackwardParams& params, void* stream) {
+  if (params.problem.head_dim <= 64) return launch_disentangled_backward<64>(params, stream);
+  launch_disentangled_backward<128>(params, stream);
+}
+
 const char* attention_unsupported(int head_dim, bool backward) {
   if (head_dim % 8 != 0 || head_dim > 256) return "head_dim is not a multiple of 8 up to 256";
   const int bucket = head_dim_bucket(head_dim, /*biased=*/true);
@@ -49,6 +59,20 @@ const char* attention_unsupported(int head_dim, bool backward) {
   return fits ? nullptr : "head_dim needs more shared memory a block than this GPU has";
 }
 
+const char* disentangled_attention_unsupported(int head_dim, int64_t reach, bool backward) {
+  // Twice a column of two bytes for each.
+  constexpr int kMaxReach = 4096;
+  if (head_dim % 8 != 0 || head_dim > 128) return "head_dim is not a multiple of 8 up to 128";
+  if (reach > kMaxReach) return "relative positions differ past a distance of 4096";
+  const int bucket = head_dim <= 64 ? 64 : 128;
+  const int table = disentangled_shared_bytes(static_cast<int>(reach));
+  const int limit = shared_memory_limit();
+  const bool fits = forward_shared_bytes(bucket, forward_tile(bucket, true)) + table <= limit &&
+                    (!backward || (backward_shared_bytes(bucket, backward_tile(bucket, true)) + table <= limit &&
+                                   dq_shared_bytes(bucket, dq_tile()) + table <= limit));
+  return fits ? nullptr : "head_dim and the relative positions need more shared memory a block than this GPU has";
+}
+
 std::string attention_kernel_table() {
   std::string table;
   for (const char* op : {"varlen_attention", "varlen_attention_backward"}) {
@@ -56,6 +80,12 @@ std::string attention_kernel_table() {
       if (!table.empty()) table += ", ";
       table += std::string("{\"op\": \"") + op + "\", \"dtype\": \"" + dtype +
                "\", \"head_dim\": {\"multiple_of\": 8, \"max\": 256}}";
+    }
+  }
+  for (const char* op : {"disentangled_attention", "disentangled_attention_backward"}) {
+    for (const char* dtype : {"float16", "bfloat16"}) {
+      table += std::string(", {\"op\": \"") + op + "\", \"dtype\": \"" + dtype +
+               "\", \"head_dim\": {\"multiple_of\": 8, \"max\": 128}}";
     }
   }
   return table;

@@ -17,6 +17,18 @@ struct HeadsView {
   int64_t head_stride;
 };
 
+// The relative terms of disentangled attention (disentangled.cuh). A column of the tables is one relative embedding.
+struct RelativeTerms {
+  const void* c2p;           // [heads, tokens, width], elements as q, or null: q . pos_key of every column
+  const void* p2c;           // [heads, tokens, width] or null: k . pos_query
+  const int64_t* positions;  // [tokens], increasing along a sequence, or null: a token's number in its sequence
+  int width;
+  int centre;                // the column of distance 0
+  int reach;                 // from this distance on, both ways, the column stays the same
+  int mid;                   // distances up to it are columns of their own; 0: all are
+  float buckets_per_octave;  // past mid, a column for each such part of a factor of 2
+};
+
 // What forward and backward share: the sequences, and which pairs count how much.
 struct AttentionProblem {
   HeadsView q;                  // [total_q, heads_q, head_dim]
@@ -40,6 +52,7 @@ struct AttentionProblem {
   float softcap_exponent;     // 2 log2(e) / softcap
   const float* alibi_slopes;  // [heads_q] or [batch, heads_q], or null
   int alibi_batch_stride;     // heads_q or 0
+  RelativeTerms relative = {};
 };
 
 struct AttentionForwardParams {
@@ -48,6 +61,8 @@ struct AttentionForwardParams {
   float* lse;  // [heads_q, total_q]
 };
 void launch_varlen_attention(const AttentionForwardParams& params, void* stream);
+// The same with problem.relative: one set of sequences, as many heads of k as of q, no mask and no other score bias.
+void launch_disentangled_attention(const AttentionForwardParams& params, void* stream);
 
 // How the kernel that owns a block of keys hands on its part of dQ.
 enum class DqMode : int {
@@ -68,13 +83,18 @@ struct AttentionBackwardParams {
   void* dk;               // [total_k, heads_kv, head_dim]
   void* dv;               // [total_k, heads_kv, head_dim]
   DqMode dq_mode;
+  void* dc2p = nullptr;  // shapes of relative's c2p and p2c, zeros, or null: softmax_scale times the sums of dS
+  void* dp2c = nullptr;
 };
 // The mode that a launch must be given: by determinism and by whether one block holds all keys of every sequence.
 DqMode attention_backward_dq_mode(const AttentionProblem& problem, bool deterministic);
 void launch_varlen_attention_backward(const AttentionBackwardParams& params, void* stream);
+// Always DqMode::kSeparate; dq and dk are without their parts through c2p and p2c.
+void launch_disentangled_attention_backward(const AttentionBackwardParams& params, void* stream);
 
 // Null if a kernel serves this head_dim on the current device, else why none does.
 const char* attention_unsupported(int head_dim, bool backward);
+const char* disentangled_attention_unsupported(int head_dim, int64_t reach, bool backward);
 
 // The family's supported configurations, JSON objects separated by commas.
 std::string attention_kernel_table();

@@ -2,10 +2,15 @@
 //
 // A score policy is built once per tile and head and has
 //   factor()            what turns its values into exponents of 2
+//   gather<owner>(row, own, walk), add<owner>(scores, row)
+//                       add to q.k what comes from tables: gather before the product, add after it; the warp whose 16
+//                       rows of the tile begin at `row` owns the tokens from `own` on, the columns are those from
+//                       `walk` on, 64 of them
 //   visit(i, j, f)      calls f(term) for scores that begin at query i and key j: choices that hold for all of them are
 //                       made here, outside the loops
-//   collect(ds, i, j)   is given d loss / d (softmax_scale * qk) of every pair once in the backward: where a learnt
-//                       bias adds up its gradient
+//   shared_bytes(p), prepare(p, shared)
+//                       shared memory of its own, and what all threads fill it with
+//   Gradient            what is done in the backward with d loss / d score of every pair (relative_gradient.cuh)
 // and a term has
 //   term(qk, di, dj, slope)   the value for query i + di and key j + dj from the bare product, and d score /
 //                       d (softmax_scale * qk) for the backward; -inf, a masked pair, stays -inf
@@ -62,16 +67,36 @@ __device__ __forceinline__ Range seeing_queries(const Pair& pair, int j) {
   return {min(max(j - pair.last + 1, 0), pair.q_limit), min(max(j - pair.first + 1, 0), pair.q_limit)};
 }
 
+// Whose 16 tokens a warp has as rows of its tiles; the others it walks.
+enum class Owner : int { kQueries, kKeys };
+
+// The part of a policy whose scores take nothing from tables.
+struct NoTables {
+  struct Gradient {
+    template <Owner kOwner, class Score, int kSteps>
+    __device__ __forceinline__ static void add(const Score&, void*, const uint32_t (&)[kSteps][4], int, int, int) {}
+    template <class Score>
+    __device__ __forceinline__ static void finish(const Score&, void*, int, int) {}
+  };
+  __host__ __device__ static constexpr int shared_bytes(const AttentionProblem&) { return 0; }
+  template <int kThreads>
+  __device__ __forceinline__ static void prepare(const AttentionProblem&, uint32_t /*shared*/) {}
+  template <Owner kOwner>
+  __device__ __forceinline__ void gather(int, int, int) const {}
+  template <Owner kOwner, int kM, int kN>
+  __device__ __forceinline__ void add(float (&)[kM][kN][4], int) const {}
+};
+
 // softmax_scale * q.k and nothing else.
-struct PlainScore {
+struct PlainScore : NoTables {
   static constexpr bool kPlain = true;
 
   float exponent;
 
-  __device__ __forceinline__ PlainScore(const AttentionProblem& p, const Pair&, int /*sequence*/, int /*head*/)
+  __device__ __forceinline__ PlainScore(const AttentionProblem& p, const Pair&, int /*sequence*/, int /*head*/,
+                                        int /*first_token*/, uint32_t /*shared*/)
       : exponent(p.softmax_scale * kLog2e) {}
   __device__ __forceinline__ float factor() const { return exponent; }
-  __device__ __forceinline__ void collect(float, int, int) const {}
   template <class F>
   __device__ __forceinline__ void visit(int, int, F&& f) const {
     f(*this);
@@ -84,21 +109,21 @@ struct PlainScore {
 
 // softcap * tanh(x / softcap) if there is a softcap, then ALiBi's -slope * |distance| if there are slopes (Press et
 // al., arXiv 2108.12409), chosen at run time: one variant for all of them.
-struct BiasedScore {
+struct BiasedScore : NoTables {
   static constexpr bool kPlain = false;
 
   const AttentionProblem& p;  // in constant memory: no registers
   float alibi_slope;
   int offset;  // of a query's position from its index
 
-  __device__ __forceinline__ BiasedScore(const AttentionProblem& problem, const Pair& pair, int sequence, int head)
+  __device__ __forceinline__ BiasedScore(const AttentionProblem& problem, const Pair& pair, int sequence, int head,
+                                         int /*first_token*/, uint32_t /*shared*/)
       : p(problem), alibi_slope(0.f), offset(pair.k_length - pair.q_length) {
     if (p.alibi_slopes != nullptr) {
       alibi_slope = load_global(p.alibi_slopes + static_cast<int64_t>(sequence) * p.alibi_batch_stride + head);
     }
   }
   __device__ __forceinline__ float factor() const { return kLog2e; }
-  __device__ __forceinline__ void collect(float, int, int) const {}
   template <class F>
   __device__ __forceinline__ void visit(int i, int j, F&& f) const {
     const float distance = static_cast<float>(i + offset - j);

@@ -64,6 +64,12 @@ __host__ __device__ constexpr int backward_shared_bytes(int head_dim, BackwardTi
          t.block_n * t.block_m * 2;
 }
 
+// Beside them for the scores of disentangled.cuh: two tiles of 64 x 64, 8 bytes a row of one, and a column of 2 bytes
+// for each distance from -reach to reach.
+__host__ __device__ constexpr int disentangled_shared_bytes(int reach) {
+  return 2 * 64 * 64 * 2 + 64 * 8 + ceil_div(2 * (2 * reach + 1), 16) * 16;
+}
+
 // `biased`: a score bias has no kernels of its own at 32 and 96.
 __host__ __device__ constexpr int head_dim_bucket(int head_dim, bool biased) {
   if (head_dim <= 32 && !biased) return 32;

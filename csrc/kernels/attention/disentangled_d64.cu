@@ -1,0 +1,6 @@
+#include "attention/disentangled_launch.cuh"
+
+namespace warpform {
+template void launch_disentangled_forward<64>(const AttentionForwardParams& params, void* stream);
+template void launch_disentangled_backward<64>(const AttentionBackwardParams& params, void* stream);
+}  // namespace warpform

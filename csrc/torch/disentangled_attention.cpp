@@ -1,0 +1,314 @@
+// Binding of disentangled attention: checks, the products that are dense and so the library's, launch.
+#include <cmath>
+#include <optional>
+
+#include "heads.h"
+
+#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
+namespace warpform {
+namespace {
+
+// The arguments that forward and backward share, in the schema's order.
+struct Arguments {
+  Tensor q, k, v;
+  std::optional<Tensor> pos_key, pos_query;
+  Tensor cu_seqlens;
+  int64_t max_seqlen;
+  std::optional<Tensor> positions;
+  std::optional<double> softmax_scale;
+  int64_t position_buckets, max_relative_positions;
+
+  bool has_terms() const { return pos_key || pos_query; }
+  int64_t span() const { return has_terms() ? (pos_key ? *pos_key : *pos_query).size(0) / 2 : 0; }
+};
+
+void check_arguments(const char* op, const Arguments& a) {
+  check(a.q.dim() == 3, op, ": q must be of shape [total, heads, head_dim], got ", Got{a.q});
+  const auto check_like_q = [&](const char* name, const Tensor& t) {
+    check(sizes_of(t) == sizes_of(a.q) && t.scalar_type() == a.q.scalar_type(), op, ": ", name,
+          " must have the shape and dtype of q, ", Got{a.q}, ", got ", Got{t});
+    check_same_device(op, name, t, a.q);
+  };
+  check_like_q("k", a.k);
+  check_like_q("v", a.v);
+  const auto check_table = [&](const char* name, const Tensor& t) {
+    check(t.dim() == 3 && t.size(0) >= 2 && t.size(0) % 2 == 0 && t.size(1) == a.q.size(1) &&
+              t.size(2) == a.q.size(2) && t.scalar_type() == a.q.scalar_type(),
+          op, ": ", name, " must be of shape [2 * span, heads, head_dim] with q's heads, head_dim and dtype, got ",
+          Got{t}, " for q ", Got{a.q});
+    check_same_device(op, name, t, a.q);
+  };
+  if (a.pos_key) check_table("pos_key", *a.pos_key);
+  if (a.pos_query) check_table("pos_query", *a.pos_query);
+  check(!a.pos_key || !a.pos_query || a.pos_key->size(0) == a.pos_query->size(0), op,
+        ": pos_key and pos_query must have the same shape, got ", a.pos_key ? a.pos_key->size(0) : 0, " and ",
+        a.pos_query ? a.pos_query->size(0) : 0, " relative positions");
+  check_offsets(op, "cu_seqlens", a.cu_seqlens, a.q);
+  check(a.max_seqlen >= 0, op, ": max_seqlen must not be negative, got ", a.max_seqlen);
+  if (a.positions) {
+    const Tensor& p = *a.positions;
+    check(p.dim() == 1 && p.size(0) == a.q.size(0) && p.scalar_type() == ScalarType::Long, op,
+          ": positions must be int64 of shape [", a.q.size(0), "], got ", Got{p});
+    check_same_device(op, "positions", p, a.q);
+    check_contiguous(op, "positions", p);
+  }
+  check(a.position_buckets == 0 || a.position_buckets >= 2, op,
+        ": position_buckets must be 0 (none) or at least 2, got ", a.position_buckets);
+  check(a.position_buckets == 0 || a.max_relative_positions - 1 > a.position_buckets / 2, op,
+        ": max_relative_positions must be more than position_buckets / 2 + 1, got ", a.max_relative_positions, " and ",
+        a.position_buckets, " buckets");
+}
+
+// The relative positions that some pair of tokens can have, as columns of the tables: embeddings [first, first +
+// width).
+struct Columns {
+  int64_t first, width, centre, reach, mid;
+  float buckets_per_octave;
+};
+
+Columns columns_of(const Arguments& a) {
+  const int64_t span = a.span(), mid = a.position_buckets / 2;
+  // Where the logarithm is a whole number, floating point may give a little more, and must not give the next bucket.
+  constexpr double kBelow = 1 - 0x1p-21;
+  const double octaves = mid > 0 ? std::log2(static_cast<double>(a.max_relative_positions - 1) / mid) : 1;
+  const auto buckets_per_octave = static_cast<float>(kBelow * (mid - 1) / octaves);
+  // From this distance on the clamp to [0, 2 span) holds, both ways.
+  double saturated = span;
+  if (mid == 1) {
+    saturated = 1;  // two buckets: all that is past 1 is as 1
+  } else if (mid > 0 && span > mid) {
+    saturated = mid * std::exp2(octaves * (span - mid - 1) / (mid - 1)) + 2;
+  }
+  const int64_t farthest = a.positions ? INT64_MAX : std::max<int64_t>(std::min(a.max_seqlen, a.q.size(0)) - 1, 0);
+  const auto reach = std::min(static_cast<int64_t>(std::min(saturated, 0x1p40)), farthest);
+  int64_t bucket = reach;
+  if (mid > 0 && reach > mid) {
+    const float logarithm = std::log2(static_cast<float>(reach) / static_cast<float>(mid));
+    bucket = mid + static_cast<int64_t>(std::ceil(logarithm * buckets_per_octave));
+  }
+  // Whole groups of eight, so that rows of the products are aligned wherever all of them are.
+  const int64_t first = std::max<int64_t>(span - bucket, 0) / 8 * 8;
+  const int64_t last = std::min((std::min(span + bucket, 2 * span - 1) / 8 + 1) * 8, 2 * span);
+  return {first, last - first, span - first, reach, mid, buckets_per_octave};
+}
+
+// Why no kernel serves the call, or null.
+const char* no_kernel(const Arguments& a, const Columns& columns, bool backward) {
+  const auto head_dim = static_cast<int>(std::min<int64_t>(a.q.size(2), INT32_MAX));
+  if (const char* reason = no_attention_kernel(a.q, a.q, a.softmax_scale)) return reason;
+  if (!a.has_terms()) return attention_unsupported(head_dim, backward);
+  if (columns.width > INT16_MAX) return "more than 32767 relative positions";
+  return disentangled_attention_unsupported(head_dim, columns.reach, backward);
+}
+
+// [rows, heads, x] as a batch over heads, [heads, rows, x]; no copy.
+Tensor by_head(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+
+// The embeddings of the columns, [heads, width, head_dim].
+Tensor embeddings(const Tensor& table, const Columns& columns) {
+  Tensor whole = table;
+  return by_head(torch::stable::narrow(whole, 0, columns.first, columns.width));
+}
+
+Tensor product(const char* op, const Tensor& a, const Tensor& b) {
+  StableIValue stack[2] = {detail::box(a), detail::box(b)};
+  torch_check(torch_call_dispatcher("aten::bmm", "", stack, TORCH_ABI_VERSION), op);
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// c2p of q and pos_key or p2c of k and pos_query, [heads, total, width].
+std::optional<Tensor> relative_scores(const char* op, const Tensor& x, const std::optional<Tensor>& table,
+                                      const Columns& columns) {
+  if (!table) return std::nullopt;
+  return product(op, by_head(x), torch::stable::transpose(embeddings(*table, columns), 1, 2));
+}
+
+AttentionProblem problem(const Launch& launch, const Arguments& a, const Columns& columns,
+                         const std::optional<Tensor>& c2p, const std::optional<Tensor>& p2c) {
+  const auto total = static_cast<int>(a.q.size(0)), heads = static_cast<int>(a.q.size(1));
+  const auto head_dim = static_cast<int>(a.q.size(2));
+  const auto max_seqlen = static_cast<int>(std::min<int64_t>(a.max_seqlen, kMaxTokens));
+  const int terms = 1 + (a.pos_key ? 1 : 0) + (a.pos_query ? 1 : 0);
+  const auto* cu_seqlens = launch.in<int32_t>(a.cu_seqlens);
+  return {.q = view(launch, a.q),
+          .k = view(launch, a.k),
+          .v = view(launch, a.v),
+          .cu_seqlens_q = cu_seqlens,
+          .cu_seqlens_k = cu_seqlens,
+          .batch = static_cast<int>(a.cu_seqlens.size(0) - 1),
+          .total_q = total,
+          .total_k = total,
+          .max_seqlen_q = max_seqlen,
+          .max_seqlen_k = max_seqlen,
+          .heads_q = heads,
+          .heads_kv = heads,
+          .head_dim = head_dim,
+          .bfloat16 = a.q.scalar_type() == ScalarType::BFloat16,
+          .softmax_scale = static_cast<float>(a.softmax_scale.value_or(1 / std::sqrt(double{1} * head_dim * terms))),
+          .window_left = -1,
+          .window_right = -1,
+          .softcap = 0.f,
+          .softcap_exponent = 0.f,
+          .alibi_slopes = nullptr,
+          .alibi_batch_stride = 0,
+          .relative = {.c2p = c2p ? launch.in(*c2p) : nullptr,
+                       .p2c = p2c ? launch.in(*p2c) : nullptr,
+                       .positions = a.positions ? launch.in<int64_t>(*a.positions) : nullptr,
+                       .width = static_cast<int>(columns.width),
+                       .centre = static_cast<int>(columns.centre),
+                       .reach = static_cast<int>(columns.reach),
+                       .mid = static_cast<int>(columns.mid),
+                       .buckets_per_octave = columns.buckets_per_octave}};
+}
+
+using ForwardResult = std::tuple<Tensor, Tensor>;
+
+ForwardResult disentangled_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> pos_key,
+                                     std::optional<Tensor> pos_query, Tensor cu_seqlens, int64_t max_seqlen,
+                                     std::optional<Tensor> positions, std::optional<double> softmax_scale,
+                                     int64_t position_buckets, int64_t max_relative_positions) {
+  constexpr const char* kOp = "disentangled_attention";
+  const Arguments a{q,
+                    k,
+                    v,
+                    pos_key,
+                    pos_query,
+                    cu_seqlens,
+                    max_seqlen,
+                    positions,
+                    softmax_scale,
+                    position_buckets,
+                    max_relative_positions};
+  check_arguments(kOp, a);
+  const Launch launch(kOp, q);  // what a kernel needs is asked of the tensors' own GPU
+  const Columns columns = columns_of(a);
+  const char* reason = reference_requested() ? kReferenceRequested : no_kernel(a, columns, /*backward=*/false);
+  if (reason != nullptr) {
+    return call_reference<Tensor, Tensor>(kOp, reason, q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, positions,
+                                          softmax_scale, position_buckets, max_relative_positions);
+  }
+  check_aligned(kOp, "q", q);
+  check_aligned(kOp, "k", k);
+  check_aligned(kOp, "v", v);
+  const auto c2p = relative_scores(kOp, q, pos_key, columns), p2c = relative_scores(kOp, k, pos_query, columns);
+  ForwardResult result{empty(kOp, sizes_of(q), q.scalar_type(), q),
+                       empty(kOp, {q.size(1), q.size(0)}, ScalarType::Float, q)};
+  const AttentionForwardParams params{.problem = problem(launch, a, columns, c2p, p2c),
+                                      .out = launch.out(std::get<0>(result)),
+                                      .lse = launch.out<float>(std::get<1>(result))};
+  a.has_terms() ? launch_disentangled_attention(params, launch.stream())
+                : launch_varlen_attention(params, launch.stream());
+  return result;
+}
+
+// Zeros, and where a term is missing nothing.
+std::optional<Tensor> zeros_like(const char* op, const std::optional<Tensor>& t) {
+  if (!t) return std::nullopt;
+  Tensor zeros = empty(op, sizes_of(*t), t->scalar_type(), *t);
+  torch::stable::zero_(zeros);
+  return zeros;
+}
+
+// dx, [total, heads, head_dim], with its part through a table of relative scores.
+Tensor add_relative(const char* op, const Tensor& dx, const std::optional<Tensor>& dscores,
+                    const std::optional<Tensor>& table, const Columns& columns) {
+  if (!dscores) return dx;
+  return torch::stable::subtract(dx, by_head(product(op, *dscores, embeddings(*table, columns))), -1.0);
+}
+
+// The gradient of pos_key or pos_query; empty where there is none.
+Tensor relative_gradient(const char* op, const Tensor& x, const std::optional<Tensor>& dscores,
+                         const std::optional<Tensor>& table, const Columns& columns) {
+  const auto gradient = zeros_like(op, table);
+  if (!gradient) return empty(op, {0}, x.scalar_type(), x);
+  // Rows of no sequence have no gradient, but may hold what times 0 is NaN.
+  StableIValue stack[4] = {detail::box(x), detail::box(std::optional<double>(0.0)),
+                           detail::box(std::optional<double>(0.0)), detail::box(std::optional<double>(0.0))};
+  torch_check(torch_call_dispatcher("aten::nan_to_num", "", stack, TORCH_ABI_VERSION), op);
+  const Tensor finite = torch::stable::detail::to<Tensor>(stack[0]);
+  Tensor part = embeddings(*gradient, columns);
+  torch::stable::copy_(part, product(op, torch::stable::transpose(*dscores, 1, 2), by_head(finite)));
+  return *gradient;
+}
+
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+BackwardResult disentangled_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> pos_key,
+                                               std::optional<Tensor> pos_query, Tensor out, Tensor lse,
+                                               Tensor cu_seqlens, int64_t max_seqlen, std::optional<Tensor> positions,
+                                               std::optional<double> softmax_scale, int64_t position_buckets,
+                                               int64_t max_relative_positions) {
+  constexpr const char* kOp = "disentangled_attention_backward";
+  const Arguments a{q,
+                    k,
+                    v,
+                    pos_key,
+                    pos_query,
+                    cu_seqlens,
+                    max_seqlen,
+                    positions,
+                    softmax_scale,
+                    position_buckets,
+                    max_relative_positions};
+  check_arguments(kOp, a);
+  for (const auto& [name, t] : {std::pair{"dout", dout}, std::pair{"out", out}}) {
+    check(sizes_of(t) == sizes_of(q) && t.scalar_type() == q.scalar_type(), kOp, ": ", name,
+          " must have the shape and dtype of q, ", Got{q}, ", got ", Got{t});
+    check_same_device(kOp, name, t, q);
+  }
+  const Launch launch(kOp, q);  // what a kernel needs is asked of the tensors' own GPU
+  const Columns columns = columns_of(a);
+  const char* reason = reference_requested() ? kReferenceRequested : no_kernel(a, columns, /*backward=*/true);
+  if (reason != nullptr) {
+    return call_reference<Tensor, Tensor, Tensor, Tensor, Tensor>(kOp, reason, dout, q, k, v, pos_key, pos_query, out,
+                                                                  lse, cu_seqlens, max_seqlen, positions, softmax_scale,
+                                                                  position_buckets, max_relative_positions);
+  }
+  check(
+      lse.dim() == 2 && lse.size(0) == q.size(1) && lse.size(1) == q.size(0) && lse.scalar_type() == ScalarType::Float,
+      kOp, ": lse must be float32 of shape [", q.size(1), ", ", q.size(0), "], got ", Got{lse});
+  check_same_device(kOp, "lse", lse, q);
+  check_contiguous(kOp, "lse", lse);
+  check_aligned(kOp, "q", q);
+  check_aligned(kOp, "k", k);
+  check_aligned(kOp, "v", v);
+  dout = readable(dout);
+  out = readable(out);
+  // Made again rather than kept from the forward: they are heads * width numbers a token.
+  const auto c2p = relative_scores(kOp, q, pos_key, columns), p2c = relative_scores(kOp, k, pos_query, columns);
+  const auto dc2p = zeros_like(kOp, c2p), dp2c = zeros_like(kOp, p2c);
+  const Tensor dq = empty(kOp, sizes_of(q), q.scalar_type(), q), dk = empty(kOp, sizes_of(q), q.scalar_type(), q);
+  const Tensor dv = empty(kOp, sizes_of(q), q.scalar_type(), q);
+  const Tensor delta = empty(kOp, {q.size(1), q.size(0)}, ScalarType::Float, q);
+  AttentionBackwardParams params{.problem = problem(launch, a, columns, c2p, p2c),
+                                 .out = view(launch, out),
+                                 .dout = view(launch, dout),
+                                 .lse = launch.in<float>(lse),
+                                 .dlse = nullptr,
+                                 .delta = launch.out<float>(delta),
+                                 .dq_accumulator = nullptr,
+                                 .dq = launch.out(dq),
+                                 .dk = launch.out(dk),
+                                 .dv = launch.out(dv),
+                                 .dq_mode = DqMode::kSeparate,
+                                 .dc2p = dc2p ? launch.out(*dc2p) : nullptr,
+                                 .dp2c = dp2c ? launch.out(*dp2c) : nullptr};
+  if (a.has_terms()) {
+    launch_disentangled_attention_backward(params, launch.stream());
+  } else {
+    params.dq_mode = attention_backward_dq_mode(params.problem, /*deterministic=*/true);
+    launch_varlen_attention_backward(params, launch.stream());
+  }
+  return {add_relative(kOp, dq, dc2p, pos_key, columns), add_relative(kOp, dk, dp2c, pos_query, columns), dv,
+          relative_gradient(kOp, q, dc2p, pos_key, columns), relative_gradient(kOp, k, dp2c, pos_query, columns)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
+  m.impl("disentangled_attention", TORCH_BOX(&disentangled_attention));
+  m.impl("disentangled_attention_backward", TORCH_BOX(&disentangled_attention_backward));
+}
+
+}  // namespace warpform
+#endif

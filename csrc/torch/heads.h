@@ -1,0 +1,59 @@
+// What the bindings of attention ops share: tensors of heads as the kernels take them, and the offsets of sequences.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <optional>
+
+#include "kernels/attention/launch.h"
+#include "tensor.h"
+
+namespace warpform {
+
+inline void check_offsets(const char* op, const char* name, const Tensor& cu_seqlens, const Tensor& as) {
+  check(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1 && cu_seqlens.scalar_type() == ScalarType::Int, op, ": ", name,
+        " must be int32 of shape [batch + 1], got ", Got{cu_seqlens});
+  check_same_device(op, name, cu_seqlens, as);
+  check_contiguous(op, name, cu_seqlens);
+}
+
+// Why none of the attention kernels serves tensors like these, or null.
+inline const char* no_attention_kernel(const Tensor& q, const Tensor& k, std::optional<double> softmax_scale) {
+  if (q.scalar_type() != ScalarType::Half && q.scalar_type() != ScalarType::BFloat16) {
+    return "the kernels take float16 and bfloat16";
+  }
+  const auto scale = static_cast<float>(softmax_scale.value_or(1));
+  if (!(scale > 0) || !std::isnormal(scale) || scale > 1e30f) return "softmax_scale is not a positive float32";
+  if (q.size(0) > kMaxTokens || k.size(0) > kMaxTokens) return "more than 2^30 tokens";
+  if (q.size(1) > 65535) return "more than 65535 heads";
+  return nullptr;
+}
+
+inline bool aligned(const Tensor& t) {
+  const auto bytes = static_cast<int64_t>(t.element_size());
+  return (t.size(2) <= 1 || t.stride(2) == 1) && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 &&
+         (t.size(0) <= 1 || t.stride(0) * bytes % 16 == 0) && (t.size(1) <= 1 || t.stride(1) * bytes % 16 == 0);
+}
+
+// The kernels copy 16 bytes at a time. A copy of q, k or v would cost as much as some calls do, so it is left to the
+// caller.
+inline void check_aligned(const char* op, const char* name, const Tensor& t) {
+  check(t.size(2) <= 1 || t.stride(2) == 1, op, ": ", name,
+        " must be contiguous in its last dimension; call .contiguous()");
+  check(aligned(t), op, ": ", name,
+        " must be 16-byte aligned, its rows and heads too, got a slice that is not; call .clone()");
+}
+
+// Gradients come as autograd made them, expanded for instance: what the kernels cannot read is copied first.
+inline Tensor readable(const Tensor& t) {
+  if (aligned(t)) return t;
+  return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
+}
+
+inline HeadsView view(const Launch& launch, const Tensor& t) {
+  // The stride of a dimension of one element means nothing and may be odd; no address is made of it.
+  return {launch.in(t), t.size(0) > 1 ? t.stride(0) : 0, t.size(1) > 1 ? t.stride(1) : 0};
+}
+
+}  // namespace warpform
