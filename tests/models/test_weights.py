@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.compare import assert_close
 from warpform.models import BertModel, from_pretrained
 
 transformers = pytest.importorskip("transformers")
@@ -35,11 +37,10 @@ def saved(tmp_path: Path) -> tuple[torch.nn.Module, Path]:
 def check_same(ours: BertModel, theirs: torch.nn.Module) -> None:
     assert not ours.training
     with torch.no_grad():
-        expected = theirs(IDS)
-        out = ours(IDS)
-    torch.testing.assert_close(out.last_hidden_state, expected.last_hidden_state, rtol=0, atol=1e-5)
-    if expected.pooler_output is not None:
-        torch.testing.assert_close(out.pooler_output, expected.pooler_output, rtol=0, atol=1e-5)
+        out, oracle, eager = (m(IDS) for m in (ours, copy.deepcopy(theirs).double(), theirs))
+    assert_close("hidden", out.last_hidden_state, oracle.last_hidden_state, eager.last_hidden_state)
+    if eager.pooler_output is not None:
+        assert_close("pooler", out.pooler_output, oracle.pooler_output, eager.pooler_output)
 
 
 def rewrite(folder: Path, change: object) -> None:
