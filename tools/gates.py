@@ -58,7 +58,7 @@ class ArchRule:
 
 # `kernel` is a regular expression, searched in the demangled name. A rule that matches no kernel fails its gate.
 STACK: tuple[StackRule, ...] = ()
-ATTENTION = r"varlen_attention_(forward|backward_keys|backward_queries)<"
+ATTENTION = r"(varlen|window)_attention_(forward|backward_(keys|queries|short|bias))<"
 VECTORS = r"(gather_(long|short)_rows<uint4,|(bias_gelu|layer_norm)(_backward)?_kernel<(float, 4|\w+, 8),)"
 OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(ATTENTION, r"HMMA\.16816\.F32"),  # tensor cores, accumulating in float32

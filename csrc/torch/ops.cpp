@@ -32,6 +32,10 @@ const std::string kDisentangledSequences =
     "Tensor cu_seqlens, SymInt max_seqlen, *, Tensor? positions=None, float? softmax_scale=None, "
     "SymInt position_buckets=0, SymInt max_relative_positions=512";
 
+// Everything that says which pairs of tokens meet, and with which bias; the same in window attention forward and
+// backward.
+const std::string kWindows = "SymInt[] window_size, SymInt[] shift_size, *, float? scale=None, float mask_value=-100.0";
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
@@ -79,6 +83,22 @@ STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
   // dbias is empty without a bias.
   def(m, "bias_gelu_backward", "Tensor dout, Tensor x, Tensor? bias, str approximate=\"none\"",
       "(Tensor dx, Tensor dbias)");
+
+  // ---- window attention ----
+
+  // Attention inside the (shifted) windows of a grid of tokens, straight from qkv [batch, (depth,) height, width, 3,
+  // heads, head_dim]; with logit_scale, cosine attention. Returns the output and, for windows of more than 64 tokens,
+  // the log-sum-exp of each row.
+  def(m, "window_attention",
+      "Tensor qkv, Tensor? relative_position_bias_table, Tensor? logit_scale, Tensor? qkv_bias, " + kWindows,
+      "(Tensor out, Tensor lse)");
+  // Gradients of the four tensors; empty for those that are None. Those of the table, the logit scale and the bias are
+  // sums over windows in a fixed order.
+  def(m, "window_attention_backward",
+      "Tensor dout, Tensor qkv, Tensor? relative_position_bias_table, Tensor? logit_scale, Tensor? qkv_bias, "
+      "Tensor out, Tensor lse, " +
+          kWindows,
+      "(Tensor dqkv, Tensor dtable, Tensor dlogit_scale, Tensor dqkv_bias)");
 
   // ---- facts about this binary ----
 

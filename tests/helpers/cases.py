@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -402,6 +404,153 @@ def disentangled_cases(draw: st.DrawFn) -> DisentangledCase:
         holes=draw(st.booleans()),
         rows_past_the_end=draw(st.sampled_from((0, 0, 1, 5))),
         layout=draw(st.sampled_from(("contiguous", "qkv"))),
+    )
+
+
+# ---- window attention ----
+
+
+@dataclass(frozen=True)
+class WindowCase:
+    """Shapes and options of one call of window_attention."""
+
+    name: str
+    grid: tuple[int, ...]  # (depth,) height, width
+    window: tuple[int, ...]
+    shift: tuple[int, ...] | None = None  # None: 0
+    batch: int = 1
+    heads: int = 2
+    head_dim: int = 32
+    bias: str | None = "float32"  # the dtype of the bias table: "float32", "qkv" (as qkv), or None: no table
+    cosine: bool = False
+    qkv_bias: bool = False
+    scale: float | None = None
+    mask_value: float = -100.0
+    score_spread: float = 1.0  # factor on q: large ones make the softmax sharp
+    zero_rows: bool = False  # some tokens' q and k are 0
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a window."""
+        return math.prod(self.window)
+
+    @property
+    def windows(self) -> int:
+        """Windows of one image."""
+        return math.prod(-(-n // w) for n, w in zip(self.grid, self.window, strict=True))
+
+
+@dataclass
+class WindowInputs:
+    """Tensors of one WindowCase, and the gradient that comes back."""
+
+    qkv: Tensor  # [batch, *grid, 3, heads, head_dim]
+    table: Tensor | None  # [prod(2 w - 1), heads]
+    logit_scale: Tensor | None  # [heads]
+    qkv_bias: Tensor | None  # [3, heads, head_dim]
+    dout: Tensor  # [batch, *grid, heads * head_dim]
+    options: dict[str, Any] = field(default_factory=dict)  # the op's arguments behind the tensors
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The op's tensors, in the schema's order."""
+        return self.qkv, self.table, self.logit_scale, self.qkv_bias
+
+
+def window_inputs(case: WindowCase, dtype: torch.dtype, device: str = "cpu") -> WindowInputs:
+    """Fresh random tensors; one head's logit scale is past the clamp."""
+    qkv = random(case.batch, *case.grid, 3, case.heads, case.head_dim, dtype=dtype, device=device)
+    qkv[..., 0, :, :] *= case.score_spread
+    if case.zero_rows:
+        qkv.view(-1, 3, case.heads, case.head_dim)[::3, :2] = 0
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    table = logit_scale = qkv_bias = None
+    if case.bias is not None:
+        entries = math.prod(2 * w - 1 for w in case.window)
+        table = random(entries, case.heads, dtype=wide if case.bias == "float32" else dtype, device=device)
+    if case.cosine:
+        logit_scale = torch.linspace(1.5, 5.0, case.heads).to(device, wide)
+    if case.qkv_bias:
+        qkv_bias = random(3, case.heads, case.head_dim, dtype=dtype, device=device)
+    dout = random(case.batch, *case.grid, case.heads * case.head_dim, dtype=dtype, device=device)
+    options = {
+        "window_size": list(case.window),
+        "shift_size": list(case.shift or [0] * len(case.window)),
+        "scale": case.scale,
+        "mask_value": case.mask_value,
+    }
+    return WindowInputs(qkv, table, logit_scale, qkv_bias, dout, options)
+
+
+WINDOW_CASES = (
+    WindowCase("w7_shifted", (14, 21), (7, 7), (3, 3), heads=3),
+    WindowCase("w7_padded", (10, 15), (7, 7), (3, 3), batch=2, qkv_bias=True),
+    WindowCase("w7_padded_without_bias", (9, 7), (7, 7), bias=None),
+    WindowCase("w8_plain", (16, 8), (8, 8), batch=2, heads=1, bias=None),
+    WindowCase("w8_shifted", (8, 16), (8, 8), (4, 4), heads=4),
+    WindowCase("w8_cosine", (16, 8), (8, 8), (4, 4), heads=3, cosine=True, mask_value=-200.0),
+    WindowCase("w7_cosine_padded", (8, 9), (7, 7), (3, 3), heads=3, cosine=True, qkv_bias=True),
+    WindowCase("cosine_zero_rows", (7, 10), (4, 4), (2, 2), cosine=True, zero_rows=True),
+    WindowCase("cosine_bare", (6, 6), (3, 3), cosine=True, bias=None),
+    WindowCase("w2", (5, 6), (2, 2), (1, 1), heads=3, head_dim=16, batch=2),
+    WindowCase("w1", (3, 4), (1, 1), head_dim=16),
+    WindowCase("w4_many", (25, 18), (4, 4), (2, 2), head_dim=16, heads=5, qkv_bias=True),
+    WindowCase("uneven", (11, 7), (5, 3), (2, 1), heads=1, batch=3),
+    WindowCase("one_axis_shifted", (10, 10), (5, 5), (0, 3)),
+    WindowCase("window_beyond_grid", (3, 5), (7, 7), (3, 3), qkv_bias=True),
+    WindowCase("strip", (1, 23), (1, 8), (0, 4)),
+    WindowCase("volume", (3, 5, 9), (2, 3, 4), (1, 1, 2), qkv_bias=True),
+    WindowCase("volume_w4", (4, 8, 4), (4, 4, 4), (2, 2, 0), head_dim=64),
+    WindowCase("volume_long", (8, 7, 9), (8, 7, 7), (4, 3, 0), heads=1),
+    WindowCase("w12_shifted", (15, 20), (12, 12), (6, 6), heads=3, qkv_bias=True),
+    WindowCase("w12_cosine", (12, 13), (12, 12), (6, 6), heads=3, cosine=True, qkv_bias=True),
+    WindowCase("w16", (16, 17), (16, 16), (8, 8), heads=1, head_dim=64),
+    WindowCase("n65", (5, 13), (5, 13), bias=None, cosine=True, zero_rows=True),
+    WindowCase("n128", (8, 32), (8, 16), (4, 8), bias="qkv"),
+    WindowCase("mask_barely_counts", (8, 8), (4, 4), (2, 2), mask_value=-0.5),
+    WindowCase("scale", (7, 9), (4, 4), scale=0.4),
+    WindowCase("sharp", (14, 14), (7, 7), (3, 3), score_spread=30.0),
+    WindowCase("sharp_long", (12, 12), (12, 12), (6, 6), score_spread=30.0),
+    WindowCase("table_as_qkv", (9, 9), (5, 5), (2, 2), bias="qkv"),
+    WindowCase("no_batch", (8, 8), (4, 4), (2, 2), batch=0, qkv_bias=True, cosine=True),
+    WindowCase("no_rows", (0, 8), (4, 4), qkv_bias=True),
+    WindowCase("no_heads", (8, 8), (4, 4), heads=0),
+    WindowCase("d8", (7, 7), (4, 4), (2, 2), head_dim=8, heads=5),
+    WindowCase("d24", (7, 7), (4, 4), (2, 2), head_dim=24, heads=3, qkv_bias=True),
+    WindowCase("d48", (8, 7), (7, 7), (3, 3), head_dim=48, cosine=True),
+    WindowCase("d72", (8, 8), (8, 8), (4, 4), head_dim=72),
+    WindowCase("d72_long", (9, 9), (9, 9), (4, 4), head_dim=72, qkv_bias=True),
+    WindowCase("d128", (7, 9), (7, 7), (3, 3), head_dim=128, heads=1, qkv_bias=True),
+    WindowCase("d128_long", (9, 10), (9, 9), (4, 4), head_dim=128, heads=1, cosine=True),
+    WindowCase("d16_long", (9, 10), (9, 9), (4, 4), head_dim=16, heads=3),
+    WindowCase("d7", (6, 6), (4, 4), (2, 2), head_dim=7),
+)
+
+
+@st.composite
+def window_cases(draw: st.DrawFn) -> WindowCase:
+    """Any combination of shapes and options."""
+    axes = draw(st.integers(2, 3))
+    side = st.integers(1, 11 if axes == 2 else 5)
+    window = tuple(draw(side) for _ in range(axes))
+    cosine = draw(st.booleans())
+    return WindowCase(
+        "drawn",
+        tuple(draw(st.integers(1, 14 if axes == 2 else 7)) for _ in range(axes)),
+        window,
+        tuple(draw(st.integers(0, w - 1)) for w in window),
+        batch=draw(st.integers(0, 2)),
+        heads=draw(st.integers(1, 5)),
+        head_dim=draw(st.sampled_from((8, 16, 24, 32, 64))),
+        bias=draw(st.sampled_from((None, "float32", "qkv"))),
+        cosine=cosine,
+        qkv_bias=draw(st.booleans()),
+        scale=None if cosine else draw(st.none() | st.floats(0.05, 1.0)),
+        mask_value=draw(st.sampled_from((-100.0, -200.0, -1.0, 0.0))),
+        zero_rows=draw(st.booleans()),
     )
 
 

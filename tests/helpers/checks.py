@@ -153,6 +153,81 @@ def check_disentangled_attention(
         assert_close(name, g, truth, yardstick, gradient=True, scale=growth * (_largest(truth) or largest))
 
 
+def check_window_attention(
+    library: Any, case: cases.WindowCase, dtype: torch.dtype, device: str = "cpu", *, backward: bool = True
+) -> None:
+    """window_attention and its backward, every gradient by itself."""
+    inputs = cases.window_inputs(case, dtype, device)
+    out, lse = library.window_attention(*inputs.tensors, **inputs.options)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert out.dtype == dtype and out.is_contiguous() and lse.dtype == wide and lse.is_contiguous()
+
+    truth, truths = _window_oracle(inputs, torch.float64, backward)
+    eager, yardsticks = _window_oracle(inputs, dtype, backward)
+    # A score is rounded to eps(score) * |score|, and out inherits it: cosines times 100 are as large as scores get.
+    growth = 1 + 2 * _largest(truth[1]) * torch.finfo(wide).eps / torch.finfo(dtype).eps
+    assert_close("out", out, truth[0], eager[0], scale=growth * _largest(truth[0]) if case.cosine else 0.0)
+    if case.tokens > 64:
+        assert_close("lse", lse, truth[1], eager[1])
+    else:
+        assert lse.shape == (0,)
+    if not backward:
+        return
+
+    dqkv, *others = library.window_attention_backward(inputs.dout, *inputs.tensors, out, lse, **inputs.options)
+    assert dqkv.dtype == dtype and dqkv.is_contiguous()
+    gradients = dict(zip(("dq", "dk", "dv"), dqkv.unbind(-3), strict=True))
+    for name, g, given in zip(("dtable", "dlogit_scale", "dqkv_bias"), others, inputs.tensors[1:], strict=True):
+        if given is None:
+            assert g.shape == (0,), name
+        else:
+            assert g.dtype == given.dtype and g.is_contiguous(), name
+            gradients[name] = g
+    # As in check_attention: probabilities that are made again from lse, and gradients that cancel to zero, of one token
+    # a window for instance.
+    largest = max(_largest(t) for t in truths.values())
+    sizes = {name: _largest(t) or largest for name, t in truths.items()}
+    if case.cosine:
+        sizes["dlogit_scale"] = max(sizes["dlogit_scale"], _window_logit_terms(case, inputs))
+    for name, g in gradients.items():
+        assert_close(name, g, truths[name], yardsticks[name], gradient=True, scale=growth * sizes[name])
+
+
+def _window_logit_terms(case: cases.WindowCase, inputs: cases.WindowInputs) -> float:
+    """The root of the sum of squares of what a head's gradient of logit_scale adds up.
+
+    It is one number for thousands of scores, of either sign: their rounding errors add up to this times that of one,
+    whatever is left of the sum itself.
+    """
+    tensors = [None if t is None else t.detach().double() for t in inputs.tensors]
+    assert tensors[2] is not None
+    shape = (case.batch, case.windows, case.heads, case.tokens, case.tokens)
+    tensors[2] = tensors[2][:, None, None].expand(shape).clone().requires_grad_()
+    out, _ = oracle.window_attention(*tensors, **inputs.options)
+    (terms,) = torch.autograd.grad((out * inputs.dout.double()).sum(), tensors[2])
+    return _largest(terms.square().sum((0, 1, 3, 4)).sqrt())
+
+
+def _window_oracle(
+    inputs: cases.WindowInputs, dtype: torch.dtype, backward: bool
+) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+    """out and lse, and the gradients by name."""
+    tensors = [None if t is None else t.detach().to(dtype, copy=True) for t in inputs.tensors]
+    leaves = [t.requires_grad_(backward) for t in tensors if t is not None]
+    out, lse = oracle.window_attention(*tensors, **inputs.options)
+    result = out.detach(), lse.detach()
+    if not backward:
+        return result, {}
+    found = iter(torch.autograd.grad((out * inputs.dout.to(dtype)).sum(), leaves, allow_unused=True))
+    dqkv, dtable, dlogit_scale, dqkv_bias = (
+        None if t is None else torch.zeros_like(t) if (g := next(found)) is None else g for t in tensors
+    )
+    assert dqkv is not None
+    named = {"dtable": dtable, "dlogit_scale": dlogit_scale, "dqkv_bias": dqkv_bias}
+    gradients = dict(zip(("dq", "dk", "dv"), dqkv.unbind(-3), strict=True))
+    return result, gradients | {name: g for name, g in named.items() if g is not None}
+
+
 def check_layer_norm(
     library: Any, case: cases.LayerNormCase, dtype: torch.dtype, device: str = "cpu", *, backward: bool = True
 ) -> None:

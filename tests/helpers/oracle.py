@@ -299,6 +299,82 @@ def disentangled_attention_gradients(
     return dq, dk, dv, dpos_key, dpos_query
 
 
+def unit_rows(x: Tensor) -> Tensor:
+    """x over the norm of its last dimension; rows of norm at most 1e-12 become 0 and have gradient 0."""
+    square = (x * x).sum(-1, keepdim=True)
+    zero = square <= 1e-24
+    return torch.where(zero, 0, x / torch.where(zero, 1, square).sqrt())
+
+
+def window_attention(
+    qkv: Tensor,
+    table: Tensor | None,
+    logit_scale: Tensor | None,
+    qkv_bias: Tensor | None,
+    *,
+    window_size: list[int],
+    shift_size: list[int],
+    scale: float | None = None,
+    mask_value: float = -100.0,
+) -> tuple[Tensor, Tensor]:
+    """out [B, *grid, heads * d] and lse [B, windows, heads, N]: pad, roll, partition, attend, and all of it back.
+
+    logit_scale may also be one for every score, [B, windows, heads, N, N]: its gradient is what the op's adds up.
+    """
+    axes = len(window_size)
+    batch, grid, heads, d = qkv.size(0), list(qkv.shape[1 : 1 + axes]), qkv.size(-2), qkv.size(-1)
+    padded = [-(-n // w) * w for n, w in zip(grid, window_size, strict=True)]
+    counts = [n // w for n, w in zip(padded, window_size, strict=True)]
+    tokens, windows = math.prod(window_size), math.prod(counts)
+    dims = list(range(1, 1 + axes))
+    back = [-s for s in shift_size]
+
+    x = qkv
+    for axis, (n, p) in enumerate(zip(grid, padded, strict=True), start=1):
+        shape = list(x.shape)
+        shape[axis] = p - n
+        filler = x.new_zeros(3, heads, d) if qkv_bias is None else qkv_bias.to(x.dtype)
+        x = torch.cat([x, filler.expand(shape)], axis)
+    x = x.roll(back, dims)
+
+    def partition(t: Tensor) -> Tensor:
+        """[b, *padded, ...] -> [b, windows, N, ...]."""
+        rest = t.shape[1 + axes :]
+        t = t.reshape(t.size(0), *(e for c, w in zip(counts, window_size, strict=True) for e in (c, w)), *rest)
+        order = [0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), *range(2 * axes + 1, t.dim())]
+        return t.permute(order).reshape(t.size(0), windows, tokens, *rest)
+
+    q, k, v = partition(x).movedim((3, 4), (0, 3)).unbind(0)  # [B, windows, heads, N, d]
+    if logit_scale is None:
+        score = q @ k.mT * (d**-0.5 if scale is None else scale)
+    else:
+        factor = logit_scale.clamp(max=math.log(100.0)).exp().to(q.dtype)
+        score = unit_rows(q) @ unit_rows(k).mT * (factor[:, None, None] if factor.dim() == 1 else factor)
+    if table is not None:
+        places = torch.cartesian_prod(*(torch.arange(w) for w in window_size)).view(tokens, axes)
+        index = torch.zeros(tokens, tokens, dtype=torch.int64)
+        for axis, w in enumerate(window_size):
+            index = index * (2 * w - 1) + places[:, None, axis] - places[None, :, axis] + w - 1
+        bias = table.to(q.dtype)[index.flatten().to(table.device)].view(tokens, tokens, heads)
+        score = score + bias.permute(2, 0, 1)
+    region = torch.zeros(1, *[1] * axes, 1, dtype=torch.int64)
+    for axis, (p, w, s) in enumerate(zip(padded, window_size, shift_size, strict=True)):
+        place = torch.arange(p)
+        of_axis = (place >= p - w).long() + (place >= p - s).long() if s else torch.zeros(p, dtype=torch.int64)
+        region = 3 * region + of_axis.view([1, *(-1 if i == axis else 1 for i in range(axes)), 1])
+    region = partition(region.expand(1, *padded, 1))[0, :, :, 0].to(q.device)  # [windows, N]
+    apart = region[:, :, None] != region[:, None, :]
+    score = score + apart[:, None].to(q.dtype) * mask_value
+
+    out = torch.softmax(score, -1) @ v  # [B, windows, heads, N, d]
+    out = out.transpose(2, 3).reshape(batch, *counts, *window_size, heads * d)
+    order = [0, *(e for i in range(axes) for e in (1 + i, 1 + axes + i)), 1 + 2 * axes]
+    out = out.permute(order).reshape(batch, *padded, heads * d).roll(shift_size, dims)
+    for axis, n in enumerate(grid, start=1):
+        out = out.narrow(axis, 0, n)
+    return out, torch.logsumexp(score, -1)
+
+
 def add_bias_residual_layer_norm(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, weight: Tensor, ln_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,10 @@ struct SharedTile {
   }
 };
 
+// The lane, but as a number that the compiler knows nothing about: addresses that follow from it are computed where
+// they are used, in a few instructions, instead of being held in registers through loops around with none to spare.
+__device__ __forceinline__ int opaque_lane() { return static_cast<int>(opaque(lane_id())); }
+
 // Copies rows x cols of a matrix in global memory (rows `stride` elements apart, 16-byte aligned, cols a multiple of 8)
 // to the first kRows rows of the tile and fills what lies outside with zeros. Asynchronous: commit and wait are the
 // caller's.
@@ -119,15 +123,15 @@ __device__ __forceinline__ void pack_a(uint32_t (&a)[4], const float (&acc)[kTil
 // keeps the compiler from loading operands so far ahead that it runs out of registers.
 constexpr int kPanel = 64;
 
-// acc[16 kM x 8 kN] += A B^T over kDepth columns of both: 16 kM rows from `row_a` on of tile a, 8 kN from `row_b` on of
-// tile b.
+// acc[16 kM x 8 kN] += A B^T over kDepth columns of both, from `col` on (a multiple of a power of two >= kDepth): 16 kM
+// rows from `row_a` on of tile a, 8 kN from `row_b` on of tile b.
 template <class T, int kDepth, int kM, int kN, int kCols>
 __device__ __forceinline__ void mma_abt(float (&acc)[kM][kN][4], SharedTile<kCols> a, int row_a, SharedTile<kCols> b,
-                                        int row_b, int head_dim) {
+                                        int row_b, int head_dim, int col = 0) {
   static_assert(kDepth % 16 == 0 && kDepth <= kCols, "whole steps within the tile");
   static_assert(kN % 2 == 0, "B comes in pairs of 8 columns");
-  const uint32_t lane_a = opaque(lane_offset_halves<kCols>());
-  const uint32_t lane_b = opaque(lane_offset_quarters<kCols>());
+  const uint32_t lane_a = opaque(lane_offset_halves<kCols>() ^ (col * 2));
+  const uint32_t lane_b = opaque(lane_offset_quarters<kCols>() ^ (col * 2));
 #pragma unroll
   for (int panel = 0; panel < kDepth; panel += kPanel) {
     if (kDepth <= kPanel || panel < head_dim) {
@@ -230,11 +234,12 @@ __device__ __forceinline__ void for_each_accumulator(F&& f) {
   }
 }
 
-// Rounds the accumulators of one warp, times `factor`, to T, into the tile at (row, col).
+// Rounds the accumulators of one warp, times `factor`, to T, into the tile at (row, col). In a loop, with
+// opaque_lane().
 template <class T, int kN, int kCols>
 __device__ __forceinline__ void store_accumulators(SharedTile<kCols> tile, int row, int col, const float (&acc)[kN][4],
-                                                   float factor0, float factor1) {
-  const int g = lane_id() / 4, t = lane_id() % 4;
+                                                   float factor0, float factor1, int lane = lane_id()) {
+  const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
     store_shared(tile.pair(row + g, col + 8 * n + 2 * t), pack2<T>(acc[n][0] * factor0, acc[n][1] * factor0));

@@ -1,0 +1,5 @@
+#include "window/backward_launch.cuh"
+
+namespace warpform {
+template void launch_window_backward<64>(const WindowBackwardParams& params, void* stream);
+}  // namespace warpform

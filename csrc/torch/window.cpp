@@ -1,0 +1,249 @@
+// Bindings of window attention: checks, allocation, launch.
+#include "kernels/window/launch.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <optional>
+
+#include "tensor.h"
+
+#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
+namespace warpform {
+namespace {
+
+// The arguments that forward and backward share, in the schema's order.
+struct Arguments {
+  Tensor qkv;
+  std::optional<Tensor> table, logit_scale, qkv_bias;
+  std::vector<int64_t> window_size, shift_size;
+  std::optional<double> scale;
+  double mask_value;
+
+  int64_t axes() const { return static_cast<int64_t>(window_size.size()); }
+  int64_t heads() const { return qkv.size(-2); }
+  int64_t head_dim() const { return qkv.size(-1); }
+  int64_t tokens() const {  // of a window
+    int64_t n = 1;
+    for (const int64_t w : window_size) n *= w;
+    return n;
+  }
+  int64_t windows() const {  // of an image
+    int64_t n = 1;
+    for (int64_t i = 0; i < axes(); ++i) n *= (qkv.size(1 + i) + window_size[i] - 1) / window_size[i];
+    return n;
+  }
+};
+
+void check_parameter(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
+                     const Tensor& as) {
+  bool fits = t.dim() == static_cast<int64_t>(sizes.size()) && is_float(t.scalar_type());
+  std::string shape;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    fits = fits && t.size(static_cast<int64_t>(i)) == sizes[i];
+    shape += (i > 0 ? ", " : "") + std::to_string(sizes[i]);
+  }
+  check(fits, op, ": ", name, " must be floating-point of shape [", shape, "], got ", Got{t});
+  check_same_device(op, name, t, as);
+}
+
+void check_arguments(const char* op, const Arguments& a) {
+  const int64_t axes = a.axes();
+  check(axes == 2 || axes == 3, op, ": window_size must have 2 or 3 numbers, got ", axes);
+  check(a.qkv.dim() == axes + 4 && a.qkv.size(axes + 1) == 3 && is_float(a.qkv.scalar_type()), op,
+        ": qkv must be of shape [batch, ", axes == 3 ? "depth, " : "",
+        "height, width, 3, heads, head_dim] for a window of ", axes, " axes, got ", Got{a.qkv});
+  check(static_cast<int64_t>(a.shift_size.size()) == axes, op, ": shift_size must have ", axes,
+        " numbers, as window_size, got ", a.shift_size.size());
+  int64_t entries = 1;
+  for (int64_t i = 0; i < axes; ++i) {
+    const int64_t w = a.window_size[i], s = a.shift_size[i];
+    check(w >= 1 && w <= 1 << 20, op, ": window_size must be 1 to 2^20 on every axis, got ", w);
+    check(s >= 0 && s < w, op, ": shift_size must be at least 0 and less than window_size, got ", s, " for ", w);
+    entries *= 2 * w - 1;
+  }
+  check(!(a.logit_scale && a.scale), op, ": scale and logit_scale exclude each other, got both");
+  if (a.table) check_parameter(op, "relative_position_bias_table", *a.table, {entries, a.heads()}, a.qkv);
+  if (a.logit_scale) check_parameter(op, "logit_scale", *a.logit_scale, {a.heads()}, a.qkv);
+  if (a.qkv_bias) check_parameter(op, "qkv_bias", *a.qkv_bias, {3, a.heads(), a.head_dim()}, a.qkv);
+}
+
+// Rows lie end to end in the kernels and are read 16 bytes at a time. What is not so is copied: gradients of slices,
+// the layout of a transposed projection.
+Tensor readable(const Tensor& t) {
+  if (!t.is_contiguous()) return torch::stable::contiguous(t);
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : torch::stable::clone(t);
+}
+std::optional<Tensor> readable(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(readable(*t)) : std::nullopt;
+}
+
+const void* in_or_null(const Launch& launch, const std::optional<Tensor>& t) { return t ? launch.in(*t) : nullptr; }
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: return DType::kFloat32;
+  }
+}
+
+// The problem by its sizes and dtypes; `table` stands for whether there is one.
+WindowProblem problem(const Arguments& a) {
+  const auto bounded = [](int64_t x) { return static_cast<int>(std::min<int64_t>(x, INT32_MAX)); };
+  WindowProblem p{};
+  p.table = a.table ? a.table->const_data_ptr() : nullptr;
+  p.table_dtype = a.table ? dtype_of(*a.table) : DType::kFloat32;
+  p.logit_scale_dtype = a.logit_scale ? dtype_of(*a.logit_scale) : DType::kFloat32;
+  p.bfloat16 = a.qkv.scalar_type() == ScalarType::BFloat16;
+  p.batch = bounded(a.qkv.size(0));
+  p.heads = bounded(a.heads());
+  p.head_dim = bounded(a.head_dim());
+  for (int64_t axis = 0; axis < 3; ++axis) {
+    const int64_t i = axis - (3 - a.axes());  // a grid of two axes has no depth
+    p.size[axis] = i < 0 ? 1 : bounded(a.qkv.size(1 + i));
+    p.window[axis] = i < 0 ? 1 : static_cast<int>(a.window_size[i]);
+    p.shift[axis] = i < 0 ? 0 : static_cast<int>(a.shift_size[i]);
+  }
+  p.scale = static_cast<float>(a.scale.value_or(1.0 / std::sqrt(static_cast<double>(a.head_dim()))));
+  p.mask_value = static_cast<float>(a.mask_value);
+  return p;
+}
+
+// With its pointers and all that follows from the sizes.
+WindowProblem problem(const Launch& launch, const Arguments& a) {
+  WindowProblem p = problem(a);
+  p.qkv = launch.in(a.qkv);
+  p.table = in_or_null(launch, a.table);
+  p.logit_scale = in_or_null(launch, a.logit_scale);
+  p.qkv_bias = in_or_null(launch, a.qkv_bias);
+  p.derive();
+  return p;
+}
+
+// Why no kernel serves the call, or null.
+const char* no_kernel(const Arguments& a, bool backward) {
+  if (reference_requested()) return kReferenceRequested;
+  if (a.qkv.scalar_type() != ScalarType::Half && a.qkv.scalar_type() != ScalarType::BFloat16) {
+    return "the kernels take float16 and bfloat16";
+  }
+  if (a.qkv_bias && a.qkv_bias->scalar_type() != a.qkv.scalar_type()) return "qkv_bias is not of qkv's dtype";
+  for (const auto& t : {a.table, a.logit_scale}) {
+    if (t && t->scalar_type() == ScalarType::Double) return "a float64 table or logit_scale";
+  }
+  return window_attention_unsupported(problem(a), backward);
+}
+
+// [batch, grid..., heads * head_dim]
+std::vector<int64_t> out_sizes(const Arguments& a) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i <= a.axes(); ++i) sizes.push_back(a.qkv.size(i));
+  sizes.push_back(a.heads() * a.head_dim());
+  return sizes;
+}
+
+std::vector<int64_t> lse_sizes(const Arguments& a) {
+  if (a.tokens() <= kWindowBlock) return {0};
+  return {a.qkv.size(0), a.windows(), a.heads(), a.tokens()};
+}
+
+void make_readable(Arguments& a) {
+  a.qkv = readable(a.qkv);
+  a.table = readable(a.table);
+  a.logit_scale = readable(a.logit_scale);
+  a.qkv_bias = readable(a.qkv_bias);
+}
+
+using ForwardResult = std::tuple<Tensor, Tensor>;
+
+ForwardResult window_attention(Tensor qkv, std::optional<Tensor> relative_position_bias_table,
+                               std::optional<Tensor> logit_scale, std::optional<Tensor> qkv_bias,
+                               std::vector<int64_t> window_size, std::vector<int64_t> shift_size,
+                               std::optional<double> scale, double mask_value) {
+  constexpr const char* kOp = "window_attention";
+  Arguments a{qkv, relative_position_bias_table, logit_scale, qkv_bias, window_size, shift_size, scale, mask_value};
+  check_arguments(kOp, a);
+  const Launch launch(kOp, qkv);  // what a kernel needs is asked of the tensors' own GPU
+  if (const char* reason = no_kernel(a, /*backward=*/false)) {
+    return call_reference<Tensor, Tensor>(kOp, reason, qkv, relative_position_bias_table, logit_scale, qkv_bias,
+                                          window_size, shift_size, scale, mask_value);
+  }
+  make_readable(a);
+  ForwardResult result{empty(kOp, out_sizes(a), qkv.scalar_type(), qkv),
+                       empty(kOp, lse_sizes(a), ScalarType::Float, qkv)};
+  launch_window_attention({.problem = problem(launch, a),
+                           .out = launch.out(std::get<0>(result)),
+                           .lse = a.tokens() > kWindowBlock ? launch.out<float>(std::get<1>(result)) : nullptr},
+                          launch.stream());
+  return result;
+}
+
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+BackwardResult window_attention_backward(Tensor dout, Tensor qkv, std::optional<Tensor> relative_position_bias_table,
+                                         std::optional<Tensor> logit_scale, std::optional<Tensor> qkv_bias, Tensor out,
+                                         Tensor lse, std::vector<int64_t> window_size, std::vector<int64_t> shift_size,
+                                         std::optional<double> scale, double mask_value) {
+  constexpr const char* kOp = "window_attention_backward";
+  Arguments a{qkv, relative_position_bias_table, logit_scale, qkv_bias, window_size, shift_size, scale, mask_value};
+  check_arguments(kOp, a);
+  for (const auto& [name, t] : {std::pair{"dout", dout}, std::pair{"out", out}}) {
+    check(sizes_of(t) == out_sizes(a) && t.scalar_type() == qkv.scalar_type(), kOp, ": ", name,
+          " must have the shape and dtype of the output for qkv, ", Got{qkv}, ", got ", Got{t});
+    check_same_device(kOp, name, t, qkv);
+  }
+  const Launch launch(kOp, qkv);  // what a kernel needs is asked of the tensors' own GPU
+  if (const char* reason = no_kernel(a, /*backward=*/true)) {
+    return call_reference<Tensor, Tensor, Tensor, Tensor>(kOp, reason, dout, qkv, relative_position_bias_table,
+                                                          logit_scale, qkv_bias, out, lse, window_size, shift_size,
+                                                          scale, mask_value);
+  }
+  check(sizes_of(lse) == lse_sizes(a) && lse.scalar_type() == ScalarType::Float, kOp,
+        ": lse must be float32 as the forward returned it, got ", Got{lse});
+  check_same_device(kOp, "lse", lse, qkv);
+  make_readable(a);
+  dout = readable(dout);
+  out = readable(out);
+  lse = readable(lse);
+
+  const auto like = [&](const std::optional<Tensor>& t) {
+    return t ? empty(kOp, sizes_of(*t), t->scalar_type(), *t) : empty(kOp, {0}, qkv.scalar_type(), qkv);
+  };
+  BackwardResult result{like(a.qkv), like(a.table), like(a.logit_scale), like(a.qkv_bias)};
+  WindowBackwardParams params{};
+  params.problem = problem(launch, a);
+  const WindowShares shares = window_backward_shares(params.problem);
+  const bool whole = a.tokens() <= kWindowBlock;
+  const auto workspace = [&](bool wanted, std::vector<int64_t> sizes) {
+    return empty(kOp, wanted ? sizes : std::vector<int64_t>{0}, ScalarType::Float, qkv);
+  };
+  const Tensor delta = workspace(!whole, {qkv.numel() / std::max<int64_t>(1, 3 * a.head_dim())});
+  const Tensor table_sums = workspace(a.table.has_value(), {shares.table_shares, a.heads(), a.tokens(), a.tokens()});
+  const Tensor scale_sums = workspace(a.logit_scale.has_value(), {shares.shares, a.heads()});
+  const Tensor padding_sums = workspace(a.qkv_bias.has_value(), {shares.shares, 3, a.heads(), a.head_dim()});
+  params.dout = launch.in(dout);
+  params.out = launch.in(out);
+  params.lse = launch.in<float>(lse);
+  params.dqkv = launch.out(std::get<0>(result));
+  params.dtable = launch.out(std::get<1>(result));
+  params.dlogit_scale = launch.out(std::get<2>(result));
+  params.dqkv_bias = launch.out(std::get<3>(result));
+  params.delta = launch.out<float>(delta);
+  params.table_sums = launch.out<float>(table_sums);
+  params.scale_sums = launch.out<float>(scale_sums);
+  params.padding_sums = launch.out<float>(padding_sums);
+  params.shares = shares.shares;
+  params.table_shares = shares.table_shares;
+  launch_window_attention_backward(params, launch.stream());
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
+  m.impl("window_attention", TORCH_BOX(&window_attention));
+  m.impl("window_attention_backward", TORCH_BOX(&window_attention_backward));
+}
+
+}  // namespace warpform
+#endif
