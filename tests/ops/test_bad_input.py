@@ -293,6 +293,8 @@ def test_every_op_has_a_reference_op() -> None:
         "varlen_attention_backward",
         "disentangled_attention",
         "disentangled_attention_backward",
+        "window_attention",
+        "window_attention_backward",
         "bias_gelu",
         "add_bias_residual_layer_norm",
         "add_bias_residual_layer_norm_backward",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch.library import opcheck
 
 import warpform
 from helpers import cases
+from helpers.compilations import Compilations
 from warpform import Packing, ops
 
 OPS = torch.ops.warpform
@@ -134,20 +135,6 @@ def inputs_of(lengths: list[int], seqlen: int, capacity: int | None = None) -> t
 
 
 BATCHES = (([3, 5, 2], 6), ([7, 1, 4, 9], 9), ([2, 2], 11), ([13, 8, 5, 3, 3], 14), ([6, 10, 4], 12))
-
-
-class Compilations:
-    """A backend which counts the graphs it is given."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        from torch._dynamo.backends.debugging import aot_eager
-
-        compiled = aot_eager(graph, example_inputs)  # raises for dynamo to trace once more, which is no recompilation
-        self.count += 1
-        return compiled
 
 
 @pytest.mark.parametrize("capacity", (None, 60))

@@ -7,10 +7,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import warpform.ops  # noqa: F401  registers the ops
 from helpers import cases, checks
 from helpers.compare import poisoned
 from warpform.ops.reference import attention
+from warpform.ops.reference import window as window_reference
 
 OPS = torch.ops.warpform
 DRAWN = settings(deadline=None, derandomize=True, max_examples=40, suppress_health_check=list(HealthCheck))
@@ -88,6 +88,30 @@ def test_disentangled_attention_on_drawn_cases(case: cases.DisentangledCase, dty
     torch.manual_seed(seed)
     with poisoned():
         checks.check_disentangled_attention(OPS, case, dtype)
+
+
+@floats
+@pytest.mark.parametrize("case", cases.WINDOW_CASES, ids=str)
+def test_window_attention(case: cases.WindowCase, dtype: torch.dtype) -> None:
+    with poisoned():
+        checks.check_window_attention(OPS, case, dtype)
+
+
+@floats
+@pytest.mark.parametrize("case", cases.WINDOW_CASES[::3], ids=str)
+def test_window_attention_where_it_is_not_a_cpus(
+    case: cases.WindowCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(window_reference, "_flash", None)
+    checks.check_window_attention(OPS, case, dtype)
+
+
+@DRAWN
+@given(case=cases.window_cases(), dtype=st.sampled_from(cases.FLOATS), seed=st.integers(0, 1 << 30))
+def test_window_attention_on_drawn_cases(case: cases.WindowCase, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    with poisoned():
+        checks.check_window_attention(OPS, case, dtype)
 
 
 @floats

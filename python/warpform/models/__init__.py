@@ -2,6 +2,8 @@
 
 from ._output import EncoderOutput, HeadOutput
 from ._registry import from_pretrained, from_transformers
+from ._swin_base import ImageClassifierOutput, SwinOutput
+from ._swin_config import SwinConfig, Swinv2Config
 from .albert import (
     AlbertConfig,
     AlbertForMaskedLM,
@@ -29,7 +31,9 @@ from .distilbert import (
     DistilBertForTokenClassification,
     DistilBertModel,
 )
+from .dit3d import DiT3DConfig, DiT3DModel
 from .sentence_encoder import SentenceEncoder
+from .swin import SwinForImageClassification, SwinModel, Swinv2ForImageClassification, Swinv2Model
 
 __all__ = [
     "AlbertConfig",
@@ -52,6 +56,8 @@ __all__ = [
     "DebertaV2ForSequenceClassification",
     "DebertaV2ForTokenClassification",
     "DebertaV2Model",
+    "DiT3DConfig",
+    "DiT3DModel",
     "DistilBertConfig",
     "DistilBertForMaskedLM",
     "DistilBertForSequenceClassification",
@@ -59,7 +65,15 @@ __all__ = [
     "DistilBertModel",
     "EncoderOutput",
     "HeadOutput",
+    "ImageClassifierOutput",
     "SentenceEncoder",
+    "SwinConfig",
+    "SwinForImageClassification",
+    "SwinModel",
+    "SwinOutput",
+    "Swinv2Config",
+    "Swinv2ForImageClassification",
+    "Swinv2Model",
     "from_pretrained",
     "from_transformers",
 ]

@@ -292,31 +292,39 @@ class SequenceClassification(Classification):
         run = self.base.run_packed(input_ids, attention_mask, packing=packing, **inputs)
         logits = self.classifier(self.dropout(self.pool(run)))
         logits = torch.where((run.packing.lengths > 0).unsqueeze(1), logits, logits.new_zeros(()))
-        loss = None if labels is None else self._loss(logits, labels)
+        loss = None
+        if labels is not None:
+            loss = classification_loss(type(self).__name__, self.config.problem_type, logits, labels)
         return self.finish(run, loss, logits, return_dict)
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        batch, classes = logits.shape
-        kind = self.config.problem_type
-        if kind is None:
-            if classes == 1:
-                kind = "regression"
-            elif labels.dtype in (torch.int64, torch.int32):
-                kind = "single_label_classification"
-            else:
-                kind = "multi_label_classification"
-        if kind == "single_label_classification" or (kind == "regression" and classes == 1):
-            if labels.dim() == 2 and labels.shape[1] == 1:
-                labels = labels.flatten()
-            check_shape(type(self).__name__, "labels", labels, (batch,))
+
+def classification_loss(model: str, problem_type: str | None, logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of logits [batch, classes], in float32 at least; problem_type None finds out which as transformers does.
+
+    Raises:
+        ValueError: labels of another shape, named as those of `model`.
+    """
+    batch, classes = logits.shape
+    kind = problem_type
+    if kind is None:
+        if classes == 1:
+            kind = "regression"
+        elif labels.dtype in (torch.int64, torch.int32):
+            kind = "single_label_classification"
         else:
-            check_shape(type(self).__name__, "labels", labels, (batch, classes))
-        if kind == "single_label_classification":
-            return token_loss(logits, labels)
-        logits = _wide(logits)
-        if kind == "regression":
-            return F.mse_loss(logits, labels.to(logits.dtype).view_as(logits))
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+            kind = "multi_label_classification"
+    if kind == "single_label_classification" or (kind == "regression" and classes == 1):
+        if labels.dim() == 2 and labels.shape[1] == 1:
+            labels = labels.flatten()
+        check_shape(model, "labels", labels, (batch,))
+    else:
+        check_shape(model, "labels", labels, (batch, classes))
+    if kind == "single_label_classification":
+        return token_loss(logits, labels)
+    logits = _wide(logits)
+    if kind == "regression":
+        return F.mse_loss(logits, labels.to(logits.dtype).view_as(logits))
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:

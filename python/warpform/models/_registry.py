@@ -89,6 +89,27 @@ class ConvertibleModel(nn.Module):
         """For each parameter of this model the names in transformers whose tensors, joined on dim 0, it holds."""
         raise NotImplementedError
 
+    @classmethod
+    def file_name(cls, name: str) -> str:
+        """The name in files, which `weight_names` has, of a parameter of a live transformers model."""
+        return name
+
+    @classmethod
+    def canonical_weights(cls, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a file under the names that `weight_names` has, where files have others too."""
+        return dict(weights)
+
+    def adopt(self, hf_model: nn.Module) -> None:
+        """Takes over what of a transformers model is in neither its config nor its weights."""
+
+    def restore_buffers(self) -> None:
+        """Makes buffers again, which have no values where the model was made on the meta device."""
+        for child in self.children():
+            for module in child.modules():
+                restore: Any = getattr(module, "restore_buffers", None)
+                if restore is not None:
+                    restore()
+
     def to_transformers(self) -> nn.Module:
         """Writes the weights back and returns the transformers model: the one this was made from, else a new one.
 
@@ -98,7 +119,7 @@ class ConvertibleModel(nn.Module):
             ImportError: transformers is not installed.
         """
         origin = self._origin[0] if self._origin else self._new_origin()
-        theirs = dict(origin.named_parameters())
+        theirs = {self.file_name(name): parameter for name, parameter in origin.named_parameters()}
         ours = dict(self.named_parameters())
         with torch.no_grad():
             for name, parts in self.weight_names().items():
@@ -157,7 +178,7 @@ def from_transformers(hf_model: nn.Module, **overrides: Any) -> ConvertibleModel
             f"got {type(hf_model).__module__}.{name}{hint}"
         )
     config = model_class.config_class.from_transformers(_config_dict(hf_model), **overrides)
-    theirs = dict(hf_model.named_parameters())
+    theirs = {model_class.file_name(name): parameter for name, parameter in hf_model.named_parameters()}
     with torch.device("meta"):
         model = model_class.build(config, with_optional=_has_optional(model_class, theirs))
     names = model.weight_names()
@@ -175,6 +196,8 @@ def from_transformers(hf_model: nn.Module, **overrides: Any) -> ConvertibleModel
             )
         joined = torch.cat([source.detach() for source in sources])
         set_parameter(model, ours, nn.Parameter(joined, requires_grad=trained.pop()))
+    model.adopt(hf_model)
+    model.restore_buffers()
     model._origin.append(hf_model)
     return model.train(hf_model.training)
 
@@ -238,20 +261,33 @@ def _load(
     overrides: dict[str, Any],
 ) -> SomeModel:
     config = model_class.config_class.from_transformers(fields, **overrides)
-    weights = _own_weights(model_class, read_weights(folder, device="cpu" if device is None else str(device)))
+    weights = read_weights(folder, device="cpu" if device is None else str(device))
+    return load_weights(model_class, config, weights, f"from_pretrained: the weights in {folder}", dtype).eval()
+
+
+def load_weights(
+    model_class: type[SomeModel],
+    config: Any,
+    weights: Mapping[str, Tensor],
+    what: str,
+    dtype: torch.dtype | None = None,
+) -> SomeModel:
+    """A model of the class from weights under any of its names; `what` begins the messages of errors."""
+    weights = _own_weights(model_class, model_class.canonical_weights(weights))
     with torch.device("meta"):
         model = model_class.build(config, with_optional=_has_optional(model_class, weights))
     assert isinstance(model, model_class)
     names = model.weight_names()
     used = {part for parts in names.values() for part in parts}
     weights = {n: w for n, w in weights.items() if n in used or not n.startswith(model_class.spare_weights)}
-    _check_names(names, weights, f"from_pretrained: the weights in {folder}")
+    _check_names(names, weights, what)
     for ours, parts in names.items():
         sources = [weights[part] for part in parts]
-        _check_shape(ours, model, parts, sources, f"from_pretrained: {folder}")
+        _check_shape(ours, model, parts, sources, what)
         joined = sources[0] if len(sources) == 1 else torch.cat(sources)
         set_parameter(model, ours, nn.Parameter(joined if dtype is None else joined.to(dtype)))
-    return model.eval()
+    model.restore_buffers()
+    return model
 
 
 def _own_weights(model_class: type[ConvertibleModel], weights: dict[str, Tensor]) -> dict[str, Tensor]:

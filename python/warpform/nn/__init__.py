@@ -1,4 +1,4 @@
-"""Modules of padding-free transformers: packed tensors [total, hidden] in, packed tensors out."""
+"""Modules of transformers: padding-free ones take and give packed tensors [total, hidden], those of Swin grids."""
 
 from .activations import ACTIVATIONS, BiasActivation
 from .attention import SelfAttention
@@ -10,13 +10,16 @@ from .feed_forward import FeedForward
 from .masked_lm import MaskedLMHead
 from .norm import AddBiasResidualLayerNorm
 from .pooling import FirstTokenPooler, first_tokens, last_tokens, max_pool, mean_pool
+from .window import CosineWindowAttention, DropPath, PatchMerging, SwinBlock, SwinV2Block, WindowAttention
 
 __all__ = [
     "ACTIVATIONS",
     "AddBiasResidualLayerNorm",
     "BiasActivation",
+    "CosineWindowAttention",
     "DisentangledEncoder",
     "DisentangledSelfAttention",
+    "DropPath",
     "Embeddings",
     "Encoder",
     "EncoderLayer",
@@ -24,8 +27,12 @@ __all__ = [
     "FirstTokenPooler",
     "FusedDisentangledSelfAttention",
     "MaskedLMHead",
+    "PatchMerging",
     "SelfAttention",
+    "SwinBlock",
+    "SwinV2Block",
     "TokenConvolution",
+    "WindowAttention",
     "first_tokens",
     "last_tokens",
     "max_pool",

@@ -3,6 +3,7 @@
 from .attention import varlen_attention
 from .disentangled_attention import disentangled_attention
 from .encoder import add_bias_residual_layer_norm, bias_gelu, pack, packing_plan, unpack
+from .window import window_attention
 
 __all__ = [
     "add_bias_residual_layer_norm",
@@ -12,4 +13,5 @@ __all__ = [
     "packing_plan",
     "unpack",
     "varlen_attention",
+    "window_attention",
 ]
