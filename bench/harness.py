@@ -32,19 +32,25 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
-SIZE_COLUMNS = ("dtype", "batch", "seqlen", "tokens", "heads", "kv_heads", "head_dim", "hidden", "causal")
+SIZE_COLUMNS = (
+    "dtype", "batch", "seqlen", "tokens", "heads", "kv_heads", "head_dim", "hidden", "causal", "grid", "window",
+    "shift",
+)  # fmt: skip
 COLUMNS = (
     "date", "commit", "device", "kind", "family", "kernel", "direction", "workload", "provider", "status", "backend",
     *SIZE_COLUMNS,
-    "p20_us", "p50_us", "p80_us", "host_us", "tflops", "gbs", "roofline", "ceiling_tflops", "ceiling_gbs", "ratios",
-    "threads", "warpform", "torch", "cuda", "transformers", "python",
+    "p20_us", "p50_us", "p80_us", "host_us", "images_s", "tflops", "gbs", "roofline", "ceiling_tflops", "ceiling_gbs",
+    "ratios", "threads", "warpform", "torch", "cuda", "transformers", "python",
 )  # fmt: skip
 
 # Seconds that one run may take, by default, and by which part of them each file has to be done, in the order in which
 # pytest runs them; what one leaves over the next may use. Past COMPILE_SHARE of its time compiled peers of a file are
 # left out, past all of it everything else; each is listed as such.
 BUDGET = 340.0
-DEADLINES = {"attention": 0.42, "disentangled_attention": 0.54, "encoder": 0.62, "host": 0.66, "models": 1.0}
+DEADLINES = {
+    "attention": 0.27, "disentangled_attention": 0.35, "encoder": 0.41, "host": 0.44, "models": 0.67, "swin": 0.88,
+    "window": 1.0,
+}  # fmt: skip
 COMPILE_SHARE = 0.7
 # Inputs together exceed the largest L2 cache there is about three times over.
 ROTATE_BYTES = 160e6
@@ -60,7 +66,7 @@ class Spec:
     """One workload, not yet built. Subclasses add what they need and `build`."""
 
     kernel: str
-    direction: str  # forward, backward or training step
+    direction: str  # forward, backward, forward+backward or training step
     sizes: tuple[tuple[str, Any], ...]  # of SIZE_COLUMNS
     providers: tuple[str, ...]
 
@@ -79,6 +85,7 @@ class Case:
 
     flops = 0.0
     bytes = 0.0
+    images = 0  # that one call takes, for models of images
     end_to_end = False  # whether the host's gaps between launches are part of the time
 
     def prepare(self, provider: str) -> list[Callable[[], Any]]:
@@ -371,6 +378,7 @@ class Session:
             "p20_us": p20,
             "p50_us": p50,
             "p80_us": p80,
+            "images_s": case.images / p50 * 1e6,
             "tflops": case.flops / p50 / 1e6,
             "gbs": case.bytes / p50 / 1e3,
             "roofline": max(case.flops / (tflops * 1e6), case.bytes / (gbs * 1e3)) / p50,

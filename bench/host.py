@@ -24,6 +24,7 @@ OPS = (
     "disentangled_attention",
     "add_bias_residual_layer_norm",
     "bias_gelu",
+    "window_attention",
 )
 MODES = ("warpform", "warpform_no_grad", "warpform_inference_mode", "warpform_compiled", "torch_inference_mode")
 
@@ -50,7 +51,10 @@ def _torch_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class HostCase(Case):
-    """Two sequences, of 4 and 2 tokens, hidden size 128; gradients are wanted, which only the first mode heeds."""
+    """Two sequences, of 4 and 2 tokens, or two windows of 3; hidden size 128.
+
+    Gradients are wanted, which only the first mode heeds.
+    """
 
     end_to_end = True
 
@@ -85,6 +89,8 @@ class HostCase(Case):
             tables = pos_key.transpose(0, 1), pos_query.transpose(0, 1)
             return unpad(disentangled_attention.eager_attention(pad(q), pad(k), pad(v), *tables, rows_of_tables, seen))
 
+        line = torch.arange(3, device=device)
+        differences = line[:, None] - line + 2  # rows of the table of a window of 3 tokens in a line
         # The op, the same in torch, and the arguments.
         table: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]] = {
             "packing_plan": (lambda m: warpform.ops.packing_plan(m, 8), _torch_plan, (mask,)),
@@ -113,6 +119,17 @@ class HostCase(Case):
                 lambda x, b: warpform.ops.bias_gelu(x, b),
                 lambda x, b: F.gelu(x + b),
                 (rows, bias),
+            ),
+            "window_attention": (
+                lambda qkv, t: warpform.ops.window_attention(qkv, t, window_size=(1, 3)),
+                lambda qkv, t: (
+                    F.scaled_dot_product_attention(
+                        *(x.transpose(1, 2) for x in qkv.flatten(1, 2).unbind(2)), t[differences].permute(2, 0, 1)
+                    )
+                    .transpose(1, 2)
+                    .reshape(2, 1, 3, 128)
+                ),
+                (draw(2, 1, 3, 3, 2, 64), draw(5, 2)),
             ),
         }
         self.op, self.torch, self.inputs = table[op]

@@ -72,7 +72,10 @@ def number(value: float) -> str:
 
 def sizes(row: Row) -> str:
     """The sizes that a row has, in words."""
-    parts = [f"{row['batch']} x {row['seqlen']}, {row['tokens']} tokens"]
+    parts = [f"{row['batch']} x {row['grid'] or row['seqlen']}, {row['tokens']} tokens"]
+    if row["window"]:
+        shift = f" shifted {row['shift']}" if row["shift"].strip("0x") else ""
+        parts.append(f"windows {row['window']}{shift}")
     if row["heads"]:
         kv = f"/{row['kv_heads']}" if row["kv_heads"] not in ("", row["heads"]) else ""
         parts.append(f"{row['heads']}{kv} heads of {row['head_dim']}")
@@ -87,10 +90,9 @@ def table(workloads: dict[str, dict[str, Row]]) -> list[str]:
     """One Markdown table: a line for each workload, a column for each provider that was timed; below, what was not."""
     order = list(dict.fromkeys(p for providers in workloads.values() for p in providers))
     timed = [p for p in order if any(w.get(p, {}).get("p50_us") for w in workloads.values())]
-    lines = [
-        "| workload | " + " | ".join(timed) + " | share of roofline |",
-        "|---|" + "---:|" * (len(timed) + 1),
-    ]
+    images = any(row.get("images_s") for providers in workloads.values() for row in providers.values())
+    columns = [*timed, *(["images/s, warpform"] if images else []), "share of roofline"]
+    lines = [f"| workload | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for providers in workloads.values():
         first = next(iter(providers.values()))
         own = providers.get("warpform", {}).get("p50_us")
@@ -104,10 +106,11 @@ def table(workloads: dict[str, dict[str, Row]]) -> list[str]:
                 cells.append(f"{number(float(value))} ({number(float(row['p20_us']))}..{number(float(row['p80_us']))})")
             else:
                 cells.append(f"{number(float(value))} ({float(value) / float(own):.2f}x)")
-        roofline = providers.get("warpform", {}).get("roofline")
-        lines.append(
-            f"| {sizes(first)} | " + " | ".join(cells) + f" | {f'{float(roofline):.0%}' if roofline else '-'} |"
-        )
+        ours = providers.get("warpform", {})
+        if images:
+            cells.append(number(float(ours["images_s"])) if ours.get("images_s") else "-")
+        cells.append(f"{float(ours['roofline']):.0%}" if ours.get("roofline") else "-")
+        lines.append(f"| {sizes(first)} | {' | '.join(cells)} |")
     reasons: dict[tuple[str, str], int] = {}
     for providers in workloads.values():
         for provider, row in providers.items():
@@ -153,6 +156,8 @@ TITLES = {
     "disentangled_attention": "Disentangled attention (DeBERTa)",
     "encoder": "Encoder ops",
     "models": "Models end to end",
+    "swin": "Swin end to end",
+    "window": "Window attention",
 }
 
 

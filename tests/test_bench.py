@@ -25,7 +25,7 @@ from warpform import bench
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
-FAMILIES = ("attention", "disentangled_attention", "encoder", "host", "models")
+FAMILIES = ("attention", "disentangled_attention", "encoder", "host", "models", "swin", "window")
 if not BENCH.is_dir():
     pytest.skip("needs a checkout", allow_module_level=True)
 pytest.importorskip("pytest_benchmark")
@@ -63,7 +63,7 @@ def test_every_benchmark_runs(results: Path) -> None:
     assert {row["family"] for row in rows} == set(FAMILIES) == set(harness.DEADLINES)
     ops = set(warpform.ops.__all__)
     assert {row["kernel"] for row in rows if row["family"] == "host"} == ops
-    assert {row["kernel"] for row in rows} >= ops | {"bert_base", "deberta_v3_base"}
+    assert {row["kernel"] for row in rows} >= ops | {"bert_base", "deberta_v3_base", "swin_t"}
     for row in rows:
         assert None not in row and row["commit"] and row["date"] and row["device"] and row["torch"]
         timed = bool(row["p50_us"])
@@ -74,6 +74,7 @@ def test_every_benchmark_runs(results: Path) -> None:
         assert timed or row["status"].startswith(("missing: ", "failed: ")), row
         if timed and row["family"] != "host":
             assert float(row["gbs"]) > 0 and float(row["roofline"]) > 0
+            assert bool(row["images_s"]) == (row["family"] == "swin")
     # One row for each provider of a workload, and ratios to each that was timed.
     assert max(Counter((row["workload"], row["provider"]) for row in rows).values()) == 1
     for row in rows:
@@ -87,14 +88,18 @@ def test_report(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     page, plots = tmp_path / "report.md", tmp_path / "plots"
     assert report.main(["--results", str(results), "--markdown", str(page), "--plots", str(plots)]) == 0
     text = page.read_text()
-    headings = ("varlen_attention, backward", "disentangled_attention, forward", "deberta_v3_base, training step")
-    for words in (*(f"## {heading}" for heading in headings), "Not timed:", "share of roofline"):
+    headings = (
+        "varlen_attention, backward", "disentangled_attention, forward", "deberta_v3_base, training step",
+        "window_attention, forward+backward",
+    )  # fmt: skip
+    for words in (*(f"## {heading}" for heading in headings), "Not timed:", "share of roofline", "images/s, warpform"):
         assert words in text
+    assert "| 2 x 6x9, 108 tokens, windows 3x3 shifted 1x1, 2 heads of 16 |" in text
     for line in text.splitlines():
         if line.startswith("| "):
             assert line.endswith(" |")
     drawn = list(plots.glob("*.svg"))
-    assert {path.stem.rpartition("-")[2] for path in drawn} == {"attention", "encoder", "models"}
+    assert {path.stem.rpartition("-")[2] for path in drawn} == {"attention", "encoder", "models", "swin", "window"}
     assert len(drawn) == len(FAMILIES) - 1, "one for each family but the host's"
     for path in drawn:
         root = ElementTree.parse(path).getroot()
@@ -193,7 +198,7 @@ def test_results_are_only_appended_to(tmp_path: Path) -> None:
 class _Case:
     """Four providers: one is right, one computes something else, one is not there, one breaks."""
 
-    flops, bytes, end_to_end = 1e3, 1e3, False
+    flops, bytes, images, end_to_end = 1e3, 1e3, 0, False
 
     def prepare(self, provider: str) -> list:
         if provider == "absent":
