@@ -14,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -103,8 +102,8 @@ def find_cuobjdump() -> str | None:
     return shutil.which("cuobjdump") or shutil.which(str(Path(home) / "bin" / "cuobjdump"))
 
 
-def run(command: list[str], cwd: str | None = None) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"gates: {' '.join(command)} failed: {done.stderr.strip()}")
     return done.stdout
@@ -119,15 +118,15 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def parse_resources(text: str) -> dict[str, int]:
-    """Stack bytes by kernel, of `cuobjdump -res-usage` of one cubin. LOCAL is stack too, under another name."""
-    usage = {}
+    """Stack bytes by kernel, of `cuobjdump -res-usage`. LOCAL is stack too, under another name."""
+    usage: dict[str, int] = {}
     for name, stack, local in re.findall(r"Function (\S+):\s*\n[^\n]*?STACK:(\d+)[^\n]*?LOCAL:(\d+)", text):
-        usage[name] = int(stack) + int(local)
+        usage[name] = max(usage.get(name, 0), int(stack) + int(local))
     return usage
 
 
 def parse_opcodes(text: str) -> dict[str, Counter[str]]:
-    """Opcodes by kernel, of `cuobjdump -sass` of one cubin."""
+    """Opcodes by kernel, of `cuobjdump -sass`."""
     kernels: dict[str, Counter[str]] = {}
     current: Counter[str] | None = None
     for line in text.splitlines():
@@ -141,12 +140,14 @@ def parse_opcodes(text: str) -> dict[str, Counter[str]]:
     return kernels
 
 
-def read_cubin(tool: str, path: Path) -> list[Kernel]:
-    arch = re.search(r"\.(sm_\w+)\.cubin$", path.name)
-    name = arch[1] if arch else "unknown"
-    usage = parse_resources(run([tool, "-res-usage", str(path)]))
-    opcodes = parse_opcodes(run([tool, "-sass", str(path)]))
-    return [Kernel(kernel, name, stack, opcodes.get(kernel, Counter())) for kernel, stack in usage.items()]
+def read_arch(tool: str, library: Path, arch: str) -> list[Kernel]:
+    """All kernels of one architecture. Not cubin by cubin: extracted, those of source files of one name overwrite
+    each other."""
+    usage = parse_resources(run([tool, "-res-usage", "-arch", arch, str(library)]))
+    opcodes = parse_opcodes(run([tool, "-sass", "-arch", arch, str(library)]))
+    if usage.keys() != opcodes.keys():
+        raise SystemExit(f"gates: cuobjdump lists {len(usage)} kernels of {arch} and disassembles {len(opcodes)}")
+    return [Kernel(kernel, arch, stack, opcodes[kernel]) for kernel, stack in usage.items()]
 
 
 def read_library(tool: str, library: Path) -> tuple[list[Kernel], Counter[str], Counter[str]]:
@@ -154,9 +155,8 @@ def read_library(tool: str, library: Path) -> tuple[list[Kernel], Counter[str], 
     images = re.findall(r"^ELF file.*\.(sm_\w+)\.cubin$", run([tool, "-lelf", str(library)]), re.MULTILINE)
     ptx = re.findall(r"^PTX file.*\.(sm_\w+)\.ptx$", run([tool, "-lptx", str(library)]), re.MULTILINE)
     kernels: list[Kernel] = []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        run([tool, "-xelf", "all", str(library.resolve())], cwd=folder)
-        for found in pool.map(lambda path: read_cubin(tool, path), sorted(Path(folder).glob("*.cubin"))):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for found in pool.map(lambda arch: read_arch(tool, library.resolve(), arch), sorted(set(images))):
             kernels += found
     for kernel, name in zip(kernels, demangle([kernel.name for kernel in kernels]), strict=True):
         kernel.name = name
