@@ -294,8 +294,11 @@ class SequenceClassification(Classification):
         logits = torch.where((run.packing.lengths > 0).unsqueeze(1), logits, logits.new_zeros(()))
         loss = None
         if labels is not None:
-            loss = classification_loss(type(self).__name__, self.config.problem_type, logits, labels)
+            loss = self._loss(logits, labels)
         return self.finish(run, loss, logits, return_dict)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return classification_loss(type(self).__name__, self.config.problem_type, logits, labels)
 
 
 def classification_loss(model: str, problem_type: str | None, logits: Tensor, labels: Tensor) -> Tensor:
