@@ -12,6 +12,7 @@ PEER_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00")
 OWN_COLOURS = ("#4d4d4d", "#9a9a9a")
 INK, FAINT, PAPER = "#1f2328", "#6e7781", "#ffffff"
 BAR = 0.12  # inches
+LINE = 0.14  # inches of a line of a row's label
 
 
 @dataclass
@@ -88,7 +89,8 @@ def draw(path: Path, figure: Figure) -> bool:
         "xtick.color": INK,
         "ytick.color": INK,
     }
-    slot = BAR * (len(providers) + 1.2)  # inches of one row
+    lines = max(label.count("\n") + 1 for label in figure.rows)
+    slot = max(BAR * (len(providers) + 1.2), LINE * (lines + 0.6))  # inches of one row
     top = slot * len(figure.rows) + 1.2  # inches of the whole
     with pyplot.rc_context(style):
         # A paper of its own, so that dark pages show it as light ones do.
@@ -109,7 +111,7 @@ def draw(path: Path, figure: Figure) -> bool:
             handles, names, loc="upper left", bbox_to_anchor=(0.005, 1 - 0.5 / top), ncols=len(names), frameon=False,
             fontsize=8, handlelength=1, columnspacing=1.4,
         )  # fmt: skip
-        canvas.tight_layout(rect=(0, 0, 0.95, 1 - 0.52 / top), w_pad=5)
+        canvas.tight_layout(rect=(0.01, 0, 0.95, 1 - 0.52 / top), w_pad=5)
         path.parent.mkdir(parents=True, exist_ok=True)
         canvas.savefig(path, metadata={"Date": None}, facecolor=PAPER)
         pyplot.close(canvas)
@@ -162,4 +164,4 @@ def _panel(axes: object, figure: Figure, direction: str, providers: list[str], s
             1.02, j, "not run" if cell is None else duration(cell.own_us), transform=axes.get_yaxis_transform(),
             ha="left", va="center", fontsize=7, color=FAINT,
         )  # fmt: skip
-    axes.set_xlabel("peer's time / warpform's time; right of 1× warpform is faster", fontsize=8)
+    axes.set_xlabel("peer's time / warpform's; right of 1×: warpform is faster", fontsize=7)

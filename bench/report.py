@@ -176,7 +176,7 @@ def figures(device: str, kernels: Kernels) -> dict[str, plots.Figure]:
             figure = found.setdefault(family, plots.Figure(f"{TITLES[family]} on {machine(row)}", source(row)))
             label = sizes(row).replace(" x ", " × ").replace(" tokens, ", " tokens,\n", 1)
             if several:
-                label = f"{kernel}\n{label}".replace(",\n", ", ")
+                label = f"{kernel}, {label}"
             figure.rows.setdefault(label, {})[direction] = plots.Cell(times.pop("warpform"), times)
     return found
 
