@@ -316,3 +316,12 @@ def test_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) 
         ops.pack(X, INDICES, RANKS)
     assert "varlen_attention(q=float32[7, 2, 8]@cpu" in caplog.messages[0] and "causal=True" in caplog.messages[0]
     assert "pack(x=float32[2, 3, 8]@cpu" in caplog.messages[1]
+
+
+def test_positions_that_do_not_increase(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(5, 1, 8)
+    arguments = (q, q, q, torch.randn(4, 1, 8), None, torch.tensor([0, 3, 5], dtype=torch.int32), 3)
+    monkeypatch.setenv("WARPFORM_VALIDATE", "1")
+    ops.disentangled_attention(*arguments, positions=torch.tensor([1, 4, 6, 0, 2]))
+    with pytest.raises(ValueError, match="positions must increase within a sequence, got 4 and then 4 at row 2"):
+        ops.disentangled_attention(*arguments, positions=torch.tensor([1, 4, 4, 0, 2]))

@@ -1,5 +1,6 @@
 // The one way a kernel is launched. Kernels take one params struct and are template arguments here, so that shared
-// memory above 48 KiB is asked for once per kernel and device rather than at every call.
+// memory above 48 KiB is asked for once per kernel and device rather than at every call: all that the device has, as
+// one kernel's launches may differ in how much they use.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -50,7 +51,7 @@ void launch(const char* name, dim3 grid, int threads, int shared_bytes, void* st
     if (device >= 64 || !(asked.load(std::memory_order_relaxed) & bit)) {
       throw_on_error(name, "the kernel cannot have its shared memory on this GPU",
                      cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory_limit()));
       asked.fetch_or(bit, std::memory_order_relaxed);
     }
   }

@@ -114,7 +114,8 @@ def disentangled_attention(
         ValueError: a wrong shape, a last dimension that is not contiguous, tensors on different devices, buckets that
             do not fit max_relative_positions. Values of cu_seqlens that decrease, pass the end or exceed max_seqlen: on
             a CPU, or with WARPFORM_VALIDATE=1, which waits for the device; otherwise they are clamped and never lead
-            outside of the tensors.
+            outside of the tensors. Positions that do not increase within a sequence: with WARPFORM_VALIDATE=1;
+            otherwise gradients are wrong.
     """
     op = "disentangled_attention"
     _check_tensors(op, q, k, v, pos_key, pos_query)
@@ -127,6 +128,8 @@ def disentangled_attention(
             raise ValueError(f"{op}: max_seqlen must not be negative, got {max_seqlen}")
         if q.device.type != "cpu" and _env.validate():  # on a CPU the reference checks
             attention_reference.offsets_of(op, "cu_seqlens", cu_seqlens, q.size(0), max_seqlen)
+        if positions is not None and _env.validate():
+            _check_increasing(op, positions, cu_seqlens)
         _check.log(
             op, q=q, k=k, v=v, pos_key=pos_key, pos_query=pos_query, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
             positions=positions, softmax_scale=softmax_scale, position_buckets=position_buckets,
@@ -192,6 +195,17 @@ def _check_positions(op: str, positions: Tensor | None, q: Tensor) -> None:
             f"{op}: positions must be of shape [{q.size(0)}], the rows of q, got {_check.describe(positions)}"
         )
     _check.same_device(op, "positions", positions, "q", q)
+
+
+def _check_increasing(op: str, positions: Tensor, cu_seqlens: Tensor) -> None:
+    """Reads both on the host."""
+    starts = cu_seqlens.tolist()
+    for row in ((positions[1:] <= positions[:-1]).nonzero().flatten() + 1).tolist():
+        if starts[0] < row < starts[-1] and row not in starts:
+            raise ValueError(
+                f"{op}: positions must increase within a sequence, got {int(positions[row - 1])} and then "
+                f"{int(positions[row])} at row {row}"
+            )
 
 
 def _check_buckets(op: str, position_buckets: int, max_relative_positions: int) -> None:
