@@ -162,8 +162,8 @@ def check_window_attention(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert out.dtype == dtype and out.is_contiguous() and lse.dtype == wide and lse.is_contiguous()
 
-    truth, truths = _window_oracle(inputs, torch.float64, backward)
-    eager, yardsticks = _window_oracle(inputs, dtype, backward)
+    truth, truths = window_oracle(inputs, torch.float64, backward)
+    eager, yardsticks = window_oracle(inputs, dtype, backward)
     # A score is rounded to eps(score) * |score|, and out inherits it: cosines times 100 are as large as scores get.
     growth = 1 + 2 * _largest(truth[1]) * torch.finfo(wide).eps / torch.finfo(dtype).eps
     assert_close("out", out, truth[0], eager[0], scale=growth * _largest(truth[0]) if case.cosine else 0.0)
@@ -208,7 +208,7 @@ def _window_logit_terms(case: cases.WindowCase, inputs: cases.WindowInputs) -> f
     return _largest(terms.square().sum((0, 1, 3, 4)).sqrt())
 
 
-def _window_oracle(
+def window_oracle(
     inputs: cases.WindowInputs, dtype: torch.dtype, backward: bool
 ) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
     """out and lse, and the gradients by name."""

@@ -85,6 +85,14 @@ def score_size(model: nn.Module) -> float:
     return max(sizes)
 
 
+def check_output(name: str, actual: Tensor, model: nn.Module, pixels: Tensor, **how: Any) -> None:
+    """actual beside the first output of a transformers model, by the rule of helpers.compare."""
+    with torch.no_grad():
+        eager = model(pixels, **how)[0]
+        truth = copy.deepcopy(model).double()(pixels.double(), **how)[0]
+    assert_close(name, actual, truth, eager, scale=score_size(model) * float(truth.abs().max()))
+
+
 def check_parity(model: nn.Module, pixels: Tensor, *, ours: nn.Module | None = None, gradients: bool = True) -> None:
     """Outputs, and the gradient of each parameter by itself, by the rule of helpers.compare."""
     oracle = copy.deepcopy(model).double()
@@ -292,7 +300,7 @@ def test_there_and_back(version: str, head: bool, tmp_path: Path) -> None:
     assert torch.equal(read(pixels)[0], expected)
     again = read.to_transformers()
     assert type(again) is type(model) and again is not model
-    torch.testing.assert_close(again(pixels)[0], expected, rtol=0, atol=1e-4)
+    check_output("written back", expected, again, pixels)
 
     # A file that was written with the names of live modules.
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -357,7 +365,7 @@ def test_published_checkpoints(version: str, tmp_path: Path) -> None:
         {name: w.clone().contiguous() for name, w in weights.items()}, tmp_path / "model.safetensors"
     )
     read = classifier.from_pretrained(tmp_path)
-    torch.testing.assert_close(read(pixels).logits, model(pixels).logits, rtol=0, atol=1e-4)
+    check_output("logits", read(pixels).logits, model, pixels)
 
     with pytest.raises(ValueError, match=r"from_published: weights must have the published names"):
         classifier.from_published(dict(model.named_parameters()))
@@ -427,7 +435,7 @@ def test_swinv2_at_another_window_measures_as_before() -> None:
     theirs = transformers.Swinv2Model(config).eval()
     theirs.load_state_dict(larger.to_transformers().state_dict())
     pixels = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(larger(pixels)[0], theirs(pixels)[0], rtol=0, atol=1e-4)
+    check_output("resized", larger(pixels)[0], theirs, pixels)
     assert larger.resized(window_size=4, image_size=32).config.pretrained_window_sizes == (4, 4)
 
 
@@ -437,9 +445,8 @@ def test_absolute_positions_at_another_size() -> None:
     pixels = torch.randn(1, 3, 48, 48)
     with pytest.raises(ValueError, match=r"pixel_values must give \(16, 16\) patches.* got \(24, 24\)"):
         ours(pixels)
-    theirs = model(pixels, interpolate_pos_encoding=True)[0]
-    torch.testing.assert_close(ours(pixels, interpolate_pos_encoding=True)[0], theirs, rtol=0, atol=1e-4)
-    torch.testing.assert_close(ours.resized(image_size=48)(pixels)[0], theirs, rtol=0, atol=1e-4)
+    for found in (ours(pixels, interpolate_pos_encoding=True)[0], ours.resized(image_size=48)(pixels)[0]):
+        check_output("interpolated", found, model, pixels, interpolate_pos_encoding=True)
 
 
 # ---- models of their own ----
@@ -464,7 +471,7 @@ def test_new_models_are_initialised_and_trainable(version: str) -> None:
     assert again.base is model.base
     theirs = model.eval().to_transformers()
     pixels = torch.randn(1, 3, 32, 32)
-    torch.testing.assert_close(theirs(pixels)[0], model(pixels)[0], rtol=0, atol=1e-5)
+    check_output("logits", model(pixels)[0], theirs, pixels)
 
 
 @versions

@@ -107,7 +107,7 @@ def test_which_pairs_meet(simt: Any, grid: tuple[int, ...], window: tuple[int, .
                     expected[i, j] = 1 / len(group)
     actual = out.view(width, heads * 128)[:, :width].float()
     assert torch.equal(actual > 0, expected > 0)
-    torch.testing.assert_close(actual, expected, atol=0, rtol=2**-10)
+    torch.testing.assert_close(actual, expected, atol=0, rtol=torch.finfo(torch.float16).eps)
 
 
 @both_lengths
@@ -178,6 +178,32 @@ def test_other_layouts_are_copied(simt: Any, case: WindowCase) -> None:
         assert all(torch.equal(a, b) for a, b in zip(_call(simt, x), expected, strict=True))
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mask_value": 0.0},
+        {"mask_value": 100.0},
+        {"shift_size": [0, 0]},
+        {"shift_size": [2, 3]},
+        {"shift_size": [3, 4]},
+        {"window_size": [7, 6]},
+    ],
+    ids=str,
+)
+def test_a_broken_mask_is_caught(simt: Any, wrong: dict[str, Any]) -> None:
+    """The kernels told something else than the oracle: no mask, its sign, other shifts, another window."""
+
+    class Broken:
+        @staticmethod
+        def window_attention(*tensors: Any, **how: Any) -> Any:
+            return simt.window_attention(*tensors, **how | wrong)
+
+    case = WindowCase("", (14, 21), (7, 7), (3, 3), bias=None)
+    checks.check_window_attention(simt, case, torch.bfloat16, backward=False)
+    with pytest.raises(AssertionError, match="out: largest error"):
+        checks.check_window_attention(Broken, case, torch.bfloat16, backward=False)
+
+
 def test_more_windows_than_multiprocessors_leave_few_sums(simt: Any) -> None:
     """Partial sums follow the number of multiprocessors, not of windows; one window each is the extreme."""
     case = WindowCase("", (28, 28), (4, 4), (2, 2), heads=1, qkv_bias=True)
@@ -186,9 +212,8 @@ def test_more_windows_than_multiprocessors_leave_few_sums(simt: Any) -> None:
     for sm_count in (1, 5, 1024):
         simt._configure(1, sm_count, H200_SHARED)
         results.append(_call(simt, x))
+        checks.check_window_attention(simt, case, torch.bfloat16)  # sums of more parts, in another order
     assert all(torch.equal(r[2], results[0][2]) for r in results)
-    for r in results[1:]:  # in float32, in another order
-        torch.testing.assert_close(r[3], results[0][3], atol=1e-4, rtol=0)
 
 
 def test_kernel_table_lists_what_runs(simt: Any) -> None:
