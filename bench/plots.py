@@ -81,7 +81,8 @@ def draw(path: Path, figure: Figure) -> bool:
         return False
     style = {
         "svg.hashsalt": "warpform",  # the same picture from the same rows, byte for byte
-        "font.family": "DejaVu Sans",
+        "svg.fonttype": "none",  # text stays text: smaller, and can be searched
+        "font.family": ["DejaVu Sans", "sans-serif"],
         "font.size": 8,
         "text.color": INK,
         "axes.labelcolor": INK,
