@@ -200,10 +200,9 @@ struct DisentangledScore {
   __device__ __forceinline__ static void add_step(float (&scores)[kN][4], const uint32_t (&terms)[4], int step) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      Vec<T, 2> pair;
-      __builtin_memcpy(&pair, &terms[i], 4);
-      scores[2 * step + i / 2][i % 2 * 2] += to_float(pair[0]);
-      scores[2 * step + i / 2][i % 2 * 2 + 1] += to_float(pair[1]);
+      const auto pair = unpack2<T>(terms[i]);
+      scores[2 * step + i / 2][i % 2 * 2] += pair[0];
+      scores[2 * step + i / 2][i % 2 * 2 + 1] += pair[1];
     }
   }
 };

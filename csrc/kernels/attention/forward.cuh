@@ -17,7 +17,7 @@
 #include "attention/sequences.cuh"
 #include "attention/tiles.cuh"
 #include "device/mma.cuh"
-#include "device/reduce.cuh"
+#include "device/softmax.cuh"
 
 namespace warpform {
 
@@ -33,42 +33,6 @@ __device__ __forceinline__ void write_empty_rows(const AttentionForwardParams& p
   }
   for (int i = static_cast<int>(threadIdx.x); i < rows; i += kThreads) {
     store_global(params.lse + static_cast<int64_t>(head) * p.total_q + row + i, negative_infinity());
-  }
-}
-
-// One step of the online softmax over the scores of 16 kM rows: s becomes the unnormalised probabilities, `o` and the
-// sums are rescaled to the new maxima. Sums stay partial to the lane until the end.
-template <int kM, int kN, int kO>
-__device__ __forceinline__ void online_softmax(float (&s)[kM][kN][4], float (&o)[kM][kO][4], float (&row_max)[kM][2],
-                                               float (&row_sum)[kM][2], float factor) {
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float top = row_max[m][r];
-#pragma unroll
-      for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
-      top = warp_reduce<4>(top, Max{});
-      // A row that has seen no key yet keeps -inf: measured from 0, its exponentials are 0 and not NaN.
-      const float base = top == negative_infinity() ? 0.f : top * factor;
-      const float rescale = exp2_approx(row_max[m][r] * factor - base);
-      row_max[m][r] = top;
-      float sum = row_sum[m][r] * rescale;
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-#pragma unroll
-        for (int e = 2 * r; e < 2 * r + 2; ++e) {
-          s[m][n][e] = exp2_approx(s[m][n][e] * factor - base);
-          sum += s[m][n][e];
-        }
-      }
-      row_sum[m][r] = sum;
-#pragma unroll
-      for (int n = 0; n < kO; ++n) {
-        o[m][n][2 * r] *= rescale;
-        o[m][n][2 * r + 1] *= rescale;
-      }
-    }
   }
 }
 

@@ -20,13 +20,9 @@
 #include "attention/launch.h"
 #include "device/memory.cuh"
 #include "device/ptx.cuh"
+#include "device/softmax.cuh"
 
 namespace warpform {
-
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-
-__device__ __forceinline__ float negative_infinity() { return -INFINITY; }
 
 // One sequence's two sides. They end together: query i stands at position i + k_length - q_length.
 struct Pair {

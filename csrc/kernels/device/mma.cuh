@@ -108,6 +108,14 @@ __device__ __forceinline__ void load_b(uint32_t (&b)[4], SharedTile<kCols> tile,
   ldmatrix_x4_trans(b, fragment_address(tile, lane, row, col));
 }
 
+// The two elements of T that a register holds.
+template <class T>
+__device__ __forceinline__ Vec<float, 2> unpack2(uint32_t pair) {
+  Vec<T, 2> v;
+  __builtin_memcpy(&v, &pair, 4);
+  return {{to_float(v[0]), to_float(v[1])}};
+}
+
 // The A operand of k-step `step` from the accumulators of a product before, rounded to T: no shared memory between.
 template <class T, int kTiles>
 __device__ __forceinline__ void pack_a(uint32_t (&a)[4], const float (&acc)[kTiles][4], int step) {

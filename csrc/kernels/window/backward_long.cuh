@@ -53,7 +53,7 @@ __device__ __forceinline__ QueryFacts query_facts(const WindowBackwardParams& pa
   const int row = rows[query];
   QueryFacts facts{INFINITY, 0.f};
   if (row != kOutside) {
-    facts.lse = load_global(params.lse + (index * p.heads + head) * p.tokens + query) * kWindowLog2e;
+    facts.lse = load_global(params.lse + (index * p.heads + head) * p.tokens + query) * kLog2e;
   }
   if (row >= 0) facts.delta = load_global(params.delta + (image_begin(p, image) + row) * p.heads + head);
   return facts;

@@ -97,7 +97,7 @@ window_attention_backward_short(const __grid_constant__ WindowBackwardParams par
       hide_columns(s[0], 0, p.tokens);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float top = minus_infinity(), sum = 0.f;
+        float top = negative_infinity(), sum = 0.f;
 #pragma unroll
         for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[0][n][2 * r], s[0][n][2 * r + 1]));
         top = warp_reduce<4>(top, Max{});

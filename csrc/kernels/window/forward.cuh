@@ -11,43 +11,10 @@
 // Measured  not yet: no GPU run so far.
 #pragma once
 
-#include "device/reduce.cuh"
+#include "device/softmax.cuh"
 #include "window/scores.cuh"
 
 namespace warpform {
-
-// One step of the online softmax: s becomes unnormalised probabilities, `o` and the sums are rescaled to the new
-// maxima. Sums stay partial to the lane.
-template <int kN, int kO>
-__device__ __forceinline__ void window_softmax(float (&s)[kN][4], float (&o)[kO][4], float (&row_max)[2],
-                                               float (&row_sum)[2]) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float top = row_max[r];
-#pragma unroll
-    for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
-    top = warp_reduce<4>(top, Max{});
-    // A mask of -inf can hide a whole block: measured from 0, its exponentials are 0 and not NaN.
-    const float base = top == minus_infinity() ? 0.f : top;
-    const float rescale = exp2_approx(row_max[r] - base);
-    row_max[r] = top;
-    float sum = row_sum[r] * rescale;
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int e = 2 * r; e < 2 * r + 2; ++e) {
-        s[n][e] = exp2_approx(s[n][e] - base);
-        sum += s[n][e];
-      }
-    }
-    row_sum[r] = sum;
-#pragma unroll
-    for (int n = 0; n < kO; ++n) {
-      o[n][2 * r] *= rescale;
-      o[n][2 * r + 1] *= rescale;
-    }
-  }
-}
 
 // Q, K and V twice, and the rows of three windows: of the one worked on, the one loaded, the one after.
 __host__ __device__ constexpr int window_forward_shared_bytes(const WindowProblem& p, int bucket) {
@@ -105,7 +72,7 @@ __global__ void __launch_bounds__(window_threads(kBucket), window_forward_ctas(k
     const Window window = window_at(p, index);
     const bool warp_has_rows = My::head() < p.heads && first_query + My::row() < p.tokens;
     float o[1][kO][4] = {};
-    float row_max[2] = {minus_infinity(), minus_infinity()}, row_sum[2] = {};
+    float row_max[1][2] = {{negative_infinity(), negative_infinity()}}, row_sum[1][2] = {};
     for (int n = 0; n < p.blocks.divisor; ++n) {
       cp_async_wait<0>();
       block_sync();  // this step is here, and nobody works on the one before any more
@@ -124,7 +91,7 @@ __global__ void __launch_bounds__(window_threads(kBucket), window_forward_ctas(k
         mma_abt<T, kBucket>(s, tile(0, stage_q), My::row(), tile(1, stage), 0, p.head_dim, My::col());
         score.query_rows(s[0], window, first_query + My::row(), My::row(), n * kBlock);
         hide_columns(s[0], n * kBlock, p.tokens);
-        window_softmax(s[0], o[0], row_max, row_sum);
+        online_softmax(s, o, row_max, row_sum, 1.f);
         uint32_t probabilities[1][kN / 2][4];
         pack_accumulators<T>(probabilities, s);
         mma_packed_b<T>(o, probabilities, tile(2, stage), My::col(), p.head_dim);
@@ -139,12 +106,12 @@ __global__ void __launch_bounds__(window_threads(kBucket), window_forward_ctas(k
       float inverse[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float sum = warp_reduce<4>(row_sum[r], Sum{});
+        const float sum = warp_reduce<4>(row_sum[0][r], Sum{});
         inverse[r] = reciprocal_approx(sum);
         const int row = first_query + My::row() + 8 * r + g;
         if (params.lse != nullptr && t == 0 && row < p.tokens) {
           const int64_t at = (static_cast<int64_t>(index) * p.heads + My::head()) * p.tokens + row;
-          store_global(params.lse + at, (row_max[r] + log2_approx(sum)) * kWindowLn2);
+          store_global(params.lse + at, (row_max[0][r] + log2_approx(sum)) * kLn2);
         }
       }
       warp_sync();

@@ -4,23 +4,12 @@
 // tokens i and j is place(i) - place(j) + centre. The head's column of the table is copied there once a CTA, in base 2.
 #pragma once
 
+#include "device/softmax.cuh"
 #include "window/windows.cuh"
 
 namespace warpform {
 
-constexpr float kWindowLog2e = 1.4426950408889634f;
-constexpr float kWindowLn2 = 0.6931471805599453f;
 constexpr float kMaxLogitScale = 4.605170185988092f;  // ln 100
-
-__device__ __forceinline__ float minus_infinity() { return -INFINITY; }
-
-// Two floats in the low and high half of a register of T.
-template <class T>
-__device__ __forceinline__ Vec<float, 2> unpack2(uint32_t pair) {
-  Vec<T, 2> v;
-  __builtin_memcpy(&v, &pair, 4);
-  return {{to_float(v[0]), to_float(v[1])}};
-}
 
 // Shared memory beside the tiles, for every kernel of the family: facts about the tokens, of each team the inverse
 // norms of kBlock rows of queries and of keys, where the rows of one window or more are, and the bias columns of the
@@ -57,7 +46,7 @@ struct WindowShared {
       if (first_head + team >= p.heads) break;
       for (int i = static_cast<int>(threadIdx.x); i < p.table_entries; i += kThreads) {
         const float b = load_scalar(p.table, p.table_dtype, static_cast<int64_t>(i) * p.heads + first_head + team);
-        store_shared(bias + (team * p.table_entries + i) * 4, b * kWindowLog2e);
+        store_shared(bias + (team * p.table_entries + i) * 4, b * kLog2e);
       }
     }
   }
@@ -94,13 +83,13 @@ struct WindowScore {
       : shared(shared_),
         bias(p.table == nullptr ? 0
                                 : shared.bias + (Work<kBucket>::team() * p.table_entries + p.table_entries / 2) * 4),
-        factor(p.scale * kWindowLog2e),
-        mask(p.mask_value * kWindowLog2e),
+        factor(p.scale * kLog2e),
+        mask(p.mask_value * kLog2e),
         cosine(p.logit_scale != nullptr) {
     if (cosine) {
       const int head = Work<kBucket>::head();
       const float logit = head < p.heads ? load_scalar(p.logit_scale, p.logit_scale_dtype, head) : 0.f;
-      factor = exp2_approx(fminf(logit, kMaxLogitScale) * kWindowLog2e) * kWindowLog2e;
+      factor = exp2_approx(fminf(logit, kMaxLogitScale) * kLog2e) * kLog2e;
     }
   }
 
@@ -111,7 +100,7 @@ struct WindowScore {
   __device__ __forceinline__ uint32_t key_norms() const { return query_norms() + kBlock * 4; }
 
   // d score / d of what `factor` multiplies.
-  __device__ __forceinline__ float gradient_factor() const { return factor * kWindowLn2; }
+  __device__ __forceinline__ float gradient_factor() const { return factor * kLn2; }
 
   // The accumulators of 16 rows x 8 kN columns of products become exponents, with queries or keys as rows. `row` and
   // `col` are the first tokens, `row_in_tile` is row's place in its tile; columns begin theirs.
@@ -188,7 +177,7 @@ __device__ __forceinline__ void hide_columns(float (&s)[kN][4], int col, int tok
   for (int n = 0; n < kN; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      if (col + 8 * n + e % 2 >= tokens) s[n][e] = minus_infinity();
+      if (col + 8 * n + e % 2 >= tokens) s[n][e] = negative_infinity();
     }
   }
 }
