@@ -100,6 +100,42 @@ STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
           kWindows,
       "(Tensor dqkv, Tensor dtable, Tensor dlogit_scale, Tensor dqkv_bias)");
 
+  // ---- Monarch ----
+
+  // Product with a block-diagonal matrix, w [nblocks, out / nblocks, in / nblocks]; x may be strided in its leading
+  // dimensions.
+  def(m, "blockdiag_multiply", "Tensor x, Tensor w, Tensor? bias=None", "Tensor");
+  // dbias is empty without a bias.
+  def(m, "blockdiag_multiply_backward", "Tensor dout, Tensor x, Tensor w, bool has_bias",
+      "(Tensor dx, Tensor dw, Tensor dbias)");
+  // Product with a Monarch matrix: two block-diagonal factors with a permutation before and after the second.
+  def(m, "monarch_multiply", "Tensor x, Tensor w1, Tensor w2", "Tensor");
+  // Recomputes what lies between the factors.
+  def(m, "monarch_multiply_backward", "Tensor dout, Tensor x, Tensor w1, Tensor w2",
+      "(Tensor dx, Tensor dw1, Tensor dw2)");
+  // Monarch Mixer's MLP: block-diagonal to twice the width, GELU of one half times the other, block-diagonal back.
+  def(m, "blockdiag_glu", "Tensor x, Tensor w_up, Tensor w_down, Tensor? bias=None", "Tensor");
+  // Recomputes the wide activations; dbias is empty without a bias.
+  def(m, "blockdiag_glu_backward", "Tensor dout, Tensor x, Tensor w_up, Tensor w_down, bool has_bias",
+      "(Tensor dx, Tensor dw_up, Tensor dw_down, Tensor dbias)");
+
+  // ---- long convolutions ----
+
+  // postgate * (conv(pregate * u) + skip * pregate * u), the filter given by its spectrum, float32 [channels, n / 2 +
+  // 1, 2], the real FFT of n points. `fft_conv`, which takes taps, is made of it.
+  def(m, "spectral_conv", "Tensor u, Tensor spectrum, Tensor? skip=None, Tensor? pregate=None, Tensor? postgate=None",
+      "Tensor");
+  // Empty for those that are None.
+  def(m, "spectral_conv_backward",
+      "Tensor dout, Tensor u, Tensor spectrum, Tensor? skip, Tensor? pregate, Tensor? postgate",
+      "(Tensor du, Tensor dspectrum, Tensor dskip, Tensor dpregate, Tensor dpostgate)");
+  // A projection [batch, seqlen, 3 channels] becomes the convolution's operands [batch, channels, seqlen]: a short
+  // causal depthwise convolution, then the third part gated by the first, and the second.
+  def(m, "short_conv_gate", "Tensor x, Tensor weight, Tensor? bias=None", "(Tensor gated, Tensor gate)");
+  // dbias is empty without a bias.
+  def(m, "short_conv_gate_backward", "Tensor dgated, Tensor dgate, Tensor x, Tensor weight, Tensor? bias",
+      "(Tensor dx, Tensor dweight, Tensor dbias)");
+
   // ---- facts about this binary ----
 
   // What it was built with, as JSON.
