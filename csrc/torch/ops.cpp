@@ -36,6 +36,11 @@ const std::string kDisentangledSequences =
 // backward.
 const std::string kWindows = "SymInt[] window_size, SymInt[] shift_size, *, float? scale=None, float mask_value=-100.0";
 
+// A routing plan: which groups of hidden dimensions each token uses, and the order that sorts tokens by them.
+const std::string kRouting =
+    "Tensor group_mask, Tensor perm, Tensor inverse, Tensor tile_mask, Tensor tile_class, Tensor? out_mask, SymInt "
+    "num_groups, SymInt num_classes";
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
@@ -135,6 +140,23 @@ STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
   // dbias is empty without a bias.
   def(m, "short_conv_gate_backward", "Tensor dgated, Tensor dgate, Tensor x, Tensor weight, Tensor? bias",
       "(Tensor dx, Tensor dweight, Tensor dbias)");
+
+  // ---- hidden routing ----
+
+  // The groups that each token uses, as bits of an int64: the first num_shared, and those that idx [tokens, k] names.
+  def(m, "routing_mask", "Tensor idx, SymInt num_groups, SymInt num_shared", "Tensor");
+  // Tokens sorted by class and group mask, cut into tiles of one class; of each tile the union of its masks.
+  def(m, "routing_plan", "Tensor group_mask, Tensor? token_class, SymInt num_groups, SymInt num_classes, SymInt tile",
+      "(Tensor perm, Tensor inverse, Tensor tile_mask, Tensor tile_class)");
+  // The sum over a token's groups of gate times weight times its part of x, plus bias.
+  def(m, "hidden_gather_linear", "Tensor x, Tensor w, Tensor? gates, Tensor? bias, " + kRouting, "Tensor");
+  // A token's groups of the output alone, gate times (weight times x plus bias), 0 elsewhere. With keep_ungated also
+  // without the gates, with dot_with the product of that with another tensor, group by group; else those are empty.
+  def(m, "hidden_scatter_linear",
+      "Tensor x, Tensor w, Tensor? gates, Tensor? bias, Tensor? dot_with, bool keep_ungated, " + kRouting,
+      "(Tensor out, Tensor ungated, Tensor dots)");
+  // Gradient of the weight of either, float32, summed over tokens in a fixed order; routed_out is of the second.
+  def(m, "hidden_weight_grad", "Tensor x, Tensor dy, Tensor? gates, bool routed_out, " + kRouting, "Tensor");
 
   // ---- facts about this binary ----
 

@@ -1,0 +1,284 @@
+"""Linear layers whose input or output is routed: each token reads, or writes, its groups of hidden dimensions alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _check
+from ._register import register_op
+from .reference import hidden as reference
+from .routing import RoutingPlan
+
+
+def _accumulated(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _gather_fake(x: Tensor, w: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.size(0), w.size(-2))
+
+
+def _scatter_fake(
+    x: Tensor, w: Tensor, gates: Tensor | None, bias: Tensor | None, dot_with: Tensor | None, keep: bool, *plan: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape, num_groups = (x.size(0), w.size(-2)), plan[6]
+    dots = (0,) if dot_with is None else (x.size(0), num_groups)
+    return (
+        x.new_empty(shape),
+        x.new_empty(shape if keep else (0,)),
+        x.new_empty(dots, dtype=_accumulated(x.dtype)),
+    )
+
+
+def _weight_fake(x: Tensor, dy: Tensor, gates: Tensor | None, routed_out: bool, *plan: Any) -> Tensor:
+    return x.new_empty(plan[7], dy.size(1), x.size(1), dtype=_accumulated(x.dtype))
+
+
+def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, w, gates, bias, *plan = inputs
+    *ctx_plan, ctx.num_groups, ctx.num_classes = plan
+    ctx.bias = None if bias is None else (bias.dim(), bias.dtype)
+    ctx.save_for_backward(x, w, gates, *ctx_plan)
+
+
+def _gather_gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    x, w, gates, *tensors = ctx.saved_tensors
+    plan = (*tensors, ctx.num_groups, ctx.num_classes)
+    need_x, need_w, need_gates, need_bias = ctx.needs_input_grad[:4]
+    dx = dgates = dw = dbias = None
+    if need_x or need_gates:
+        dx, _, dots = _scatter(
+            dout, w.transpose(-1, -2), gates, None, x if need_gates and gates is not None else None, False, *plan
+        )
+        dgates = dots.to(gates.dtype) if gates is not None and need_gates else None
+    if need_w:
+        dw = _weight_grad(x, dout, gates, False, *plan).view(w.shape).to(w.dtype)
+    if need_bias and ctx.bias is not None:
+        dbias = _bias_gradient(dout, ctx.bias, plan)
+    return (dx if need_x else None), dw, dgates, dbias, *(None,) * 8
+
+
+def _scatter_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, w, gates, bias, _, _, *plan = inputs
+    *ctx_plan, ctx.num_groups, ctx.num_classes = plan
+    ctx.bias = None if bias is None else (bias.dim(), bias.dtype)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(x, w, gates, output[1], *ctx_plan)
+
+
+def _scatter_gradient(ctx: Any, dout: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 14
+    x, w, gates, ungated, *tensors = ctx.saved_tensors
+    plan = (*tensors, ctx.num_groups, ctx.num_classes)
+    need_x, need_w, need_gates, need_bias = ctx.needs_input_grad[:4]
+    dx = dw = dgates = dbias = None
+    if need_x:
+        dx = _gather(dout, w.transpose(-1, -2), gates, None, *plan)
+    if need_w:
+        dw = _weight_grad(x, dout, gates, True, *plan).view(w.shape).to(w.dtype)
+    if need_gates and gates is not None:
+        # What a token does not use is 0 in the one, and may be anything in the other.
+        there = reference.unpack_bits(plan[0], ctx.num_groups).unsqueeze(2)
+        width = dout.size(1) // ctx.num_groups
+        mine = torch.where(there, dout.unflatten(1, (-1, width)), 0).to(gates.dtype)
+        dgates = (mine * ungated.unflatten(1, (-1, width))).sum(2)
+    if need_bias and ctx.bias is not None:
+        there = reference.unpack_bits(plan[0], ctx.num_groups).unsqueeze(2)
+        scaled = torch.where(there, dout.unflatten(1, (ctx.num_groups, -1)), 0).to(_accumulated(dout.dtype))
+        if gates is not None:
+            scaled = scaled * torch.where(there, gates.unsqueeze(2), 0)
+        dbias = _bias_gradient(scaled.flatten(1), ctx.bias, plan)
+    return dx, dw, dgates, dbias, *(None,) * 10
+
+
+def _bias_gradient(dout: Tensor, bias: tuple[int, torch.dtype], plan: tuple[Any, ...]) -> Tensor:
+    dim, dtype = bias
+    dout = dout.to(_accumulated(dout.dtype))
+    if dim == 1:
+        return dout.sum(0).to(dtype)
+    token_class = reference.Routing(*plan).token_class
+    members = token_class.unsqueeze(0) == torch.arange(plan[7], device=dout.device).unsqueeze(1)
+    return (members.to(dout.dtype) @ dout).to(dtype)
+
+
+_gather = register_op(
+    "hidden_gather_linear",
+    reference=reference.hidden_gather_linear,
+    fake=_gather_fake,
+    backward=_gather_gradient,
+    setup_context=_gather_setup,
+    autocast=("x", "w", "bias"),
+)
+_scatter = register_op(
+    "hidden_scatter_linear",
+    reference=reference.hidden_scatter_linear,
+    fake=_scatter_fake,
+    backward=_scatter_gradient,
+    setup_context=_scatter_setup,
+    autocast=("x", "w", "bias", "dot_with"),
+)
+_weight_grad = register_op("hidden_weight_grad", reference=reference.hidden_weight_grad, fake=_weight_fake)
+
+
+def hidden_gather_linear(
+    x: Tensor, w: Tensor, plan: RoutingPlan, gates: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """y = sum over a token's groups g of gates_g W_g x_g, + bias: a linear layer that reads what the token uses.
+
+    MoHD (arXiv 2412.05644). What x holds in groups that a token does not use is never used, be it NaN.
+
+    Args:
+        x: [T, N * m], N groups of m dimensions; float16, bfloat16, float32 or float64. Rows may be strided.
+        w: [O, N * m] as in a linear layer, or [C, O, N * m] for a plan with classes; x's dtype. Transposed views are
+            read as they are.
+        plan: of T tokens and N groups. With an out_mask, O must be a multiple of its length.
+        gates: [T, N], float32 (float64 for float64 inputs); they carry the activation scale. None: 1.
+        bias: [O], or [C, O] with classes; x's dtype.
+
+    Returns:
+        [T, O] like x, summed in float32 (float64 for float64). Gradients reach x, w, gates and bias, and are the same
+        bit by bit in each run.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, tensors on different devices.
+    """
+    op = "hidden_gather_linear"
+    _check_arguments(op, x, w, plan, gates, bias, routed_out=False)
+    _check.log(op, x=x, w=w, gates=gates, bias=bias, num_groups=plan.num_groups, num_classes=plan.num_classes)
+    return _gather(x, w, gates, bias, *plan.arguments())
+
+
+def hidden_scatter_linear(
+    x: Tensor, w: Tensor, plan: RoutingPlan, gates: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """y_g = gates_g (W_g x + bias_g) for a token's groups g, 0 in its others: it writes what the token uses.
+
+    MoHD (arXiv 2412.05644). Where gates have a gradient, the result without them is kept for it, as many bytes as the
+    output.
+
+    Args:
+        x: [T, K], float16, bfloat16, float32 or float64. Rows may be strided.
+        w: [N * m, K] as in a linear layer, N groups of m dimensions, or [C, N * m, K] for a plan with classes; x's
+            dtype. Transposed views are read as they are.
+        plan: of T tokens and N groups. With an out_mask, K must be a multiple of its length.
+        gates: [T, N], float32 (float64 for float64 inputs). None: 1.
+        bias: [N * m], or [C, N * m] with classes; x's dtype.
+
+    Returns:
+        [T, N * m] like x. Gradients reach x, w, gates and bias, and are the same bit by bit in each run.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, tensors on different devices.
+    """
+    op = "hidden_scatter_linear"
+    _check_arguments(op, x, w, plan, gates, bias, routed_out=True)
+    _check.log(op, x=x, w=w, gates=gates, bias=bias, num_groups=plan.num_groups, num_classes=plan.num_classes)
+    keep = gates is not None and gates.requires_grad and torch.is_grad_enabled()
+    out, _, _ = _scatter(x, w, gates, bias, None, keep, *plan.arguments())
+    return out
+
+
+def hidden_weight_grad(x: Tensor, dy: Tensor, plan: RoutingPlan, gates: Tensor | None = None, *, routed: str) -> Tensor:
+    """The gradient of the weight of `hidden_gather_linear` (routed "in") or `hidden_scatter_linear` (routed "out").
+
+    Args:
+        x: the layer's input, [T, N * m] or [T, K].
+        dy: the gradient of its output, [T, O] or [T, N * m]; x's dtype.
+        plan, gates: as in the layer.
+        routed: "in" or "out".
+
+    Returns:
+        float32 (float64 for float64 inputs) [O, N * m] or [N * m, K], behind [C] with classes; sum over tokens of
+        dy_t (gates_g x_g)_t^T, or (gates_g dy_g)_t x_t^T. The same bit by bit in each run.
+
+    Raises:
+        TypeError, ValueError: as hidden_gather_linear, and for another `routed`.
+    """
+    op = "hidden_weight_grad"
+    if routed not in ("in", "out"):
+        raise ValueError(f'{op}: routed must be "in" or "out", got {routed!r}')
+    for name, value in (("x", x), ("dy", dy)):
+        _check.tensor(op, name, value)
+        _check.floating(op, name, value)
+        if value.dim() != 2:
+            raise ValueError(f"{op}: {name} must be of shape [tokens, width], got {_check.describe(value)}")
+    if dy.dtype != x.dtype:
+        raise TypeError(f"{op}: dy must be {_check.dtype_name(x.dtype)} as x is, got {_check.describe(dy)}")
+    _check.same_device(op, "dy", dy, "x", x)
+    if dy.size(0) != x.size(0):
+        raise ValueError(f"{op}: dy must have {x.size(0)} rows as x has, got {_check.describe(dy)}")
+    mine, other = (("dy", dy), ("x", x)) if routed == "out" else (("x", x), ("dy", dy))
+    _check_plan(op, plan, x, mine[0], mine[1].size(1), other[0], other[1].size(1))
+    _check_gates(op, gates, x, plan)
+    dw = _weight_grad(x, dy, gates, routed == "out", *plan.arguments())
+    return dw if plan.num_classes > 1 else dw.squeeze(0)
+
+
+def _check_arguments(
+    op: str, x: Tensor, w: Tensor, plan: RoutingPlan, gates: Tensor | None, bias: Tensor | None, *, routed_out: bool
+) -> None:
+    _check.tensor(op, "x", x)
+    _check.floating(op, "x", x)
+    if x.dim() != 2:
+        raise ValueError(f"{op}: x must be of shape [tokens, width], got {_check.describe(x)}")
+    _check.tensor(op, "w", w)
+    if not isinstance(plan, RoutingPlan):
+        raise TypeError(f"{op}: plan must be a RoutingPlan, got {_check.describe(plan)}")
+    classes = [plan.num_classes] if w.dim() == 3 or plan.num_classes > 1 else []
+    if w.dim() != 2 + len(classes) or w.size(-1) != x.size(1) or list(w.shape[:-2]) != classes:
+        expected = ", ".join(map(str, [*classes, "outputs", x.size(1)]))
+        raise ValueError(
+            f"{op}: w must be of shape [{expected}] for x and the plan's classes, got {_check.describe(w)}"
+        )
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if w.dtype != x.dtype and not autocast:
+        raise TypeError(f"{op}: w must be {_check.dtype_name(x.dtype)} as x is, got {_check.describe(w)}")
+    _check.same_device(op, "w", w, "x", x)
+    if routed_out:
+        _check_plan(op, plan, x, "w's outputs", w.size(-2), "x", x.size(1))
+    else:
+        _check_plan(op, plan, x, "x", x.size(1), "w's outputs", w.size(-2))
+    _check_gates(op, gates, x, plan)
+    if bias is not None:
+        _check.tensor(op, "bias", bias)
+        if tuple(bias.shape) not in ((w.size(-2),), (plan.num_classes, w.size(-2))):
+            raise ValueError(
+                f"{op}: bias must be of shape [{w.size(-2)}] or [{plan.num_classes}, {w.size(-2)}], "
+                f"got {_check.describe(bias)}"
+            )
+        if bias.dtype != x.dtype and not autocast:
+            raise TypeError(f"{op}: bias must be {_check.dtype_name(x.dtype)} as x is, got {_check.describe(bias)}")
+        _check.same_device(op, "bias", bias, "x", x)
+
+
+def _check_plan(op: str, plan: RoutingPlan, x: Tensor, routed: str, width: int, plain: str, other: int) -> None:
+    if not isinstance(plan, RoutingPlan):
+        raise TypeError(f"{op}: plan must be a RoutingPlan, got {_check.describe(plan)}")
+    _check.same_device(op, "plan", plan.group_mask, "x", x)
+    if plan.tokens != x.size(0):
+        raise ValueError(f"{op}: plan must be of {x.size(0)} tokens as x is, got one of {plan.tokens}")
+    if width % plan.num_groups:
+        raise ValueError(f"{op}: {routed} must come in {plan.num_groups} groups of equal width, got {width}")
+    if plan.out_mask is not None and other % plan.out_mask.size(0):
+        raise ValueError(f"{op}: {plain} must come in {plan.out_mask.size(0)} parts of equal width, got {other}")
+
+
+def _check_gates(op: str, gates: Tensor | None, x: Tensor, plan: RoutingPlan) -> None:
+    if gates is None:
+        return
+    _check.tensor(op, "gates", gates)
+    dtype = _accumulated(x.dtype)
+    if gates.dtype != dtype:
+        raise TypeError(f"{op}: gates must be {_check.dtype_name(dtype)} for this x, got {_check.describe(gates)}")
+    if tuple(gates.shape) != (plan.tokens, plan.num_groups):
+        raise ValueError(
+            f"{op}: gates must be of shape [{plan.tokens}, {plan.num_groups}], got {_check.describe(gates)}"
+        )
+    _check.same_device(op, "gates", gates, "x", x)
