@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import zlib
+from collections.abc import Iterator
 
 import pytest
 
@@ -35,3 +36,13 @@ def _seed(request: pytest.FixtureRequest) -> None:
     except Exception:
         return
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled before or after: for tests that count compilations."""
+    import torch
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

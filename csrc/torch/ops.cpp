@@ -150,11 +150,16 @@ STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
       "(Tensor perm, Tensor inverse, Tensor tile_mask, Tensor tile_class)");
   // The sum over a token's groups of gate times weight times its part of x, plus bias.
   def(m, "hidden_gather_linear", "Tensor x, Tensor w, Tensor? gates, Tensor? bias, " + kRouting, "Tensor");
-  // A token's groups of the output alone, gate times (weight times x plus bias), 0 elsewhere. With keep_ungated also
-  // without the gates, with dot_with the product of that with another tensor, group by group; else those are empty.
-  def(m, "hidden_scatter_linear",
-      "Tensor x, Tensor w, Tensor? gates, Tensor? bias, Tensor? dot_with, bool keep_ungated, " + kRouting,
-      "(Tensor out, Tensor ungated, Tensor dots)");
+  // dgates is empty without gates.
+  def(m, "hidden_gather_linear_backward", "Tensor dout, Tensor x, Tensor w, Tensor? gates, " + kRouting,
+      "(Tensor dx, Tensor dgates)");
+  // A token's groups of the output alone, gate times (weight times x plus bias), 0 elsewhere; with keep_ungated also
+  // without the gates, for their gradient, else that is empty.
+  def(m, "hidden_scatter_linear", "Tensor x, Tensor w, Tensor? gates, Tensor? bias, bool keep_ungated, " + kRouting,
+      "(Tensor out, Tensor ungated)");
+  // dgates is empty where ungated is None.
+  def(m, "hidden_scatter_linear_backward", "Tensor dout, Tensor? ungated, Tensor w, Tensor? gates, " + kRouting,
+      "(Tensor dx, Tensor dgates)");
   // Gradient of the weight of either, float32, summed over tokens in a fixed order; routed_out is of the second.
   def(m, "hidden_weight_grad", "Tensor x, Tensor dy, Tensor? gates, bool routed_out, " + kRouting, "Tensor");
 

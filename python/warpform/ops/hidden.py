@@ -21,97 +21,104 @@ def _gather_fake(x: Tensor, w: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.size(0), w.size(-2))
 
 
+def _gather_backward_fake(
+    dout: Tensor, x: Tensor, w: Tensor, gates: Tensor | None, *plan: Any
+) -> tuple[Tensor, Tensor]:
+    shape = (0,) if gates is None else gates.shape
+    return x.new_empty(x.shape), x.new_empty(shape, dtype=_accumulated(x.dtype))
+
+
 def _scatter_fake(
-    x: Tensor, w: Tensor, gates: Tensor | None, bias: Tensor | None, dot_with: Tensor | None, keep: bool, *plan: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape, num_groups = (x.size(0), w.size(-2)), plan[6]
-    dots = (0,) if dot_with is None else (x.size(0), num_groups)
-    return (
-        x.new_empty(shape),
-        x.new_empty(shape if keep else (0,)),
-        x.new_empty(dots, dtype=_accumulated(x.dtype)),
-    )
+    x: Tensor, w: Tensor, gates: Tensor | None, bias: Tensor | None, keep_ungated: bool, *plan: Any
+) -> tuple[Tensor, Tensor]:
+    shape = (x.size(0), w.size(-2))
+    return x.new_empty(shape), x.new_empty(shape if keep_ungated else (0,))
+
+
+def _scatter_backward_fake(
+    dout: Tensor, ungated: Tensor | None, w: Tensor, gates: Tensor | None, *plan: Any
+) -> tuple[Tensor, Tensor]:
+    shape = (0,) if ungated is None else (dout.size(0), plan[6])
+    return dout.new_empty(dout.size(0), w.size(-1)), dout.new_empty(shape, dtype=_accumulated(dout.dtype))
 
 
 def _weight_fake(x: Tensor, dy: Tensor, gates: Tensor | None, routed_out: bool, *plan: Any) -> Tensor:
     return x.new_empty(plan[7], dy.size(1), x.size(1), dtype=_accumulated(x.dtype))
 
 
-def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, w, gates, bias, *plan = inputs
-    *ctx_plan, ctx.num_groups, ctx.num_classes = plan
-    ctx.bias = None if bias is None else (bias.dim(), bias.dtype)
-    ctx.save_for_backward(x, w, gates, *ctx_plan)
+def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, w, gates, bias, *tensors, ctx.num_groups, ctx.num_classes = inputs
+    ctx.bias = bias is not None and bias.dim()
+    ctx.save_for_backward(x, w, gates, *tensors)
 
 
 def _gather_gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     x, w, gates, *tensors = ctx.saved_tensors
     plan = (*tensors, ctx.num_groups, ctx.num_classes)
     need_x, need_w, need_gates, need_bias = ctx.needs_input_grad[:4]
-    dx = dgates = dw = dbias = None
+    dx = dw = dgates = dbias = None
     if need_x or need_gates:
-        dx, _, dots = _scatter(
-            dout, w.transpose(-1, -2), gates, None, x if need_gates and gates is not None else None, False, *plan
-        )
-        dgates = dots.to(gates.dtype) if gates is not None and need_gates else None
+        dx, dgates = _gather_backward(dout, x, w, gates, *plan)
     if need_w:
         dw = _weight_grad(x, dout, gates, False, *plan).view(w.shape).to(w.dtype)
-    if need_bias and ctx.bias is not None:
-        dbias = _bias_gradient(dout, ctx.bias, plan)
-    return (dx if need_x else None), dw, dgates, dbias, *(None,) * 8
+    if need_bias:
+        dbias = _sum_of_tokens(dout, ctx.bias, plan).to(w.dtype)
+    return (dx if need_x else None), dw, (dgates if need_gates else None), dbias, *(None,) * 8
 
 
-def _scatter_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, w, gates, bias, _, _, *plan = inputs
-    *ctx_plan, ctx.num_groups, ctx.num_classes = plan
-    ctx.bias = None if bias is None else (bias.dim(), bias.dtype)
+def _save_scatter(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, w, gates, bias, ctx.kept, *tensors, ctx.num_groups, ctx.num_classes = inputs
+    ctx.bias = bias is not None and bias.dim()
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1], output[2])
-    ctx.save_for_backward(x, w, gates, output[1], *ctx_plan)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, w, gates, output[1], *tensors)
 
 
-def _scatter_gradient(ctx: Any, dout: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def _scatter_gradient(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 14
+        return (None,) * 13
     x, w, gates, ungated, *tensors = ctx.saved_tensors
     plan = (*tensors, ctx.num_groups, ctx.num_classes)
     need_x, need_w, need_gates, need_bias = ctx.needs_input_grad[:4]
     dx = dw = dgates = dbias = None
-    if need_x:
-        dx = _gather(dout, w.transpose(-1, -2), gates, None, *plan)
+    if need_gates and not ctx.kept:
+        raise RuntimeError("hidden_scatter_linear: gates have a gradient, so call it with keep_ungated")
+    if need_x or need_gates:
+        dx, dgates = _scatter_backward(dout, ungated if need_gates else None, w, gates, *plan)
     if need_w:
         dw = _weight_grad(x, dout, gates, True, *plan).view(w.shape).to(w.dtype)
-    if need_gates and gates is not None:
-        # What a token does not use is 0 in the one, and may be anything in the other.
-        there = reference.unpack_bits(plan[0], ctx.num_groups).unsqueeze(2)
-        width = dout.size(1) // ctx.num_groups
-        mine = torch.where(there, dout.unflatten(1, (-1, width)), 0).to(gates.dtype)
-        dgates = (mine * ungated.unflatten(1, (-1, width))).sum(2)
-    if need_bias and ctx.bias is not None:
+    if need_bias:
         there = reference.unpack_bits(plan[0], ctx.num_groups).unsqueeze(2)
         scaled = torch.where(there, dout.unflatten(1, (ctx.num_groups, -1)), 0).to(_accumulated(dout.dtype))
         if gates is not None:
             scaled = scaled * torch.where(there, gates.unsqueeze(2), 0)
-        dbias = _bias_gradient(scaled.flatten(1), ctx.bias, plan)
-    return dx, dw, dgates, dbias, *(None,) * 10
+        dbias = _sum_of_tokens(scaled.flatten(1), ctx.bias, plan).to(w.dtype)
+    return (dx if need_x else None), dw, (dgates if need_gates else None), dbias, *(None,) * 9
 
 
-def _bias_gradient(dout: Tensor, bias: tuple[int, torch.dtype], plan: tuple[Any, ...]) -> Tensor:
-    dim, dtype = bias
-    dout = dout.to(_accumulated(dout.dtype))
+def _sum_of_tokens(t: Tensor, dim: int, plan: tuple[Any, ...]) -> Tensor:
+    """[T, n] -> [n], or of each class [C, n], for a bias of `dim` dimensions."""
+    t = t.to(_accumulated(t.dtype))
     if dim == 1:
-        return dout.sum(0).to(dtype)
+        return t.sum(0)
     token_class = reference.Routing(*plan).token_class
-    members = token_class.unsqueeze(0) == torch.arange(plan[7], device=dout.device).unsqueeze(1)
-    return (members.to(dout.dtype) @ dout).to(dtype)
+    members = token_class == torch.arange(plan[7], device=t.device).unsqueeze(1)
+    return members.to(t.dtype) @ t
 
 
+_gather_backward = register_op(
+    "hidden_gather_linear_backward", reference=reference.hidden_gather_linear_backward, fake=_gather_backward_fake
+)
+_scatter_backward = register_op(
+    "hidden_scatter_linear_backward", reference=reference.hidden_scatter_linear_backward, fake=_scatter_backward_fake
+)
+_weight_grad = register_op("hidden_weight_grad", reference=reference.hidden_weight_grad, fake=_weight_fake)
 _gather = register_op(
     "hidden_gather_linear",
     reference=reference.hidden_gather_linear,
     fake=_gather_fake,
     backward=_gather_gradient,
-    setup_context=_gather_setup,
+    setup_context=_save_gather,
     autocast=("x", "w", "bias"),
 )
 _scatter = register_op(
@@ -119,10 +126,9 @@ _scatter = register_op(
     reference=reference.hidden_scatter_linear,
     fake=_scatter_fake,
     backward=_scatter_gradient,
-    setup_context=_scatter_setup,
-    autocast=("x", "w", "bias", "dot_with"),
+    setup_context=_save_scatter,
+    autocast=("x", "w", "bias"),
 )
-_weight_grad = register_op("hidden_weight_grad", reference=reference.hidden_weight_grad, fake=_weight_fake)
 
 
 def hidden_gather_linear(
@@ -181,7 +187,7 @@ def hidden_scatter_linear(
     _check_arguments(op, x, w, plan, gates, bias, routed_out=True)
     _check.log(op, x=x, w=w, gates=gates, bias=bias, num_groups=plan.num_groups, num_classes=plan.num_classes)
     keep = gates is not None and gates.requires_grad and torch.is_grad_enabled()
-    out, _, _ = _scatter(x, w, gates, bias, None, keep, *plan.arguments())
+    out, _ = _scatter(x, w, gates, bias, keep, *plan.arguments())
     return out
 
 
@@ -234,9 +240,7 @@ def _check_arguments(
     classes = [plan.num_classes] if w.dim() == 3 or plan.num_classes > 1 else []
     if w.dim() != 2 + len(classes) or w.size(-1) != x.size(1) or list(w.shape[:-2]) != classes:
         expected = ", ".join(map(str, [*classes, "outputs", x.size(1)]))
-        raise ValueError(
-            f"{op}: w must be of shape [{expected}] for x and the plan's classes, got {_check.describe(w)}"
-        )
+        raise ValueError(f"{op}: w must be of shape [{expected}] for this x and plan, got {_check.describe(w)}")
     autocast = torch.is_autocast_enabled(x.device.type)
     if w.dtype != x.dtype and not autocast:
         raise TypeError(f"{op}: w must be {_check.dtype_name(x.dtype)} as x is, got {_check.describe(w)}")

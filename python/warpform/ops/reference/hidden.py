@@ -37,8 +37,11 @@ def routing_mask(idx: Tensor, num_groups: int, num_shared: int) -> Tensor:
 
 
 def plan_tiles(tokens: int, num_classes: int, tile: int) -> int:
-    """Tiles enough for any split of the tokens into classes, as no tile mixes classes."""
-    return (tokens + tile - 1) // tile + num_classes - 1
+    """Tiles enough for any split of the tokens into classes, as no tile mixes classes.
+
+    One is always left over, which works on nothing: a size that is never 1 is one that tracing leaves symbolic.
+    """
+    return (tokens + tile - 1) // tile + num_classes
 
 
 def routing_plan(
@@ -242,17 +245,46 @@ def hidden_gather_linear(
     return out.to(x.dtype)
 
 
-def hidden_scatter_linear(
-    x: Tensor,
-    w: Tensor,
-    gates: Tensor | None,
-    bias: Tensor | None,
-    dot_with: Tensor | None,
-    keep_ungated: bool,
-    *plan: Tensor | int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def hidden_gather_linear_backward(
+    dout: Tensor, x: Tensor, w: Tensor, gates: Tensor | None, *plan: Tensor | int | None
+) -> tuple[Tensor, Tensor]:
     routing = Routing(*plan)  # type: ignore[arg-type]
     selected = routing.selected
+    grouped = _scattered(dout, w.transpose(-1, -2), None, routing, selected)
+    if gates is None:
+        return grouped.flatten(1).to(x.dtype), grouped.new_empty(0)
+    dgates = (grouped * torch.where(selected.unsqueeze(2), x.unflatten(1, grouped.shape[1:]), 0)).sum(2)
+    grouped.mul_(torch.where(selected, gates, 0).unsqueeze(2))
+    return grouped.flatten(1).to(x.dtype), dgates
+
+
+def hidden_scatter_linear(
+    x: Tensor, w: Tensor, gates: Tensor | None, bias: Tensor | None, keep_ungated: bool, *plan: Tensor | int | None
+) -> tuple[Tensor, Tensor]:
+    routing = Routing(*plan)  # type: ignore[arg-type]
+    selected = routing.selected
+    grouped = _scattered(x, w, bias, routing, selected)
+    ungated = grouped.flatten(1).to(x.dtype, copy=True) if keep_ungated else x.new_empty(0)
+    if gates is not None:
+        grouped.mul_(torch.where(selected, gates, 0).unsqueeze(2))
+    return grouped.flatten(1).to(x.dtype), ungated
+
+
+def hidden_scatter_linear_backward(
+    dout: Tensor, ungated: Tensor | None, w: Tensor, gates: Tensor | None, *plan: Tensor | int | None
+) -> tuple[Tensor, Tensor]:
+    dx = hidden_gather_linear(dout, w.transpose(-1, -2), gates, None, *plan)
+    wide = torch.promote_types(dout.dtype, torch.float32)
+    if ungated is None:
+        return dx, dout.new_empty(0, dtype=wide)
+    selected = Routing(*plan).selected  # type: ignore[arg-type]
+    shape = (selected.size(1), -1)
+    mine = torch.where(selected.unsqueeze(2), dout.unflatten(1, shape), 0).to(wide)
+    return dx, (mine * ungated.unflatten(1, shape)).sum(2)
+
+
+def _scattered(x: Tensor, w: Tensor, bias: Tensor | None, routing: Routing, selected: Tensor) -> Tensor:
+    """W_g x + bias_g for the groups of each token and 0 for others, float32 (float64 for float64) [T, N, m]."""
     w = w if w.dim() == 3 else w.unsqueeze(0)
     width, in_width = w.size(1) // routing.num_groups, x.size(1) // routing.num_out
     sums = x.new_zeros(x.size(0), w.size(1), dtype=torch.promote_types(x.dtype, torch.float32))
@@ -265,18 +297,7 @@ def hidden_scatter_linear(
     if bias is not None:
         sums += bias if bias.dim() == 1 else bias[routing.token_class]
     grouped = sums.unflatten(1, (-1, width))
-    if not selected_alone:
-        grouped = torch.where(selected.unsqueeze(2), grouped, 0)
-    dots = x.new_empty(0, dtype=sums.dtype)
-    if dot_with is not None:
-        there = torch.where(selected.unsqueeze(2), dot_with.unflatten(1, (-1, width)), 0)
-        dots = (grouped * there).sum(2)
-    ungated = grouped.flatten(1).to(x.dtype) if keep_ungated else x.new_empty(0)
-    if keep_ungated:
-        grouped = grouped.clone()
-    if gates is not None:
-        grouped.mul_(torch.where(selected, gates, 0).unsqueeze(2))
-    return grouped.flatten(1).to(x.dtype), ungated, dots
+    return grouped if selected_alone else torch.where(selected.unsqueeze(2), grouped, 0)
 
 
 def hidden_weight_grad(
