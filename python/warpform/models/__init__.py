@@ -32,6 +32,7 @@ from .distilbert import (
     DistilBertModel,
 )
 from .dit3d import DiT3DConfig, DiT3DModel
+from .mohd import MoHDConfig, MoHDForCausalLM
 from .sentence_encoder import SentenceEncoder
 from .swin import SwinForImageClassification, SwinModel, Swinv2ForImageClassification, Swinv2Model
 
@@ -66,6 +67,8 @@ __all__ = [
     "EncoderOutput",
     "HeadOutput",
     "ImageClassifierOutput",
+    "MoHDConfig",
+    "MoHDForCausalLM",
     "SentenceEncoder",
     "SwinConfig",
     "SwinForImageClassification",

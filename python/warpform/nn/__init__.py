@@ -7,6 +7,7 @@ from .disentangled import DisentangledEncoder, DisentangledSelfAttention, FusedD
 from .embeddings import Embeddings
 from .encoder import Encoder, EncoderLayer
 from .feed_forward import FeedForward
+from .hidden import GroupFusion, HiddenLinear, HiddenRouter
 from .masked_lm import MaskedLMHead
 from .norm import AddBiasResidualLayerNorm
 from .pooling import FirstTokenPooler, first_tokens, last_tokens, max_pool, mean_pool
@@ -26,6 +27,9 @@ __all__ = [
     "FeedForward",
     "FirstTokenPooler",
     "FusedDisentangledSelfAttention",
+    "GroupFusion",
+    "HiddenLinear",
+    "HiddenRouter",
     "MaskedLMHead",
     "PatchMerging",
     "SelfAttention",

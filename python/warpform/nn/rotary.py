@@ -1,0 +1,38 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_tables(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position * theta ** (-2 i / head_dim), with angles in float64: far positions keep their place.
+
+    Args:
+        positions: integer [...].
+        head_dim: of the heads that will be rotated, even.
+        theta: the base of the frequencies.
+
+    Returns:
+        cos and sin, float32 [..., head_dim / 2].
+    """
+    steps = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
+    angles = positions.unsqueeze(-1) * theta ** (-steps / head_dim)
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (x_i, x_{i + D / 2}) of each head, as LLaMA of transformers lays them out.
+
+    Args:
+        x: [T, H, D].
+        cos, sin: [T, D / 2] as `rotary_tables` makes them.
+
+    Returns:
+        [T, H, D] like x, computed in float32 (float64 for float64).
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    first, second = x.to(wide).chunk(2, -1)
+    cos, sin = cos.unsqueeze(-2).to(wide), sin.unsqueeze(-2).to(wide)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
