@@ -32,6 +32,14 @@ from .distilbert import (
     DistilBertModel,
 )
 from .dit3d import DiT3DConfig, DiT3DModel
+from .m2 import M2BertModel
+from .m2_config import M2BertConfig
+from .m2_heads import (
+    M2BertForMaskedLM,
+    M2BertForSentenceEmbedding,
+    M2BertForSequenceClassification,
+    SentenceOutput,
+)
 from .mohd import MoHDConfig, MoHDForCausalLM
 from .sentence_encoder import SentenceEncoder
 from .swin import SwinForImageClassification, SwinModel, Swinv2ForImageClassification, Swinv2Model
@@ -67,9 +75,15 @@ __all__ = [
     "EncoderOutput",
     "HeadOutput",
     "ImageClassifierOutput",
+    "M2BertConfig",
+    "M2BertForMaskedLM",
+    "M2BertForSentenceEmbedding",
+    "M2BertForSequenceClassification",
+    "M2BertModel",
     "MoHDConfig",
     "MoHDForCausalLM",
     "SentenceEncoder",
+    "SentenceOutput",
     "SwinConfig",
     "SwinForImageClassification",
     "SwinModel",

@@ -191,7 +191,7 @@ class KeyValueCache:
             self.buffer[layer, kind].flatten(0, 1).index_copy_(0, rows, new)
 
     def read(self, layer: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keys and values [total, Hkv, D] of a layer: those rows, or, None, all up to the length of a single sequence."""
+        """Keys and values [total, Hkv, D] of a layer: those rows, or for None the rows of a single sequence."""
         key, value = self.buffer[layer].flatten(1, 2)
         if rows is None:
             return key[: self.lengths[0]], value[: self.lengths[0]]

@@ -3,20 +3,29 @@
 from .attention import varlen_attention
 from .disentangled_attention import disentangled_attention
 from .encoder import add_bias_residual_layer_norm, bias_gelu, pack, packing_plan, unpack
+from .fft_conv import fft_conv, fft_conv_spectrum
 from .hidden import hidden_gather_linear, hidden_scatter_linear, hidden_weight_grad
+from .monarch import blockdiag_glu, blockdiag_multiply, monarch_multiply
 from .routing import RoutingPlan
+from .short_conv import short_conv_gate
 from .window import window_attention
 
 __all__ = [
     "RoutingPlan",
     "add_bias_residual_layer_norm",
     "bias_gelu",
+    "blockdiag_glu",
+    "blockdiag_multiply",
     "disentangled_attention",
+    "fft_conv",
+    "fft_conv_spectrum",
     "hidden_gather_linear",
     "hidden_scatter_linear",
     "hidden_weight_grad",
+    "monarch_multiply",
     "pack",
     "packing_plan",
+    "short_conv_gate",
     "unpack",
     "varlen_attention",
     "window_attention",
