@@ -31,6 +31,15 @@ TINY: dict[str, Any] = {
 DENSE = {**TINY, "num_groups": 0, "num_shared": 0, "top_k": 0}
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For many small products: threads that wait for each other take far longer where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def model_of(**fields: Any) -> MoHDForCausalLM:
     return MoHDForCausalLM(MoHDConfig(**{**TINY, **fields})).double()
 
@@ -306,15 +315,7 @@ def test_balance_loss_is_one_where_loads_are_even_and_more_where_not() -> None:
 # ---- training ----
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_it_learns_text_and_spreads_its_load(one_thread: None) -> None:
+def test_it_learns_text_and_spreads_its_load() -> None:
     """Bytes of CPython's help topics: below what the frequency of bytes alone gives, with every group in use."""
     text = torch.tensor(list("\n".join(topics[name] for name in sorted(topics)).encode()))
     train, held_out = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
