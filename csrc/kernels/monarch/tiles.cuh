@@ -63,33 +63,40 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
   }
 }
 
-// Rounds a warp's accumulators to T and writes them where c points, rows `stride` elements apart, as far as rows and
-// cols (a multiple of 8) reach. Lanes of a quad exchange what they have of four 8-column tiles, so that each writes 16
-// bytes and the quad 64 in a row; no shared memory is used, which the next loads may be filling.
-template <class T, int kM, int kN>
-__device__ __forceinline__ void write_accumulators(const float (&acc)[kM][kN][4], T* c, int64_t stride, int64_t rows,
-                                                   int cols) {
+// Rounds a warp's accumulators to T and gives them 16 bytes at a time to write(row, col, eight elements as four
+// registers): lanes of a quad exchange what they have of four 8-column tiles, so that each has 16 bytes of a row and
+// the quad 64; no shared memory is used, which the next loads may be filling. All lanes come to every call.
+template <class T, int kM, int kN, class Write>
+__device__ __forceinline__ void for_each_vector(const float (&acc)[kM][kN][4], Write&& write) {
   static_assert(kN % 4 == 0, "four tiles of 8 columns at a time");
-  const int g = lane_id() / 4, t = lane_id() % 4;
+  const int lane = opaque_lane(), g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = 16 * m + 8 * r + g;
 #pragma unroll
       for (int n = 0; n < kN; n += 4) {
         uint32_t v[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) v[i] = pack2<T>(acc[m][n + i][2 * r], acc[m][n + i][2 * r + 1]);
         transpose_quad(v);
-        const int col = 8 * (n + t);
-        if (row < rows && col < cols) {
-          store_global(reinterpret_cast<Vec<uint32_t, 4>*>(c + row * stride + col),
-                       Vec<uint32_t, 4>{{v[0], v[1], v[2], v[3]}});
-        }
+        write(16 * m + 8 * r + g, 8 * (n + t), v);
       }
     }
   }
+}
+
+// Writes a warp's accumulators where c points, rows `stride` elements apart, as far as rows and cols (a multiple of 8)
+// reach.
+template <class T, int kM, int kN>
+__device__ __forceinline__ void write_accumulators(const float (&acc)[kM][kN][4], T* c, int64_t stride, int64_t rows,
+                                                   int cols) {
+  for_each_vector<T>(acc, [&](int row, int col, const uint32_t (&v)[4]) {
+    if (row < rows && col < cols) {
+      store_global(reinterpret_cast<Vec<uint32_t, 4>*>(c + row * stride + col),
+                   Vec<uint32_t, 4>{{v[0], v[1], v[2], v[3]}});
+    }
+  });
 }
 
 }  // namespace warpform
