@@ -16,6 +16,7 @@
 // Measured  not yet: no GPU run so far.
 #pragma once
 
+#include "device/reduce.cuh"
 #include "hidden/bits.cuh"
 #include "hidden/launch.h"
 #include "monarch/tiles.cuh"
@@ -34,7 +35,7 @@ __device__ __forceinline__ int class_at(const Routes& r, int tile) {
   return min(max(load_global(r.tile_class + tile), 0), r.num_classes - 1);
 }
 __device__ __forceinline__ uint64_t groups_at(const Routes& r, int tile) {
-  const uint64_t groups = groups_at(r, tile);
+  const auto groups = static_cast<uint64_t>(load_global(r.tile_mask + tile));
   return r.num_groups == 64 ? groups : groups & ((uint64_t{1} << r.num_groups) - 1);
 }
 
