@@ -331,7 +331,8 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
     advance(ahead);
   };
   const int warp_row = Shape::warp_row(), warp_col = Shape::warp_col();
-  const GroupBlock mine = halves[warp_col / kHiddenBlock];
+  GroupBlock mine = halves[0];  // an array that is indexed at run time would go to the stack
+  if (warp_col != 0) mine = halves[1];
   float acc[kM][kN][4] = {};
   pipeline<Shape::kStages>(steps, load, [&](int stage) {
     if (sees(now.part, mine)) {

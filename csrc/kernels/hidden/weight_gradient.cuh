@@ -89,6 +89,11 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
     return Half{group, first, cols, active};
   };
   const Half halves[2] = {half_of(2 * pair), half_of(2 * pair + 1)};
+  const auto half_at = [&](int half) {  // an array that is indexed at run time would go to the stack
+    Half mine = halves[0];
+    if (half != 0) mine = halves[1];
+    return mine;
+  };
   const auto halves_of = [&](uint64_t mask) {
     return (halves[0].active ? mask >> halves[0].group & 1 : 0) | (halves[1].active ? mask >> halves[1].group & 1 : 0)
                                                                       << 1;
@@ -146,7 +151,7 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
     if (step > 0 && step < Shape::kStages - 1) block_sync();  // the first loads follow each other with none between
     // 16 chunks of a row of `other`, 8 of each half: a thread has the same column and the same rows of both.
     const int c = thread % 16, half = c / 8;
-    const Half& mine = halves[half];
+    const Half mine = half_at(half);
     const int other_left = rows - c * kChunk, left = mine.cols - c % 8 * kChunk;
     const T* other = static_cast<const T*>(p.other) + first_other + c * kChunk;
     const T* routed = static_cast<const T*>(p.routed) + int64_t{mine.group} * r.width + mine.first + c % 8 * kChunk;
@@ -200,7 +205,7 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
     ++now;
   });
 
-  const Half& mine = halves[half];
+  const Half mine = half_at(half);
   const int64_t num_routed = int64_t{r.num_groups} * r.width, num_other = int64_t{r.num_out} * r.part;
   const int64_t first_routed = int64_t{mine.group} * r.width + mine.first;
   float* dw = p.splits == 1 ? p.dw : p.partials + int64_t{split} * r.num_classes * num_routed * num_other;
