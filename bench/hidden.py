@@ -147,7 +147,7 @@ class HiddenCase(Case):
         return out
 
     def with_grouped_mm(self) -> list[Callable[[], Any]]:
-        """torch's grouped product over (token, chosen group) pairs sorted by group, beside a dense one of the shared."""
+        """torch's grouped product over (token, chosen group) pairs by group, beside a dense one of the shared."""
         self.session.need_gpu()
         if self.routed_out or self.backward:
             raise Missing("timed for the layer that reads groups, forward")
