@@ -296,12 +296,17 @@ def fft_conv(
 ) -> Tensor:
     """The sum over all pairs of positions: conv[i] adds k[i - j] v[j] for j <= i and k_reverse[j - i - 1] v[j] else."""
     seqlen = u.size(-1)
-    matrix = u.new_zeros(u.size(1), seqlen, seqlen)
-    for j in range(min(k.size(1), seqlen)):
-        matrix = matrix + k[:, j, None, None] * torch.eye(seqlen, dtype=u.dtype, device=u.device).roll(j, 0).tril()
-    for j in range(0 if k_reverse is None else k_reverse.size(1)):
-        shifted = torch.eye(seqlen, dtype=u.dtype, device=u.device).roll(-1 - j, 0).triu(1)
-        matrix = matrix + k_reverse[:, j, None, None] * shifted
+    place = torch.arange(seqlen, device=u.device)
+    lag = place[:, None] - place
+
+    def weights(taps: Tensor, of: Tensor) -> Tensor:
+        """taps[:, of] where there is such a tap, else 0."""
+        padded = torch.cat((taps, taps.new_zeros(taps.size(0), 1)), 1)
+        return padded[:, torch.where((of >= 0) & (of < taps.size(1)), of, taps.size(1))]
+
+    matrix = weights(k, lag)  # [channels, seqlen, seqlen]
+    if k_reverse is not None:
+        matrix = matrix + weights(k_reverse, -lag - 1)
     v = u if pregate is None else u * pregate
     y = torch.einsum("cij,bcj->bci", matrix, v)
     y = y if skip is None else y + skip[:, None] * v
