@@ -408,7 +408,7 @@ def check_spectral_conv(
             continue
         assert g.dtype == given.dtype and g.is_contiguous(), name
         # A sum over a filter's batch, and all the more one number for all positions, may cancel.
-        scale = _skip_terms(inputs) if name == "dskip" else 0.0
+        scale = skip_terms(inputs) if name == "dskip" else 0.0
         yardstick = yardsticks[name].to(dtype) if name == "dspectrum" else yardsticks[name]
         assert_close(name, g, truths[name], yardstick, gradient=True, scale=scale)
 
@@ -425,7 +425,7 @@ def _spectral_oracle(
     return y.detach(), {name: next(found) for name, t in zip(names, tensors, strict=True) if t is not None}
 
 
-def _skip_terms(inputs: FftConvInputs) -> float:
+def skip_terms(inputs: FftConvInputs) -> float:
     """The root of the sum of squares of what one channel's gradient of skip adds up, of either sign."""
     terms = inputs.dout.double() * inputs.u.double()
     for gate in (inputs.pregate, inputs.postgate):
