@@ -361,6 +361,23 @@ Tensor blockdiag_glu(Tensor x, Tensor w_up, Tensor w_down, std::optional<Tensor>
   const Launch launch(kOp, x);
   const Call call{kOp, x, launch};
   Tensor out = call.make(with_columns(x, down.out()));
+  GluParams params{.x = launch.in(rows.t),
+                   .w_up = launch.in(w_up),
+                   .w_down = launch.in(w_down),
+                   .bias = bias ? launch.in(*bias) : nullptr,
+                   .y = launch.out(out),
+                   .rows = rows.rows,
+                   .x_stride = rows.stride,
+                   .blocks = up.count,
+                   .in = up.cols,
+                   .inner = down.cols,
+                   .out = down.rows,
+                   .bfloat16 = is_bfloat16(x)};
+  if (up.count == down.count && glu_fits(params)) {
+    launch_glu(params, launch.stream());
+    return out;
+  }
+  // Blocks that are too large, or of two counts: the wide activations go through memory.
   const Tensor z = call.make({rows.rows, up.out()}), a = call.make({rows.rows, down.in()});
   call.multiply(rows, w_up, false, std::nullopt, z);
   call.gate(z, std::nullopt, a, std::nullopt);

@@ -197,12 +197,11 @@ __device__ __forceinline__ void monarch_first(const MonarchWork& work, MonarchMi
   });
 }
 
-// Writes what a lane has of one row: of each of kLambdas lambdas the sigmas 2 t and 2 t + 1 of kN tiles. y points at
-// the lambda and the warp's first sigma.
+// Writes what a lane has of one row: of each of kLambdas lambdas the sigmas 2 t and 2 t + 1 of kN tiles, t its number
+// in the quad. y points at the first lambda and the warp's first sigma.
 template <class T, int kLambdas, int kM, int kN>
 __device__ __forceinline__ void write_lambdas(const float (&acc)[kLambdas][kM][kN][4], int m, int r, T* y, int l,
-                                              int lambdas, int sigmas) {
-  const int t = lane_id() % 4;
+                                              int lambdas, int sigmas, int t) {
   const auto two = [&](int lambda, int n, int e) {  // neighbouring lambdas of one sigma
     return pack2<T>(acc[lambda][m][n][2 * r + e], acc[lambda + 1][m][n][2 * r + e]);
   };
@@ -294,17 +293,18 @@ __device__ __forceinline__ void monarch_second(const MonarchWork& work, MonarchM
       }
     }
     if (now.depth + kDepth >= p.r) {
-      const int g = lane_id() / 4;
       const int64_t stride = int64_t{p.l} * p.s;
-      T* y = static_cast<T*>(p.y) + (first_row + warp_row + g) * stride + int64_t{now.sigma + warp_col} * p.l +
+      T* y = static_cast<T*>(p.y) + (first_row + warp_row) * stride + int64_t{now.sigma + warp_col} * p.l +
              first_lambda + now.lambda;
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const int row = 16 * m + 8 * r;
-          if (warp_row + g + row < rows) {
-            write_lambdas<T>(acc, m, r, y + row * stride, p.l, lambdas - now.lambda, p.s - now.sigma - warp_col);
+          const int lane = opaque_lane();  // one row's address at a time: there are no registers for all
+          const int row = 16 * m + 8 * r + lane / 4;
+          if (warp_row + row < rows) {
+            write_lambdas<T>(acc, m, r, y + row * stride, p.l, lambdas - now.lambda, p.s - now.sigma - warp_col,
+                             lane % 4);
           }
         }
       }

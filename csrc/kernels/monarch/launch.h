@@ -85,6 +85,27 @@ struct MonarchParams {
 bool monarch_fits(const MonarchParams& params);
 void launch_monarch(const MonarchParams& params, void* stream);
 
+// z = x times the block-diagonal w_up; y = (gelu(z[:, :f]) * z[:, f:]) times the block-diagonal w_down + bias, GELU by
+// erf, f = blocks * inner
+struct GluParams {
+  const void* x;       // [rows, blocks * in], rows x_stride elements apart
+  const void* w_up;    // [blocks, 2 inner, in]
+  const void* w_down;  // [blocks, out, inner]
+  const void* bias;    // [blocks * out] or null
+  void* y;             // [rows, blocks * out], contiguous
+  int64_t rows;
+  int64_t x_stride;
+  int blocks;
+  int in;
+  int inner;
+  int out;
+  bool bfloat16;
+};
+// Whether launch_glu serves the sizes on the current device: two blocks of x have to fit into shared memory, a block of
+// y into registers.
+bool glu_fits(const GluParams& params);
+void launch_glu(const GluParams& params, void* stream);
+
 // a = gelu(z[:, :cols]) * z[:, cols:], GELU by erf
 struct GateParams {
   const void* z;   // [rows, 2 cols]

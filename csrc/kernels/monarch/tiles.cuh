@@ -63,6 +63,23 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
   }
 }
 
+// Adds the bias of each column, as far as cols reaches; bias points at the first one's.
+template <class T, int kM, int kN>
+__device__ __forceinline__ void add_bias(float (&acc)[kM][kN][4], const T* bias, int cols) {
+  const int t = lane_id() % 4;
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    const int col = 8 * n + 2 * t;
+    if (col >= cols) continue;
+    const auto two = load_global(reinterpret_cast<const Vec<T, 2>*>(bias + col));
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[m][n][e] += to_float(two[e % 2]);
+    }
+  }
+}
+
 // Rounds a warp's accumulators to T and writes them where c points, rows `stride` elements apart, as far as rows and
 // cols (a multiple of 8) reach. Lanes of a quad exchange what they have of four 8-column tiles, so that each writes 16
 // bytes and the quad 64 in a row; no shared memory is used, which the next loads may be filling.
@@ -70,12 +87,12 @@ template <class T, int kM, int kN>
 __device__ __forceinline__ void write_accumulators(const float (&acc)[kM][kN][4], T* c, int64_t stride, int64_t rows,
                                                    int cols) {
   static_assert(kN % 4 == 0, "four tiles of 8 columns at a time");
-  const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = 16 * m + 8 * r + g;
+      const int lane = opaque_lane(), t = lane % 4;  // one row's address at a time: there are no registers for all
+      const int row = 16 * m + 8 * r + lane / 4;
 #pragma unroll
       for (int n = 0; n < kN; n += 4) {
         uint32_t v[4];

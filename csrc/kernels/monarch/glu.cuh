@@ -1,0 +1,189 @@
+// Monarch Mixer's gated MLP in one pass (Fu et al., arXiv 2310.12109, section 4.1): z = x times the block-diagonal
+// w_up, out = (gelu(z[:, :f]) * z[:, f:]) times the block-diagonal w_down + bias, f = blocks * inner.
+//
+// An output block o takes columns [o inner, (o + 1) inner) of the gated product, and these come from 2 blocks of x
+// alone: w_up's rows go by halves of a block, inner each, and halves o and blocks + o belong to blocks o / 2 and
+// (blocks + o) /
+// 2. So a CTA has one output block, and the wide activations never leave the chip.
+//
+// Tile      128 rows (tokens) and up to 256 columns in and out of a block, or 64 and up to 512; eight warps. Both
+// blocks
+//           of x stay in shared memory, the output in registers, while the CTA walks over `inner`, 64 columns at a
+//           time: two products up, the gate in registers, rounded to T in shared memory, one product down.
+// Loads     all threads, 16-byte cp.async; weights in two stages of 32 KB: 128 deep of both halves, or 256 rows down.
+// Bounds    6 blocks in inner FLOP a row (out as wide as in), so FLOP: floor at d = 768, 4 blocks, f = 3072, 7.2 ns a
+// row
+//           at mma.sync's 490 TFLOP/s on an H200. All weights come from L2 once for the tile's rows: 28 KB a row there.
+// Measured  not yet: no GPU run so far.
+#pragma once
+
+#include "encoder/gelu.cuh"
+#include "monarch/tiles.cuh"
+
+namespace warpform {
+
+template <int kM_, int kMaxWidth_, int kWarpsM_>
+struct GluTile {
+  static constexpr int kM = kM_;
+  static constexpr int kMaxWidth = kMaxWidth_;  // columns of a block, in and out
+  static constexpr int kWarpsM = kWarpsM_, kWarpsN = 8 / kWarpsM_;
+  static constexpr int kThreads = 256;
+  static constexpr int kInner = 64;                     // columns of the gated product at a time
+  static constexpr int kDepth = 128;                    // of a step up
+  static constexpr int kDown = 256;                     // rows of w_down in a step down
+  static constexpr int kParts = kMaxWidth / kDown;      // steps down
+  static constexpr int kPanels = kDown / kWarpsN / 32;  // of 32 columns, dealt out to the warps by turns
+  using Tile = SharedTile<64>;
+
+  static constexpr int kStages = 2;
+  static constexpr int kStageBytes = Tile::bytes(kDown);
+  static_assert(kStageBytes == 4 * Tile::bytes(kInner), "two halves, each 128 deep");
+  static constexpr int bytes(int in) {
+    return kStages * kStageBytes + Tile::bytes(kM) * (1 + 2 * ceil_div(in, Tile::kCols));
+  }
+};
+
+// Tiles of rows by output block.
+struct GluWork {
+  GluParams p;
+  Divisor blocks;
+};
+
+template <class T, class G>
+__global__ void __launch_bounds__(G::kThreads, 1) glu_forward(const __grid_constant__ GluWork work) {
+  constexpr int kM = G::kM / G::kWarpsM / 16, kUp = G::kInner / G::kWarpsN / 8;
+  using Tile = typename G::Tile;
+  const GluParams& p = work.p;
+  const int cta = static_cast<int>(blockIdx.x);
+  const int row_tile = work.blocks.quotient(cta), block = cta - row_tile * p.blocks;
+  const int64_t first_row = static_cast<int64_t>(row_tile) * G::kM;
+  const int rows = static_cast<int>(min(p.rows - first_row, static_cast<int64_t>(G::kM)));
+  const int panels = ceil_div(p.in, Tile::kCols);
+
+  // Of w_up, `half` is 0 for the gate and 1 for what it multiplies, `part` the 64 columns of depth.
+  const auto tile_up = [](int stage, int half, int part) {
+    return Tile{shared_base() + stage * G::kStageBytes + (2 * part + half) * Tile::bytes(G::kInner)};
+  };
+  const auto tile_down = [](int stage) { return Tile{shared_base() + stage * G::kStageBytes}; };
+  const Tile gated{shared_base() + G::kStages * G::kStageBytes};
+  const auto tile_x = [&](int half, int panel) {
+    return Tile{gated.base + Tile::bytes(G::kM) * (1 + half * panels + panel)};
+  };
+
+  for (int half = 0; half < 2; ++half) {
+    const T* x = static_cast<const T*>(p.x) + first_row * p.x_stride + int64_t{(block + half * p.blocks) / 2} * p.in;
+    for (int panel = 0; panel < panels; ++panel) {
+      const int col = panel * Tile::kCols;
+      copy_tile_async<G::kM, Tile::kCols, G::kThreads>(tile_x(half, panel), x + col, p.x_stride, rows, p.in - col);
+    }
+  }
+
+  // For each 64 columns of `inner` the steps up, then those down.
+  const int steps_up = ceil_div(p.in, G::kDepth), steps_down = ceil_div(p.out, G::kDown);
+  struct Step {
+    int inner, step;
+    __device__ __forceinline__ void advance(int steps) {
+      if (++step == steps) step = 0, inner += G::kInner;
+    }
+  };
+  Step now{0, 0}, ahead{0, 0};
+  const auto load = [&](int /*step*/, int stage) {
+    const int inner_left = p.inner - ahead.inner;
+    if (ahead.step < steps_up) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = int64_t{block + half * p.blocks} * p.inner + ahead.inner;
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+          const int depth = ahead.step * G::kDepth + part * Tile::kCols;
+          copy_tile_async<G::kInner, Tile::kCols, G::kThreads>(tile_up(stage, half, part),
+                                                               static_cast<const T*>(p.w_up) + row * p.in + depth, p.in,
+                                                               inner_left, p.in - depth);
+        }
+      }
+    } else {
+      const int col = (ahead.step - steps_up) * G::kDown;
+      copy_tile_async<G::kDown, Tile::kCols, G::kThreads>(
+          tile_down(stage), static_cast<const T*>(p.w_down) + (int64_t{block} * p.out + col) * p.inner + ahead.inner,
+          p.inner, p.out - col, inner_left);
+    }
+    ahead.advance(steps_up + steps_down);
+  };
+
+  const int warp_row = warp_id() / G::kWarpsN * (kM * 16), warp_n = warp_id() % G::kWarpsN;
+  float out[G::kParts][G::kPanels][kM][4][4] = {};
+  float up[2][kM][kUp][4] = {};
+  pipeline<G::kStages>(ceil_div(p.inner, G::kInner) * (steps_up + steps_down), load, [&](int stage) {
+    if (now.step < steps_up) {
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const int panel = 2 * now.step + part;
+        if (panel >= panels) break;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          mma_abt<T, Tile::kCols>(up[half], tile_x(half, panel), warp_row, tile_up(stage, half, part), warp_n * kUp * 8,
+                                  Tile::kCols);
+        }
+      }
+      if (now.step == steps_up - 1) {
+        for_each_accumulator<kM, kUp>([&](int m, int n, int e) {
+          up[0][m][n][e] = ErfGelu::value(up[0][m][n][e]) * up[1][m][n][e];
+          up[1][m][n][e] = 0.f;
+        });
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          store_accumulators<T>(gated, warp_row + 16 * m, warp_n * kUp * 8, up[0][m], 1.f, 1.f, opaque_lane());
+        }
+        for_each_accumulator<kM, kUp>([&](int m, int n, int e) { up[0][m][n][e] = 0.f; });
+      }
+    } else {
+      const uint32_t lane_a = opaque(lane_offset_halves<64>()), lane_b = opaque(lane_offset_quarters<64>());
+      // Parts by name: the accumulators of one chosen at run time would lie in local memory.
+      const auto down = [&]<int kPart>() {
+#pragma unroll
+        for (int k = 0; k < G::kInner; k += 16) {
+          uint32_t a[kM][4];
+#pragma unroll
+          for (int m = 0; m < kM; ++m) load_a(a[m], gated, lane_a, warp_row + 16 * m, k);
+#pragma unroll
+          for (int panel = 0; panel < G::kPanels; ++panel) {
+            const int col = (panel * G::kWarpsN + warp_n) * 32;
+            if (kPart * G::kDown + col >= p.out) break;
+#pragma unroll
+            for (int n = 0; n < 4; n += 2) {
+              uint32_t b[4];
+              load_b_transposed(b, tile_down(stage), lane_b, col + 8 * n, k);
+#pragma unroll
+              for (int m = 0; m < kM; ++m) {
+                mma_m16n8k16<T>(out[kPart][panel][m][n], a[m], b[0], b[1]);
+                mma_m16n8k16<T>(out[kPart][panel][m][n + 1], a[m], b[2], b[3]);
+              }
+            }
+          }
+        }
+      };
+      if (now.step == steps_up) {
+        down.template operator()<0>();
+      } else if constexpr (G::kParts > 1) {
+        down.template operator()<1>();
+      }
+    }
+    now.advance(steps_up + steps_down);
+  });
+
+  const int64_t stride = int64_t{p.blocks} * p.out;
+#pragma unroll
+  for (int part = 0; part < G::kParts; ++part) {
+#pragma unroll
+    for (int panel = 0; panel < G::kPanels; ++panel) {
+      const int col = part * G::kDown + (panel * G::kWarpsN + warp_n) * 32;
+      if (col >= p.out) continue;
+      const int64_t at = int64_t{block} * p.out + col;
+      if (p.bias != nullptr) add_bias(out[part][panel], static_cast<const T*>(p.bias) + at, p.out - col);
+      write_accumulators<T>(out[part][panel], static_cast<T*>(p.y) + (first_row + warp_row) * stride + at, stride,
+                            rows - warp_row, p.out - col);
+    }
+  }
+}
+
+}  // namespace warpform
