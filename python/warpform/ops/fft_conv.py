@@ -92,6 +92,8 @@ def fft_conv_spectrum(k: Tensor, k_reverse: Tensor | None = None, *, seqlen: int
 def _spectrum(k: Tensor, k_reverse: Tensor | None, seqlen: int) -> Tensor:
     points = _points(seqlen)
     dtype = reference.wide(k)
+    if k.size(0) == 0:  # which torch.fft does not take
+        return k.new_zeros((0, points // 2 + 1, 2), dtype=dtype)
     filters = k.to(dtype)
     if k_reverse is not None:
         # The last taps of the circle, nearest to its end first. Between them and k there are zeros: n >= 2 seqlen.
