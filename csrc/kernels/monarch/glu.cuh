@@ -29,7 +29,7 @@ struct GluTile {
   static constexpr int kWarpsM = kWarpsM_, kWarpsN = 8 / kWarpsM_;
   static constexpr int kThreads = 256;
   static constexpr int kInner = 64;                     // columns of the gated product at a time
-  static constexpr int kDepth = 128;                    // of a step up
+  static constexpr int kDepth = 256;                    // of a step up
   static constexpr int kDown = 256;                     // rows of w_down in a step down
   static constexpr int kParts = kMaxWidth / kDown;      // steps down
   static constexpr int kPanels = kDown / kWarpsN / 32;  // of 32 columns, dealt out to the warps by turns
@@ -37,7 +37,7 @@ struct GluTile {
 
   static constexpr int kStages = 2;
   static constexpr int kStageBytes = Tile::bytes(kDown);
-  static_assert(kStageBytes == 4 * Tile::bytes(kInner), "two halves, each 128 deep");
+  static_assert(kStageBytes == kDepth / 64 * Tile::bytes(kInner), "a step up is as large");
   static constexpr int bytes(int in) {
     return kStages * kStageBytes + Tile::bytes(kM) * (1 + 2 * ceil_div(in, Tile::kCols));
   }
@@ -60,9 +60,8 @@ __global__ void __launch_bounds__(G::kThreads, 1) glu_forward(const __grid_const
   const int rows = static_cast<int>(min(p.rows - first_row, static_cast<int64_t>(G::kM)));
   const int panels = ceil_div(p.in, Tile::kCols);
 
-  // Of w_up, `half` is 0 for the gate and 1 for what it multiplies, `part` the 64 columns of depth.
-  const auto tile_up = [](int stage, int half, int part) {
-    return Tile{shared_base() + stage * G::kStageBytes + (2 * part + half) * Tile::bytes(G::kInner)};
+  const auto tile_up = [](int stage, int panel) {  // 64 columns of depth
+    return Tile{shared_base() + stage * G::kStageBytes + panel * Tile::bytes(G::kInner)};
   };
   const auto tile_down = [](int stage) { return Tile{shared_base() + stage * G::kStageBytes}; };
   const Tile gated{shared_base() + G::kStages * G::kStageBytes};
@@ -78,8 +77,8 @@ __global__ void __launch_bounds__(G::kThreads, 1) glu_forward(const __grid_const
     }
   }
 
-  // For each 64 columns of `inner` the steps up, then those down.
-  const int steps_up = ceil_div(p.in, G::kDepth), steps_down = ceil_div(p.out, G::kDown);
+  // For each 64 columns of `inner` the steps up of the first half, of the second, then those down.
+  const int steps_half = ceil_div(p.in, G::kDepth), steps_up = 2 * steps_half, steps_down = ceil_div(p.out, G::kDown);
   struct Step {
     int inner, step;
     __device__ __forceinline__ void advance(int steps) {
@@ -90,16 +89,15 @@ __global__ void __launch_bounds__(G::kThreads, 1) glu_forward(const __grid_const
   const auto load = [&](int /*step*/, int stage) {
     const int inner_left = p.inner - ahead.inner;
     if (ahead.step < steps_up) {
+      const int half = ahead.step >= steps_half, depth = (ahead.step - half * steps_half) * G::kDepth;
+      const T* w =
+          static_cast<const T*>(p.w_up) + (int64_t{block + half * p.blocks} * p.inner + ahead.inner) * p.in + depth;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t row = int64_t{block + half * p.blocks} * p.inner + ahead.inner;
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          const int depth = ahead.step * G::kDepth + part * Tile::kCols;
-          copy_tile_async<G::kInner, Tile::kCols, G::kThreads>(tile_up(stage, half, part),
-                                                               static_cast<const T*>(p.w_up) + row * p.in + depth, p.in,
-                                                               inner_left, p.in - depth);
-        }
+      for (int panel = 0; panel < G::kDepth / Tile::kCols; ++panel) {
+        const int left = p.in - depth - panel * Tile::kCols;
+        if (left <= 0) break;
+        copy_tile_async<G::kInner, Tile::kCols, G::kThreads>(tile_up(stage, panel), w + panel * Tile::kCols, p.in,
+                                                             inner_left, left);
       }
     } else {
       const int col = (ahead.step - steps_up) * G::kDown;
@@ -112,29 +110,44 @@ __global__ void __launch_bounds__(G::kThreads, 1) glu_forward(const __grid_const
 
   const int warp_row = warp_id() / G::kWarpsN * (kM * 16), warp_n = warp_id() % G::kWarpsN;
   float out[G::kParts][G::kPanels][kM][4][4] = {};
-  float up[2][kM][kUp][4] = {};
+  float up[kM][kUp][4] = {};
+  uint32_t gelu[kM][kUp][2] = {};
   pipeline<G::kStages>(ceil_div(p.inner, G::kInner) * (steps_up + steps_down), load, [&](int stage) {
     if (now.step < steps_up) {
+      const int half = now.step >= steps_half, first_panel = (now.step - half * steps_half) * (G::kDepth / Tile::kCols);
 #pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        const int panel = 2 * now.step + part;
-        if (panel >= panels) break;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          mma_abt<T, Tile::kCols>(up[half], tile_x(half, panel), warp_row, tile_up(stage, half, part), warp_n * kUp * 8,
-                                  Tile::kCols);
-        }
+      for (int i = 0; i < G::kDepth / Tile::kCols; ++i) {
+        if (first_panel + i >= panels) break;
+        mma_abt<T, Tile::kCols>(up, tile_x(half, first_panel + i), warp_row, tile_up(stage, i), warp_n * kUp * 8,
+                                Tile::kCols);
       }
-      if (now.step == steps_up - 1) {
-        for_each_accumulator<kM, kUp>([&](int m, int n, int e) {
-          up[0][m][n][e] = ErfGelu::value(up[0][m][n][e]) * up[1][m][n][e];
-          up[1][m][n][e] = 0.f;
-        });
+      if (now.step == steps_half - 1) {
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-          store_accumulators<T>(gated, warp_row + 16 * m, warp_n * kUp * 8, up[0][m], 1.f, 1.f, opaque_lane());
+#pragma unroll
+          for (int n = 0; n < kUp; ++n) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              gelu[m][n][r] = pack2<T>(ErfGelu::value(up[m][n][2 * r]), ErfGelu::value(up[m][n][2 * r + 1]));
+              up[m][n][2 * r] = up[m][n][2 * r + 1] = 0.f;
+            }
+          }
         }
-        for_each_accumulator<kM, kUp>([&](int m, int n, int e) { up[0][m][n][e] = 0.f; });
+      } else if (now.step == steps_up - 1) {
+        const int lane = opaque_lane(), row = warp_row + lane / 4, col = warp_n * kUp * 8 + lane % 4 * 2;
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+#pragma unroll
+          for (int n = 0; n < kUp; ++n) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              const Vec<float, 2> gate = unpack2<T>(gelu[m][n][r]);
+              store_shared(gated.pair(row + 16 * m + 8 * r, col + 8 * n),
+                           pack2<T>(gate[0] * up[m][n][2 * r], gate[1] * up[m][n][2 * r + 1]));
+              up[m][n][2 * r] = up[m][n][2 * r + 1] = 0.f;
+            }
+          }
+        }
       }
     } else {
       const uint32_t lane_a = opaque(lane_offset_halves<64>()), lane_b = opaque(lane_offset_quarters<64>());
