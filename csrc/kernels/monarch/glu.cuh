@@ -49,49 +49,64 @@ struct GluWork {
   Divisor blocks;
 };
 
+// What forward and gradient share: where a CTA is, its tiles in shared memory, and how weights come to them. For each
+// 64 columns of `inner` there are steps of the first half of w_up, of the second, and of w_down.
 template <class T, class G>
-__global__ void __launch_bounds__(G::kThreads, 1) glu_forward(const __grid_constant__ GluWork work) {
-  constexpr int kM = G::kM / G::kWarpsM / 16, kUp = G::kInner / G::kWarpsN / 8;
+struct GluCta {
   using Tile = typename G::Tile;
-  const GluParams& p = work.p;
-  const int cta = static_cast<int>(blockIdx.x);
-  const int row_tile = work.blocks.quotient(cta), block = cta - row_tile * p.blocks;
-  const int64_t first_row = static_cast<int64_t>(row_tile) * G::kM;
-  const int rows = static_cast<int>(min(p.rows - first_row, static_cast<int64_t>(G::kM)));
-  const int panels = ceil_div(p.in, Tile::kCols);
 
-  const auto tile_up = [](int stage, int panel) {  // 64 columns of depth
-    return Tile{shared_base() + stage * G::kStageBytes + panel * Tile::bytes(G::kInner)};
-  };
-  const auto tile_down = [](int stage) { return Tile{shared_base() + stage * G::kStageBytes}; };
-  const Tile gated{shared_base() + G::kStages * G::kStageBytes};
-  const auto tile_x = [&](int half, int panel) {
-    return Tile{gated.base + Tile::bytes(G::kM) * (1 + half * panels + panel)};
-  };
+  const GluParams& p;
+  int block;
+  int64_t first_row;
+  int rows;
+  int steps_half, steps_up, steps;  // of a half, of both, of all
 
-  for (int half = 0; half < 2; ++half) {
-    const T* x = static_cast<const T*>(p.x) + first_row * p.x_stride + int64_t{(block + half * p.blocks) / 2} * p.in;
-    for (int panel = 0; panel < panels; ++panel) {
-      const int col = panel * Tile::kCols;
-      copy_tile_async<G::kM, Tile::kCols, G::kThreads>(tile_x(half, panel), x + col, p.x_stride, rows, p.in - col);
-    }
+  __device__ __forceinline__ explicit GluCta(const GluWork& work) : p(work.p) {
+    const int cta = static_cast<int>(blockIdx.x), row_tile = work.blocks.quotient(cta);
+    block = cta - row_tile * p.blocks;
+    first_row = static_cast<int64_t>(row_tile) * G::kM;
+    rows = static_cast<int>(min(p.rows - first_row, static_cast<int64_t>(G::kM)));
+    steps_half = ceil_div(p.in, G::kDepth), steps_up = 2 * steps_half;
+    steps = steps_up + ceil_div(p.out, G::kDown);
   }
 
-  // For each 64 columns of `inner` the steps up of the first half, of the second, then those down.
-  const int steps_half = ceil_div(p.in, G::kDepth), steps_up = 2 * steps_half, steps_down = ceil_div(p.out, G::kDown);
   struct Step {
     int inner, step;
     __device__ __forceinline__ void advance(int steps) {
       if (++step == steps) step = 0, inner += G::kInner;
     }
   };
-  Step now{0, 0}, ahead{0, 0};
-  const auto load = [&](int /*step*/, int stage) {
-    const int inner_left = p.inner - ahead.inner;
-    if (ahead.step < steps_up) {
-      const int half = ahead.step >= steps_half, depth = (ahead.step - half * steps_half) * G::kDepth;
+
+  static __device__ __forceinline__ Tile tile_up(int stage, int panel) {  // 64 columns of depth
+    return Tile{shared_base() + stage * G::kStageBytes + panel * Tile::bytes(G::kInner)};
+  }
+  static __device__ __forceinline__ Tile tile_down(int stage) { return Tile{shared_base() + stage * G::kStageBytes}; }
+  // The n-th tile of rows behind the stages, 64 columns each.
+  static __device__ __forceinline__ Tile tile_rows(int n) {
+    return Tile{shared_base() + G::kStages * G::kStageBytes + n * Tile::bytes(G::kM)};
+  }
+
+  // The CTA's rows of a matrix, `cols` columns where `from` points, to tiles of rows.
+  __device__ __forceinline__ void load_rows(int first_tile, const T* from, int64_t stride, int cols) const {
+    for (int col = 0; col < cols; col += Tile::kCols) {
+      copy_tile_async<G::kM, Tile::kCols, G::kThreads>(tile_rows(first_tile + col / Tile::kCols), from + col, stride,
+                                                       rows, cols - col);
+    }
+  }
+  // The two blocks of x, from that tile on.
+  __device__ __forceinline__ void load_x(int first_tile) const {
+    for (int half = 0; half < 2; ++half) {
+      const T* x = static_cast<const T*>(p.x) + first_row * p.x_stride + int64_t{(block + half * p.blocks) / 2} * p.in;
+      load_rows(first_tile + half * ceil_div(p.in, Tile::kCols), x, p.x_stride, p.in);
+    }
+  }
+
+  __device__ __forceinline__ void load_weights(Step at, int stage) const {
+    const int inner_left = p.inner - at.inner;
+    if (at.step < steps_up) {
+      const int half = at.step >= steps_half, depth = (at.step - half * steps_half) * G::kDepth;
       const T* w =
-          static_cast<const T*>(p.w_up) + (int64_t{block + half * p.blocks} * p.inner + ahead.inner) * p.in + depth;
+          static_cast<const T*>(p.w_up) + (int64_t{block + half * p.blocks} * p.inner + at.inner) * p.in + depth;
 #pragma unroll
       for (int panel = 0; panel < G::kDepth / Tile::kCols; ++panel) {
         const int left = p.in - depth - panel * Tile::kCols;
@@ -100,28 +115,49 @@ __global__ void __launch_bounds__(G::kThreads, 1) glu_forward(const __grid_const
                                                              inner_left, left);
       }
     } else {
-      const int col = (ahead.step - steps_up) * G::kDown;
+      const int row = (at.step - steps_up) * G::kDown;
       copy_tile_async<G::kDown, Tile::kCols, G::kThreads>(
-          tile_down(stage), static_cast<const T*>(p.w_down) + (int64_t{block} * p.out + col) * p.inner + ahead.inner,
-          p.inner, p.out - col, inner_left);
+          tile_down(stage), static_cast<const T*>(p.w_down) + (int64_t{block} * p.out + row) * p.inner + at.inner,
+          p.inner, p.out - row, inner_left);
     }
-    ahead.advance(steps_up + steps_down);
-  };
+  }
+
+  // acc += the rows' tiles from first_tile on, by the step's half of w_up; the warp's rows and columns.
+  template <int kM, int kN>
+  __device__ __forceinline__ void multiply_up(float (&acc)[kM][kN][4], int step, int stage, int first_tile,
+                                              int warp_row, int warp_col) const {
+    const int half = step >= steps_half, panels = ceil_div(p.in, Tile::kCols);
+    const int first_panel = (step - half * steps_half) * (G::kDepth / Tile::kCols);
+#pragma unroll
+    for (int i = 0; i < G::kDepth / Tile::kCols; ++i) {
+      if (first_panel + i >= panels) break;
+      mma_abt<T, Tile::kCols>(acc, tile_rows(first_tile + half * panels + first_panel + i), warp_row, tile_up(stage, i),
+                              warp_col, Tile::kCols);
+    }
+  }
+};
+
+template <class T, class G>
+__global__ void __launch_bounds__(G::kThreads, 1) glu_forward(const __grid_constant__ GluWork work) {
+  constexpr int kM = G::kM / G::kWarpsM / 16, kUp = G::kInner / G::kWarpsN / 8;
+  const GluParams& p = work.p;
+  const GluCta<T, G> cta(work);
+  const auto gated = cta.tile_rows(0);
+  cta.load_x(1);
 
   const int warp_row = warp_id() / G::kWarpsN * (kM * 16), warp_n = warp_id() % G::kWarpsN;
   float out[G::kParts][G::kPanels][kM][4][4] = {};
   float up[kM][kUp][4] = {};
   uint32_t gelu[kM][kUp][2] = {};
-  pipeline<G::kStages>(ceil_div(p.inner, G::kInner) * (steps_up + steps_down), load, [&](int stage) {
-    if (now.step < steps_up) {
-      const int half = now.step >= steps_half, first_panel = (now.step - half * steps_half) * (G::kDepth / Tile::kCols);
-#pragma unroll
-      for (int i = 0; i < G::kDepth / Tile::kCols; ++i) {
-        if (first_panel + i >= panels) break;
-        mma_abt<T, Tile::kCols>(up, tile_x(half, first_panel + i), warp_row, tile_up(stage, i), warp_n * kUp * 8,
-                                Tile::kCols);
-      }
-      if (now.step == steps_half - 1) {
+  typename GluCta<T, G>::Step now{0, 0}, ahead{0, 0};
+  const auto load = [&](int /*step*/, int stage) {
+    cta.load_weights(ahead, stage);
+    ahead.advance(cta.steps);
+  };
+  pipeline<G::kStages>(ceil_div(p.inner, G::kInner) * cta.steps, load, [&](int stage) {
+    if (now.step < cta.steps_up) {
+      cta.multiply_up(up, now.step, stage, 1, warp_row, warp_n * kUp * 8);
+      if (now.step == cta.steps_half - 1) {
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -133,7 +169,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) glu_forward(const __grid_const
             }
           }
         }
-      } else if (now.step == steps_up - 1) {
+      } else if (now.step == cta.steps_up - 1) {
         const int lane = opaque_lane(), row = warp_row + lane / 4, col = warp_n * kUp * 8 + lane % 4 * 2;
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
@@ -165,7 +201,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) glu_forward(const __grid_const
 #pragma unroll
             for (int n = 0; n < 4; n += 2) {
               uint32_t b[4];
-              load_b_transposed(b, tile_down(stage), lane_b, col + 8 * n, k);
+              load_b_transposed(b, cta.tile_down(stage), lane_b, col + 8 * n, k);
 #pragma unroll
               for (int m = 0; m < kM; ++m) {
                 mma_m16n8k16<T>(out[kPart][panel][m][n], a[m], b[0], b[1]);
@@ -175,13 +211,13 @@ __global__ void __launch_bounds__(G::kThreads, 1) glu_forward(const __grid_const
           }
         }
       };
-      if (now.step == steps_up) {
+      if (now.step == cta.steps_up) {
         down.template operator()<0>();
       } else if constexpr (G::kParts > 1) {
         down.template operator()<1>();
       }
     }
-    now.advance(steps_up + steps_down);
+    now.advance(cta.steps);
   });
 
   const int64_t stride = int64_t{p.blocks} * p.out;
@@ -191,10 +227,10 @@ __global__ void __launch_bounds__(G::kThreads, 1) glu_forward(const __grid_const
     for (int panel = 0; panel < G::kPanels; ++panel) {
       const int col = part * G::kDown + (panel * G::kWarpsN + warp_n) * 32;
       if (col >= p.out) continue;
-      const int64_t at = int64_t{block} * p.out + col;
+      const int64_t at = int64_t{cta.block} * p.out + col;
       if (p.bias != nullptr) add_bias(out[part][panel], static_cast<const T*>(p.bias) + at, p.out - col);
-      write_accumulators<T>(out[part][panel], static_cast<T*>(p.y) + (first_row + warp_row) * stride + at, stride,
-                            rows - warp_row, p.out - col);
+      write_accumulators<T>(out[part][panel], static_cast<T*>(p.y) + (cta.first_row + warp_row) * stride + at, stride,
+                            cta.rows - warp_row, p.out - col);
     }
   }
 }
