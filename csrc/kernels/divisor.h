@@ -1,0 +1,24 @@
+// Division by numbers that are known at launch.
+#pragma once
+
+#include <cstdint>
+
+namespace warpform {
+
+// Quotients by a number that is known at launch: a product and a shift instead of the twenty instructions of a
+// division.
+struct Divisor {
+  int divisor;
+  uint32_t factor;
+  int shift;
+
+  void set(int d) {
+    divisor = d, shift = 31;
+    while ((int64_t{1} << (shift - 31)) < d) ++shift;
+    factor = d > 0 ? static_cast<uint32_t>((uint64_t{1} << shift) / static_cast<uint64_t>(d) + 1) : 0;
+  }
+  // n / divisor, 0 <= n < 2^31.
+  constexpr int quotient(int n) const { return static_cast<int>((static_cast<uint64_t>(n) * factor) >> shift); }
+};
+
+}  // namespace warpform

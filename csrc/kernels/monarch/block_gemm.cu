@@ -1,0 +1,53 @@
+#include "monarch/block_gemm.cuh"
+
+#include <algorithm>
+#include <climits>
+#include <stdexcept>
+
+#include "device/launch.cuh"
+
+namespace warpform {
+namespace {
+
+template <class T, class Tile>
+void launch_tile(const char* op, const BlockGemmParams& p, void* stream) {
+  const int64_t row_tiles = ceil_div(p.rows, int64_t{Tile::kM});
+  const int64_t items = int64_t{ceil_div(p.cols, Tile::kN)} * p.groups;
+  // Some eight steps a CTA, that its first loads are not most of what it waits for, unless that leaves SMs without
+  // work.
+  const int64_t steps = std::max(1, ceil_div(p.depth, Tile::kDepth));
+  const int64_t share = std::clamp<int64_t>(row_tiles * items / (4 * sm_count()), 1, ceil_div(int64_t{8}, steps));
+  BlockGemmWork work{.p = p, .items = static_cast<int>(items), .share = static_cast<int>(share), .ctas = {}};
+  const int64_t ctas = ceil_div(items, share);
+  if (items > INT_MAX || row_tiles * ctas > INT_MAX) throw std::runtime_error(std::string(op) + ": too many tokens");
+  work.ctas.set(static_cast<int>(ctas));
+  const dim3 grid(static_cast<unsigned>(row_tiles * ctas));
+  if (p.b_transposed) {
+    launch<block_gemm<T, Tile, true>>(op, grid, Tile::kThreads, Tile::kBytes, stream, work);
+  } else {
+    launch<block_gemm<T, Tile, false>>(op, grid, Tile::kThreads, Tile::kBytes, stream, work);
+  }
+}
+
+template <class T>
+void launch_type(const char* op, const BlockGemmParams& p, void* stream) {
+  const int64_t large = ceil_div(p.rows, int64_t{LargeTile::kM}) * ceil_div(p.cols, LargeTile::kN) * p.groups;
+  if (p.cols > SmallTile::kN && large >= sm_count()) {
+    launch_tile<T, LargeTile>(op, p, stream);
+  } else {
+    launch_tile<T, SmallTile>(op, p, stream);
+  }
+}
+
+}  // namespace
+
+void launch_block_gemm(const char* op, const BlockGemmParams& params, void* stream) {
+  if (params.rows == 0 || params.groups == 0 || params.cols == 0) return;
+  if (params.bfloat16) {
+    launch_type<bf16_t>(op, params, stream);
+  } else {
+    launch_type<half_t>(op, params, stream);
+  }
+}
+
+}  // namespace warpform

@@ -1,0 +1,446 @@
+// Bindings of the Monarch products: checks, allocation, launch.
+#include "kernels/monarch/launch.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+
+#include "tensor.h"
+
+#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
+namespace warpform {
+namespace {
+
+// ---- checks ----
+
+void check_activations(const char* op, const char* name, const Tensor& t) {
+  check(t.dim() >= 1 && is_float(t.scalar_type()), op, ": ", name,
+        " must be a floating-point tensor of shape [..., columns], got ", Got{t});
+}
+
+void check_weight(const char* op, const char* name, const Tensor& w, const Tensor& x) {
+  check(w.dim() == 3 && w.size(0) > 0 && w.scalar_type() == x.scalar_type(), op, ": ", name, " must be ",
+        dtype_name(x.scalar_type()), " of shape [nblocks, out / nblocks, in / nblocks], got ", Got{w});
+  check_same_device(op, name, w, x);
+  check(w.size(0) <= INT32_MAX && w.size(1) <= INT32_MAX && w.size(2) <= INT32_MAX, op, ": ", name,
+        " must have sizes that 32 bits count, got ", Got{w});
+}
+
+void check_width(const char* op, const char* name, const Tensor& t, int64_t width, const char* of) {
+  check(t.size(t.dim() - 1) == width, op, ": ", name, " must be of shape [..., ", width, "] as ", of, " has it, got ",
+        Got{t});
+}
+
+void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t width, const Tensor& x) {
+  if (!bias) return;
+  check(bias->dim() == 1 && bias->size(0) == width && bias->scalar_type() == x.scalar_type(), op, ": bias must be ",
+        dtype_name(x.scalar_type()), " of shape [", width, "], got ", Got{*bias});
+  check_same_device(op, "bias", *bias, x);
+}
+
+// The shape of x with another number of columns.
+std::vector<int64_t> with_columns(const Tensor& x, int64_t columns) {
+  std::vector<int64_t> sizes = sizes_of(x);
+  sizes.back() = columns;
+  return sizes;
+}
+
+void check_gradient(const char* op, const Tensor& dout, const Tensor& x, int64_t width) {
+  check(sizes_of(dout) == with_columns(x, width) && dout.scalar_type() == x.scalar_type(), op,
+        ": dout must have the shape and dtype of the output, ", dtype_name(x.scalar_type()), " [..., ", width,
+        "], got ", Got{dout});
+  check_same_device(op, "dout", dout, x);
+}
+
+// ---- what kernels read ----
+
+bool starts_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+
+// Elements between the rows of [..., columns], or nothing where the leading dimensions have no one stride, or the rows
+// are not 16-byte aligned.
+std::optional<int64_t> row_stride(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  if (!starts_aligned(t) || (t.size(last) > 1 && t.stride(last) != 1)) return std::nullopt;
+  int64_t stride = 0, next = 0;  // next: what the dimension before must have
+  for (int64_t i = last - 1; i >= 0; --i) {
+    if (t.size(i) == 1) continue;
+    if (stride == 0) {
+      stride = next = t.stride(i);
+    } else if (t.stride(i) != next) {
+      return std::nullopt;
+    }
+    next *= t.size(i);
+  }
+  if (stride % kMonarchAlignment != 0 || stride < 0) return std::nullopt;
+  return stride;
+}
+
+// Activations as rows. What the kernels cannot read is copied: transposed leading dimensions, expanded gradients.
+struct Matrix {
+  Tensor t;
+  int64_t rows, cols, stride;
+
+  explicit Matrix(const Tensor& from) : t(from), rows(1), cols(from.size(from.dim() - 1)), stride(0) {
+    for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+    const auto given = row_stride(t);
+    if (!given || (*given == 0 && rows > 1))
+      t = t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
+    stride = given && (*given != 0 || rows <= 1) ? *given : cols;
+  }
+};
+
+Tensor readable(const Tensor& t) {
+  if (!t.is_contiguous()) return torch::stable::contiguous(t);
+  return starts_aligned(t) ? t : torch::stable::clone(t);
+}
+std::optional<Tensor> readable(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(readable(*t)) : std::nullopt;
+}
+
+// Blocks of a weight.
+struct Blocks {
+  int count, rows, cols;
+  explicit Blocks(const Tensor& w)
+      : count(static_cast<int>(w.size(0))), rows(static_cast<int>(w.size(1))), cols(static_cast<int>(w.size(2))) {}
+  int64_t in() const { return int64_t{count} * cols; }
+  int64_t out() const { return int64_t{count} * rows; }
+};
+
+// Why no kernel serves blocks of these sizes, or null.
+const char* no_kernel(const Tensor& x, std::initializer_list<int> block_sizes) {
+  if (reference_requested()) return kReferenceRequested;
+  if (x.scalar_type() != ScalarType::Half && x.scalar_type() != ScalarType::BFloat16) {
+    return "the kernels take float16 and bfloat16";
+  }
+  for (const int size : block_sizes) {
+    if (size % kMonarchAlignment != 0) return "a block has rows or columns that are not a multiple of 8";
+    if (size > 1 << 14) return "a block has more than 16384 rows or columns";
+  }
+  return nullptr;
+}
+
+bool is_bfloat16(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
+
+// ---- launches that several ops make ----
+
+// One op's call: its launch, and tensors of the dtype of x.
+struct Call {
+  const char* op;
+  const Tensor& x;
+  const Launch& launch;
+
+  Tensor make(const std::vector<int64_t>& sizes) const { return empty(op, sizes, x.scalar_type(), x); }
+  Tensor make_float(const std::vector<int64_t>& sizes) const { return empty(op, sizes, ScalarType::Float, x); }
+
+  // out = a times the block-diagonal w, or its transpose, + bias.
+  void multiply(const Matrix& a, const Tensor& w, bool transposed, const std::optional<Tensor>& bias,
+                const Tensor& out) const {
+    const Blocks blocks(w);
+    const BlockGemmParams params{.a = launch.in(a.t),
+                                 .b = launch.in(w),
+                                 .bias = bias ? launch.in(*bias) : nullptr,
+                                 .c = launch.out(out),
+                                 .rows = a.rows,
+                                 .a_stride = a.stride,
+                                 .groups = blocks.count,
+                                 .cols = transposed ? blocks.cols : blocks.rows,
+                                 .depth = transposed ? blocks.rows : blocks.cols,
+                                 .b_transposed = transposed,
+                                 .bfloat16 = is_bfloat16(x)};
+    launch_block_gemm(op, params, launch.stream());
+  }
+
+  // dw [groups, m, n] and, where it is not empty, dbias [groups * m] of out = x times the block-diagonal w + bias.
+  void weight_gradient(const Matrix& dout, const Matrix& in, const Tensor& dw,
+                       const std::optional<Tensor>& dbias) const {
+    const Blocks blocks(dw);
+    WeightGradientParams params{.a = launch.in(dout.t),
+                                .b = launch.in(in.t),
+                                .dw = launch.out(dw),
+                                .dbias = dbias ? launch.out(*dbias) : nullptr,
+                                .dw_partials = nullptr,
+                                .dbias_partials = nullptr,
+                                .rows = dout.rows,
+                                .a_stride = dout.stride,
+                                .b_stride = in.stride,
+                                .groups = blocks.count,
+                                .m = blocks.rows,
+                                .n = blocks.cols,
+                                .splits = 1,
+                                .bfloat16 = is_bfloat16(x)};
+    params.splits = weight_gradient_splits(params);
+    const int64_t splits = params.splits > 1 ? params.splits : 0;
+    const Tensor dw_partials = make_float({splits, dw.numel()});
+    const Tensor dbias_partials = make_float({dbias ? splits : 0, blocks.out()});
+    params.dw_partials = launch.out<float>(dw_partials);
+    params.dbias_partials = launch.out<float>(dbias_partials);
+    launch_weight_gradient(op, params, launch.stream());
+  }
+
+  // Each row of `in`, a matrix [outer, inner], transposed.
+  void transpose(const Matrix& in, int outer, int inner, const Tensor& out) const {
+    launch_transpose_rows(op,
+                          {.in = launch.in(in.t),
+                           .out = launch.out(out),
+                           .rows = in.rows,
+                           .in_stride = in.stride,
+                           .outer = outer,
+                           .inner = inner},
+                          launch.stream());
+  }
+
+  void gate(const Tensor& z, const std::optional<Tensor>& da, const Tensor& a, const std::optional<Tensor>& dz) const {
+    launch_gate(op,
+                {.z = launch.in(z),
+                 .da = da ? launch.in(*da) : nullptr,
+                 .a = launch.out(a),
+                 .dz = dz ? launch.out(*dz) : nullptr,
+                 .rows = a.size(0),
+                 .cols = a.size(1),
+                 .bfloat16 = is_bfloat16(x)},
+                launch.stream());
+  }
+};
+
+// ---- blockdiag_multiply ----
+
+Tensor blockdiag_multiply(Tensor x, Tensor w, std::optional<Tensor> bias) {
+  constexpr const char* kOp = "blockdiag_multiply";
+  check_activations(kOp, "x", x);
+  check_weight(kOp, "w", w, x);
+  const Blocks blocks(w);
+  check_width(kOp, "x", x, blocks.in(), "w");
+  check_bias(kOp, bias, blocks.out(), x);
+  if (const char* reason = no_kernel(x, {blocks.rows, blocks.cols})) {
+    return std::get<0>(call_reference<Tensor>(kOp, reason, x, w, bias));
+  }
+  const Matrix rows(x);
+  w = readable(w);
+  bias = readable(bias);
+  const Launch launch(kOp, x);
+  const Call call{kOp, x, launch};
+  Tensor out = call.make(with_columns(x, blocks.out()));
+  call.multiply(rows, w, false, bias, out);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> blockdiag_multiply_backward(Tensor dout, Tensor x, Tensor w, bool has_bias) {
+  constexpr const char* kOp = "blockdiag_multiply_backward";
+  check_activations(kOp, "x", x);
+  check_weight(kOp, "w", w, x);
+  const Blocks blocks(w);
+  check_width(kOp, "x", x, blocks.in(), "w");
+  check_gradient(kOp, dout, x, blocks.out());
+  if (const char* reason = no_kernel(x, {blocks.rows, blocks.cols})) {
+    return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dout, x, w, has_bias);
+  }
+  const Matrix drows(dout), rows(x);
+  w = readable(w);
+  const Launch launch(kOp, x);
+  const Call call{kOp, x, launch};
+  Tensor dx = call.make(sizes_of(x)), dw = call.make(sizes_of(w));
+  Tensor dbias = call.make({has_bias ? blocks.out() : 0});
+  call.multiply(drows, w, true, std::nullopt, dx);
+  call.weight_gradient(drows, rows, dw, has_bias ? std::optional<Tensor>(dbias) : std::nullopt);
+  return {dx, dw, dbias};
+}
+
+// ---- monarch_multiply ----
+
+void check_monarch(const char* op, const Tensor& x, const Tensor& w1, const Tensor& w2) {
+  check_activations(op, "x", x);
+  check_weight(op, "w1", w1, x);
+  check_weight(op, "w2", w2, x);
+  check_width(op, "x", x, Blocks(w1).in(), "w1");
+  check(Blocks(w1).out() == Blocks(w2).in(), op, ": w2 must take the ", Blocks(w1).out(),
+        " columns that w1 gives, got ", Got{w2});
+}
+
+Tensor monarch_multiply(Tensor x, Tensor w1, Tensor w2) {
+  constexpr const char* kOp = "monarch_multiply";
+  check_monarch(kOp, x, w1, w2);
+  const Blocks first(w1), second(w2);
+  const Matrix rows(x);
+  MonarchParams params{.x = nullptr,
+                       .w1 = nullptr,
+                       .w2 = nullptr,
+                       .y = nullptr,
+                       .rows = rows.rows,
+                       .x_stride = rows.stride,
+                       .k = first.count,
+                       .q = first.rows,
+                       .p = first.cols,
+                       .l = second.count,
+                       .s = second.rows,
+                       .r = second.cols,
+                       .bfloat16 = is_bfloat16(x)};
+  // In one pass, or where the intermediate is too large for shared memory as two products with a transposition of rows
+  // behind each: 2 (k p + l s) bytes a row, or that and 8 k q + 4 l s more, of which L2 saves some.
+  const bool fused = second.out() % kMonarchAlignment == 0 && monarch_fits(params);
+  const char* reason = fused ? no_kernel(x, {first.cols, second.cols})
+                             : no_kernel(x, {first.rows, first.cols, second.rows, second.cols});
+  if (reason != nullptr) return std::get<0>(call_reference<Tensor>(kOp, reason, x, w1, w2));
+  w1 = readable(w1);
+  w2 = readable(w2);
+  const Launch launch(kOp, x);
+  const Call call{kOp, x, launch};
+  Tensor y = call.make(with_columns(x, second.out()));
+  if (y.numel() == 0) return y;
+  if (second.in() == 0) return torch::stable::zero_(y);
+  if (fused) {
+    params.x = launch.in(rows.t);
+    params.w1 = launch.in(w1);
+    params.w2 = launch.in(w2);
+    params.y = launch.out(y);
+    launch_monarch(params, launch.stream());
+    return y;
+  }
+  const Tensor h = call.make({rows.rows, first.out()}), h_by_lambda = call.make({rows.rows, first.out()});
+  call.multiply(rows, w1, false, std::nullopt, h);
+  call.transpose(Matrix(h), second.cols, second.count, h_by_lambda);
+  const Tensor y_by_lambda = call.make({rows.rows, second.out()});
+  call.multiply(Matrix(h_by_lambda), w2, false, std::nullopt, y_by_lambda);
+  call.transpose(Matrix(y_by_lambda), second.count, second.rows, y);
+  return y;
+}
+
+// The products of the backward pass go by block_gemm and weight_gradient, which want the columns of a block beside each
+// other: dout, h and dh are transposed on the way, row by row. Bytes a row, beyond what it reads and writes: 8 l s for
+// dout, 16 k q for h and dh; products that gather columns l apart would read 32 bytes for each 2 of them.
+std::tuple<Tensor, Tensor, Tensor> monarch_multiply_backward(Tensor dout, Tensor x, Tensor w1, Tensor w2) {
+  constexpr const char* kOp = "monarch_multiply_backward";
+  check_monarch(kOp, x, w1, w2);
+  const Blocks first(w1), second(w2);
+  check_gradient(kOp, dout, x, second.out());
+  if (const char* reason = no_kernel(x, {first.rows, first.cols, second.rows, second.cols})) {
+    return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dout, x, w1, w2);
+  }
+  const Matrix drows(dout), rows(x);
+  w1 = readable(w1);
+  w2 = readable(w2);
+  const Launch launch(kOp, x);
+  const Call call{kOp, x, launch};
+  Tensor dx = call.make(sizes_of(x)), dw1 = call.make(sizes_of(w1)), dw2 = call.make(sizes_of(w2));
+  const Tensor dout_by_lambda = call.make({rows.rows, second.out()});
+  call.transpose(drows, second.rows, second.count, dout_by_lambda);
+  // Two workspaces in turn: h and dh in the order of the first factor, and in that of the second.
+  const Tensor plain = call.make({rows.rows, first.out()}), by_lambda = call.make({rows.rows, first.out()});
+  call.multiply(rows, w1, false, std::nullopt, plain);
+  call.transpose(Matrix(plain), second.cols, second.count, by_lambda);
+  call.weight_gradient(Matrix(dout_by_lambda), Matrix(by_lambda), dw2, std::nullopt);
+  call.multiply(Matrix(dout_by_lambda), w2, true, std::nullopt, by_lambda);
+  call.transpose(Matrix(by_lambda), second.count, second.cols, plain);
+  call.multiply(Matrix(plain), w1, true, std::nullopt, dx);
+  call.weight_gradient(Matrix(plain), rows, dw1, std::nullopt);
+  return {dx, dw1, dw2};
+}
+
+// ---- blockdiag_glu ----
+
+void check_glu(const char* op, const Tensor& x, const Tensor& w_up, const Tensor& w_down) {
+  check_activations(op, "x", x);
+  check_weight(op, "w_up", w_up, x);
+  check_weight(op, "w_down", w_down, x);
+  check_width(op, "x", x, Blocks(w_up).in(), "w_up");
+  check(Blocks(w_up).out() == 2 * Blocks(w_down).in(), op, ": w_up must give twice the ", Blocks(w_down).in(),
+        " columns that w_down takes, got ", Got{w_up});
+}
+
+// By their sizes; the pointers come later.
+GluParams glu_params(const Matrix& x, const Blocks& up, const Blocks& down) {
+  GluParams params{};
+  params.rows = x.rows;
+  params.x_stride = x.stride;
+  params.blocks = up.count;
+  params.in = up.cols;
+  params.inner = down.cols;
+  params.out = down.rows;
+  params.bfloat16 = is_bfloat16(x.t);
+  return params;
+}
+
+Tensor blockdiag_glu(Tensor x, Tensor w_up, Tensor w_down, std::optional<Tensor> bias) {
+  constexpr const char* kOp = "blockdiag_glu";
+  check_glu(kOp, x, w_up, w_down);
+  const Blocks up(w_up), down(w_down);
+  check_bias(kOp, bias, down.out(), x);
+  if (const char* reason = no_kernel(x, {up.rows, up.cols, down.rows, down.cols})) {
+    return std::get<0>(call_reference<Tensor>(kOp, reason, x, w_up, w_down, bias));
+  }
+  const Matrix rows(x);
+  w_up = readable(w_up);
+  w_down = readable(w_down);
+  bias = readable(bias);
+  const Launch launch(kOp, x);
+  const Call call{kOp, x, launch};
+  Tensor out = call.make(with_columns(x, down.out()));
+  GluParams params = glu_params(rows, up, down);
+  params.bias = bias ? launch.in(*bias) : nullptr;
+  params.y = launch.out(out);
+  if (up.count == down.count && glu_fits(params)) {
+    params.x = launch.in(rows.t);
+    params.w_up = launch.in(w_up);
+    params.w_down = launch.in(w_down);
+    launch_glu(params, launch.stream());
+    return out;
+  }
+  // Blocks that are too large, or of two counts: the wide activations go through memory.
+  const Tensor z = call.make({rows.rows, up.out()}), a = call.make({rows.rows, down.in()});
+  call.multiply(rows, w_up, false, std::nullopt, z);
+  call.gate(z, std::nullopt, a, std::nullopt);
+  call.multiply(Matrix(a), w_down, false, bias, out);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> blockdiag_glu_backward(Tensor dout, Tensor x, Tensor w_up, Tensor w_down,
+                                                                  bool has_bias) {
+  constexpr const char* kOp = "blockdiag_glu_backward";
+  check_glu(kOp, x, w_up, w_down);
+  const Blocks up(w_up), down(w_down);
+  check_gradient(kOp, dout, x, down.out());
+  if (const char* reason = no_kernel(x, {up.rows, up.cols, down.rows, down.cols})) {
+    return call_reference<Tensor, Tensor, Tensor, Tensor>(kOp, reason, dout, x, w_up, w_down, has_bias);
+  }
+  const Matrix drows(dout), rows(x);
+  w_up = readable(w_up);
+  w_down = readable(w_down);
+  const Launch launch(kOp, x);
+  const Call call{kOp, x, launch};
+  Tensor dx = call.make(sizes_of(x)), dw_up = call.make(sizes_of(w_up)), dw_down = call.make(sizes_of(w_down));
+  Tensor dbias = call.make({has_bias ? down.out() : 0});
+  const Tensor a = call.make({rows.rows, down.in()}), dz = call.make({rows.rows, up.out()});
+  GluParams params = glu_params(rows, up, down);
+  if (up.count == down.count && glu_gradient_fits(params)) {
+    params.x = launch.in(rows.t);
+    params.dout = launch.in(drows.t);
+    params.dout_stride = drows.stride;
+    params.w_up = launch.in(w_up);
+    params.w_down = launch.in(w_down);
+    params.a = launch.out(a);
+    params.dz = launch.out(dz);
+    launch_glu_gradient(params, launch.stream());
+  } else {
+    const Tensor z = call.make({rows.rows, up.out()}), da = call.make({rows.rows, down.in()});
+    call.multiply(rows, w_up, false, std::nullopt, z);
+    call.multiply(drows, w_down, true, std::nullopt, da);
+    call.gate(z, da, a, dz);
+  }
+  call.weight_gradient(drows, Matrix(a), dw_down, has_bias ? std::optional<Tensor>(dbias) : std::nullopt);
+  call.multiply(Matrix(dz), w_up, true, std::nullopt, dx);
+  call.weight_gradient(Matrix(dz), rows, dw_up, std::nullopt);
+  return {dx, dw_up, dw_down, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
+  m.impl("blockdiag_multiply", TORCH_BOX(&blockdiag_multiply));
+  m.impl("blockdiag_multiply_backward", TORCH_BOX(&blockdiag_multiply_backward));
+  m.impl("monarch_multiply", TORCH_BOX(&monarch_multiply));
+  m.impl("monarch_multiply_backward", TORCH_BOX(&monarch_multiply_backward));
+  m.impl("blockdiag_glu", TORCH_BOX(&blockdiag_glu));
+  m.impl("blockdiag_glu_backward", TORCH_BOX(&blockdiag_glu_backward));
+}
+
+}  // namespace warpform
+#endif
