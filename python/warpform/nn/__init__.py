@@ -1,13 +1,16 @@
-"""Modules of transformers: padding-free ones take and give packed tensors [total, hidden], those of Swin grids."""
+"""Modules: padding-free ones take packed tensors [total, hidden], Swin's grids, Monarch Mixer's whole sequences."""
 
 from .activations import ACTIVATIONS, BiasActivation
 from .attention import SelfAttention
+from .causal_monarch import CausalMonarchConvolution, CausalMonarchMixer, MixerState, TriangularMonarch
 from .convolution import TokenConvolution
 from .disentangled import DisentangledEncoder, DisentangledSelfAttention, FusedDisentangledSelfAttention
 from .embeddings import Embeddings
 from .encoder import Encoder, EncoderLayer
 from .feed_forward import FeedForward
+from .long_convolution import ImplicitFilter, MonarchMixerSequenceMixer
 from .masked_lm import MaskedLMHead
+from .monarch import BlockdiagLinear, MonarchLinear, MonarchMixerMLP
 from .norm import AddBiasResidualLayerNorm
 from .pooling import FirstTokenPooler, first_tokens, last_tokens, max_pool, mean_pool
 from .window import CosineWindowAttention, DropPath, PatchMerging, SwinBlock, SwinV2Block, WindowAttention
@@ -16,6 +19,9 @@ __all__ = [
     "ACTIVATIONS",
     "AddBiasResidualLayerNorm",
     "BiasActivation",
+    "BlockdiagLinear",
+    "CausalMonarchConvolution",
+    "CausalMonarchMixer",
     "CosineWindowAttention",
     "DisentangledEncoder",
     "DisentangledSelfAttention",
@@ -26,12 +32,18 @@ __all__ = [
     "FeedForward",
     "FirstTokenPooler",
     "FusedDisentangledSelfAttention",
+    "ImplicitFilter",
     "MaskedLMHead",
+    "MixerState",
+    "MonarchLinear",
+    "MonarchMixerMLP",
+    "MonarchMixerSequenceMixer",
     "PatchMerging",
     "SelfAttention",
     "SwinBlock",
     "SwinV2Block",
     "TokenConvolution",
+    "TriangularMonarch",
     "WindowAttention",
     "first_tokens",
     "last_tokens",

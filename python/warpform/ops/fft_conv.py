@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from . import _check
 from ._register import NAMESPACE, register_op
 from .reference import fft_conv as reference
 
-# Spectra have at least so many points, the fewest that kernels transform.
-_FEWEST_POINTS = 512
+# Shorter sequences are transformed as if they were so long, the least that kernels transform.
+_SHORTEST = 256
 
 
 def _fake(
@@ -54,11 +55,11 @@ _spectral_conv = register_op(
 
 
 def _points(seqlen: int) -> int:
-    """Points of the transform: two of each of the power of two that holds seqlen, so that no filter wraps around."""
-    points = _FEWEST_POINTS
-    while points < 2 * seqlen:
-        points *= 2
-    return points
+    """Points of the transform: twice the power of two that holds seqlen, so that no filter wraps around.
+
+    In operations that tracing keeps as an expression, so that one graph serves every length.
+    """
+    return int(2 * 2 ** math.ceil(math.log2(torch.sym_max(seqlen, _SHORTEST))))
 
 
 def fft_conv_spectrum(k: Tensor, k_reverse: Tensor | None = None, *, seqlen: int) -> Tensor:
@@ -91,6 +92,8 @@ def fft_conv_spectrum(k: Tensor, k_reverse: Tensor | None = None, *, seqlen: int
 def _spectrum(k: Tensor, k_reverse: Tensor | None, seqlen: int) -> Tensor:
     points = _points(seqlen)
     dtype = reference.wide(k)
+    if k.size(0) == 0:  # which torch.fft does not take
+        return k.new_zeros((0, points // 2 + 1, 2), dtype=dtype)
     filters = k.to(dtype)
     if k_reverse is not None:
         # The last taps of the circle, nearest to its end first. Between them and k there are zeros: n >= 2 seqlen.

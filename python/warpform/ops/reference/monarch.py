@@ -103,7 +103,7 @@ def _multiply(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     added = None if bias is None else bias.view(nb, 1, q)
     if tokens < _TOKENS_TO_COPY:
         out = torch.bmm(blocks, w.mT) if added is None else torch.baddbmm(added, blocks, w.mT)
-        return out.transpose(0, 1).reshape(tokens, nb * q)
+        return out.transpose(0, 1).reshape(tokens, nb * q).contiguous()  # q = 1: reshape gives a view
     out = torch.empty((tokens, nb, q), dtype=x.dtype, device=x.device)
     if added is None:
         torch.bmm(blocks, w.mT, out=out.transpose(0, 1))
