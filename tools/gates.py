@@ -60,6 +60,7 @@ STACK: tuple[StackRule, ...] = ()
 ATTENTION = r"(varlen|window)_attention_(forward|backward_(keys|queries|short|bias))<"
 MONARCH = r"(block_gemm|block_weight_gradient|monarch_forward|glu_forward)<"
 VECTORS = r"(gather_(long|short)_rows<uint4,|(bias_gelu|layer_norm)(_backward)?_kernel<(float, 4|\w+, 8),)"
+SHORT_CONV = r"short_conv_gate(_backward)?_kernel<"
 OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(ATTENTION, r"HMMA\.16816\.F32"),  # tensor cores, accumulating in float32
     OpcodeRule(ATTENTION, r"LDSM\."),  # ldmatrix
@@ -72,6 +73,9 @@ OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(r"::gate<", r"STG\..*128"),
     OpcodeRule(VECTORS, r"LDG\..*128"),  # 16 bytes a thread
     OpcodeRule(VECTORS, r"STG\..*128"),
+    OpcodeRule(SHORT_CONV, r"LDGSTS\..*128"),
+    OpcodeRule(SHORT_CONV, r"STG\..*128"),
+    OpcodeRule(r"short_conv_gate_backward_kernel<", r"LDG\..*128"),
 )
 ONLY: tuple[ArchRule, ...] = ()
 

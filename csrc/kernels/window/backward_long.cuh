@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(256) window_attention_delta(const __grid_const
   if (row < rows && col == 0) store_global(params.delta + row, sum);
 }
 
-// lse, in base 2, and delta of one query; +inf and 0 past the window's last token, which makes its probabilities 0.
+// lse, in base 2, and delta of one query; +inf and 0 past the window's last token, which makes its probabilities 0, and
+// so for a query that saw no key, whose lse is -inf.
 struct QueryFacts {
   float lse;
   float delta;
@@ -53,7 +54,8 @@ __device__ __forceinline__ QueryFacts query_facts(const WindowBackwardParams& pa
   const int row = rows[query];
   QueryFacts facts{INFINITY, 0.f};
   if (row != kOutside) {
-    facts.lse = load_global(params.lse + (index * p.heads + head) * p.tokens + query) * kLog2e;
+    const float lse = load_global(params.lse + (index * p.heads + head) * p.tokens + query) * kLog2e;
+    if (lse != negative_infinity()) facts.lse = lse;
   }
   if (row >= 0) facts.delta = load_global(params.delta + (image_begin(p, image) + row) * p.heads + head);
   return facts;

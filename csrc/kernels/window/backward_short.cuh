@@ -101,6 +101,7 @@ window_attention_backward_short(const __grid_constant__ WindowBackwardParams par
 #pragma unroll
         for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[0][n][2 * r], s[0][n][2 * r + 1]));
         top = warp_reduce<4>(top, Max{});
+        if (top == negative_infinity()) top = 0.f;  // a row that sees no key: its exponentials are 0 and not NaN
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
 #pragma unroll
@@ -109,7 +110,8 @@ window_attention_backward_short(const __grid_constant__ WindowBackwardParams par
             sum += s[0][n][e];
           }
         }
-        const float inverse = reciprocal_approx(warp_reduce<4>(sum, Sum{}));
+        sum = warp_reduce<4>(sum, Sum{});
+        const float inverse = sum == 0.f ? 0.f : reciprocal_approx(sum);
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
           s[0][n][2 * r] *= inverse;
