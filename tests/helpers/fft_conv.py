@@ -7,7 +7,7 @@ The oracles add up the sums of the definitions; only for long sequences is the l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -385,23 +385,30 @@ def check_spectral_conv(
     device: str = "cpu",
     *,
     eager: Callable[..., Tensor] = eager_spectral_conv,
+    eager_backward: Callable[..., Sequence[Tensor | None]] | None = None,
     backward: bool = True,
 ) -> None:
     """spectral_conv and its backward, every gradient by itself.
 
-    eager: what results are measured against, differentiable, called as the op is: the same computation in the dtype
-    under test. Kernels that round between the stages of a transform are measured against one that does so too.
+    eager, eager_backward: what results are measured against, called as the ops are: the same computation in the dtype
+    under test. Kernels that round between the stages of a transform are measured against one that does so too. Without
+    eager_backward, gradients are autograd's through eager.
     """
     inputs = fft_conv_inputs(case, dtype, device)
     y = library.spectral_conv(*inputs.tensors)
     assert y.dtype == dtype and y.is_contiguous()
     truth, truths = _spectral_oracle(spectral_conv, inputs, torch.float64)
-    found, yardsticks = _spectral_oracle(eager, inputs, None)
+    names = ("du", "dspectrum", "dskip", "dpregate", "dpostgate")
+    if eager_backward is None:
+        found, yardsticks = _spectral_oracle(eager, inputs, None)
+    else:
+        results = eager_backward(inputs.dout, *inputs.tensors) if backward else ()
+        found = eager(*inputs.tensors)
+        yardsticks = {name: g for name, g in zip(names, results, strict=False) if g is not None}
     assert_close("y", y, truth, found)
     if not backward:
         return
     gradients = library.spectral_conv_backward(inputs.dout, *inputs.tensors)
-    names = ("du", "dspectrum", "dskip", "dpregate", "dpostgate")
     for name, g, given in zip(names, gradients, inputs.tensors, strict=True):
         if given is None:
             assert g.shape == (0,), name

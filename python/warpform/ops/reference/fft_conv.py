@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Points that are transformed at one time on a CPU.
-_POINTS_AT_A_TIME = 1 << 17
+_POINTS_AT_A_TIME = 1 << 18
 
 
 def check_shapes(
