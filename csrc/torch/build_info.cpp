@@ -2,6 +2,7 @@
 
 #include "kernels/attention/launch.h"
 #include "kernels/encoder/launch.h"
+#include "kernels/fft_conv/launch.h"
 #include "kernels/window/launch.h"
 
 // The build defines these; the defaults serve a compile by hand.
@@ -28,7 +29,8 @@ std::string build_info() {
 
 #if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
 std::string kernel_table() {
-  return "[" + encoder_kernel_table() + ", " + attention_kernel_table() + ", " + window_kernel_table() + "]";
+  return "[" + encoder_kernel_table() + ", " + attention_kernel_table() + ", " + window_kernel_table() + ", " +
+         fft_conv_kernel_table() + "]";
 }
 #else
 std::string kernel_table() { return "[]"; }
