@@ -27,7 +27,7 @@ namespace warpform {
 
 template <class Plan>
 constexpr int fft_conv_shared_bytes() {
-  return Plan::kPlan.slots * Plan::kPlan.slot_bytes() + magnitude_bytes<Plan>();
+  return Plan::kPlan.slots * Plan::kPlan.slot_bytes() + magnitude_bytes<Plan>() + Plan::kPlan.threads() * 8;
 }
 
 // The middle of the convolution: every row to bins, times the spectrum, and back.
@@ -35,25 +35,27 @@ template <class Plan>
 __device__ __forceinline__ void convolve_rows(uint32_t base, const FftConvParams& params, int channel, int pass) {
   constexpr FftPlan p = Plan::kPlan;
   const InnerTables<Plan> inner(params.tables);
+  const auto* bins = reinterpret_cast<const RowValues*>(params.bins) + int64_t{channel} * (p.points / 2);
   const uint32_t conjugate = params.correlate ? 0x80000000u : 0;
 #pragma unroll 1
-  for (int branch = warp_id(); branch < p.branches; branch += p.warps) {
-    const int64_t digit = int64_t{channel} * p.digits + branch * p.passes + pass;
-    const auto* bins = reinterpret_cast<const RowValues*>(params.bins) + digit * p.fragments() * kWarpSize + lane_id();
+  for (int k1 = warp_id() * p.passes + pass; k1 < p.digits; k1 += p.warps * p.passes) {
 #pragma unroll 1
     for (int slot = 0; slot < p.slots; ++slot) {
       const RowTile<p.inner> tile{base + slot * p.slot_bytes()};
-      Square<p.tiles> z;
-      transform_inner<Plan>(tile, branch, inner.dft, inner, [&](int i, int j, int h, float (&re)[4], float (&im)[4]) {
-        const RowValues s = load_global(bins + ((i * p.tiles + j) * 2 + h) * kWarpSize);
+      Square<p.tiles> x;
+      const auto spectrum = [&](int i, int j, int h) {
+        const int fragment = k1 * p.fragments() + (i * p.tiles + j) * 2 + h;
+        return load_global(bins + opaque(fragment * kWarpSize + lane_id()));
+      };
+      const auto times = [&](int, int, int, const RowValues& s, auto& re, auto& im) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const Complex y = multiply({{re[e], im[e]}}, unpack_pair<half_t>(s[e] ^ conjugate));
           re[e] = y[0], im[e] = y[1];
         }
-        keep(z, i, j, h, re, im);
-      });
-      inverse_inner<Plan>(tile, branch, pass, inner.dft, params.tables, inner, z);
+      };
+      transform_inner<Plan, true>(x, tile, k1, inner.dft, inner, spectrum, times);
+      inverse_inner<Plan>(tile, k1, inner.dft, params.tables, inner, x);
     }
   }
 }
@@ -63,7 +65,8 @@ template <class Plan>
 __device__ __forceinline__ void pass_half_sums(uint32_t base, const FftConvParams& params, bool first) {
   using Walk = RowWalk<Plan>;
   constexpr FftPlan p = Plan::kPlan;
-  auto* sums = static_cast<RowValues*>(params.half_sums) + int64_t{blockIdx.x} * 2 * p.slots * (p.points / kRowChunk);
+  auto* sums = static_cast<RowValues*>(params.half_sums) + 
+                (int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * 2 * p.slots * (p.points / kRowChunk);
   Walk::for_each([&](int row) {
 #pragma unroll 1
     for (int step = 0; step < Walk::kSteps; ++step) {
@@ -85,17 +88,37 @@ __device__ __forceinline__ void pass_half_sums(uint32_t base, const FftConvParam
   });
 }
 
+// Eight values of a sequence times eight of a gate; as they are without one.
+__device__ __forceinline__ Vec<float, 8> gated(const Vec<float, 8>& x, const void* gate, int64_t begin, int col,
+                                               const FftConvProblem& p) {
+  if (gate == nullptr) return x;
+  const RowValues g = load_row(gate, begin, col, p.length);
+  Vec<float, 8> y;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const Vec<float, 2> f = unpack_pair(g[j], p.bfloat16);
+    y[2 * j] = x[2 * j] * f[0], y[2 * j + 1] = x[2 * j + 1] * f[1];
+  }
+  return y;
+}
+__device__ __forceinline__ RowValues packed(const Vec<float, 8>& x, bool bfloat16) {
+  RowValues v;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) v[j] = pack_pair(x[2 * j], x[2 * j + 1], bfloat16);
+  return v;
+}
+
 // The results of a step, from the sequences in shared memory. Returns this thread's part of FftConvParams::dot.
 template <class Plan>
 __device__ __forceinline__ float write_rows(uint32_t base, uint32_t magnitudes, const FftConvParams& params,
                                             int channel, int pair) {
   using Walk = RowWalk<Plan>;
   const FftConvProblem& p = params.problem;
-  const bool bf16 = p.bfloat16;
   float skip = 0;
   if (params.skip != nullptr) {
-    skip = params.skip_is_float ? load_global(static_cast<const float*>(params.skip) + channel)
-                                : unpack_pair(load_global(static_cast<const uint16_t*>(params.skip) + channel), bf16)[0];
+    skip = params.skip_is_float
+               ? load_global(static_cast<const float*>(params.skip) + channel)
+               : unpack_pair(load_global(static_cast<const uint16_t*>(params.skip) + channel), p.bfloat16)[0];
   }
   const float spectrum = load_global(params.factors + channel);
   float dot = 0;
@@ -107,83 +130,86 @@ __device__ __forceinline__ float write_rows(uint32_t base, uint32_t magnitudes, 
     for (int step = 0; step < Walk::kSteps; ++step) {
       const int col = Walk::column(step);
       if (col >= p.length) break;
-      const bool reads_v = params.skip != nullptr || params.dot != nullptr;
-      RowValues u = {{0, 0, 0, 0}}, gate, out_gate, second_gate;
-      if (reads_v) u = load_row(params.u, begin, col, p.length);
-      if (reads_v && params.gate != nullptr) gate = load_row(params.gate, begin, col, p.length);
-      if (params.out_gate != nullptr) out_gate = load_row(params.out_gate, begin, col, p.length);
-      if (params.second_gate != nullptr) second_gate = load_row(params.second_gate, begin, col, p.length);
+      Vec<float, 8> v, y;
       const RowValues conv = load_shared<RowValues>(Walk::address(base, row, col));
-      RowValues out, second;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        Vec<float, 2> y = unpack_pair<half_t>(conv[j]), v = unpack_pair(u[j], bf16), a, b;
-        const Vec<float, 2> one = {{1, 1}};
-        const Vec<float, 2> g = reads_v && params.gate != nullptr ? unpack_pair(gate[j], bf16) : one;
-        const Vec<float, 2> o = params.out_gate != nullptr ? unpack_pair(out_gate[j], bf16) : one;
-        const Vec<float, 2> s = params.second_gate != nullptr ? unpack_pair(second_gate[j], bf16) : one;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          v[e] *= g[e];
-          y[e] = y[e] * scale.inverse * spectrum;
-          if (params.skip != nullptr) y[e] += skip * v[e];
-          a[e] = y[e] * o[e];
-          b[e] = y[e] * s[e];
-          dot += v[e] * o[e] * s[e];
-        }
-        out[j] = pack_pair(a[0], a[1], bf16);
-        second[j] = pack_pair(b[0], b[1], bf16);
+      for (int j = 0; j < 8; ++j) {
+        v[j] = 1;
+        y[j] = unpack_pair<half_t>(conv[j / 2])[j % 2] * scale.inverse * spectrum;
       }
-      store_row(params.out, begin, col, p.length, out);
-      if (params.second_out != nullptr) store_row(params.second_out, begin, col, p.length, second);
+      if (params.skip != nullptr || params.dot != nullptr) {
+        v = gated(gated(v, params.u, begin, col, p), params.gate, begin, col, p);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) y[j] += skip * v[j];
+      }
+      store_row(params.out, begin, col, p.length, packed(gated(y, params.out_gate, begin, col, p), p.bfloat16));
+      if (params.second_out != nullptr) {
+        store_row(params.second_out, begin, col, p.length,
+                  packed(gated(y, params.second_gate, begin, col, p), p.bfloat16));
+      }
+      if (params.dot != nullptr) {
+        v = gated(gated(v, params.out_gate, begin, col, p), params.second_gate, begin, col, p);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) dot += v[j];
+      }
     }
   });
   return dot;
 }
 
-// blockIdx.x: share * channels + channel.
+// blockIdx.x: channel; blockIdx.y: share of the batch.
 template <class Plan>
 __global__ void __launch_bounds__(Plan::kPlan.threads()) fft_conv_kernel(const __grid_constant__ FftConvParams params) {
   constexpr FftPlan p = Plan::kPlan;
   const FftConvProblem& problem = params.problem;
-  const int channel = static_cast<int>(blockIdx.x) % problem.channels;
-  const int share = static_cast<int>(blockIdx.x) / problem.channels;
+  const int channel = static_cast<int>(blockIdx.x), share = static_cast<int>(blockIdx.y);
   const uint32_t base = shared_base(), magnitudes = base + p.slots * p.slot_bytes();
   const int pairs = (problem.batch + 1) / 2;
-  float dot = 0;
+  // What a thread keeps from one step to the next, its part of the dot product and which step it is at, lies in shared
+  // memory: at radix 32 there is no register left for it.
+  const auto own = [&] { return magnitudes + magnitude_bytes<Plan>() + opaque(threadIdx.x) * 8; };
+  store_shared(own(), 0.f);
+  store_shared(own() + 4, share * p.slots * p.passes);
+  const auto pair = [&] { return load_shared<int>(own() + 4) / p.passes; };
+  const auto pass = [&] { return load_shared<int>(own() + 4) % p.passes; };
 #pragma unroll 1
-  for (int pair = share * p.slots; pair < pairs; pair += problem.shares * p.slots) {
+  while (pair() < pairs) {
+    block_sync();
+    load_rows<Plan>(problem, params.u, params.gate, base, magnitudes, channel, pair());
+    block_sync();
 #pragma unroll 1
-    for (int pass = 0; pass < p.passes; ++pass) {
-      block_sync();
-      load_rows<Plan>(problem, params.u, params.gate, base, magnitudes, channel, pair);
-      block_sync();
-#pragma unroll 1
-      for (int slot = 0; slot < p.slots; ++slot) {
-        const RowTile<p.inner> tile{base + slot * p.slot_bytes()};
-        float scale[2];
+    for (int slot = 0; slot < p.slots; ++slot) {
+      const RowTile<p.inner> tile{base + slot * p.slot_bytes()};
+      float scale[2];
 #pragma unroll
-        for (int q = 0; q < 2; ++q) {
-          scale[q] = row_scale(largest_magnitude<Plan>(magnitudes, 2 * slot + q), fft_target(p.points), 100).scale;
-        }
-        transform_outer<Plan>(tile, params.tables, pass, scale[0], scale[1], problem.bfloat16);
+      for (int q = 0; q < 2; ++q) {
+        scale[q] = row_scale(largest_magnitude<Plan>(magnitudes, 2 * slot + q), fft_target(p.points), 100).scale;
       }
-      block_sync();
-      convolve_rows<Plan>(base, params, channel, pass);
-      block_sync();
-#pragma unroll 1
-      for (int slot = 0; slot < p.slots; ++slot) {
-        inverse_outer<Plan>(RowTile<p.inner>{base + slot * p.slot_bytes()}, params.tables, pass);
-      }
-      block_sync();
-      if constexpr (p.passes > 1) pass_half_sums<Plan>(base, params, pass == 0);
+      transform_outer<Plan>(tile, params.tables, pass(), scale[0], scale[1], problem.bfloat16);
     }
-    dot += write_rows<Plan>(base, magnitudes, params, channel, pair);
+    block_sync();
+    convolve_rows<Plan>(base, params, channel, pass());
+    block_sync();
+#pragma unroll 1
+    for (int slot = 0; slot < p.slots; ++slot) {
+      inverse_outer<Plan>(RowTile<p.inner>{base + slot * p.slot_bytes()}, params.tables, pass());
+    }
+    block_sync();
+    if constexpr (p.passes > 1) {
+      pass_half_sums<Plan>(base, params, pass() == 0);
+      if (pass() + 1 < p.passes) {
+        store_shared(own() + 4, load_shared<int>(own() + 4) + 1);
+        continue;
+      }
+    }
+    const float part = write_rows<Plan>(base, magnitudes, params, channel, pair());
+    store_shared(own(), load_shared<float>(own()) + part);
+    store_shared(own() + 4, (pair() + problem.shares * p.slots) * p.passes);
   }
   if (params.dot != nullptr) {
     block_sync();
-    dot = block_reduce<p.threads()>(dot, Sum{}, base);
-    if (threadIdx.x == 0) store_global(params.dot + int64_t{share} * problem.channels + channel, dot);
+    const float sum = block_reduce<p.threads()>(load_shared<float>(own()), Sum{}, base);
+    if (threadIdx.x == 0) store_global(params.dot + int64_t{share} * problem.channels + channel, sum);
   }
 }
 

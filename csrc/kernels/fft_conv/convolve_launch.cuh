@@ -11,7 +11,7 @@ template <int kPoints>
 void launch_fft_conv_size(const char* op, const FftConvParams& params, void* stream) {
   using Size = FftSize<kPoints>;
   const FftConvProblem& p = params.problem;
-  launch<fft_conv_kernel<Size>>(op, dim3(static_cast<unsigned>(p.shares) * p.channels), Size::kPlan.threads(),
+  launch<fft_conv_kernel<Size>>(op, dim3(p.channels, p.shares), Size::kPlan.threads(),
                                 fft_conv_shared_bytes<Size>(), stream, params);
 }
 

@@ -19,7 +19,7 @@ namespace warpform {
 
 template <class Plan>
 constexpr int fft_conv_gradient_shared_bytes() {
-  return Plan::kPlan.slots * Plan::kPlan.slot_bytes() + 2 * magnitude_bytes<Plan>();
+  return Plan::kPlan.slots * Plan::kPlan.slot_bytes() + 2 * magnitude_bytes<Plan>() + Plan::kPlan.threads() * 4;
 }
 
 // Scales of the two sequences of v, and what their products with d's transforms are multiplied by.
@@ -48,99 +48,120 @@ __device__ __forceinline__ ProductScales product_scales(uint32_t magnitudes_v, u
   return s;
 }
 
-// blockIdx.x: share * channels + channel.
+// D of a pass's digits, from their rows, to memory.
+template <class Plan>
+__device__ __forceinline__ void leave_transforms(uint32_t base, RowValues* transforms, const void* tables, int pass) {
+  constexpr FftPlan p = Plan::kPlan;
+  const InnerTables<Plan> inner(tables);
+#pragma unroll 1
+  for (int k1 = warp_id() * p.passes + pass; k1 < p.digits; k1 += p.warps * p.passes) {
+#pragma unroll 1
+    for (int slot = 0; slot < p.slots; ++slot) {
+      RowValues* to = transforms + slot * (p.points / 2);
+      const auto nothing = [](int, int, int) { return 0; };
+      const auto leave = [&](int i, int j, int h, int, auto& re, auto& im) {
+        RowValues d;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) d[e] = pack2<half_t>(re[e], im[e]);
+        const int fragment = k1 * p.fragments() + (i * p.tiles + j) * 2 + h;
+        store_global(to + opaque(fragment * kWarpSize + lane_id()), d);
+      };
+      Square<p.tiles> x;
+      transform_inner<Plan, false>(x, RowTile<p.inner>{base + slot * p.slot_bytes()}, k1, inner.dft, inner, nothing,
+                                   leave);
+    }
+  }
+}
+
+// conj(V) D of a pass's digits, V from their rows and D from memory, to the CTA's sums.
+template <class Plan>
+__device__ __forceinline__ void add_products(uint32_t base, uint32_t magnitudes_v, uint32_t magnitudes_d,
+                                             const RowValues* transforms, Vec<float, 4>* products, const void* tables,
+                                             int pass, bool first) {
+  constexpr FftPlan p = Plan::kPlan;
+  const InnerTables<Plan> inner(tables);
+#pragma unroll 1
+  for (int k1 = warp_id() * p.passes + pass; k1 < p.digits; k1 += p.warps * p.passes) {
+#pragma unroll 1
+    for (int slot = 0; slot < p.slots; ++slot) {
+      const float weight = product_scales<Plan>(magnitudes_v, magnitudes_d, slot).weight;
+      const RowValues* from = transforms + slot * (p.points / 2);
+      const auto fragment = [&](int i, int j, int h) { return k1 * p.fragments() + (i * p.tiles + j) * 2 + h; };
+      const auto left = [&](int i, int j, int h) {
+        return load_global(from + opaque(fragment(i, j, h) * kWarpSize + lane_id()));
+      };
+      const auto add = [&](int i, int j, int h, const RowValues& d, auto& re, auto& im) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          Vec<float, 4>* at = products + opaque((fragment(i, j, h) * 2 + half) * kWarpSize + lane_id());
+          Vec<float, 4> sum = {{0, 0, 0, 0}};
+          if (!first || slot > 0) sum = load_global(at);
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int a = 2 * half + e;
+            const Complex y = multiply_conjugate(unpack_pair<half_t>(d[a]), {{re[a], im[a]}});
+            sum[2 * e] += weight * y[0];
+            sum[2 * e + 1] += weight * y[1];
+          }
+          store_global(at, sum);
+        }
+      };
+      Square<p.tiles> x;
+      transform_inner<Plan, false>(x, RowTile<p.inner>{base + slot * p.slot_bytes()}, k1, inner.dft, inner, left, add);
+    }
+  }
+}
+
+// blockIdx.x: channel; blockIdx.y: share of the batch.
 template <class Plan>
 __global__ void __launch_bounds__(Plan::kPlan.threads())
     fft_conv_gradient_kernel(const __grid_constant__ FftConvGradientParams params) {
   constexpr FftPlan p = Plan::kPlan;
-  constexpr int kFragments = p.fragments();
   const FftConvProblem& problem = params.problem;
-  const int channel = static_cast<int>(blockIdx.x) % problem.channels;
-  const int share = static_cast<int>(blockIdx.x) / problem.channels;
+  const int channel = static_cast<int>(blockIdx.x), share = static_cast<int>(blockIdx.y);
+  const int64_t cta = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
   const uint32_t base = shared_base(), magnitudes_d = base + p.slots * p.slot_bytes();
   const uint32_t magnitudes_v = magnitudes_d + magnitude_bytes<Plan>();
   const int pairs = (problem.batch + 1) / 2;
   const auto tile = [&](int slot) { return RowTile<p.inner>{base + slot * p.slot_bytes()}; };
-  // What a lane keeps of a digit's bins: index of the first of its 16 bytes.
-  const auto place = [&](int branch, int pass) { return (branch * p.passes + pass) * kFragments * kWarpSize + lane_id(); };
-  auto* transforms =
-      reinterpret_cast<RowValues*>(params.transforms) + int64_t{blockIdx.x} * p.slots * (p.points / 2);
-  auto* products = reinterpret_cast<Vec<float, 4>*>(params.products) + int64_t{blockIdx.x} * p.points;
+  // 16 bytes for each fragment and lane.
+  auto* transforms = reinterpret_cast<RowValues*>(params.transforms) + cta * p.slots * (p.points / 2);
+  auto* products = reinterpret_cast<Vec<float, 4>*>(params.products) + cta * p.points;
+  // As in convolve.cuh: which step a thread is at lies in shared memory.
+  const auto own = [&] { return magnitudes_v + magnitude_bytes<Plan>() + opaque(threadIdx.x) * 4; };
+  const auto pair = [&] { return load_shared<int>(own()) / p.passes; };
+  const auto pass = [&] { return load_shared<int>(own()) % p.passes; };
+  store_shared(own(), share * p.slots * p.passes);
 
 #pragma unroll 1
-  for (int pair = share * p.slots; pair < pairs; pair += problem.shares * p.slots) {
-    const bool first = pair == share * p.slots;
+  while (pair() < pairs) {
+    block_sync();
+    load_rows<Plan>(problem, params.dout, params.dout_gate, base, magnitudes_d, channel, pair());
+    block_sync();
 #pragma unroll 1
-    for (int pass = 0; pass < p.passes; ++pass) {
-      block_sync();
-      load_rows<Plan>(problem, params.dout, params.dout_gate, base, magnitudes_d, channel, pair);
-      block_sync();
-#pragma unroll 1
-      for (int slot = 0; slot < p.slots; ++slot) {
-        float scale[2];
+    for (int slot = 0; slot < p.slots; ++slot) {
+      float scale[2];
 #pragma unroll
-        for (int q = 0; q < 2; ++q) {
-          scale[q] = row_scale(largest_magnitude<Plan>(magnitudes_d, 2 * slot + q), fft_target(p.points), 60).scale;
-        }
-        transform_outer<Plan>(tile(slot), params.tables, pass, scale[0], scale[1], problem.bfloat16);
+      for (int q = 0; q < 2; ++q) {
+        scale[q] = row_scale(largest_magnitude<Plan>(magnitudes_d, 2 * slot + q), fft_target(p.points), 60).scale;
       }
-      block_sync();
-      {
-        const InnerTables<Plan> inner(params.tables);
-#pragma unroll 1
-        for (int branch = warp_id(); branch < p.branches; branch += p.warps) {
-#pragma unroll 1
-          for (int slot = 0; slot < p.slots; ++slot) {
-            RowValues* to = transforms + slot * (p.points / 2) + place(branch, pass);
-            const auto leave = [&](int i, int j, int h, float (&re)[4], float (&im)[4]) {
-              RowValues d;
-#pragma unroll
-              for (int e = 0; e < 4; ++e) d[e] = pack2<half_t>(re[e], im[e]);
-              store_global(to + ((i * p.tiles + j) * 2 + h) * kWarpSize, d);
-            };
-            transform_inner<Plan>(tile(slot), branch, inner.dft, inner, leave);
-          }
-        }
-      }
-      block_sync();
-      load_rows<Plan>(problem, params.u, params.gate, base, magnitudes_v, channel, pair);
-      block_sync();
-#pragma unroll 1
-      for (int slot = 0; slot < p.slots; ++slot) {
-        const ProductScales scales = product_scales<Plan>(magnitudes_v, magnitudes_d, slot);
-        transform_outer<Plan>(tile(slot), params.tables, pass, scales.v[0], scales.v[1], problem.bfloat16);
-      }
-      block_sync();
-      const InnerTables<Plan> inner(params.tables);
-#pragma unroll 1
-      for (int branch = warp_id(); branch < p.branches; branch += p.warps) {
-#pragma unroll 1
-        for (int slot = 0; slot < p.slots; ++slot) {
-          const float weight = product_scales<Plan>(magnitudes_v, magnitudes_d, slot).weight;
-          const RowValues* from = transforms + slot * (p.points / 2) + place(branch, pass);
-          Vec<float, 4>* sums = products + 2 * (place(branch, pass) - lane_id()) + lane_id();
-          const auto add = [&](int i, int j, int h, float (&re)[4], float (&im)[4]) {
-            const int fragment = (i * p.tiles + j) * 2 + h;
-            const RowValues d = load_global(from + fragment * kWarpSize);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              Vec<float, 4>* at = sums + (fragment * 2 + half) * kWarpSize;
-              Vec<float, 4> sum = {{0, 0, 0, 0}};
-              if (!first || slot > 0) sum = load_global(at);
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                const int a = 2 * half + e;
-                const Complex y = multiply_conjugate(unpack_pair<half_t>(d[a]), {{re[a], im[a]}});
-                sum[2 * e] += weight * y[0];
-                sum[2 * e + 1] += weight * y[1];
-              }
-              store_global(at, sum);
-            }
-          };
-          transform_inner<Plan>(tile(slot), branch, inner.dft, inner, add);
-        }
-      }
+      transform_outer<Plan>(tile(slot), params.tables, pass(), scale[0], scale[1], problem.bfloat16);
     }
+    block_sync();
+    leave_transforms<Plan>(base, transforms, params.tables, pass());
+    block_sync();
+    load_rows<Plan>(problem, params.u, params.gate, base, magnitudes_v, channel, pair());
+    block_sync();
+#pragma unroll 1
+    for (int slot = 0; slot < p.slots; ++slot) {
+      const ProductScales scales = product_scales<Plan>(magnitudes_v, magnitudes_d, slot);
+      transform_outer<Plan>(tile(slot), params.tables, pass(), scales.v[0], scales.v[1], problem.bfloat16);
+    }
+    block_sync();
+    add_products<Plan>(base, magnitudes_v, magnitudes_d, transforms, products, params.tables, pass(),
+                       pair() == share * p.slots);
+    const bool last = pass() + 1 == p.passes;
+    store_shared(own(), last ? (pair() + problem.shares * p.slots) * p.passes : load_shared<int>(own()) + 1);
   }
 }
 

@@ -31,7 +31,7 @@ struct FftPlan {
   // Byte offsets of the tables. Matrices lie as operands of mma, 16 bytes a lane; complex numbers are float32 pairs.
   int forward_matrix;   // [passes, forward_m, forward_k, 32, 4]
   int inverse_matrix;   // [passes, inverse_m, inverse_k, 32, 4]
-  int square;           // [2 (cos, sin), tiles, tiles, 32, 4]
+  int square;           // [2 (cos, sin), tiles, 32, 4]: the first row of tiles
   int inner_twiddles;   // [tiles, tiles, 2, 2, 32, 2]: w(inner)^(row col) / radix, as accumulators lie
   int column_twiddles;  // [4, digits]: w(n)^(2 t k1)
   int begin_twiddles;   // [groups, warps, digits]: w(n)^(column k1), the first column of a warp in a group
@@ -73,7 +73,7 @@ constexpr FftPlan fft_plan(int points) {
   p.forward_matrix = 0;
   p.inverse_matrix = p.forward_matrix + p.passes * p.forward_m * p.forward_k * kOperand;
   p.square = p.inverse_matrix + p.passes * p.inverse_m * p.inverse_k * kOperand;
-  p.inner_twiddles = p.square + 2 * p.tiles * p.tiles * kOperand;
+  p.inner_twiddles = p.square + 2 * p.tiles * kOperand;
   p.column_twiddles = p.inner_twiddles + p.inner * kComplex;
   p.begin_twiddles = p.column_twiddles + 4 * p.digits * kComplex;
   p.row_twiddles = p.begin_twiddles + p.groups * p.warps * p.digits * kComplex;

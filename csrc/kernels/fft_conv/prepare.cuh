@@ -115,11 +115,10 @@ static __global__ void __launch_bounds__(kTableThreads)
       return imaginary == of_y ? w[0] : imaginary ? -w[1] : w[1];
     });
   }
-  for (int i = begin; i < 2 * p.tiles * p.tiles * 32; i += step) {
+  for (int i = begin; i < 2 * p.tiles * 32; i += step) {
     store_operand(tables, p.square, i, [&](int tile, int row, int col) {
-      const int k = tile / p.tiles % p.tiles * 16 + row, j = tile % p.tiles * 16 + col;
-      const Vec<float, 2> w = root(p.radix, k * j);
-      return tile < p.tiles * p.tiles ? w[0] : -w[1];
+      const Vec<float, 2> w = root(p.radix, row * (tile % p.tiles * 16 + col));
+      return tile < p.tiles ? w[0] : -w[1];
     });
   }
   const auto at = [&](int offset, int i) {

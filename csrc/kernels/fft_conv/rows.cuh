@@ -2,6 +2,8 @@
 // they are scaled.
 #pragma once
 
+#include <type_traits>
+
 #include "device/memory.cuh"
 #include "device/ptx.cuh"
 #include "device/reduce.cuh"
@@ -23,6 +25,10 @@ __device__ __forceinline__ uint32_t magnitude_bits(float x) {
   __builtin_memcpy(&bits, &x, 4);
   return bits & 0x7fffffffu;
 }
+
+// The lane, but as a number that the compiler knows nothing about: what follows from it is computed, or loaded, where it
+// is used, instead of far ahead of it, into registers that there are not.
+__device__ __forceinline__ int opaque_lane() { return static_cast<int>(opaque(lane_id())); }
 
 // Rows of kCols 16-bit elements. The 16-byte chunks of a row are permuted so that eight rows at the same column, and
 // eight chunks of one row that lie 2 or 4 apart, are in eight different groups of four banks.
@@ -56,11 +62,12 @@ __device__ __forceinline__ uint32_t pack_pair(float lo, float hi, bool bfloat16)
 using RowValues = Vec<uint32_t, 4>;
 
 // Values [col, col + 8) of the sequence that begins at element `row` of data; zeros from `length` on. Where sequences
-// are no multiples of 16 bytes, value by value.
+// are no multiples of 16 bytes, value by value; not if that is known of them.
+template <bool kMultiples = false>
 __device__ __forceinline__ RowValues load_row(const void* data, int64_t row, int col, int length) {
   RowValues v = {{0, 0, 0, 0}};
   const uint16_t* from = static_cast<const uint16_t*>(data) + row + col;
-  if (length % kRowChunk == 0) {
+  if (kMultiples || length % kRowChunk == 0) {
     if (col < length) v = load_global(reinterpret_cast<const RowValues*>(from));
   } else {
 #pragma unroll
@@ -101,7 +108,8 @@ struct RowWalk {
     for (int row = warp_id() / kWarpsPerRow; row < 2 * kPlan.slots; row += kRowsAtOnce) f(row);
   }
   __device__ __forceinline__ static int column(int step) {
-    return (step * kWarpsPerRow + warp_id() % kWarpsPerRow) * kRowSegment + lane_id() * kRowChunk;
+    const int thread = static_cast<int>(opaque(threadIdx.x % (kWarpsPerRow * kWarpSize)));
+    return step * kWarpsPerRow * kRowSegment + thread * kRowChunk;
   }
   // Shared address of the 8 values at `col` of a sequence: sequence q of a pair begins at row q outer.
   __device__ __forceinline__ static uint32_t address(uint32_t base, int row, int col) {
@@ -152,38 +160,52 @@ template <class Plan>
 __device__ __forceinline__ void load_rows(const FftConvProblem& p, const void* u, const void* gate, uint32_t base,
                                           uint32_t magnitudes, int channel, int pair) {
   using Walk = RowWalk<Plan>;
-  constexpr int kAhead = Walk::kSteps < 4 ? Walk::kSteps : 4;  // loads under way
   Walk::for_each([&](int row) {
     const int64_t begin = row_begin(p, channel, pair, row);
-    const int length = begin < 0 ? 0 : p.length;
     uint32_t most = 0;
+    const auto load = [&]<int kAhead, bool kGate>(std::integral_constant<int, kAhead>, std::bool_constant<kGate>) {
 #pragma unroll 1
-    for (int step = 0; step < Walk::kSteps; step += kAhead) {
-      RowValues v[kAhead], g[kAhead];
+      for (int step = 0; step < Walk::kSteps; step += kAhead) {
+        RowValues v[kAhead], g[kAhead];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int col = Walk::column(step + i);
-        v[i] = {{0, 0, 0, 0}};
-        if (length > 0) v[i] = load_row(u, begin, col, p.length);
-        if (length > 0 && gate != nullptr) g[i] = load_row(gate, begin, col, p.length);
-      }
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          Vec<float, 2> x = unpack_pair(v[i][j], p.bfloat16);
-          if (length > 0 && gate != nullptr) {
-            const Vec<float, 2> y = unpack_pair(g[i][j], p.bfloat16);
-            v[i][j] = pack_pair(x[0] * y[0], x[1] * y[1], p.bfloat16);
-            x = unpack_pair(v[i][j], p.bfloat16);
-          }
-          most = max(most, max(magnitude_bits(x[0]), magnitude_bits(x[1])));
+        for (int i = 0; i < kAhead; ++i) {
+          const int col = Walk::column(step + i);
+          v[i] = load_row<(kAhead > 1)>(u, begin, col, p.length);
+          if constexpr (kGate) g[i] = load_row<(kAhead > 1)>(gate, begin, col, p.length);
         }
-        store_shared(Walk::address(base, row, Walk::column(step + i)), v[i]);
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            Vec<float, 2> x = unpack_pair(v[i][j], p.bfloat16);
+            if constexpr (kGate) {
+              const Vec<float, 2> y = unpack_pair(g[i][j], p.bfloat16);
+              v[i][j] = pack_pair(x[0] * y[0], x[1] * y[1], p.bfloat16);
+              x = unpack_pair(v[i][j], p.bfloat16);
+            }
+            most = max(most, max(magnitude_bits(x[0]), magnitude_bits(x[1])));
+          }
+          store_shared(Walk::address(base, row, Walk::column(step + i)), v[i]);
+        }
       }
+    };
+    // So many loads are under way at a time; one where values come one by one.
+    constexpr int kAhead = Walk::kSteps < 4 ? Walk::kSteps : 4;
+    constexpr std::integral_constant<int, 1> kOne;
+    if (begin < 0) {
+#pragma unroll 1
+      for (int step = 0; step < Walk::kSteps; ++step) {
+        store_shared(Walk::address(base, row, Walk::column(step)), RowValues{{0, 0, 0, 0}});
+      }
+    } else if (p.length % kRowChunk != 0) {
+      gate != nullptr ? load(kOne, std::true_type{}) : load(kOne, std::false_type{});
+    } else if (gate != nullptr) {
+      load(std::integral_constant<int, (kAhead > 2 ? 2 : kAhead)>{}, std::true_type{});
+    } else {
+      load(std::integral_constant<int, kAhead>{}, std::false_type{});
     }
     most = warp_reduce(most, Max{});
-    if (lane_id() == 0) {
+    if (opaque_lane() == 0) {
       store_shared(magnitudes + (row * Walk::kWarpsPerRow + warp_id() % Walk::kWarpsPerRow) * 4, most);
     }
   });

@@ -24,10 +24,11 @@ __device__ __forceinline__ Complex multiply_conjugate(Complex a, Complex b) {
 
 template <class V>
 __device__ __forceinline__ V load_table(const void* tables, int offset, int index) {
-  return load_global(reinterpret_cast<const V*>(static_cast<const unsigned char*>(tables) + offset) + index);
+  const uint32_t byte = opaque(static_cast<uint32_t>(offset + index * static_cast<int>(sizeof(V))));
+  return load_global(reinterpret_cast<const V*>(static_cast<const unsigned char*>(tables) + byte));
 }
 __device__ __forceinline__ void load_operand(uint32_t (&a)[4], const void* tables, int offset, int tile) {
-  const RowValues v = load_table<RowValues>(tables, offset, tile * kWarpSize + lane_id());
+  const RowValues v = load_table<RowValues>(tables, offset, tile * kWarpSize + opaque_lane());
 #pragma unroll
   for (int i = 0; i < 4; ++i) a[i] = v[i];
 }
@@ -38,10 +39,11 @@ __device__ __forceinline__ uint32_t negated(uint32_t pair) { return pair ^ 0x800
 // B[16 kK x 16] of a strip, rows of the slot; rows past kRows meet zeros of the matrix, so any finite ones do.
 template <int kK, int kRows, int kCols>
 __device__ __forceinline__ void load_strip(uint32_t (&b)[kK][4], RowTile<kCols> tile, int col) {
+  const int lane = opaque_lane();
 #pragma unroll
   for (int k = 0; k < kK; ++k) {
-    const int row = (16 * k + lane_id() % 16) % kRows;
-    ldmatrix_x4_trans(b[k], tile.chunk(row, col / kRowChunk + lane_id() / 16));
+    const int row = (16 * k + lane % 16) % kRows;
+    ldmatrix_x4_trans(b[k], tile.chunk(row, col / kRowChunk + lane / 16));
   }
 }
 
@@ -51,7 +53,7 @@ __device__ __forceinline__ void transform_outer(RowTile<Plan::kPlan.inner> tile,
                                                 float scale0, float scale1, bool bfloat16) {
   constexpr FftPlan p = Plan::kPlan;
   constexpr int kM = p.forward_m, kK = p.forward_k, kStrips = p.forward_strips;
-  const int g = lane_id() / 4, t = lane_id() % 4;
+  const int lane = opaque_lane(), g = lane / 4, t = lane % 4;
 #pragma unroll 1
   for (int group = 0; group < p.groups; ++group) {
     const int first = group * kStrips * p.warps + warp_id();
@@ -112,7 +114,7 @@ template <class Plan>
 __device__ __forceinline__ void inverse_outer(RowTile<Plan::kPlan.inner> tile, const void* tables, int pass) {
   constexpr FftPlan p = Plan::kPlan;
   constexpr int kM = p.inverse_m, kK = p.inverse_k, kStrips = p.inverse_strips;
-  const int g = lane_id() / 4, t = lane_id() % 4;
+  const int lane = opaque_lane(), g = lane / 4, t = lane % 4;
 #pragma unroll 1
   for (int group = 0; group < p.strips() / kStrips; ++group) {
     const int first = group * kStrips * p.warps + warp_id();
@@ -146,25 +148,65 @@ __device__ __forceinline__ void inverse_outer(RowTile<Plan::kPlan.inner> tile, c
 
 // ---- the inner transforms, radix x radix points in the registers of a warp ----
 
-// Register e of tile [i][j] holds row 16 i + g + 8 (e % 2), columns 16 j + 8 (e / 2) + 2 t and the next.
+// A row of tiles of 16 x 16: register e of tile j holds row g + 8 (e % 2), columns 16 j + 8 (e / 2) + 2 t and the next.
+template <int kTiles>
+struct Strip {
+  uint32_t re[kTiles][4];
+  uint32_t im[kTiles][4];
+};
+// radix x radix, by rows of tiles.
 template <int kTiles>
 struct Square {
-  uint32_t re[kTiles][kTiles][4];
-  uint32_t im[kTiles][kTiles][4];
+  Strip<kTiles> row[kTiles];
 };
 
-// The DFT matrix: re holds cos, im sin of 2 pi row col / radix. Symmetric: a tile's registers are also those of its
-// mirror image's right-hand operand.
-template <class Plan>
-__device__ __forceinline__ void load_dft(Square<Plan::kPlan.tiles>& dft, const void* tables) {
-  constexpr int kTiles = Plan::kPlan.tiles;
+// Strips arrive one after the other as columns of tiles.
+template <int kTiles>
+__device__ __forceinline__ void mirror_tiles(Square<kTiles>& x) {
+  const Square<kTiles> y = x;
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
-      load_operand(dft.re[i][j], tables, Plan::kPlan.square, i * kTiles + j);
-      load_operand(dft.im[i][j], tables, Plan::kPlan.square, (kTiles + i) * kTiles + j);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x.row[i].re[j][e] = y.row[j].re[i][e], x.row[i].im[j][e] = y.row[j].im[i][e];
     }
+  }
+}
+// The first strip leaves, the others move up, `last` follows.
+template <int kTiles>
+__device__ __forceinline__ void shift(Square<kTiles>& x, const Strip<kTiles>& last) {
+#pragma unroll
+  for (int i = 1; i < kTiles; ++i) x.row[i - 1] = x.row[i];
+  x.row[kTiles - 1] = last;
+}
+
+// The DFT matrix, cos and sin of 2 pi row col / radix: its first row of tiles. In the second, of radix 32, the odd columns
+// have the other sign: registers, which there are too few of, for an XOR. Symmetric: a tile's registers are also those
+// of its mirror image as the right-hand operand.
+template <int kTiles>
+struct Dft {
+  Strip<kTiles> first;
+
+  __device__ __forceinline__ Strip<kTiles> row(int i) const {
+    static_assert(kTiles <= 2, "radix 16 or 32");
+    Strip<kTiles> s = first;
+    if (i == 0) return s;
+    const uint32_t odd = opaque(0x80000000u);
+#pragma unroll
+    for (int k = 0; k < kTiles; ++k) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s.re[k][e] ^= odd, s.im[k][e] ^= odd;
+    }
+    return s;
+  }
+};
+template <class Plan>
+__device__ __forceinline__ void load_dft(Dft<Plan::kPlan.tiles>& dft, const void* tables) {
+#pragma unroll
+  for (int k = 0; k < Plan::kPlan.tiles; ++k) {
+    load_operand(dft.first.re[k], tables, Plan::kPlan.square, k);
+    load_operand(dft.first.im[k], tables, Plan::kPlan.square, Plan::kPlan.tiles + k);
   }
 }
 
@@ -174,84 +216,104 @@ struct InnerTwiddles {
 };
 template <class Plan>
 __device__ __forceinline__ InnerTwiddles load_inner_twiddles(const void* tables, int i, int j, int h) {
-  const int index = ((i * Plan::kPlan.tiles + j) * 2 + h) * 2;
-  return {{load_table<Vec<float, 4>>(tables, Plan::kPlan.inner_twiddles, index * kWarpSize + lane_id()),
-           load_table<Vec<float, 4>>(tables, Plan::kPlan.inner_twiddles, (index + 1) * kWarpSize + lane_id())}};
-}
-
-// out = F x^T, or conj(F) x^T: its rows are the transform of x's columns, its columns x's rows. out(i, j, h, re, im)
-// gets 16 rows from 16 i on, 8 columns from 16 j + 8 h on.
-template <bool kInverse, int kTiles, class Out>
-__device__ __forceinline__ void transform_columns(const Square<kTiles>& dft, const Square<kTiles>& x, Out&& out) {
-#pragma unroll
-  for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      uint32_t signed_part[kTiles][2];  // what meets sin with a minus
-#pragma unroll
-      for (int k = 0; k < kTiles; ++k) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          signed_part[k][r] = negated(kInverse ? x.im[j][k][h + 2 * r] : x.re[j][k][h + 2 * r]);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        float re[4] = {0, 0, 0, 0}, im[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int k = 0; k < kTiles; ++k) {
-          mma_m16n8k16<half_t>(re, dft.re[i][k], x.re[j][k][h], x.re[j][k][h + 2]);
-          mma_m16n8k16<half_t>(im, dft.re[i][k], x.im[j][k][h], x.im[j][k][h + 2]);
-          if constexpr (kInverse) {
-            mma_m16n8k16<half_t>(re, dft.im[i][k], signed_part[k][0], signed_part[k][1]);
-            mma_m16n8k16<half_t>(im, dft.im[i][k], x.re[j][k][h], x.re[j][k][h + 2]);
-          } else {
-            mma_m16n8k16<half_t>(re, dft.im[i][k], x.im[j][k][h], x.im[j][k][h + 2]);
-            mma_m16n8k16<half_t>(im, dft.im[i][k], signed_part[k][0], signed_part[k][1]);
-          }
-        }
-        out(i, j, h, re, im);
-      }
-    }
-  }
-}
-
-// out = x F: rows stay, columns are transformed.
-template <int kTiles, class Out>
-__device__ __forceinline__ void transform_rows(const Square<kTiles>& dft, const Square<kTiles>& x, Out&& out) {
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-    uint32_t minus[kTiles][4];
-#pragma unroll
-    for (int k = 0; k < kTiles; ++k) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) minus[k][r] = negated(x.re[i][k][r]);
-    }
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float re[4] = {0, 0, 0, 0}, im[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int k = 0; k < kTiles; ++k) {
-          mma_m16n8k16<half_t>(re, x.re[i][k], dft.re[j][k][h], dft.re[j][k][h + 2]);
-          mma_m16n8k16<half_t>(im, x.im[i][k], dft.re[j][k][h], dft.re[j][k][h + 2]);
-          mma_m16n8k16<half_t>(re, x.im[i][k], dft.im[j][k][h], dft.im[j][k][h + 2]);
-          mma_m16n8k16<half_t>(im, minus[k], dft.im[j][k][h], dft.im[j][k][h + 2]);
-        }
-        out(i, j, h, re, im);
-      }
-    }
-  }
+  const int index = ((i * Plan::kPlan.tiles + j) * 2 + h) * 2 * kWarpSize + opaque_lane();
+  return {{load_table<Vec<float, 4>>(tables, Plan::kPlan.inner_twiddles, index),
+           load_table<Vec<float, 4>>(tables, Plan::kPlan.inner_twiddles, index + kWarpSize)}};
 }
 
 template <int kTiles>
-__device__ __forceinline__ void keep(Square<kTiles>& to, int i, int j, int h, const float (&re)[4],
-                                     const float (&im)[4]) {
-  to.re[i][j][2 * h] = pack2<half_t>(re[0], re[1]);
-  to.re[i][j][2 * h + 1] = pack2<half_t>(re[2], re[3]);
-  to.im[i][j][2 * h] = pack2<half_t>(im[0], im[1]);
-  to.im[i][j][2 * h + 1] = pack2<half_t>(im[2], im[3]);
+__device__ __forceinline__ void keep(Strip<kTiles>& to, int j, int h, const float (&re)[4], const float (&im)[4]) {
+  to.re[j][2 * h] = pack2<half_t>(re[0], re[1]);
+  to.re[j][2 * h + 1] = pack2<half_t>(re[2], re[3]);
+  to.im[j][2 * h] = pack2<half_t>(im[0], im[1]);
+  to.im[j][2 * h + 1] = pack2<half_t>(im[2], im[3]);
+}
+
+// The loops over strips below stay loops, and strips move through the same registers: unrolled, they would be scheduled
+// into each other until registers run out.
+
+// x = F x^T, or conj(F) x^T: its rows become the transform of its columns. out(i, j, h, loaded, re, im) gets 16 rows from
+// 16 i on, 8 columns from 16 j + 8 h on, and may change them; factors(i, j, h) is called before their products, so that
+// what it loads is there after them. Without kKeep the results are for `out` alone.
+template <bool kInverse, bool kKeep = true, int kTiles, class Factors, class Out>
+__device__ __forceinline__ void transform_columns(const Dft<kTiles>& dft, Square<kTiles>& x, Factors&& factors,
+                                                  Out&& out) {
+#pragma unroll 1
+  for (int j = 0; j < kTiles; ++j) {
+    const Strip<kTiles>& from = x.row[0];
+    Strip<kTiles> to;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint32_t minus[kTiles][2];  // what meets sin with a minus
+#pragma unroll
+      for (int k = 0; k < kTiles; ++k) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) minus[k][r] = negated(kInverse ? from.im[k][h + 2 * r] : from.re[k][h + 2 * r]);
+      }
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        const auto loaded = factors(i, j, h);
+        const Strip<kTiles> matrix = dft.row(i);
+        float re[4] = {0, 0, 0, 0}, im[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int k = 0; k < kTiles; ++k) {
+          mma_m16n8k16<half_t>(re, matrix.re[k], from.re[k][h], from.re[k][h + 2]);
+          mma_m16n8k16<half_t>(im, matrix.re[k], from.im[k][h], from.im[k][h + 2]);
+          if constexpr (kInverse) {
+            mma_m16n8k16<half_t>(re, matrix.im[k], minus[k][0], minus[k][1]);
+            mma_m16n8k16<half_t>(im, matrix.im[k], from.re[k][h], from.re[k][h + 2]);
+          } else {
+            mma_m16n8k16<half_t>(re, matrix.im[k], from.im[k][h], from.im[k][h + 2]);
+            mma_m16n8k16<half_t>(im, matrix.im[k], minus[k][0], minus[k][1]);
+          }
+        }
+        out(i, j, h, loaded, re, im);
+        if constexpr (kKeep) keep(to, i, h, re, im);
+      }
+    }
+    if constexpr (kKeep) {
+      shift(x, to);
+    } else {
+      shift(x, x.row[0]);
+    }
+  }
+  if constexpr (kKeep) mirror_tiles(x);
+}
+
+// x = x F: rows stay, columns are transformed. factors, out and kKeep as above.
+template <bool kKeep = true, int kTiles, class Factors, class Out>
+__device__ __forceinline__ void transform_rows(const Dft<kTiles>& dft, Square<kTiles>& x, Factors&& factors,
+                                               Out&& out) {
+#pragma unroll 1
+  for (int i = 0; i < kTiles; ++i) {
+    const Strip<kTiles>& from = x.row[0];
+    Strip<kTiles> to;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      const Strip<kTiles> matrix = dft.row(j);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const auto loaded = factors(i, j, h);
+        float re[4] = {0, 0, 0, 0}, im[4] = {0, 0, 0, 0}, minus[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int k = 0; k < kTiles; ++k) {
+          mma_m16n8k16<half_t>(re, from.re[k], matrix.re[k][h], matrix.re[k][h + 2]);
+          mma_m16n8k16<half_t>(im, from.im[k], matrix.re[k][h], matrix.re[k][h + 2]);
+          mma_m16n8k16<half_t>(re, from.im[k], matrix.im[k][h], matrix.im[k][h + 2]);
+          mma_m16n8k16<half_t>(minus, from.re[k], matrix.im[k][h], matrix.im[k][h + 2]);
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) im[e] -= minus[e];
+        out(i, j, h, loaded, re, im);
+        if constexpr (kKeep) keep(to, j, h, re, im);
+      }
+    }
+    if constexpr (kKeep) {
+      shift(x, to);
+    } else {
+      shift(x, x.row[0]);
+    }
+  }
 }
 
 // Multiplies accumulators by twiddle factors or their conjugates.
@@ -265,45 +327,62 @@ __device__ __forceinline__ void twist(float (&re)[4], float (&im)[4], const Inne
   }
 }
 
-// The bins of one digit, from its row: bins(i, j, h, re, im) gets those of k2 from 16 i on, of k3 from 16 j + 8 h on.
-template <class Plan, class Twiddles, class Bins>
-__device__ __forceinline__ void transform_inner(RowTile<Plan::kPlan.inner> tile, int branch,
-                                                const Square<Plan::kPlan.tiles>& dft, Twiddles&& twiddles,
-                                                Bins&& bins) {
+// Addresses in a digit's row of shared memory, taken as radix x radix. What depends on the lane is computed once, and
+// combined with the rest by XOR and addition: rows and chunks become immediate operands.
+template <class Plan>
+struct InnerAddress {
+  static constexpr FftPlan p = Plan::kPlan;
+  uint32_t first;
+
+  // `row` less than 16, `chunk` 0 or 1, of 8 columns.
+  __device__ __forceinline__ InnerAddress(RowTile<p.inner> tile, int branch, int row, int chunk)
+      : first(tile.chunk(branch, row * (p.radix / kRowChunk) + chunk)) {}
+  // `row` rows further, a multiple of 8 (of 16 for rows of 8 and more), and `chunk` chunks, if that carries no bit.
+  __device__ __forceinline__ uint32_t re(int row, int chunk) const {
+    return (first ^ (chunk ^ row % 16 * p.radix / 64) << 4) + row * p.radix * 2;
+  }
+  __device__ __forceinline__ uint32_t im(int row, int chunk) const {
+    return (first ^ (chunk ^ row % 16 * p.radix / 64 ^ p.branches % 8) << 4) + (row * p.radix + p.branches * p.inner) * 2;
+  }
+};
+
+// The bins of one digit, from its row: bins(i, j, h, loaded, re, im) gets those of k2 from 16 i on, of k3 from 16 j + 8 h
+// on, and x holds them as it leaves them, if kKeep.
+template <class Plan, bool kKeep, class Twiddles, class Factors, class Bins>
+__device__ __forceinline__ void transform_inner(Square<Plan::kPlan.tiles>& x, RowTile<Plan::kPlan.inner> tile,
+                                                int k1, const Dft<Plan::kPlan.tiles>& dft, Twiddles&& twiddles,
+                                                Factors&& factors, Bins&& bins) {
   constexpr FftPlan p = Plan::kPlan;
-  Square<p.tiles> x, y;
+  const int lane = opaque_lane();
+  const InnerAddress<Plan> at(tile, k1 / p.passes, lane % 16, lane / 16);
 #pragma unroll
   for (int j = 0; j < p.tiles; ++j) {
 #pragma unroll
     for (int k = 0; k < p.tiles; ++k) {
-      const int c = ((16 * k + lane_id() % 16) * p.radix + 16 * j) / kRowChunk + lane_id() / 16;
       uint32_t b[4];
-      ldmatrix_x4_trans(b, tile.chunk(branch, c));
-      x.re[j][k][0] = b[0], x.re[j][k][1] = b[2], x.re[j][k][2] = b[1], x.re[j][k][3] = b[3];
-      ldmatrix_x4_trans(b, tile.chunk(p.branches + branch, c));
-      x.im[j][k][0] = b[0], x.im[j][k][1] = b[2], x.im[j][k][2] = b[1], x.im[j][k][3] = b[3];
+      ldmatrix_x4_trans(b, at.re(16 * k, 2 * j));
+      uint32_t(&re)[4] = x.row[j].re[k], (&im)[4] = x.row[j].im[k];
+      re[0] = b[0], re[1] = b[2], re[2] = b[1], re[3] = b[3];
+      ldmatrix_x4_trans(b, at.im(16 * k, 2 * j));
+      im[0] = b[0], im[1] = b[2], im[2] = b[1], im[3] = b[3];
     }
   }
-  transform_columns<false>(dft, x, [&](int i, int j, int h, float (&re)[4], float (&im)[4]) {
-    twist<false>(re, im, twiddles(i, j, h));
-    keep(y, i, j, h, re, im);
+  transform_columns<false>(dft, x, twiddles, [](int, int, int, const InnerTwiddles& w, auto& re, auto& im) {
+    twist<false>(re, im, w);
   });
-  transform_rows(dft, y, bins);
+  transform_rows<kKeep>(dft, x, factors, bins);
 }
 
 // The way back: from bins in float16 to the digit's row, times the outer twiddle factors.
 template <class Plan, class Twiddles>
-__device__ __forceinline__ void inverse_inner(RowTile<Plan::kPlan.inner> tile, int branch, int pass,
-                                              const Square<Plan::kPlan.tiles>& dft, const void* tables,
-                                              Twiddles&& twiddles, const Square<Plan::kPlan.tiles>& z) {
+__device__ __forceinline__ void inverse_inner(RowTile<Plan::kPlan.inner> tile, int k1,
+                                              const Dft<Plan::kPlan.tiles>& dft, const void* tables,
+                                              Twiddles&& twiddles, Square<Plan::kPlan.tiles>& x) {
   constexpr FftPlan p = Plan::kPlan;
-  const int g = lane_id() / 4, t = lane_id() % 4;
-  Square<p.tiles> y;
-  transform_columns<true>(dft, z, [&](int i, int j, int h, float (&re)[4], float (&im)[4]) {
-    twist<true>(re, im, twiddles(i, j, h));
-    keep(y, i, j, h, re, im);
+  const int lane = opaque_lane(), g = lane / 4, t = lane % 4;
+  transform_columns<true>(dft, x, twiddles, [](int, int, int, const InnerTwiddles& w, auto& re, auto& im) {
+    twist<true>(re, im, w);
   });
-  const int k1 = branch * p.passes + pass;
   const auto twiddle = [&](int offset, int i) { return load_table<Complex>(tables, offset, i * p.digits + k1); };
   const Complex w1 = twiddle(p.step_twiddles, 0), w8 = twiddle(p.step_twiddles, 1);
   const Complex w_row = twiddle(p.step_twiddles, 3);
@@ -311,16 +390,17 @@ __device__ __forceinline__ void inverse_inner(RowTile<Plan::kPlan.inner> tile, i
   w[0] = multiply(twiddle(p.row_twiddles, g), twiddle(p.column_twiddles, t));
 #pragma unroll
   for (int r = 1; r < 2 * p.tiles; ++r) w[r] = multiply(w[r - 1], w_row);
+  const InnerAddress<Plan> at(tile, k1 / p.passes, g, 0);
   warp_sync();  // the row has been read by all lanes before any writes to it
-  transform_columns<true>(dft, y, [&](int i, int j, int h, float (&re)[4], float (&im)[4]) {
+  const auto nothing = [](int, int, int) { return 0; };
+  transform_columns<true, false>(dft, x, nothing, [&](int i, int j, int h, int, auto& re, auto& im) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       Complex& now = w[2 * i + r];
       const Complex z0 = multiply_conjugate({{re[2 * r], im[2 * r]}}, now);
       const Complex z1 = multiply_conjugate({{re[2 * r + 1], im[2 * r + 1]}}, multiply(now, w1));
-      const int col = (16 * i + g + 8 * r) * p.radix + 16 * j + 8 * h + 2 * t;
-      store_shared(tile.pair(branch, col), pack2<half_t>(z0[0], z1[0]));
-      store_shared(tile.pair(p.branches + branch, col), pack2<half_t>(z0[1], z1[1]));
+      store_shared(at.re(16 * i + 8 * r, 2 * j + h) + 4 * t, pack2<half_t>(z0[0], z1[0]));
+      store_shared(at.im(16 * i + 8 * r, 2 * j + h) + 4 * t, pack2<half_t>(z0[1], z1[1]));
       now = multiply(now, w8);
     }
   });
@@ -331,7 +411,7 @@ template <class Plan>
 struct InnerTables {
   static constexpr bool kKept = Plan::kPlan.tiles == 1;
   const void* tables;
-  Square<Plan::kPlan.tiles> dft;
+  Dft<Plan::kPlan.tiles> dft;
   InnerTwiddles kept[kKept ? 2 : 1];
 
   __device__ __forceinline__ explicit InnerTables(const void* from) : tables(from) {
