@@ -12,9 +12,11 @@ import harness
 import torch
 import torch.nn.functional as F
 from harness import Case, Session
+from monarch import two_bmm, two_bmm_glu
 from torch import Tensor
 
 import warpform
+from helpers.fft_conv import eager_spectral_conv, short_conv_gate
 
 OPS = (
     "packing_plan",
@@ -25,6 +27,11 @@ OPS = (
     "add_bias_residual_layer_norm",
     "bias_gelu",
     "window_attention",
+    "blockdiag_multiply",
+    "monarch_multiply",
+    "blockdiag_glu",
+    "fft_conv",
+    "short_conv_gate",
 )
 MODES = ("warpform", "warpform_no_grad", "warpform_inference_mode", "warpform_compiled", "torch_inference_mode")
 
@@ -130,6 +137,23 @@ class HostCase(Case):
                     .reshape(2, 1, 3, 128)
                 ),
                 (draw(2, 1, 3, 3, 2, 64), draw(5, 2)),
+            ),
+            "blockdiag_multiply": (
+                warpform.ops.blockdiag_multiply,
+                lambda x, w: torch.bmm(x.view(6, 4, 32).transpose(0, 1), w.mT).transpose(0, 1).reshape(6, 128),
+                (rows, draw(4, 32, 32)),
+            ),
+            "monarch_multiply": (warpform.ops.monarch_multiply, two_bmm, (rows, draw(4, 32, 32), draw(4, 32, 32))),
+            "blockdiag_glu": (warpform.ops.blockdiag_glu, two_bmm_glu, (rows, draw(4, 64, 32), draw(4, 32, 32))),
+            "fft_conv": (
+                warpform.ops.fft_conv,
+                lambda u, k: eager_spectral_conv(u, torch.view_as_real(torch.fft.rfft(k.float(), 8))),
+                (draw(2, 128, 4), draw(128, 4)),
+            ),
+            "short_conv_gate": (
+                warpform.ops.short_conv_gate,
+                short_conv_gate,
+                (draw(2, 4, 384), draw(384, 3), draw(384)),
             ),
         }
         self.op, self.torch, self.inputs = table[op]

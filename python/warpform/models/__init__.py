@@ -34,12 +34,14 @@ from .distilbert import (
 from .dit3d import DiT3DConfig, DiT3DModel
 from .m2 import M2BertModel
 from .m2_config import M2BertConfig
+from .m2_gpt import M2GPTConfig, M2GPTForCausalLM
 from .m2_heads import (
     M2BertForMaskedLM,
     M2BertForSentenceEmbedding,
     M2BertForSequenceClassification,
     SentenceOutput,
 )
+from .m2_vit import M2ViTConfig, M2ViTForImageClassification
 from .sentence_encoder import SentenceEncoder
 from .swin import SwinForImageClassification, SwinModel, Swinv2ForImageClassification, Swinv2Model
 
@@ -79,6 +81,10 @@ __all__ = [
     "M2BertForSentenceEmbedding",
     "M2BertForSequenceClassification",
     "M2BertModel",
+    "M2GPTConfig",
+    "M2GPTForCausalLM",
+    "M2ViTConfig",
+    "M2ViTForImageClassification",
     "SentenceEncoder",
     "SentenceOutput",
     "SwinConfig",

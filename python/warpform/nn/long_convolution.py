@@ -230,7 +230,7 @@ class ImplicitFilter(nn.Module):
             moved = fn(x)
             if not moved.is_floating_point() or moved.dtype == torch.promote_types(moved.dtype, torch.float32):
                 return moved
-            return x.to(moved.device, torch.promote_types(x.dtype, torch.float32))
+            return x.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
 
         return super()._apply(widened, recurse)
 

@@ -5,6 +5,7 @@ from .disentangled_attention import disentangled_attention
 from .encoder import add_bias_residual_layer_norm, bias_gelu, pack, packing_plan, unpack
 from .fft_conv import fft_conv, fft_conv_spectrum
 from .monarch import blockdiag_glu, blockdiag_multiply, monarch_multiply
+from .projection import project_to_blockdiag, project_to_monarch
 from .short_conv import short_conv_gate
 from .window import window_attention
 
@@ -19,6 +20,8 @@ __all__ = [
     "monarch_multiply",
     "pack",
     "packing_plan",
+    "project_to_blockdiag",
+    "project_to_monarch",
     "short_conv_gate",
     "unpack",
     "varlen_attention",

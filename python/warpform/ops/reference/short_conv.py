@@ -39,7 +39,7 @@ def short_conv_gate(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tu
     """gated and gate, [batch, D, seqlen], of x [batch, seqlen, 3 D], weight [3 D, K] and bias [3 D]."""
     check_shapes("short_conv_gate", x, weight, bias)
     dtype = _wide(x)
-    c = _convolve(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    c = _convolve(x.to(dtype).contiguous(), weight.to(dtype), None if bias is None else bias.to(dtype))
     first, second, value = c.chunk(3, 2)
     gated, gate = (
         torch.empty((x.size(0), x.size(2) // 3, x.size(1)), dtype=x.dtype, device=x.device) for _ in range(2)
@@ -63,7 +63,7 @@ def short_conv_gate_backward(
             expected = [x.size(0), x.size(2) // 3, x.size(1)]
             raise ValueError(f"{op}: {name} must be of shape {expected}, got {list(gradient.shape)}")
     dtype, taps = _wide(x), weight.size(1)
-    wide_x, wide_weight = x.to(dtype), weight.to(dtype)
+    wide_x, wide_weight = x.to(dtype).contiguous(), weight.to(dtype)
     c = _convolve(wide_x, wide_weight, None if bias is None else bias.to(dtype))
     first, second, value = c.chunk(3, 2)
     part = dgated.mT.to(dtype)
