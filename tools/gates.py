@@ -59,10 +59,14 @@ class ArchRule:
 STACK: tuple[StackRule, ...] = ()
 ATTENTION = r"(varlen|window)_attention_(forward|backward_(keys|queries|short|bias))<"
 VECTORS = r"(gather_(long|short)_rows<uint4,|(bias_gelu|layer_norm)(_backward)?_kernel<(float, 4|\w+, 8),)"
+FFT_CONV = r"fft_conv_(gradient_)?kernel<"
 OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(ATTENTION, r"HMMA\.16816\.F32"),  # tensor cores, accumulating in float32
     OpcodeRule(ATTENTION, r"LDSM\."),  # ldmatrix
     OpcodeRule(ATTENTION, r"LDGSTS\."),  # cp.async
+    OpcodeRule(FFT_CONV, r"HMMA\.16816\.F32"),
+    OpcodeRule(FFT_CONV, r"LDSM\..*\.MT88"),  # ldmatrix, transposing
+    OpcodeRule(FFT_CONV, r"LDG\..*128"),
     OpcodeRule(VECTORS, r"LDG\..*128"),  # 16 bytes a thread
     OpcodeRule(VECTORS, r"STG\..*128"),
 )

@@ -36,8 +36,7 @@ void check_arguments(const char* op, const Arguments& a) {
   const ScalarType wide = a.u.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   check(a.spectrum.dim() == 3 && a.spectrum.size(0) == channels && a.spectrum.size(1) >= 2 && a.spectrum.size(2) == 2 &&
             a.spectrum.scalar_type() == wide,
-        op, ": spectrum must be ", dtype_name(wide), " of shape [", channels, ", n / 2 + 1, 2], got ",
-        Got{a.spectrum});
+        op, ": spectrum must be ", dtype_name(wide), " of shape [", channels, ", n / 2 + 1, 2], got ", Got{a.spectrum});
   check(2 * (a.spectrum.size(1) - 1) >= length, op, ": spectrum must be of at least the ", length,
         " points that u has, got ", 2 * (a.spectrum.size(1) - 1));
   check_same_device(op, "spectrum", a.spectrum, a.u);
@@ -216,8 +215,7 @@ BackwardResult spectral_conv_backward(Tensor dout, Tensor u, Tensor spectrum, st
     launch_fft_conv(kOp, convolution, launch.stream());
   }
 
-  const Tensor transforms =
-      workspace(kOp, ctas * fft_plan(p.points).slots * 2 * p.points, ScalarType::Int, u);
+  const Tensor transforms = workspace(kOp, ctas * fft_plan(p.points).slots * 2 * p.points, ScalarType::Int, u);
   const Tensor products = workspace(kOp, ctas * 4 * p.points, ScalarType::Float, u);
   launch_fft_conv_gradient(kOp,
                            {.problem = p,

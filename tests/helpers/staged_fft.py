@@ -1,8 +1,8 @@
 """The long convolution as the kernels factor it, run eagerly: what its accuracy in 16 bits is measured against.
 
 The same stages in the same order, every one rounded to float16 and accumulated in float32, the DFT matrices and the
-spectrum in float16 too; float16 for bfloat16 tensors as well, whose rows the kernels scale by powers of two. The factors
-are `csrc/kernels/fft_conv/plan.h`'s. Rows are transformed two at a time, as real and imaginary part.
+spectrum in float16 too; float16 for bfloat16 tensors as well, whose rows the kernels scale by powers of two. The
+factors are `csrc/kernels/fft_conv/plan.h`'s. Rows are transformed two at a time, as real and imaginary part.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ def _half(x: Tensor) -> Tensor:
     return x.half().float()
 
 
-def _roots(n: int, exponents: Tensor) -> Tensor:
-    """exp(-2 pi i e / n)."""
-    angle = -2 * math.pi / n * (exponents % n).double()
+def _roots(rows: int, cols: int, n: int, like: Tensor) -> Tensor:
+    """exp(-2 pi i row col / n)."""
+    product = torch.arange(rows, device=like.device)[:, None] * torch.arange(cols, device=like.device)
+    angle = -2 * math.pi / n * (product % n).double()
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
-def _dft(rows: int, cols: int, n: int) -> Tensor:
-    return _half(_roots(n, torch.arange(rows)[:, None] * torch.arange(cols)))
+def _dft(rows: int, cols: int, n: int, like: Tensor) -> Tensor:
+    return _half(_roots(rows, cols, n, like))
 
 
 def _row_scale(v: Tensor, points: int) -> Tensor:
@@ -51,27 +52,25 @@ def _row_scale(v: Tensor, points: int) -> Tensor:
 
 
 def _transform(v: Tensor, scale: Tensor) -> Tensor:
-    """[B, H, L] -> [pairs, H, 2 outer, radix, radix]: bin k1 + 2 outer (k2 + radix k3) of the padded rows, / (outer radix)."""
+    """[B, H, L] -> [pairs, H, 2 outer, radix, radix]: bins k1 + 2 outer (k2 + radix k3), divided by outer radix."""
     points = padded_length(v.shape[-1])
     outer, radix = factors(points)
     z = torch.nn.functional.pad(v * scale, (0, points - v.shape[-1], 0, 0, 0, v.shape[0] % 2))
     z = torch.complex(_half(z[0::2]), _half(z[1::2])).unflatten(-1, (outer, radix**2))
-    k, j = torch.arange(2 * outer), torch.arange(radix**2)
-    z = _half(_dft(2 * outer, outer, 2 * outer) @ z * (_roots(2 * points, k[:, None] * j) / outer))
-    square, r = _dft(radix, radix, radix), torch.arange(radix)
-    z = _half(square @ z.unflatten(-1, (radix, radix)) * (_roots(radix**2, r[:, None] * r) / radix))
+    z = _dft(2 * outer, outer, 2 * outer, v) @ z
+    z = _half(z * (_roots(2 * outer, radix**2, 2 * points, v) / outer))
+    square = _dft(radix, radix, radix, v)
+    z = _half(square @ z.unflatten(-1, (radix, radix)) * (_roots(radix, radix, radix**2, v) / radix))
     return z @ square
 
 
 def _inverse(z: Tensor, length: int) -> Tensor:
     """What `_transform` does undone, twice as large; rows in pairs again."""
     outer, radix = z.shape[-3] // 2, z.shape[-1]
-    points = outer * radix**2
-    square, r = _dft(radix, radix, radix).conj(), torch.arange(radix)
-    z = _half(_half(z) @ square * (_roots(radix**2, r[:, None] * r).conj() / radix))
-    k, j = torch.arange(2 * outer), torch.arange(radix**2)
-    z = (square @ z).flatten(-2) * _roots(2 * points, k[:, None] * j).conj()
-    z = _half(_dft(outer, 2 * outer, 2 * outer).conj() @ _half(z)).flatten(-2)
+    square = _dft(radix, radix, radix, z).conj()
+    z = _half(_half(z) @ square * (_roots(radix, radix, radix**2, z).conj() / radix))
+    z = (square @ z).flatten(-2) * _roots(2 * outer, radix**2, 2 * outer * radix**2, z).conj()
+    z = _half(_dft(outer, 2 * outer, 2 * outer, z).conj() @ _half(z)).flatten(-2)
     return torch.stack([z.real, z.imag], 1).flatten(0, 1)[..., :length]
 
 
@@ -85,6 +84,8 @@ def _order(spectrum: Tensor, points: int) -> Tensor:
 
 def _convolve(v: Tensor, spectrum: Tensor, *, conjugate: bool = False) -> Tensor:
     """float32 [B, H, L]."""
+    if v.numel() == 0:
+        return v.float()
     points = padded_length(v.shape[-1])
     s = _order(torch.view_as_complex(spectrum.float()), points)
     parts = torch.view_as_real(s)
@@ -97,7 +98,13 @@ def _convolve(v: Tensor, spectrum: Tensor, *, conjugate: bool = False) -> Tensor
     return torch.where(scale > 0, y / scale * (unit[..., 0, 0, 0] / 2), 0.0)
 
 
-def spectral_conv(u: Tensor, spectrum: Tensor, skip: Tensor | None, pregate: Tensor | None, postgate: Tensor | None) -> Tensor:
+def spectral_conv(
+    u: Tensor,
+    spectrum: Tensor,
+    skip: Tensor | None = None,
+    pregate: Tensor | None = None,
+    postgate: Tensor | None = None,
+) -> Tensor:
     """warpform::spectral_conv in float16 or bfloat16."""
     v = u if pregate is None else u * pregate
     y = _convolve(v, spectrum)
@@ -124,7 +131,9 @@ def spectral_conv_backward(
 
 def _spectrum_gradient(v: Tensor, d: Tensor) -> Tensor:
     points = padded_length(v.shape[-1])
-    outer, radix = factors(points)
+    _, radix = factors(points)
+    if v.numel() == 0:
+        return v.new_zeros(v.shape[1], points + 1, 2)
     pad = (0, 0, 0, 0, 0, v.shape[0] % 2)
     v, d = torch.nn.functional.pad(v, pad), torch.nn.functional.pad(d, pad)
     own, t = _row_scale(v, points), _row_scale(d, points)
@@ -133,7 +142,9 @@ def _spectrum_gradient(v: Tensor, d: Tensor) -> Tensor:
     scale = torch.where((own > 0) & (t > 0), common.expand(-1, 2, -1, -1).flatten(0, 1) / t, 0.0)
     a, b = _transform(v, scale), _transform(d, t)
     weight = torch.where(common.isfinite(), 1 / common, 0.0)[:, 0, :, :, None, None]
-    p = (a.conj() * torch.complex(b.real.half().float(), b.imag.half().float()) * weight).sum(0) * float(points // radix) ** 2
+    p = (a.conj() * torch.complex(b.real.half().float(), b.imag.half().float()) * weight).sum(0) * float(
+        points // radix
+    ) ** 2
     p = p.permute(0, 3, 2, 1).flatten(1)  # in order of bins
     even = (p + p.roll(-1, -1).flip(-1).conj()) / 2  # the part that is the spectrum of a real sequence
     g = torch.view_as_real(even[:, : points + 1] / points).clone()

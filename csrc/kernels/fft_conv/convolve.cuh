@@ -12,12 +12,13 @@
 //           from L2 in operand order, 4 bytes a bin; u is read again where there is a skip connection.
 // Passes    32768 points take two, even and odd digits, as 256 KB would be needed for one: the sum of the first stays
 //           in L2, 2 points in float16 for each sequence.
-// Bounds    by batch B and channels H at length L = points: 4 B H L bytes, and 4 B H L more with two gates; 16 L (outer +
-//           2 radix) MMA-FLOP a sequence. B 64, H 768 on an H200 (4.3 TB/s, 490 TFLOP/s by mma.sync), microseconds:
-//           L        256   512   1024  2048  4096  8192   16384  32768
-//           bytes    12    23    47    94    187   375    749    1498   (twice that with gates)
-//           FLOP     14    28    59    132   315   946    2103   5047
-//           A product over less than 16 rows counts as 16, so up to 1024 points take some more.
+// Bounds    by batch B and channels H at length L = points: 4 B H L bytes, 4 B H L more with two gates and 2 B H L with
+//           a skip connection; 16 B H L (outer + 2 radix) FLOP, a product over fewer than 16 rows counting as 16. B 64,
+//           H 768 on an H200 (4.3 TB/s, 490 TFLOP/s by mma.sync), microseconds without gates and skip connection:
+//           L        256   512   1024  2048  4096  8192  16384  32768
+//           bytes    12    23    47    94    187   375   749    1498
+//           FLOP     26    39    66    131   316   947   2104   5049
+//           So FLOP bound it, and the twiddle factors beside them; with both gates bytes do up to 4096.
 // Measured  not yet: no GPU run so far.
 #pragma once
 
@@ -65,8 +66,8 @@ template <class Plan>
 __device__ __forceinline__ void pass_half_sums(uint32_t base, const FftConvParams& params, bool first) {
   using Walk = RowWalk<Plan>;
   constexpr FftPlan p = Plan::kPlan;
-  auto* sums = static_cast<RowValues*>(params.half_sums) + 
-                (int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * 2 * p.slots * (p.points / kRowChunk);
+  auto* sums = static_cast<RowValues*>(params.half_sums) +
+               (int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * 2 * p.slots * (p.points / kRowChunk);
   Walk::for_each([&](int row) {
 #pragma unroll 1
     for (int step = 0; step < Walk::kSteps; ++step) {
@@ -150,7 +151,11 @@ __device__ __forceinline__ float write_rows(uint32_t base, uint32_t magnitudes, 
       if (params.dot != nullptr) {
         v = gated(gated(v, params.out_gate, begin, col, p), params.second_gate, begin, col, p);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) dot += v[j];
+        for (int n = 4; n > 0; n /= 2) {
+#pragma unroll
+          for (int j = 0; j < n; ++j) v[j] += v[j + n];
+        }
+        dot += v[0];
       }
     }
   });

@@ -81,7 +81,8 @@ const char* fft_conv_unsupported(int64_t length, int64_t batch, int64_t channels
   const int bytes = with_size(points, [&]<int kPoints>(FftSize<kPoints>) {
     return std::max(fft_conv_shared_bytes<FftSize<kPoints>>(), fft_conv_gradient_shared_bytes<FftSize<kPoints>>());
   });
-  return bytes <= shared_memory_limit() ? nullptr : "sequences of this length need more shared memory than this GPU has";
+  return bytes <= shared_memory_limit() ? nullptr
+                                        : "sequences of this length need more shared memory than this GPU has";
 }
 
 std::string fft_conv_kernel_table() {

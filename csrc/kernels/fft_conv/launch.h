@@ -45,20 +45,20 @@ void launch_fft_conv_spectrum(const FftConvSpectrumParams& params, void* stream)
 // y = conv(v) + skip v with v = gate u, or the correlation; out = out_gate y, second_out = second_gate y.
 struct FftConvParams {
   FftConvProblem problem;
-  const void* u;           // [batch, channels, length], as all that follow
-  const void* gate;        // or null
-  const void* out_gate;    // or null
+  const void* u;         // [batch, channels, length], as all that follow
+  const void* gate;      // or null
+  const void* out_gate;  // or null
   void* out;
-  const void* second_gate; // or null
-  void* second_out;        // or null
-  const void* skip;        // [channels], or null
-  bool skip_is_float;      // float32, else as u
-  bool correlate;          // with the filter turned around: the conjugate spectrum
+  const void* second_gate;  // or null
+  void* second_out;         // or null
+  const void* skip;         // [channels], or null
+  bool skip_is_float;       // float32, else as u
+  bool correlate;           // with the filter turned around: the conjugate spectrum
   const uint32_t* bins;
   const float* factors;
   const void* tables;
-  void* half_sums;    // fft_conv_half_sum_bytes, workspace
-  float* dot;         // [shares, channels], or null: sums of v second_gate out_gate over a CTA's part of the batch
+  void* half_sums;  // fft_conv_half_sum_bytes, workspace
+  float* dot;       // [shares, channels], or null: sums of v second_gate out_gate over a CTA's part of the batch
 };
 int64_t fft_conv_half_sum_bytes(const FftConvProblem& problem);
 void launch_fft_conv(const char* op, const FftConvParams& params, void* stream);

@@ -18,15 +18,14 @@ constexpr int kSpectrumThreads = 512;
 // are no part of a real filter's spectrum.
 __device__ __forceinline__ Vec<float, 2> spectrum_bin(const float* spectrum, int bin, int points) {
   const bool mirrored = bin > points;
-  Vec<float, 2> s =
-      load_global(reinterpret_cast<const Vec<float, 2>*>(spectrum) + (mirrored ? 2 * points - bin : bin));
+  Vec<float, 2> s = load_global(reinterpret_cast<const Vec<float, 2>*>(spectrum) + (mirrored ? 2 * points - bin : bin));
   if (bin % points == 0) s[1] = 0;
   return {{s[0], mirrored ? -s[1] : s[1]}};
 }
 
 // blockIdx.x: channel.
-static __global__ void __launch_bounds__(kSpectrumThreads)
-    fft_conv_spectrum_kernel(const __grid_constant__ FftConvSpectrumParams params) {
+static __global__ void __launch_bounds__(kSpectrumThreads) fft_conv_spectrum_kernel(
+    const __grid_constant__ FftConvSpectrumParams params) {
   const int points = params.points;
   const FftPlan p = fft_plan(points);
   const int64_t channel = blockIdx.x;
@@ -83,8 +82,8 @@ __device__ __forceinline__ void store_operand(void* tables, int offset, int inde
   store_global(reinterpret_cast<Vec<uint32_t, 4>*>(static_cast<unsigned char*>(tables) + offset) + index, v);
 }
 
-static __global__ void __launch_bounds__(kTableThreads)
-    fft_conv_table_kernel(const __grid_constant__ FftConvSpectrumParams params) {
+static __global__ void __launch_bounds__(kTableThreads) fft_conv_table_kernel(
+    const __grid_constant__ FftConvSpectrumParams params) {
   const FftPlan p = fft_plan(params.points);
   void* tables = params.tables;
   const int begin = static_cast<int>(blockIdx.x * kTableThreads + threadIdx.x);

@@ -1,4 +1,5 @@
-// The second stage of a spectrum's gradient: adds what the CTAs of gradient.cuh left and brings it into the order of bins.
+// The second stage of a spectrum's gradient: adds what the CTAs of gradient.cuh left and brings it into the order of
+// bins.
 //
 // Bytes     16 points H read for each share of the batch, in 8-byte pieces, and 8 points H written: an eighth of what
 //           the first stage reads at batch 64. Not measured on a GPU so far.
@@ -11,10 +12,10 @@ namespace warpform {
 
 constexpr int kProductSumThreads = 256;
 
-// The gradient in order of bins, from the CTAs' products, [shares, channels, digits, fragments, 2, 32, 2, 2]. blockIdx.x:
-// channel and kProductSumThreads bins.
-static __global__ void __launch_bounds__(kProductSumThreads)
-    fft_conv_product_sum_kernel(const __grid_constant__ FftConvGradientParams params) {
+// The gradient in order of bins, from the CTAs' products, [shares, channels, digits, fragments, 2, 32, 2, 2].
+// blockIdx.x: channel and kProductSumThreads bins.
+static __global__ void __launch_bounds__(kProductSumThreads) fft_conv_product_sum_kernel(
+    const __grid_constant__ FftConvGradientParams params) {
   const FftConvProblem& problem = params.problem;
   const FftPlan p = fft_plan(problem.points);
   const int blocks = p.points / kProductSumThreads + 1;

@@ -11,8 +11,8 @@
 
 namespace warpform {
 
-constexpr int kRowChunk = 8;                           // values in 16 bytes
-constexpr int kRowSegment = kWarpSize * kRowChunk;     // values of a sequence that a warp moves at a time
+constexpr int kRowChunk = 8;                        // values in 16 bytes
+constexpr int kRowSegment = kWarpSize * kRowChunk;  // values of a sequence that a warp moves at a time
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 
 __device__ __forceinline__ float float_of_bits(uint32_t bits) {
@@ -26,8 +26,8 @@ __device__ __forceinline__ uint32_t magnitude_bits(float x) {
   return bits & 0x7fffffffu;
 }
 
-// The lane, but as a number that the compiler knows nothing about: what follows from it is computed, or loaded, where it
-// is used, instead of far ahead of it, into registers that there are not.
+// The lane, but as a number that the compiler knows nothing about: what follows from it is computed, or loaded, where
+// it is used, instead of far ahead of it, into registers that there are not.
 __device__ __forceinline__ int opaque_lane() { return static_cast<int>(opaque(lane_id())); }
 
 // Rows of kCols 16-bit elements. The 16-byte chunks of a row are permuted so that eight rows at the same column, and

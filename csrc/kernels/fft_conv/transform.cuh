@@ -181,9 +181,9 @@ __device__ __forceinline__ void shift(Square<kTiles>& x, const Strip<kTiles>& la
   x.row[kTiles - 1] = last;
 }
 
-// The DFT matrix, cos and sin of 2 pi row col / radix: its first row of tiles. In the second, of radix 32, the odd columns
-// have the other sign: registers, which there are too few of, for an XOR. Symmetric: a tile's registers are also those
-// of its mirror image as the right-hand operand.
+// The DFT matrix, cos and sin of 2 pi row col / radix: its first row of tiles. In the second, of radix 32, the odd
+// columns have the other sign: registers, which there are too few of, for an XOR. Symmetric: a tile's registers are
+// also those of its mirror image as the right-hand operand.
 template <int kTiles>
 struct Dft {
   Strip<kTiles> first;
@@ -232,9 +232,9 @@ __device__ __forceinline__ void keep(Strip<kTiles>& to, int j, int h, const floa
 // The loops over strips below stay loops, and strips move through the same registers: unrolled, they would be scheduled
 // into each other until registers run out.
 
-// x = F x^T, or conj(F) x^T: its rows become the transform of its columns. out(i, j, h, loaded, re, im) gets 16 rows from
-// 16 i on, 8 columns from 16 j + 8 h on, and may change them; factors(i, j, h) is called before their products, so that
-// what it loads is there after them. Without kKeep the results are for `out` alone.
+// x = F x^T, or conj(F) x^T: its rows become the transform of its columns. out(i, j, h, loaded, re, im) gets 16 rows
+// from 16 i on, 8 columns from 16 j + 8 h on, and may change them; factors(i, j, h) is called before their products, so
+// that what it loads is there after them. Without kKeep the results are for `out` alone.
 template <bool kInverse, bool kKeep = true, int kTiles, class Factors, class Out>
 __device__ __forceinline__ void transform_columns(const Dft<kTiles>& dft, Square<kTiles>& x, Factors&& factors,
                                                   Out&& out) {
@@ -342,15 +342,16 @@ struct InnerAddress {
     return (first ^ (chunk ^ row % 16 * p.radix / 64) << 4) + row * p.radix * 2;
   }
   __device__ __forceinline__ uint32_t im(int row, int chunk) const {
-    return (first ^ (chunk ^ row % 16 * p.radix / 64 ^ p.branches % 8) << 4) + (row * p.radix + p.branches * p.inner) * 2;
+    return (first ^ (chunk ^ row % 16 * p.radix / 64 ^ p.branches % 8) << 4) +
+           (row * p.radix + p.branches * p.inner) * 2;
   }
 };
 
-// The bins of one digit, from its row: bins(i, j, h, loaded, re, im) gets those of k2 from 16 i on, of k3 from 16 j + 8 h
-// on, and x holds them as it leaves them, if kKeep.
+// The bins of one digit, from its row: bins(i, j, h, loaded, re, im) gets those of k2 from 16 i on, of k3 from 16 j + 8
+// h on, and x holds them as it leaves them, if kKeep.
 template <class Plan, bool kKeep, class Twiddles, class Factors, class Bins>
-__device__ __forceinline__ void transform_inner(Square<Plan::kPlan.tiles>& x, RowTile<Plan::kPlan.inner> tile,
-                                                int k1, const Dft<Plan::kPlan.tiles>& dft, Twiddles&& twiddles,
+__device__ __forceinline__ void transform_inner(Square<Plan::kPlan.tiles>& x, RowTile<Plan::kPlan.inner> tile, int k1,
+                                                const Dft<Plan::kPlan.tiles>& dft, Twiddles&& twiddles,
                                                 Factors&& factors, Bins&& bins) {
   constexpr FftPlan p = Plan::kPlan;
   const int lane = opaque_lane();
@@ -361,15 +362,14 @@ __device__ __forceinline__ void transform_inner(Square<Plan::kPlan.tiles>& x, Ro
     for (int k = 0; k < p.tiles; ++k) {
       uint32_t b[4];
       ldmatrix_x4_trans(b, at.re(16 * k, 2 * j));
-      uint32_t(&re)[4] = x.row[j].re[k], (&im)[4] = x.row[j].im[k];
+      uint32_t (&re)[4] = x.row[j].re[k], (&im)[4] = x.row[j].im[k];
       re[0] = b[0], re[1] = b[2], re[2] = b[1], re[3] = b[3];
       ldmatrix_x4_trans(b, at.im(16 * k, 2 * j));
       im[0] = b[0], im[1] = b[2], im[2] = b[1], im[3] = b[3];
     }
   }
-  transform_columns<false>(dft, x, twiddles, [](int, int, int, const InnerTwiddles& w, auto& re, auto& im) {
-    twist<false>(re, im, w);
-  });
+  transform_columns<false>(dft, x, twiddles,
+                           [](int, int, int, const InnerTwiddles& w, auto& re, auto& im) { twist<false>(re, im, w); });
   transform_rows<kKeep>(dft, x, factors, bins);
 }
 
@@ -380,9 +380,8 @@ __device__ __forceinline__ void inverse_inner(RowTile<Plan::kPlan.inner> tile, i
                                               Twiddles&& twiddles, Square<Plan::kPlan.tiles>& x) {
   constexpr FftPlan p = Plan::kPlan;
   const int lane = opaque_lane(), g = lane / 4, t = lane % 4;
-  transform_columns<true>(dft, x, twiddles, [](int, int, int, const InnerTwiddles& w, auto& re, auto& im) {
-    twist<true>(re, im, w);
-  });
+  transform_columns<true>(dft, x, twiddles,
+                          [](int, int, int, const InnerTwiddles& w, auto& re, auto& im) { twist<true>(re, im, w); });
   const auto twiddle = [&](int offset, int i) { return load_table<Complex>(tables, offset, i * p.digits + k1); };
   const Complex w1 = twiddle(p.step_twiddles, 0), w8 = twiddle(p.step_twiddles, 1);
   const Complex w_row = twiddle(p.step_twiddles, 3);
