@@ -61,6 +61,7 @@ ATTENTION = r"(varlen|window)_attention_(forward|backward_(keys|queries|short|bi
 MONARCH = r"(block_gemm|block_weight_gradient|monarch_forward|glu_forward)<"
 VECTORS = r"(gather_(long|short)_rows<uint4,|(bias_gelu|layer_norm)(_backward)?_kernel<(float, 4|\w+, 8),)"
 SHORT_CONV = r"short_conv_gate(_backward)?_kernel<"
+FFT_CONV = r"fft_conv_(gradient_)?kernel<"
 OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(ATTENTION, r"HMMA\.16816\.F32"),  # tensor cores, accumulating in float32
     OpcodeRule(ATTENTION, r"LDSM\."),  # ldmatrix
@@ -71,6 +72,9 @@ OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(MONARCH, r"STG\..*128"),  # from registers, without shared memory between
     OpcodeRule(r"::gate<", r"LDG\..*128"),
     OpcodeRule(r"::gate<", r"STG\..*128"),
+    OpcodeRule(FFT_CONV, r"HMMA\.16816\.F32"),
+    OpcodeRule(FFT_CONV, r"LDSM\..*\.MT88"),  # ldmatrix, transposing
+    OpcodeRule(FFT_CONV, r"LDG\..*128"),
     OpcodeRule(VECTORS, r"LDG\..*128"),  # 16 bytes a thread
     OpcodeRule(VECTORS, r"STG\..*128"),
     OpcodeRule(SHORT_CONV, r"LDGSTS\..*128"),

@@ -2,6 +2,7 @@
 
 #include "kernels/attention/launch.h"
 #include "kernels/encoder/launch.h"
+#include "kernels/fft_conv/launch.h"
 #include "kernels/monarch/launch.h"
 #include "kernels/short_conv/launch.h"
 #include "kernels/window/launch.h"
@@ -34,6 +35,7 @@ std::string kernel_table() {
   for (const std::string& family : {
            attention_kernel_table(),
            encoder_kernel_table(),
+           fft_conv_kernel_table(),
            monarch_kernel_table(),
            short_conv_kernel_table(),
            window_kernel_table(),
