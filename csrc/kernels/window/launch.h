@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "kernels/divisor.h"
 #include "kernels/dtype.h"
 
 namespace warpform {
@@ -14,22 +15,6 @@ namespace warpform {
 inline constexpr int kWindowBlock = 64;
 // Tokens along one axis of a window, at most.
 inline constexpr int kMaxWindow = 1024;
-
-// Quotients by a number that is known at launch: a product and a shift instead of the twenty instructions of a
-// division.
-struct Divisor {
-  int divisor;
-  uint32_t factor;
-  int shift;
-
-  void set(int d) {
-    divisor = d, shift = 31;
-    while ((int64_t{1} << (shift - 31)) < d) ++shift;
-    factor = d > 0 ? static_cast<uint32_t>((uint64_t{1} << shift) / static_cast<uint64_t>(d) + 1) : 0;
-  }
-  // n / divisor, 0 <= n < 2^31.
-  constexpr int quotient(int n) const { return static_cast<int>((static_cast<uint64_t>(n) * factor) >> shift); }
-};
 
 // What forward and backward share. A grid of two axes has depth 1, window 1, shift 0. Tensors are contiguous, those of
 // 16-bit elements 16-byte aligned.
