@@ -241,21 +241,27 @@ def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sca
     score = torch.matmul(q, k.mT) * scale
     if bias is not None:
         score = score + bias
-    lse = score.logsumexp(-1)
-    return torch.matmul(torch.exp(score - _base(lse).unsqueeze(-1)), v), lse
+    top = _base(score.amax(-1))
+    p = torch.exp(score - top.unsqueeze(-1))
+    total = p.sum(-1)
+    # Where no key is seen the sum is 0, and so are all p.
+    return torch.matmul(p / total.clamp(min=1e-30).unsqueeze(-1), v), top + total.log()
 
 
-def _base(lse: Tensor) -> Tensor:
+def _base(top: Tensor) -> Tensor:
     """What exponents are measured from: a row that has seen nothing has 0, so that its exponentials are 0, not NaN."""
-    return lse.masked_fill(lse == -math.inf, 0.0)
+    return top.masked_fill(top == -math.inf, 0.0)
 
 
 def _merge(out: Tensor, lse: Tensor, step_out: Tensor, step_lse: Tensor) -> None:
-    """Adds the part of a softmax to the one in out and lse."""
-    total = torch.logaddexp(lse, step_lse)
-    base = _base(total)
-    out.mul_(torch.exp(lse - base).unsqueeze(-1)).addcmul_(step_out, torch.exp(step_lse - base).unsqueeze(-1))
-    lse.copy_(total)
+    """Adds the part of a softmax to the one in out and lse. The weights add up to 1 however lse is rounded."""
+    top = _base(torch.maximum(lse, step_lse))
+    before, step = torch.exp(lse - top), torch.exp(step_lse - top)
+    total = before + step
+    inverse = total.clamp(min=1e-30).reciprocal()
+    out.mul_((before * inverse).unsqueeze(-1)).addcmul_(step_out, (step * inverse).unsqueeze(-1))
+    # A row that saw nothing in this step keeps the bits of its lse.
+    lse.copy_(torch.where(step == 0, lse, top + total.log()))
 
 
 def attention_step_backward(
