@@ -58,11 +58,15 @@ class ArchRule:
 # `kernel` is a regular expression, searched in the demangled name. A rule that matches no kernel fails its gate.
 STACK: tuple[StackRule, ...] = ()
 ATTENTION = r"(varlen|window)_attention_(forward|backward_(keys|queries|short|bias))<"
+STEPS = r"varlen_attention_(forward|backward_(keys|queries))<.*\bStep>"
 VECTORS = r"(gather_(long|short)_rows<uint4,|(bias_gelu|layer_norm)(_backward)?_kernel<(float, 4|\w+, 8),)"
 OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(ATTENTION, r"HMMA\.16816\.F32"),  # tensor cores, accumulating in float32
     OpcodeRule(ATTENTION, r"LDSM\."),  # ldmatrix
     OpcodeRule(ATTENTION, r"LDGSTS\."),  # cp.async
+    OpcodeRule(STEPS, r"HMMA\.16816\.F32"),  # ring attention's policy of the same kernels
+    OpcodeRule(STEPS, r"LDG\..*64"),  # the float32 state, 8 bytes a thread
+    OpcodeRule(STEPS, r"STG\..*64"),
     OpcodeRule(VECTORS, r"LDG\..*128"),  # 16 bytes a thread
     OpcodeRule(VECTORS, r"STG\..*128"),
 )

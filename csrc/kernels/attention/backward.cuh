@@ -10,6 +10,7 @@
 // dQ        by DqMode (launch.h): stored, added with float32 atomics, or left to dq.cuh.
 // Bounds    FLOP: 10 head_dim a visible pair (14 in the bucket of 256), against the tensor cores' mma.sync rate;
 //           kAccumulate adds 4 bytes x head_dim of atomics to L2 for each query and block of keys.
+// Extent    as in the forward.
 // Measured  not yet: no GPU run so far.
 #pragma once
 

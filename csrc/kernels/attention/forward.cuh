@@ -10,6 +10,7 @@
 // Bounds    FLOP: 4 head_dim a visible pair, against the tensor cores' mma.sync rate; at head_dim 64 as much time goes
 //           to exp2 (16 a clock and SM). Bytes: Q and O once, K and V once per query block, mostly from L2; many
 //           sequences of 16-64 tokens are bound by those bytes, 4 tokens x heads x head_dim x 2.
+// Extent    one launch sees the whole attention, or a step of it (whole.cuh, step.cuh).
 // Measured  not yet: no GPU run so far.
 #pragma once
 

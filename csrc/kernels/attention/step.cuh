@@ -9,10 +9,11 @@
 //           blocks outside of the mask are skipped as they are in the whole.
 // Sequences a batch of equal lengths needs no cu_seqlens.
 //
-// Bytes     beside those of the whole: the state is read and written, 16 head_dim + 8 a query and head forward; an H200
-//           moves it in 16 head_dim / 4.8e12 s and computes 4 head_dim FLOP a visible pair, 1e15 a second at most, so
-//           from some 1000 keys a step on it is the smaller part. It is read at the end, 8 bytes a lane, four lanes a
-//           sector: read at the start, where the loop's first product would hide it, it made the loop spill.
+// Bytes     beside those of the whole the state: 8 head_dim + 8 a query and head forward, read and written once;
+// backward
+//           8 head_dim a query and 16 a key. An H200 moves 8 head_dim bytes in the time of 400 keys' 4 head_dim FLOP at
+//           its peak, so steps of thousands of keys are bound as the whole is. The state is read at the end, 8 bytes a
+//           lane, four lanes a sector: read at the start, where the first product would hide it, it made loops spill.
 // Measured  not yet: no GPU run so far.
 #pragma once
 
