@@ -2,18 +2,17 @@
 // of the whole (forward.cuh, backward.cuh, dq.cuh) with the policy Step, which changes three things:
 //
 // State     (out, lse) of the steps before is merged with this step's where that leaves the registers, and stays
-// float32,
-//           so that no step rounds what the next one adds to. dQ, dK and dV are added to what came in.
+//           float32, so that no step rounds what the next one adds to. dQ, dK and dV are added to what came in.
 // Positions row i stands at offset + i * stride, and masks go by positions: one rule for contiguous, striped and zigzag
 //           parts of a sequence. The first and last key of a query, and of a key the queries, follow by arithmetic, so
 //           blocks outside of the mask are skipped as they are in the whole.
 // Sequences a batch of equal lengths needs no cu_seqlens.
 //
-// Bytes     beside those of the whole the state: 8 head_dim + 8 a query and head forward, read and written once;
-// backward
-//           8 head_dim a query and 16 a key. An H200 moves 8 head_dim bytes in the time of 400 keys' 4 head_dim FLOP at
-//           its peak, so steps of thousands of keys are bound as the whole is. The state is read at the end, 8 bytes a
-//           lane, four lanes a sector: read at the start, where the first product would hide it, it made loops spill.
+// Bytes     beside those of the whole the state, read and written once: forward 8 head_dim + 8 a query and head,
+//           backward 8 head_dim a query and 16 head_dim a key. An H200 moves 8 head_dim bytes in the time that 400 keys
+//           take at its peak (4 head_dim FLOP each), so steps of thousands of keys are bound as the whole is. The state
+//           is read at the end, 8 bytes a lane, four lanes a sector: read at the start, where the first product would
+//           hide it, it made loops spill.
 // Measured  not yet: no GPU run so far.
 #pragma once
 
