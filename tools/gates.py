@@ -59,6 +59,7 @@ class ArchRule:
 STACK: tuple[StackRule, ...] = ()
 ATTENTION = r"(varlen|window)_attention_(forward|backward_(keys|queries|short|bias))<"
 MONARCH = r"(block_gemm|block_weight_gradient|monarch_forward|glu_forward)<"
+STEPS = r"varlen_attention_(forward|backward_(keys|queries))<.*\bStep>"
 VECTORS = r"(gather_(long|short)_rows<uint4,|(bias_gelu|layer_norm)(_backward)?_kernel<(float, 4|\w+, 8),)"
 SHORT_CONV = r"short_conv_gate(_backward)?_kernel<"
 FFT_CONV = r"fft_conv_(gradient_)?kernel<"
@@ -75,6 +76,9 @@ OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(FFT_CONV, r"HMMA\.16816\.F32"),
     OpcodeRule(FFT_CONV, r"LDSM\..*\.MT88"),  # ldmatrix, transposing
     OpcodeRule(FFT_CONV, r"LDG\..*128"),
+    OpcodeRule(STEPS, r"HMMA\.16816\.F32"),  # ring attention's policy of the same kernels
+    OpcodeRule(STEPS, r"LDG\..*64"),  # the float32 state, 8 bytes a thread
+    OpcodeRule(STEPS, r"STG\..*64"),
     OpcodeRule(VECTORS, r"LDG\..*128"),  # 16 bytes a thread
     OpcodeRule(VECTORS, r"STG\..*128"),
     OpcodeRule(SHORT_CONV, r"LDGSTS\..*128"),
