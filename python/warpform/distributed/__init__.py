@@ -1,0 +1,16 @@
+"""Sequences longer than one device holds, exact, over any process group of torch.distributed."""
+
+from ._errors import RingError, RingMismatchError, RingTimeoutError
+from ._group import LocalGroup
+from .layouts import shard_cu_seqlens, shard_positions, shard_sequence, unshard_sequence
+
+__all__ = [
+    "LocalGroup",
+    "RingError",
+    "RingMismatchError",
+    "RingTimeoutError",
+    "shard_cu_seqlens",
+    "shard_positions",
+    "shard_sequence",
+    "unshard_sequence",
+]
