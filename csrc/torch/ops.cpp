@@ -36,6 +36,13 @@ const std::string kDisentangledSequences =
 // backward.
 const std::string kWindows = "SymInt[] window_size, SymInt[] shift_size, *, float? scale=None, float mask_value=-100.0";
 
+// Where a block of queries and one of keys stand in the whole sequence, and who sees whom there; the same in a step of
+// attention forward and backward.
+const std::string kPositions =
+    "*, float? softmax_scale=None, bool causal=False, SymInt window_size_left=-1, SymInt window_size_right=-1, "
+    "SymInt q_offset=0, SymInt k_offset=0, SymInt q_stride=1, SymInt k_stride=1, Tensor? cu_seqlens_q=None, "
+    "Tensor? cu_seqlens_k=None";
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
@@ -135,6 +142,20 @@ STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
   // dbias is empty without a bias.
   def(m, "short_conv_gate_backward", "Tensor dgated, Tensor dgate, Tensor x, Tensor weight, Tensor? bias",
       "(Tensor dx, Tensor dweight, Tensor dbias)");
+
+  // ---- ring attention ----
+
+  // A block of queries against a block of keys; the softmax over the blocks before comes in as (out, lse), float32, and
+  // leaves with this one added.
+  def(m, "attention_step", "Tensor q, Tensor k, Tensor v, Tensor? out=None, Tensor? lse=None, " + kPositions,
+      "(Tensor out, Tensor lse)");
+  // Adds the gradients that pass through this block, from lse and delta = rowsum(dout * out) of the whole sequence, to
+  // float32 dq, dk and dv.
+  def(m, "attention_step_backward",
+      "Tensor dout, Tensor delta, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor? dq=None, Tensor? dk=None, "
+      "Tensor? dv=None, " +
+          kPositions + ", bool deterministic=False",
+      "(Tensor dq, Tensor dk, Tensor dv)");
 
   // ---- facts about this binary ----
 
