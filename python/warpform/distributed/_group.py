@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -127,8 +128,19 @@ def rank_and_size(op: str, group: Any) -> tuple[int, int]:
     return rank, size
 
 
+def _named_process_groups(name: str) -> list[dist.ProcessGroup]:
+    resolve: Any = dist.distributed_c10d._resolve_process_group
+    return [resolve(one) for one in name.split("/")]
+
+
+def size_of(name: str) -> int:
+    """How many ranks a named group has."""
+    local = LocalGroup.named(name)
+    return math.prod(one.size() for one in _named_process_groups(name)) if local is None else local.size
+
+
 def _ring(op: str, name: str, timeout: float | None) -> Ring:
-    groups = [dist.distributed_c10d._resolve_process_group(one) for one in name.split("/")]
+    groups = _named_process_groups(name)
     *outer, inner = (ProcessGroupTransport(one, op=op, timeout=timeout) for one in groups)
     if outer:
         # Whoever waits in the other ring has to hear of it too.
@@ -137,7 +149,7 @@ def _ring(op: str, name: str, timeout: float | None) -> Ring:
 
 
 def execute(
-    op: str, group: str, timeout: float | None, steps: Callable[..., Steps[Any]], *tensors: Tensor | None, **how: Any
+    op: str, group: str, timeout: float | None, steps: Callable[..., Steps[Any]], /, *tensors: Tensor | None, **how: Any
 ) -> Any:
     """Runs steps(ring, *tensors, **how) on this rank of the group, and returns its tensor or tuple of tensors.
 

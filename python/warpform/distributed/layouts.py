@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..ops import _check
 from . import _collectives
-from ._group import Group, LocalGroup, execute, name_of, rank_and_size
+from ._group import Group, LocalGroup, execute, name_of, rank_and_size, size_of
 from ._register import register_op
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
@@ -239,15 +239,12 @@ def _gathered(x: Tensor, group: str, timeout: float | None) -> Tensor:
 
 
 def _gathered_fake(x: Tensor, group: str, timeout: float | None) -> Tensor:
-    local = LocalGroup.named(group)
-    return x.new_empty((x.size(0), *x.shape) if local is not None else (_size_of(group), *x.shape))
+    return x.new_empty((*(x.shape[:1] if LocalGroup.named(group) else ()), size_of(group), *_own(x, group)))
 
 
-def _size_of(group: str) -> int:
-    size = 1
-    for one in group.split("/"):
-        size *= torch.distributed.distributed_c10d._resolve_process_group(one).size()
-    return size
+def _own(x: Tensor, group: str) -> tuple[int, ...]:
+    """The shape of one rank's tensor."""
+    return tuple(x.shape[1:] if LocalGroup.named(group) else x.shape)
 
 
 def _summed(x: Tensor, group: str, timeout: float | None) -> Tensor:
@@ -255,7 +252,7 @@ def _summed(x: Tensor, group: str, timeout: float | None) -> Tensor:
 
 
 def _summed_fake(x: Tensor, group: str, timeout: float | None) -> Tensor:
-    return x.new_empty((x.size(0), *x.shape[2:]) if LocalGroup.named(group) is not None else x.shape[1:])
+    return x.new_empty((*(x.shape[:1] if LocalGroup.named(group) else ()), *_own(x, group)[1:]))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
