@@ -33,6 +33,11 @@ from .distilbert import (
 )
 from .dit3d import DiT3DConfig, DiT3DModel
 from .sentence_encoder import SentenceEncoder
+from .sequence_parallel_transformer import (
+    SequenceParallelOutput,
+    SequenceParallelTransformer,
+    SequenceParallelTransformerConfig,
+)
 from .swin import SwinForImageClassification, SwinModel, Swinv2ForImageClassification, Swinv2Model
 
 __all__ = [
@@ -67,6 +72,9 @@ __all__ = [
     "HeadOutput",
     "ImageClassifierOutput",
     "SentenceEncoder",
+    "SequenceParallelOutput",
+    "SequenceParallelTransformer",
+    "SequenceParallelTransformerConfig",
     "SwinConfig",
     "SwinForImageClassification",
     "SwinModel",
