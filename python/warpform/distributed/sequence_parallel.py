@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .layouts import shard_positions, shard_sequence, unshard_sequence
 from .linformer import linformer_attention
+from .ring_attention import ring_attention
 from .rsa import rsa_attention
 
 ATTENTIONS = ("ring", "rsa", "linformer")
@@ -96,8 +97,6 @@ class SequenceParallelAttention(nn.Module):
             grouped = self.num_kv_heads != self.num_heads
             out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=grouped)
             return out.transpose(1, 2)
-        from . import ring_attention
-
         function = ring_attention if self.attention == "ring" else rsa_attention
         return function(q, k, v, group=plan.group, causal=self.causal, layout=plan.layout, timeout=plan.timeout)
 
