@@ -182,6 +182,16 @@ def test_ranks_that_share_processors_take_turns():
             assert p.efficiency <= 1 + 1e-9
 
 
+@pytest.mark.parametrize(("direction", "times"), [("forward", 2), ("backward", 1), ("forward+backward", 3)])
+def test_agreement_costs_small_messages(direction, times):
+    work, cluster = Workload(960, 2, 16, layout="striped"), hopper(16, link=Link(1e-3, 1e9))
+    for ranks, hops in ((1, 0), (2, 1), (3, 2), (8, 3), (10, 4)):
+        plain, checked = (
+            predict(work, dataclasses.replace(cluster, checked=checked), ranks, direction) for checked in (False, True)
+        )
+        assert checked.seconds - plain.seconds == pytest.approx(times * hops * 1e-3, abs=1e-12)
+
+
 def test_memory_of_a_rank_falls_with_its_number():
     for direction in DIRECTIONS:
         found = [predict(Workload(1 << 16, 8, 64), hopper(64), n, direction) for n in (4, 8, 16)]

@@ -209,6 +209,8 @@ class Cluster:
         processors: how many devices there are, where several ranks share one (N processes on 2 cores, or N ranks in
             one process): those then take turns, and moving bytes takes the processor's time too. None: one a rank, and
             messages travel while it computes.
+        checked: whether ranks agree before the first step and wait for each other after the last, as they do on a CPU:
+            log2(N) small messages each.
     """
 
     forward: StepTime
@@ -217,6 +219,7 @@ class Cluster:
     between: Link | None = None
     ranks_per_node: int | None = None
     processors: int | None = None
+    checked: bool = False
 
     def hop(self, ranks: int, size: float) -> Array:
         """Seconds that a message of `size` bytes to each rank from the one before it takes."""
@@ -316,6 +319,9 @@ def _pass(work: Workload, cluster: Cluster, ranks: int, direction: str) -> tuple
             ready = np.maximum(done, gradient)
             gradient = link_free = np.maximum(np.roll(ready, 1), link_free) + hop_gradient
             moved += hop_gradient
+    if cluster.checked:  # a backward only waits at its end
+        small = (1 if backward else 2) * (ranks - 1).bit_length() * (cluster.between or cluster.link).alpha
+        done, gradient, moved = done + small, gradient + small, moved + small
     seconds = float(np.maximum(done, gradient).max())
     if cluster.processors is not None and ranks >= cluster.processors:
         seconds = max(seconds, float((compute + moved).sum()) / cluster.processors)
