@@ -156,6 +156,7 @@ TITLES = {
     "disentangled_attention": "Disentangled attention (DeBERTa)",
     "encoder": "Encoder ops",
     "models": "Models end to end",
+    "ring": "Ring attention over N ranks",
     "swin": "Swin end to end",
     "window": "Window attention",
 }

@@ -25,7 +25,7 @@ from warpform import bench
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
-FAMILIES = ("attention", "disentangled_attention", "encoder", "host", "models", "swin", "window")
+FAMILIES = ("attention", "disentangled_attention", "encoder", "host", "models", "ring", "swin", "window")
 if not BENCH.is_dir():
     pytest.skip("needs a checkout", allow_module_level=True)
 pytest.importorskip("pytest_benchmark")
@@ -99,7 +99,8 @@ def test_report(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         if line.startswith("| "):
             assert line.endswith(" |")
     drawn = list(plots.glob("*.svg"))
-    assert {path.stem.rpartition("-")[2] for path in drawn} == {"attention", "encoder", "models", "swin", "window"}
+    names = {"attention", "encoder", "models", "ring", "swin", "window"}
+    assert {path.stem.rpartition("-")[2] for path in drawn} == names
     assert len(drawn) == len(FAMILIES) - 1, "one for each family but the host's"
     for path in drawn:
         root = ElementTree.parse(path).getroot()
@@ -198,7 +199,7 @@ def test_results_are_only_appended_to(tmp_path: Path) -> None:
 class _Case:
     """Four providers: one is right, one computes something else, one is not there, one breaks."""
 
-    flops, bytes, images, end_to_end = 1e3, 1e3, 0, False
+    flops, bytes, images, end_to_end, where = 1e3, 1e3, 0, False, ""
 
     def prepare(self, provider: str) -> list:
         if provider == "absent":
