@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from harness import Case, Missing, Session
 from torch import Tensor
 
+import warpform
 from helpers.compare import assert_close
 from warpform.distributed import LocalGroup, ring_attention, shard_sequence, unshard_sequence
 
@@ -31,6 +32,7 @@ PROVIDERS = (
     "one_device",
     "torch_context_parallel",
 )
+STEP_PROVIDERS = ("warpform", "warpform_without_state", "warpform_varlen_attention", "sdpa")
 LAYOUTS = {"warpform": "zigzag", "warpform_striped": "striped", "warpform_contiguous": "contiguous"}
 
 # The table of sizes: tokens of all ranks together, heads, key heads, head_dim.
@@ -52,8 +54,8 @@ class Spec(harness.Spec):
         sizes = "-".join(f"{name}{value}" for name, value in self.sizes)
         return f"{self.kernel}-{self.direction}-{sizes}"
 
-    def build(self, session: Session) -> RingCase:
-        return RingCase(self, session)
+    def build(self, session: Session) -> Case:
+        return StepCase(self, session) if self.kernel == "attention_step" else RingCase(self, session)
 
 
 def specs(session: Session) -> list[Spec]:
@@ -67,6 +69,11 @@ def specs(session: Session) -> list[Spec]:
                 }  # fmt: skip
                 kernel = f"ring_attention_{ranks}_ranks"
                 found.append(Spec(kernel, direction, tuple(columns.items()), PROVIDERS, ranks))
+        chunk = seqlen // RANKS[-1]
+        columns = {
+            "batch": 1, "seqlen": chunk, "tokens": chunk, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim,
+        }  # fmt: skip
+        found.append(Spec("attention_step", "forward", tuple(columns.items()), STEP_PROVIDERS, 1))
     return found
 
 
@@ -209,6 +216,70 @@ class RingCase(Case):
                 assert_close(name, actual, exact[i], eager[i], gradient=i > 0)
             else:
                 harness.assert_near(name, actual, exact[i], eager[i])
+
+
+class StepCase(Case):
+    """One step, all rows with all keys, a state that holds nothing carried in: what the state costs over the plain op.
+
+    The output is float32 for steps, of the inputs' dtype for the others.
+    """
+
+    def __init__(self, spec: Spec, session: Session) -> None:
+        self.device = session.device
+        size = dict(spec.sizes)
+        length, heads, kv_heads, head_dim = (size[n] for n in ("seqlen", "heads", "kv_heads", "head_dim"))
+        one = length * head_dim * session.dtype.itemsize
+        self.flops = 4.0 * head_dim * heads * length**2
+        # What any needs: q, k, v in and the output out. The state adds 2 * 4 * heads * (head_dim + 1) a row.
+        self.bytes = float(one * (2 * heads + 2 * kv_heads))
+        number = harness.copies(self.device, self.bytes)
+        made = [ring_ranks.draw(length, heads, kv_heads, head_dim, session.dtype, self.device) for _ in range(number)]
+        self.inputs = [tensors[:3] for tensors in made]
+        self.offsets = torch.tensor([0, length], dtype=torch.int32, device=self.device)
+        self.length = length
+
+    def each(self, call: Callable[..., Tensor]) -> list[Callable[[], Tensor]]:
+        return [torch.no_grad()(functools.partial(call, *tensors)) for tensors in self.inputs]
+
+    def with_warpform(self) -> list[Callable[[], Tensor]]:
+        q = self.inputs[0][0]
+        out = torch.zeros(q.shape, device=self.device)
+        lse = torch.full((1, q.shape[2], self.length), -torch.inf, device=self.device)
+        return self.each(lambda q, k, v: warpform.ops.attention_step(q, k, v, out, lse)[0])
+
+    def with_warpform_without_state(self) -> list[Callable[[], Tensor]]:
+        return self.each(lambda q, k, v: warpform.ops.attention_step(q, k, v)[0])
+
+    def with_warpform_varlen_attention(self) -> list[Callable[[], Tensor]]:
+        sizes = self.offsets, self.offsets, self.length, self.length
+        return self.each(lambda q, k, v: warpform.ops.varlen_attention(q[0], k[0], v[0], *sizes)[None])
+
+    def with_sdpa(self) -> list[Callable[[], Tensor]]:
+        def call(*tensors: Tensor) -> Tensor:
+            q, k, v = (t.transpose(1, 2) for t in tensors)
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+
+        return self.each(call)
+
+    @functools.cached_property
+    def truth(self) -> tuple[Tensor, Tensor]:
+        """In float64 and in the inputs' dtype, from the formula; of the first copy some rows."""
+        found = []
+        for wide in (True, False):
+            q, k, v = (t.double() if wide else t for t in self.inputs[0])
+            k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
+            scores = torch.einsum("bihd,bjhd->bhij", q[:, :TRUTH_ROWS], k) * q.shape[-1] ** -0.5
+            found.append(torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v))
+        return found[0], found[1]
+
+    def check(self, provider: str, output: Tensor) -> None:
+        exact, eager = self.truth
+        assert torch.isfinite(output).all(), "values that are not finite"
+        rows = output[:, :TRUTH_ROWS]
+        if provider.startswith("warpform"):
+            assert_close("out", rows, exact, eager)
+        else:
+            harness.assert_near("out", rows, exact, eager)
 
 
 def test_ring(spec: Spec, provider: str, measure: Callable[[harness.Spec, str], None]) -> None:
