@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import datetime
 import time
+import zlib
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -78,6 +79,8 @@ def run(steps: Steps[T]) -> T:
 
 # One stream for the hops of each device: hops of several rings are in the same order on every rank.
 _side_streams: dict[torch.device, Any] = {}
+# No message has it.
+_UNUSED_TAG = 1 << 20
 
 
 class ProcessGroupTransport:
@@ -108,11 +111,14 @@ class ProcessGroupTransport:
 
     def exchange(self, message: Tensor, into: Tensor, to: int, source: int, step: str) -> list[dist.Work]:
         """Works of the send and of the receive; one work for both where the backend joins them."""
+        # Messages of other steps and sizes never meet where tags are looked at, as by gloo: it ends the process if a
+        # message does not fit.
+        tag = zlib.crc32(f"{step}, {message.nbytes} bytes".encode()) % _UNUSED_TAG
         try:
             return dist.batch_isend_irecv(
                 [
-                    dist.P2POp(dist.isend, message, group=self.group, group_peer=to),
-                    dist.P2POp(dist.irecv, into, group=self.group, group_peer=source),
+                    dist.P2POp(dist.isend, message, group=self.group, group_peer=to, tag=tag),
+                    dist.P2POp(dist.irecv, into, group=self.group, group_peer=source, tag=tag),
                 ]
             )
         except RuntimeError as error:
@@ -153,7 +159,7 @@ def _close_gloo(group: dist.ProcessGroup) -> None:
     for peer in range(group.size()):
         if peer != group.rank():
             try:
-                group.recv([nothing], peer, 1 << 20).wait(datetime.timedelta(milliseconds=1))
+                group.recv([nothing], peer, _UNUSED_TAG).wait(datetime.timedelta(milliseconds=1))
             except RuntimeError as error:
                 if "timed out" in str(error).lower():
                     return
