@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import atexit
 import functools
+import os
+import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from helpers.processes import Failed, Processes
-from warpform.distributed import ring_attention, shard_sequence
+from warpform.distributed import SequenceParallel, SequenceParallelAttention, ring_attention, shard_sequence
+from warpform.distributed.measure import measure_link
 
 # Of this process: the call that is timed, made by `prepare`.
 _prepared: Callable[[], tuple[Tensor, ...]] | None = None
@@ -78,6 +82,42 @@ def call(fetch: bool) -> list[np.ndarray] | None:
     return [t.detach().contiguous().numpy() for t in found] if fetch else None
 
 
+def measured_link() -> tuple[float, float]:
+    """On every rank of a pool."""
+    assert dist.group.WORLD is not None
+    link = measure_link(dist.group.WORLD)
+    return link.alpha, link.beta
+
+
+def attempt(attention: str, layer_sizes: tuple[int, int, int], length: int, allowance: int) -> bool:
+    """On every rank: one layer forward and backward, with no more memory than there is and `allowance` bytes."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * page
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    ranks = dist.get_world_size()
+    resource.setrlimit(resource.RLIMIT_AS, (size + allowance, hard))
+    try:
+        rows = length // ranks
+        with torch.device("meta"):
+            hidden, heads, projected = layer_sizes
+            layer = SequenceParallelAttention(
+                hidden, heads, attention=attention, linformer_rank=projected, max_seqlen=rows
+            )
+        layer = layer.to_empty(device="cpu")  # its projections are this rank's columns of them
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        layer.plan = SequenceParallel(dist.group.WORLD, layout="contiguous", timeout=20)
+        x = torch.randn(1, rows, hidden).requires_grad_()
+        layer(x)[0].sum().backward()
+        return True
+    except (MemoryError, RuntimeError) as error:
+        if "allocate" in str(error) or isinstance(error, MemoryError):
+            return False
+        raise
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 _pools: dict[tuple[int, str], Processes] = {}
 
 
@@ -94,6 +134,14 @@ def run(ranks: int, purpose: str, function: Callable[..., Any], *arguments: Any)
     results = _pools[key].try_run(function, *arguments)
     for result in results:
         if isinstance(result, Failed):
-            _pools.pop(key).close()
+            drop(ranks, purpose)
             raise RuntimeError(result.text.strip().splitlines()[-1])
     return results
+
+
+def drop(ranks: int, purpose: str) -> None:
+    """Ends these processes, if there are any."""
+    processes = _pools.pop((ranks, purpose), None)
+    if processes is not None:
+        atexit.unregister(processes.close)
+        processes.close()

@@ -25,6 +25,7 @@ from warpform.distributed.cost_model import (
     predict,
     rsa_saved_elements,
 )
+from warpform.distributed.measure import measure_steps
 
 FREE = Link(0.0, math.inf)
 # 8 GPUs of one node: attention as FlashAttention 2 and 3 reach it on Hopper, 160 of NVLink's 200 GB/s each way (a GPU
@@ -207,19 +208,20 @@ def test_memory_of_a_rank_falls_with_its_number():
 
 def test_fits_recover_what_made_the_samples():
     draw = random.Random(0)
-    step = StepTime(3e-5, 2e-9, 5e-11)
+    step = StepTime(3e-5, 2e-9, 5e-11, 7e-9)
     samples = []
-    for c in (128, 256, 512, 2048):
-        for rows, pairs in ((c, c * c), (c, c * c / 2), (c / 2, c * c / 2)):
-            seconds = 3e-5 + 2e-9 * rows + 5e-11 * pairs
-            samples.append((float(rows), float(pairs), seconds * draw.uniform(0.999, 1.001)))
+    for c in (128.0, 256.0, 512.0, 2048.0):
+        for calls, rows, pairs, own in ((1, c, c * c / 2, c), (3, 2.5 * c, 1.5 * c * c, 2 * c), (2, 2 * c, c * c, c)):
+            seconds = 3e-5 * calls + 2e-9 * rows + 5e-11 * pairs + 7e-9 * own
+            samples.append((float(calls), rows, pairs, own, seconds * draw.uniform(0.9999, 1.0001)))
     fitted = StepTime.fit(samples)
-    for rows, pairs, seconds in samples:
-        assert fitted.overhead + fitted.per_row * rows + fitted.per_pair * pairs == pytest.approx(seconds, rel=0.01)
+    for calls, rows, pairs, own, seconds in samples:
+        terms = fitted.overhead * calls + fitted.per_row * rows + fitted.per_pair * pairs + fitted.setup * own
+        assert terms == pytest.approx(seconds, rel=0.01)
     assert fitted.per_pair == pytest.approx(step.per_pair, rel=0.01)
     # Where a term would come out negative it is left out.
-    negative = StepTime.fit([(1.0, c * c, 1e-9 * c * c - 1e-9 * c) for c in (10.0, 20.0, 40.0)])
-    assert min(negative.overhead, negative.per_row, negative.per_pair) >= 0
+    negative = StepTime.fit([(1.0, 1.0, c * c, 0.0, 1e-9 * c * c - 1e-9 * c) for c in (10.0, 20.0, 40.0)])
+    assert min(negative.overhead, negative.per_row, negative.per_pair, negative.setup) >= 0
     link = Link.fit([(size, 5e-5 + size / 2e9) for size in (0.0, 1e4, 1e6)])
     assert link.alpha == pytest.approx(5e-5) and link.beta == pytest.approx(2e9)
     assert Link.fit([(1e3, 1e-4), (1e6, 1e-4)]).beta == math.inf
@@ -227,6 +229,27 @@ def test_fits_recover_what_made_the_samples():
         Link.fit([(1.0, 1.0)])
     with pytest.raises(ValueError, match="positive"):
         StepTime.fit([])
+
+
+def test_what_is_done_once_counts_once():
+    """The ring's own preparations, which one device does not have: N times on one processor, else once."""
+    work = Workload(800, 2, 16, layout="striped", batch=3)
+    for processors, times in ((None, 1), (1, 8)):
+        plain = Cluster(StepTime(0, 0, 1e-9), StepTime(0, 0, 1e-9), FREE, processors=processors)
+        more = dataclasses.replace(plain, forward=StepTime(0, 0, 1e-9, 1e-7))
+        found = [predict(work, cluster, 8) for cluster in (plain, more)]
+        assert found[1].seconds - found[0].seconds == pytest.approx(times * 3 * 2 * 100 * 1e-7)
+        assert found[1].ideal_seconds == found[0].ideal_seconds
+
+
+def test_steps_of_this_machine_are_measured():
+    """Positive, and such that the samples' own times come out of it: within a factor, for this machine may be busy."""
+    work = Workload(1, 2, 16, 1, layout="contiguous")
+    forward, backward = (measure_steps(work, (32, 256), backward=b, repeats=3) for b in (False, True))
+    for step in (forward, backward):
+        assert min(dataclasses.astuple(step)) >= 0 and max(dataclasses.astuple(step)) > 0
+    p = predict(dataclasses.replace(work, seqlen=512), Cluster(forward, backward, FREE, processors=1), 2)
+    assert 0 < p.seconds < 10
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ._transport import Steps, Transport
+from ._transport import Pending, Steps, Transport
 
 
 def rotate(ring: Transport, block: Tensor, use: Callable[[int, Tensor], None]) -> Steps[None]:
@@ -43,7 +43,7 @@ def rotate_and_reduce(
         The sum for this rank.
     """
     block = block.contiguous()
-    summing: Tensor | None = None
+    summing: Pending | None = None
     for s in range(ring.size):
         hop = f"step {s + 1} of {ring.size - 1}"
         last = s + 1 == ring.size

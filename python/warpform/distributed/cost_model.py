@@ -103,17 +103,19 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step on one device: overhead + per_row * rows + per_pair * pairs.
+    """Seconds of one step on one device: overhead + per_row * rows + per_pair * pairs; and of what is done once.
 
     Attributes:
         overhead: of a call, whatever its size.
         per_row: of a row of queries of one head: what carrying `out` and `lse` in and out costs.
         per_pair: of a pair of query and key of one head, at the head_dim that was measured.
+        setup: of a row of a rank and one head, once a pass: making the message of k and v, casting the result.
     """
 
     overhead: float
     per_row: float
     per_pair: float
+    setup: float = 0.0
 
     @classmethod
     def from_flops(
@@ -133,29 +135,31 @@ class StepTime:
         return cls(overhead, state / memory, work / flops)
 
     @classmethod
-    def fit(cls, samples: Sequence[tuple[float, float, float]]) -> StepTime:
-        """The least squares of relative errors over samples (rows, pairs, seconds), none of the three terms negative.
+    def fit(cls, samples: Sequence[tuple[float, float, float, float, float]]) -> StepTime:
+        """The least squares of relative errors over samples (calls, rows, pairs, rows of ranks, seconds).
+
+        A sample is of all the steps of some passes; no term comes out negative.
 
         Raises:
             ValueError: no samples, or a time that is not positive.
         """
-        if not samples or min(seconds for _, _, seconds in samples) <= 0:
+        if not samples or min(sample[-1] for sample in samples) <= 0:
             raise ValueError("StepTime.fit: samples must have at least one, all of positive seconds")
-        rows, pairs, seconds = np.asarray(samples, dtype=np.float64).T
-        terms = np.stack([np.ones_like(rows), rows, pairs], axis=1) / seconds[:, None]
-        # Three unknowns: of all subsets the best whose solution is not negative.
-        best, least = (0.0, 0.0, 0.0), math.inf
-        for mask in range(1, 8):
-            columns = [i for i in range(3) if mask >> i & 1]
+        table = np.asarray(samples, dtype=np.float64)
+        terms = table[:, :4] / table[:, 4:]
+        # Four unknowns: of all subsets the best whose solution is not negative.
+        best, least = np.zeros(4), math.inf
+        for mask in range(1, 16):
+            columns = [i for i in range(4) if mask >> i & 1 and terms[:, i].any()]
+            if not columns:
+                continue
             scale = terms[:, columns].max(axis=0)
-            found = np.linalg.lstsq(terms[:, columns] / scale, np.ones(len(rows)), rcond=None)[0] / scale
+            found = np.linalg.lstsq(terms[:, columns] / scale, np.ones(len(terms)), rcond=None)[0] / scale
             error = float(((terms[:, columns] @ found - 1) ** 2).sum())
             if (found >= 0).all() and error < least * (1 - 1e-9):
-                values = [0.0, 0.0, 0.0]
-                for i, value in zip(columns, found, strict=True):
-                    values[i] = float(value)
-                best, least = (values[0], values[1], values[2]), error
-        return cls(*best)
+                best, least = np.zeros(4), error
+                best[columns] = found
+        return cls(*(float(value) for value in best))
 
     def __call__(self, rows: Array, pairs: Array) -> Array:
         """Nothing is called where there are no rows, and nothing is taken."""
@@ -298,8 +302,8 @@ def _pass(work: Workload, cluster: Cluster, ranks: int, direction: str) -> tuple
     sizes = [block * work.itemsize] * (ranks - 1)
     hop, hop_gradient = cluster.hop(ranks, sizes[0] if sizes else 0.0), cluster.hop(ranks, block * 4)
 
-    done = np.zeros(ranks)  # when each rank has computed its last step
-    compute, moved = np.zeros(ranks), np.zeros(ranks)
+    done = np.full(ranks, step.setup * rows * work.heads)  # when each rank has computed its last step
+    compute, moved = done.copy(), np.zeros(ranks)
     arrived = np.zeros(ranks)  # when the block of this step is there
     gradient = np.zeros(ranks)  # when the gradients of this step's block are there
     link_free = np.zeros(ranks)  # of the link into each rank

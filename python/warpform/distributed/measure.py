@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import multiprocessing
 import os
 import statistics
@@ -12,11 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from ..ops import attention_step, attention_step_backward
-from ._transport import ProcessGroupTransport
+from ._group import LocalGroup
+from ._transport import Pending, ProcessGroupTransport
 from .cost_model import Cluster, Link, StepTime, Workload
+from .ring_attention import ring_attention
 
 SIZES = (1 << 10, 1 << 16, 1 << 18, 1 << 20, 1 << 22)  # bytes of the messages that a hop is measured with
 
@@ -52,15 +54,15 @@ def measure_link(group: dist.ProcessGroup, *, sizes: Sequence[int] = SIZES, repe
     medians = []
     for size in sizes:
         message = torch.zeros(max(1, size), dtype=torch.uint8, device=device)
-        into = torch.empty_like(message)
-
-        def hop(message: Tensor = message, into: Tensor = into) -> None:
-            ring.post(message, into=into, step="a hop that is measured").wait()
-
-        medians.append(median_seconds(hop, repeats, device))
+        post = functools.partial(ring.post, message, into=torch.empty_like(message), step="a hop that is measured")
+        medians.append(median_seconds(functools.partial(_wait_for, post), repeats, device))
     slowest = torch.tensor(medians, dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
     return Link.fit(list(zip(map(float, sizes), slowest.tolist(), strict=True)))
+
+
+def _wait_for(post: Callable[[], Pending]) -> None:
+    post().wait()
 
 
 def measure_steps(
@@ -70,38 +72,41 @@ def measure_steps(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     backward: bool = False,
-    repeats: int = 3,
+    repeats: int = 5,
 ) -> StepTime:
-    """Times the steps that a ring of this workload takes, with a state carried in, for ranks of `chunks` rows each.
+    """Times ring attention over 1 and 2 ranks in this process, and tells apart what steps, rows and pairs cost.
 
-    Where it is causal: the diagonal block; and, as zigzag has them, all queries with half of the keys and half of the
-    queries with all keys. Else all with all.
+    Ranks in one process take turns, so their time is the sum of their steps. Messages are copies, counted as rows.
+
+    Args:
+        work: its seqlen does not matter.
+        chunks: rows of a rank; at least two numbers, for one cannot tell rows from pairs.
 
     Raises:
-        ValueError: no chunks.
+        ValueError: a layout that cannot divide a chunk.
     """
-    heads, d, b = work.heads, work.head_dim, work.batch
     samples = []
     for c in chunks:
-        shapes = [(c, c, True), (c, c // 2, False), (c // 2, c, False)] if work.causal else [(c, c, False)]
-        for rows, keys, causal in shapes:
-            q, dout = (torch.randn(b, rows, heads, d, device=device).to(dtype) for _ in range(2))
-            k, v = (torch.randn(b, keys, work.hkv, d, device=device).to(dtype) for _ in range(2))
-            out, lse = attention_step(q, k, v, causal=causal)
+        for ranks in (1, 2):
+            one = dataclasses.replace(work, seqlen=c * ranks)
+            group = LocalGroup(ranks)
+            shapes = [(ranks, work.batch, one.chunk(ranks), heads, work.head_dim) for heads in (work.heads, work.hkv)]
+            q, dout = (torch.randn(shapes[0], device=device).to(dtype) for _ in range(2))
+            k, v = (torch.randn(shapes[1], device=device).to(dtype) for _ in range(2))
+            inputs = [t.requires_grad_(backward) for t in (q, k, v)]
+            call: Callable[[], Any]
+            # No agreement: a hop of a small message costs nothing here.
+            how: dict[str, Any] = {"causal": work.causal, "layout": work.layout, "check": "first"}
             if backward:
-                delta = (dout.to(lse.dtype) * out).sum(-1).transpose(1, 2).contiguous()
-                dq = torch.zeros_like(out)
-
-                def call(args: tuple[Any, ...] = (dout, delta, q, k, v, lse, dq), causal: bool = causal) -> None:
-                    attention_step_backward(*args, causal=causal)
+                out = ring_attention(*inputs, group=group, **how)
+                call = functools.partial(torch.autograd.grad, out, inputs, dout, retain_graph=True)
             else:
-
-                def call(args: tuple[Any, ...] = (q, k, v, out, lse), causal: bool = causal) -> None:
-                    attention_step(*args, causal=causal)
-
-            pairs = rows * (rows + 1) / 2 if causal else float(rows * keys)
-            each = b * heads
-            samples.append((float(rows * each), pairs * each, median_seconds(call, repeats, device)))
+                call = functools.partial(ring_attention, *inputs, group=group, **how)
+            steps = [one.step(ranks, s) for s in range(ranks)]
+            each = work.batch * work.heads
+            calls = sum(float((rows > 0).sum()) for rows, _ in steps)
+            rows, pairs = (each * sum(float(counts[i].sum()) for counts in steps) for i in range(2))
+            samples.append((calls, rows, pairs, float(each * c * ranks), median_seconds(call, repeats, device)))
     return StepTime.fit(samples)
 
 

@@ -235,7 +235,7 @@ def plot(path: Path, work: Workload, cluster: Cluster, ranks: Sequence[int], dir
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    style = {"svg.hashsalt": "warpform", "svg.fonttype": "none", "font.family": ["DejaVu Sans", "sans-serif"]}
+    style: Any = {"svg.hashsalt": "warpform", "svg.fonttype": "none", "font.family": ["DejaVu Sans", "sans-serif"]}
     colours = ("#d55e00", "#0072b2", "#009e73")
     with pyplot.rc_context(style):
         canvas, axes = pyplot.subplots(figsize=(7, 4), facecolor="#ffffff")

@@ -138,7 +138,8 @@ def _ranks(group: str, like: Tensor) -> int:
     """How many ranks there are; in one process they are the first dimension."""
     if LocalGroup.named(group) is not None:
         return like.shape[0]
-    return int(torch.distributed.distributed_c10d._resolve_process_group(group).size())
+    resolve: Any = torch.distributed.distributed_c10d._resolve_process_group
+    return int(resolve(group).size())
 
 
 def _qk(q: Tensor, k: Tensor, scale: float, causal: bool, layout: str, group: str, timeout: float | None) -> Any:

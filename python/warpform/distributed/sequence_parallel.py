@@ -43,6 +43,9 @@ class SequenceParallelAttention(nn.Module):
         linformer_rank, max_seqlen: K and L of Linformer's two projections [K, L].
     """
 
+    key_projection: nn.Parameter
+    value_projection: nn.Parameter
+
     def __init__(
         self,
         hidden_size: int,
@@ -295,7 +298,7 @@ class _Mean(torch.autograd.Function):
         return (both[0] / both[1]).to(total.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (count,) = ctx.saved_tensors
         return (gradient / count).to(gradient.dtype), None, None
 
