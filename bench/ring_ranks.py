@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from helpers.processes import Failed, Processes
 from warpform.distributed import SequenceParallel, SequenceParallelAttention, ring_attention, shard_sequence
@@ -90,32 +90,35 @@ def measured_link() -> tuple[float, float]:
 
 
 def attempt(attention: str, layer_sizes: tuple[int, int, int], length: int, allowance: int) -> bool:
-    """On every rank: one layer forward and backward, with no more memory than there is and `allowance` bytes."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * page
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    """On every rank: one layer forward and backward, in no more memory than an idle process has and `allowance` bytes.
+
+    What counts is memory that can be written, as the kernel counts it (RLIMIT_DATA).
+    """
     ranks = dist.get_world_size()
-    resource.setrlimit(resource.RLIMIT_AS, (size + allowance, hard))
+    # Threads, connections and buffers that every process has are made first.
+    _layer_step(attention, layer_sizes, 8)
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    idle = int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_DATA, (idle + allowance, hard))
     try:
-        rows = length // ranks
-        with torch.device("meta"):
-            hidden, heads, projected = layer_sizes
-            layer = SequenceParallelAttention(
-                hidden, heads, attention=attention, linformer_rank=projected, max_seqlen=rows
-            )
-        layer = layer.to_empty(device="cpu")  # its projections are this rank's columns of them
-        for parameter in layer.parameters():
-            nn.init.normal_(parameter, std=0.02)
-        layer.plan = SequenceParallel(dist.group.WORLD, layout="contiguous", timeout=20)
-        x = torch.randn(1, rows, hidden).requires_grad_()
-        layer(x)[0].sum().backward()
+        _layer_step(attention, layer_sizes, length // ranks)
         return True
     except (MemoryError, RuntimeError) as error:
         if "allocate" in str(error) or isinstance(error, MemoryError):
             return False
         raise
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _layer_step(attention: str, layer_sizes: tuple[int, int, int], rows: int) -> None:
+    """Of a rank with so many rows."""
+    hidden, heads, projected = layer_sizes
+    # Linformer's projections are made as this rank's columns of them.
+    layer = SequenceParallelAttention(hidden, heads, attention=attention, linformer_rank=projected, max_seqlen=rows)
+    layer.plan = SequenceParallel(dist.group.WORLD, layout="contiguous", timeout=60)
+    x = torch.randn(1, rows, hidden).requires_grad_()
+    layer(x)[0].sum().backward()
 
 
 _pools: dict[tuple[int, str], Processes] = {}
