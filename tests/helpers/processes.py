@@ -18,6 +18,14 @@ LIMIT_S = 120.0
 GRACE_S = 10.0
 
 
+# What cannot be imported is left out.
+_IMPORTED = [
+    "warpform.distributed",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama",
+]
+
+
 class Failed:
     """What a rank raised."""
 
@@ -52,12 +60,12 @@ def _serve(rank: int, size: int, store: str, connection: Connection, timeout_s: 
 class Processes:
     """Processes with ranks 0 to size - 1 of one default group.
 
-    They are forked from a server that has imported torch, which costs a second once and little for each process.
+    They are forked from a server that has imported what takes long: seconds once, and little for each process.
     """
 
     def __init__(self, size: int, timeout_s: float = LIMIT_S) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "warpform.distributed"])
+        context.set_forkserver_preload(_IMPORTED)
         self._folder = tempfile.TemporaryDirectory()
         self._seed = 0
         self.connections: list[Connection] = []
