@@ -164,6 +164,7 @@ TITLES = {
     "m2": "M2-BERT beside BERT",
     "models": "Models end to end",
     "monarch": "Monarch products",
+    "ring": "Ring attention over N ranks",
     "swin": "Swin end to end",
     "window": "Window attention",
 }

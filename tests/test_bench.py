@@ -26,7 +26,8 @@ from warpform import bench
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
 FAMILIES = (
-    "attention", "disentangled_attention", "encoder", "fft_conv", "host", "m2", "models", "monarch", "swin", "window",
+    "attention", "disentangled_attention", "encoder", "fft_conv", "host", "m2", "models", "monarch", "ring", "swin",
+    "window",
 )  # fmt: skip
 if not BENCH.is_dir():
     pytest.skip("needs a checkout", allow_module_level=True)
@@ -109,9 +110,8 @@ def test_report(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         if line.startswith("| "):
             assert line.endswith(" |")
     drawn = list(plots.glob("*.svg"))
-    assert {path.stem.rpartition("-")[2] for path in drawn} == {
-        "attention", "encoder", "conv", "m2", "models", "monarch", "swin", "window"
-    }  # fmt: skip
+    names = {"attention", "encoder", "conv", "m2", "models", "monarch", "ring", "swin", "window"}
+    assert {path.stem.rpartition("-")[2] for path in drawn} == names
     assert len(drawn) == len(FAMILIES) - 1, "one for each family but the host's"
     for path in drawn:
         root = ElementTree.parse(path).getroot()
@@ -210,7 +210,7 @@ def test_results_are_only_appended_to(tmp_path: Path) -> None:
 class _Case:
     """Four providers: one is right, one computes something else, one is not there, one breaks."""
 
-    flops, bytes, images, end_to_end = 1e3, 1e3, 0, False
+    flops, bytes, images, end_to_end, where = 1e3, 1e3, 0, False, ""
 
     def prepare(self, provider: str) -> list:
         if provider == "absent":

@@ -43,6 +43,11 @@ from .m2_heads import (
 )
 from .m2_vit import M2ViTConfig, M2ViTForImageClassification
 from .sentence_encoder import SentenceEncoder
+from .sequence_parallel_transformer import (
+    SequenceParallelOutput,
+    SequenceParallelTransformer,
+    SequenceParallelTransformerConfig,
+)
 from .swin import SwinForImageClassification, SwinModel, Swinv2ForImageClassification, Swinv2Model
 
 __all__ = [
@@ -87,6 +92,9 @@ __all__ = [
     "M2ViTForImageClassification",
     "SentenceEncoder",
     "SentenceOutput",
+    "SequenceParallelOutput",
+    "SequenceParallelTransformer",
+    "SequenceParallelTransformerConfig",
     "SwinConfig",
     "SwinForImageClassification",
     "SwinModel",
