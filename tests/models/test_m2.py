@@ -230,11 +230,14 @@ def test_embeddings_of_texts() -> None:
 
 def test_heads_share_the_parameters_of_a_base() -> None:
     base = make_model()
+    before = {name: weight.clone() for name, weight in base.state_dict().items()}
     classifier = M2BertForSequenceClassification(base.config, base)
     language = M2BertForMaskedLM(base.config, base)
     assert classifier.bert is base and language.bert.pooler is None
     assert language.bert.encoder is base.encoder
     assert language.cls.predictions.decoder.weight is base.embeddings.word_embeddings.weight
+    assert all(torch.equal(weight, before[name]) for name, weight in base.state_dict().items())
+    assert not language.training and not classifier.training
     lean = M2BertModel(base.config, add_pooling_layer=False)
     with pytest.raises(ValueError, match="base must have a pooler"):
         M2BertForSequenceClassification(base.config, lean)

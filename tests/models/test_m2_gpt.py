@@ -124,11 +124,17 @@ def test_sampling() -> None:
 
 
 def test_generation_ends() -> None:
+    """Each sequence after its own end token; as far as that, draws are those of generation without an end."""
     model = make_model()
-    prompt = torch.randint(30, (2, 4))
-    free = model.generate(prompt, 12)
+    prompt = torch.randint(30, (6, 4))
+
+    def drawn(**how: Any) -> Tensor:
+        return model.generate(prompt, 12, temperature=3.0, generator=torch.Generator().manual_seed(3), **how)
+
+    free = drawn()
     end = int(free[0, 6])
-    ended = model.generate(prompt, 12, eos_token_id=end)
+    ended = drawn(eos_token_id=end)
+    assert not torch.equal(ended, free[:, : ended.shape[1]])
     for row, all_tokens in zip(ended, free, strict=True):
         places = (all_tokens[4:] == end).nonzero().flatten()
         stop = 4 + int(places[0]) + 1 if len(places) else ended.shape[1]

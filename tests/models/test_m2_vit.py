@@ -101,7 +101,7 @@ def test_compiles_as_one_graph_for_all_batch_sizes() -> None:
     backend = Compilations()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     with torch.no_grad():
-        for batch in (2, 3, 5):
+        for batch in (4, 3, 5):  # not the 2 of the channels: tracing takes equal sizes for the same
             pixels = torch.randn(batch, 2, 15, 15)
             torch.testing.assert_close(compiled(pixels).logits, model(pixels).logits)
     assert backend.count == 1
