@@ -58,7 +58,7 @@ class ArchRule:
 # `kernel` is a regular expression, searched in the demangled name. A rule that matches no kernel fails its gate.
 STACK: tuple[StackRule, ...] = ()
 ATTENTION = r"(varlen|window)_attention_(forward|backward_(keys|queries|short|bias))<"
-MONARCH = r"(block_gemm|block_weight_gradient|monarch_forward|glu_forward)<"
+MONARCH = r"(block_gemm|block_weight_gradient|monarch_forward|glu_(forward|gradient))<"
 VECTORS = r"(gather_(long|short)_rows<uint4,|(bias_gelu|layer_norm)(_backward)?_kernel<(float, 4|\w+, 8),)"
 OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(ATTENTION, r"HMMA\.16816\.F32"),  # tensor cores, accumulating in float32
@@ -68,8 +68,6 @@ OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(MONARCH, r"LDSM\."),
     OpcodeRule(MONARCH, r"LDGSTS\."),
     OpcodeRule(MONARCH, r"STG\..*128"),  # from registers, without shared memory between
-    OpcodeRule(r"::gate<", r"LDG\..*128"),
-    OpcodeRule(r"::gate<", r"STG\..*128"),
     OpcodeRule(VECTORS, r"LDG\..*128"),  # 16 bytes a thread
     OpcodeRule(VECTORS, r"STG\..*128"),
 )
