@@ -58,7 +58,7 @@ class ArchRule:
 # `kernel` is a regular expression, searched in the demangled name. A rule that matches no kernel fails its gate.
 STACK: tuple[StackRule, ...] = ()
 ATTENTION = r"(varlen|window)_attention_(forward|backward_(keys|queries|short|bias))<"
-MONARCH = r"(block_gemm|block_weight_gradient|monarch_forward|glu_forward)<"
+MONARCH = r"(block_gemm|block_weight_gradient|monarch_forward|glu_(forward|gradient))<"
 STEPS = r"varlen_attention_(forward|backward_(keys|queries))<.*\bStep>"
 VECTORS = r"(gather_(long|short)_rows<uint4,|(bias_gelu|layer_norm)(_backward)?_kernel<(float, 4|\w+, 8),)"
 SHORT_CONV = r"short_conv_gate(_backward)?_kernel<"
@@ -71,8 +71,6 @@ OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(MONARCH, r"LDSM\."),
     OpcodeRule(MONARCH, r"LDGSTS\."),
     OpcodeRule(MONARCH, r"STG\..*128"),  # from registers, without shared memory between
-    OpcodeRule(r"::gate<", r"LDG\..*128"),
-    OpcodeRule(r"::gate<", r"STG\..*128"),
     OpcodeRule(FFT_CONV, r"HMMA\.16816\.F32"),
     OpcodeRule(FFT_CONV, r"LDSM\..*\.MT88"),  # ldmatrix, transposing
     OpcodeRule(FFT_CONV, r"LDG\..*128"),

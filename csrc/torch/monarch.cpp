@@ -304,9 +304,10 @@ Tensor monarch_multiply(Tensor x, Tensor w1, Tensor w2) {
   return y;
 }
 
-// The products of the backward pass go by block_gemm and weight_gradient, which want the columns of a block beside each
-// other: dout, h and dh are transposed on the way, row by row. Bytes a row, beyond what it reads and writes: 8 l s for
-// dout, 16 k q for h and dh; products that gather columns l apart would read 32 bytes for each 2 of them.
+// The products of the backward pass are block_gemm and weight_gradient, which want the columns of a block beside each
+// other: dout, h and dh are transposed on the way, row by row. Bytes a row: 8 l s for dout, 18 k q for h and dh, 6 k p
+// for x and dx; at 768 -> 3072 with 4 blocks 10 ns on an H200, beside 6.6 ns of products. Gathering columns l apart
+// instead would read 32 bytes for each 2 of them.
 std::tuple<Tensor, Tensor, Tensor> monarch_multiply_backward(Tensor dout, Tensor x, Tensor w1, Tensor w2) {
   constexpr const char* kOp = "monarch_multiply_backward";
   check_monarch(kOp, x, w1, w2);

@@ -13,6 +13,8 @@
 //           of all of them, 4 lambdas of 2 sigmas or 8 of one, which are 16 bytes in a row of y. So y is stored from
 //           registers although a product's columns lie l apart.
 // Loads     all threads, 16-byte cp.async: x and w1 in two or four stages, w2 in two of 256 rows by 64.
+//           h is written 4 bytes a lane where q / l is even, else 2: at q = l with four-fold bank conflicts, some 130
+//           cycles a row at 1024^2 nb 32, where an SM has 220 for the row's bytes.
 // Bounds    bytes 2 (k p + l s) a row, FLOP 2 k q p + 2 l s r. Floors on an H200 (4.3 TB/s; mma.sync at 490 TFLOP/s),
 // ns
 //           a row: 768 -> 3072 nb 4 3.0, 3072 -> 768 nb 4 3.0, 1024^2 nb 4 2.1 (FLOP); 1024^2 nb 32 0.95, 4096^2 nb 64
