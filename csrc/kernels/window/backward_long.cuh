@@ -127,7 +127,7 @@ window_attention_backward_keys(const __grid_constant__ WindowBackwardParams para
       block_sync();  // block n is here, and nobody reads the one before any more
       if (n + 1 < p.blocks.divisor) fetch(1 - stage, n + 1);
       if (score.cosine) {
-        set_inverse_norms<kBucket, T>(shared, tile_q(stage), tile_k);
+        set_inverse_norms<kBucket, T>(shared, tile_q(stage), tile_k, /*lengthen_queries=*/true);
         block_sync();
       }
       if (!warp_has_rows) continue;
@@ -162,7 +162,10 @@ window_attention_backward_keys(const __grid_constant__ WindowBackwardParams para
     }
     if (!warp_has_rows) continue;
 
-    if (score.cosine) finish_cosine<T>(dk[0], tile_k, My::row(), My::col(), score.key_norms() + My::row() * 4);
+    if (score.cosine) {
+      const uint32_t norms = score.key_norms() + My::row() * 4;
+      finish_cosine<T>(dk[0], tile_k, My::row(), My::col(), norms, norms);
+    }
     if (p.qkv_bias != nullptr) {
       padding_sums.add(dk[0], 0, shared.rows(), first_key + My::row(), score.gradient_factor());
       padding_sums.add(dv[0], 1, shared.rows(), first_key + My::row(), 1.f);
@@ -264,7 +267,7 @@ window_attention_backward_queries(const __grid_constant__ WindowBackwardParams p
       block_sync();  // block n is here, and nobody reads the one before any more
       if (n + 1 < p.blocks.divisor) fetch(1 - stage, n + 1);
       if (score.cosine) {
-        set_inverse_norms<kBucket, T>(shared, tile_q, tile_k(stage));
+        set_inverse_norms<kBucket, T>(shared, tile_q, tile_k(stage), false, /*lengthen_keys=*/true);
         block_sync();
       }
       if (!warp_has_rows) continue;
@@ -279,8 +282,8 @@ window_attention_backward_queries(const __grid_constant__ WindowBackwardParams p
     if (!warp_has_rows) continue;
 
     if (score.cosine) {
-      scale_sums.add(score.gradient_factor() *
-                     finish_cosine<T>(dq[0], tile_q, My::row(), My::col(), score.query_norms() + My::row() * 4));
+      const uint32_t norms = score.query_norms() + My::row() * 4;
+      scale_sums.add(score.gradient_factor() * finish_cosine<T>(dq[0], tile_q, My::row(), My::col(), norms, norms));
     }
     // A warp's own rows of Q take its rows of dQ.
     const int64_t at = image_begin(p, window.image) * 3 * p.width + My::head() * p.head_dim;

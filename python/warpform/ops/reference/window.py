@@ -121,9 +121,9 @@ class _Scores:
         if table is not None:
             self.bias = table.to(self.dtype)[windows.relative].permute(2, 0, 1).contiguous()
         # Whether a row may see no key. Elsewhere than on a CPU to know it would be to wait for the table.
-        self.may_hide = mask_value == -math.inf or (
-            table is not None and (table.device.type != "cpu" or bool((table == -math.inf).any()))
-        )
+        self.may_hide = mask_value == -math.inf
+        if table is not None:
+            self.may_hide |= table.device.type != "cpu" or bool((table == -math.inf).any())
         self.factor = None  # [heads, 1, 1], cosine attention's
         self.scale = qkv.size(-1) ** -0.5 if scale is None else scale
         if logit_scale is not None:
@@ -131,7 +131,7 @@ class _Scores:
             self.scale = 1.0
 
     def added(self, group: _Group) -> tuple[Tensor | None, Tensor | None]:
-        """What a group's windows add to their scores, [1, heads or 1, N, N], and rows that see no key, [.., N, 1].
+        """What is added to the scores of a group's windows, [1, heads or 1, N, N], and rows that see no key [.., N, 1].
 
         To those 0 is added here, which keeps NaN out; what comes of it is not to be used. None: nothing, and no rows.
         """
