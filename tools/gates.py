@@ -56,7 +56,20 @@ class ArchRule:
 
 
 # `kernel` is a regular expression, searched in the demangled name. A rule that matches no kernel fails its gate.
-STACK: tuple[StackRule, ...] = ()
+STACK: tuple[StackRule, ...] = (
+    StackRule(
+        r"fft_conv_kernel<.*FftSize<1024>",
+        8,
+        "ptxas stops at 64 registers, one value of the outer loops short",
+        ("sm_90a",),
+    ),
+    StackRule(
+        r"fft_conv_kernel<.*FftSize<2048>",
+        8,
+        "ptxas stops at 64 registers, one value of the outer loops short",
+        ("sm_80",),
+    ),
+)
 ATTENTION = r"(varlen|window)_attention_(forward|backward_(keys|queries|short|bias))<"
 VECTORS = r"(gather_(long|short)_rows<uint4,|(bias_gelu|layer_norm)(_backward)?_kernel<(float, 4|\w+, 8),)"
 FFT_CONV = r"fft_conv_(gradient_)?kernel<"
