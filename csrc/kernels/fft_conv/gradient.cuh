@@ -8,7 +8,8 @@
 // Pairs     with v = v1 + i v2 and d = d1 + i d2, conj(V) D also holds products of one sequence with the other; they
 //           cancel in the even part, (P[n - k]* + P[k]) / 2, which is the spectrum of a real sequence. The scales of v
 //           are chosen so that their products with those of d are the same for both sequences of a pair.
-// Bounds    4 B H L bytes, twice that with gates; as many FLOP as one convolution. L2 moves 24 B H L bytes more, for the
+// Bounds    4 B H L bytes, twice that with gates; as many FLOP as one convolution. L2 moves 24 B H L bytes more, for
+// the
 //           sums and for D: that bounds it up to 8192 (1.2 ms at L = 4096, B 64, H 768 and 4 TB/s, FLOP take 0.3).
 // Measured  not yet: no GPU run so far.
 #pragma once

@@ -35,8 +35,9 @@ int fft_conv_shares(const FftConvProblem& p) {
   const FftPlan plan = fft_plan(p.points);
   const int64_t steps = ceil_div(ceil_div(int64_t{p.batch}, int64_t{2}), int64_t{plan.slots});
   if (steps == 0 || p.channels == 0) return 0;
-  // As many CTAs as an SM holds, by registers and by shared memory.
-  const int per_sm = std::max(1, std::min(512 / plan.threads(), (200 << 10) / (plan.slots * plan.slot_bytes())));
+  // As many CTAs as an SM holds, by registers (64 or 128 a thread) and by shared memory.
+  const int threads = plan.tiles == 1 ? 1024 : 512;
+  const int per_sm = std::max(1, std::min(threads / plan.threads(), (200 << 10) / (plan.slots * plan.slot_bytes())));
   const int64_t most = std::max<int64_t>(1, static_cast<int64_t>(sm_count()) * per_sm / p.channels);
   const int64_t rounds = ceil_div(steps, most);
   return static_cast<int>(ceil_div(steps, rounds));
