@@ -47,7 +47,7 @@ def draw(layout: str, top: int) -> list[str]:
     for step in range(RANKS):
         x = LEFT + step * (CELL + 24)
         most = max(int(seen(layout, r, (r - step) % RANKS).sum()) for r in range(RANKS))
-        lines.append(f'<text x="{x}" y="{top + 16}">step {step + 1}: {most} of {ROWS * ROWS}</text>')
+        lines.append(f'<text x="{x}" y="{top + 16}">step {step + 1}: {most}/{ROWS * ROWS}</text>')
         for rank in range(RANKS):
             source, y = (rank - step) % RANKS, top + TOP + rank * (CELL + 20)
             lines.append(f'<text x="{x}" y="{y - 4}">K, V of {source}</text>')
