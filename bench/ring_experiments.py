@@ -47,35 +47,37 @@ from warpform.distributed.measure import measure_steps, median_seconds  # noqa: 
 
 SIZES = (8192, 4, 2, 64)  # tokens, heads, key heads, head_dim
 CHUNKS = (512, 1024, 2048)  # rows of a rank that steps are measured with
+TINY = ((128, 2, 1, 16), (16, 32))
 RANKS = {"gloo": (2, 4, 8), "local": (4, 8, 16)}
 DIRECTIONS = ("forward", "forward+backward")
 
 
-def in_processes(layout: str, ranks: int, backward: bool, repeats: int) -> float:
-    ring_ranks.run(ranks, "", ring_ranks.prepare, "warpform", layout, SIZES, backward)
+def in_processes(sizes: tuple[int, int, int, int], layout: str, ranks: int, backward: bool, repeats: int) -> float:
+    ring_ranks.run(ranks, "", ring_ranks.prepare, "warpform", layout, sizes, backward)
     return median_seconds(lambda: ring_ranks.run(ranks, "", ring_ranks.call, False), repeats)
 
 
-def in_one_process(layout: str, ranks: int, backward: bool, repeats: int) -> float:
+def in_one_process(sizes: tuple[int, int, int, int], layout: str, ranks: int, backward: bool, repeats: int) -> float:
     group = LocalGroup(ranks)
     *inputs, dout = (
-        shard_sequence(t, group=group, dim=1, layout=layout) for t in ring_ranks.draw(*SIZES, torch.float32, "cpu")
+        shard_sequence(t, group=group, dim=1, layout=layout) for t in ring_ranks.draw(*sizes, torch.float32, "cpu")
     )
     inputs = [t.requires_grad_(backward) for t in inputs]
     attention = functools.partial(ring_attention, group=group, causal=True, layout=layout)
     return median_seconds(lambda: ring_ranks.step(attention, inputs, dout, backward), repeats)
 
 
-def model(repeats: int) -> dict[str, Any]:
+def model(repeats: int, tiny: bool) -> dict[str, Any]:
     """Rows of predicted and measured seconds."""
     torch.set_num_threads(1)
-    length, heads, kv_heads, head_dim = SIZES
+    all_sizes, chunks = TINY if tiny else (SIZES, CHUNKS)
+    length, heads, kv_heads, head_dim = all_sizes
     alpha, beta = ring_ranks.run(2, "", ring_ranks.measured_link)[0]
     cores = len(os.sched_getaffinity(0))
-    rows, found = [], {"alpha_s": alpha, "beta": beta, "cores": cores, "chunks": CHUNKS}
-    for layout in LAYOUTS:
+    rows, found = [], {"alpha_s": alpha, "beta": beta, "cores": cores, "chunks": chunks}
+    for layout in LAYOUTS[1:2] if tiny else LAYOUTS:
         work = Workload(length, heads, head_dim, kv_heads, itemsize=4, layout=layout)
-        steps = [measure_steps(work, CHUNKS, backward=backward, repeats=repeats) for backward in (False, True)]
+        steps = [measure_steps(work, chunks, backward=backward, repeats=repeats) for backward in (False, True)]
         found[layout] = {
             name: dataclasses.asdict(step) for name, step in zip(("forward", "backward"), steps, strict=True)
         }
@@ -86,9 +88,9 @@ def model(repeats: int) -> dict[str, Any]:
         }
         for transport, cluster in clusters.items():
             run = in_processes if transport == "gloo" else in_one_process
-            for ranks, direction in itertools.product(RANKS[transport], DIRECTIONS):
+            for ranks, direction in itertools.product(RANKS[transport][: 1 if tiny else None], DIRECTIONS):
                 predicted = predict(work, cluster, ranks, direction).seconds
-                measured = run(layout, ranks, direction != "forward", repeats)
+                measured = run(all_sizes, layout, ranks, direction != "forward", repeats)
                 row = {"transport": transport, "layout": layout, "ranks": ranks, "direction": direction}
                 rows.append(row | {"predicted_s": predicted, "measured_s": measured, "ratio": predicted / measured})
                 print(
@@ -99,7 +101,7 @@ def model(repeats: int) -> dict[str, Any]:
     off = [abs(row["ratio"] - 1) for row in rows]
     within = sum(error <= 0.15 for error in off)
     print(f"within 15 %: {within} of {len(rows)}; median error {statistics.median(off):.1%}")
-    return {"sizes": SIZES, "measured_from": found, "rows": rows}
+    return {"sizes": all_sizes, "measured_from": found, "rows": rows}
 
 
 # ---- the longest sequence ----
@@ -127,14 +129,16 @@ def fits(attention: str, ranks: int, length: int, allowance: int) -> bool:
         ring_ranks.drop(ranks, "longest")  # each attempt from the same start: freed memory stays with a process
 
 
-def longest(allowance: int) -> dict[str, Any]:
-    """Rows of the longest sequence of each kind, to within a sixteenth."""
+def longest(allowance: int, tiny: bool) -> dict[str, Any]:
+    """Rows of the longest sequence of each kind, to within a sixteenth; tiny: whether a short one fits."""
     rows = []
-    for name, attention, ranks in KINDS:
+    for name, attention, ranks in KINDS[1::5] if tiny else KINDS:
         start = time.perf_counter()
         unit = LENGTH_STEP * ranks
         low, high = 0, 4
-        while fits(attention, ranks, high * unit, allowance):
+        if tiny:
+            low = high = int(fits(attention, ranks, unit, allowance))
+        while not tiny and fits(attention, ranks, high * unit, allowance):
             low, high = high, 2 * high
         while high - low > max(1, low // 16):
             middle = (low + high) // 2
@@ -152,10 +156,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON")
     parser.add_argument("--repeats", type=int, default=5, help="of each time, of which the median counts")
     parser.add_argument("--allowance-mib", type=int, default=192, help="memory of each process beyond an idle one's")
+    parser.add_argument("--tiny", action="store_true", help="at sizes that say nothing: does it still work?")
     options = parser.parse_args()
     facts = harness.machine("cpu")
     print(f"{facts['device']}, torch {facts['torch']}, {facts['date']}, commit {facts['commit']}")
-    found = model(options.repeats) if options.experiment == "model" else longest(options.allowance_mib << 20)
+    if options.experiment == "model":
+        found = model(options.repeats, options.tiny)
+    else:
+        found = longest(options.allowance_mib << 20, options.tiny)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({"experiment": options.experiment, **facts, **found}, indent=2) + "\n")

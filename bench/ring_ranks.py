@@ -138,7 +138,7 @@ def run(ranks: int, purpose: str, function: Callable[..., Any], *arguments: Any)
     for result in results:
         if isinstance(result, Failed):
             drop(ranks, purpose)
-            raise RuntimeError(result.text.strip().splitlines()[-1])
+            raise RuntimeError(result.text.strip().splitlines()[-1].removeprefix("RuntimeError: "))
     return results
 
 

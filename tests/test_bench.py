@@ -299,6 +299,23 @@ def spoiled(output: object, which: int) -> object:
     return output
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(("experiment", "rows"), [("model", 4), ("longest", 2)])
+def test_ring_experiments(experiment: str, rows: int, tmp_path: Path) -> None:
+    """At a tiny size: predictions beside measured times, which are labelled; sequences that fit."""
+    out = tmp_path / "out.json"
+    command = [sys.executable, str(BENCH / "ring_experiments.py"), experiment, "--tiny", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    found = json.loads(out.read_text())
+    assert len(found["rows"]) == rows and found["commit"] and found["device"]
+    for row in found["rows"]:
+        if experiment == "model":
+            assert row["predicted_s"] > 0 and row["measured_s"] > 0 and "(modelled)" in done.stdout
+        else:
+            assert row["longest"] == 128 * row["ranks"]
+
+
 def test_committed_results_can_be_read() -> None:
     for path in sorted((BENCH / "results").glob("*.csv")):
         with path.open(newline="") as file:

@@ -185,10 +185,12 @@ def weights_of_the_first_rank(data: int, sequence: int) -> None:
         (lambda: plan.shard(torch.zeros(2, LENGTH + 1)), "multiple of"),
         (lambda: plan.shard_batch(torch.zeros(data * 2 + 1, LENGTH)), "replicas divide"),
         (lambda: SequenceParallel.from_mesh(mesh(data, sequence), sequence="x"), "a dimension 'x'"),
+        (lambda: SequenceParallel(mesh(data, sequence)), "group must be a ProcessGroup"),
+        (lambda: SequenceParallel(plan.group, layout="x"), "layout must be one of"),
     ):
         try:
             call()
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             assert words in str(error), error
         else:
             raise AssertionError(words)

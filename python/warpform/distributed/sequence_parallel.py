@@ -20,7 +20,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layouts import shard_positions, shard_sequence, unshard_sequence
+from ..ops import _check
+from .layouts import check_layout, shard_positions, shard_sequence, unshard_sequence
 from .linformer import linformer_attention
 from .ring_attention import ring_attention
 from .rsa import rsa_attention
@@ -125,7 +126,11 @@ class SequenceParallel:
         data_group: the ranks that hold the same rows of other sequences; None: there are none.
         layout: which rows each rank holds, "zigzag", "striped" or "contiguous"; zigzag and striped give all ranks the
             same work where attention is causal.
-        timeout: seconds that a rank waits for another; None: the group's own.
+        timeout: seconds that a message of attention may take; None: the group's own, as of all else.
+
+    Raises:
+        TypeError: group or data_group is not a process group.
+        ValueError: an unknown layout.
     """
 
     def __init__(
@@ -136,6 +141,10 @@ class SequenceParallel:
         layout: str = "zigzag",
         timeout: float | None = None,
     ) -> None:
+        for name, one in (("group", group), ("data_group", data_group)):
+            if not isinstance(one, dist.ProcessGroup) and (one is not None or name == "group"):
+                raise TypeError(f"SequenceParallel: {name} must be a ProcessGroup, got {_check.describe(one)}")
+        check_layout("SequenceParallel", layout)
         self.group, self.data_group, self.layout, self.timeout = group, data_group, layout, timeout
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.data_size = 1 if data_group is None else dist.get_world_size(data_group)
