@@ -12,9 +12,11 @@ import harness
 import torch
 import torch.nn.functional as F
 from harness import Case, Session
+from monarch import two_bmm, two_bmm_glu
 from torch import Tensor
 
 import warpform
+from helpers.fft_conv import eager_spectral_conv, short_conv_gate
 
 OPS = (
     "packing_plan",
@@ -25,6 +27,13 @@ OPS = (
     "add_bias_residual_layer_norm",
     "bias_gelu",
     "window_attention",
+    "blockdiag_multiply",
+    "monarch_multiply",
+    "blockdiag_glu",
+    "fft_conv",
+    "short_conv_gate",
+    "attention_step",
+    "attention_step_backward",
 )
 MODES = ("warpform", "warpform_no_grad", "warpform_inference_mode", "warpform_compiled", "torch_inference_mode")
 
@@ -43,6 +52,21 @@ class Spec(harness.Spec):
 def specs(session: Session) -> list[Spec]:
     sizes = {"batch": 2, "seqlen": 4, "tokens": 6, "heads": 2, "kv_heads": 2, "head_dim": 64, "hidden": 128}
     return [Spec(op, "host call", tuple(sizes.items()), MODES) for op in OPS]
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A step of attention with nothing carried in, [1, L, H, D]."""
+    scores = torch.einsum("bihd,bjhd->bhij", q.float(), k.float()) * q.shape[-1] ** -0.5
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v.float()), scores.logsumexp(-1)
+
+
+def _step_backward(dout: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    dout, q, k, v = (t.float() for t in (dout, q, k, v))
+    scale = q.shape[-1] ** -0.5
+    p = (torch.einsum("bihd,bjhd->bhij", q, k) * scale - lse[..., None]).exp()
+    ds = p * (torch.einsum("bihd,bjhd->bhij", dout, v) - delta[..., None]) * scale
+    products = (("bhij,bjhd->bihd", ds, k), ("bhij,bihd->bjhd", ds, q), ("bhij,bihd->bjhd", p, dout))
+    return tuple(torch.einsum(how, a, b) for how, a, b in products)
 
 
 def _torch_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,6 +115,10 @@ class HostCase(Case):
 
         line = torch.arange(3, device=device)
         differences = line[:, None] - line + 2  # rows of the table of a window of 3 tokens in a line
+        step = tuple(draw(1, 6, 2, 64).detach() for _ in range(3))
+        dout = draw(1, 6, 2, 64).detach()
+        step_out, lse = _step(*step)
+        delta = (dout * step_out).sum(-1).transpose(1, 2).contiguous()
         # The op, the same in torch, and the arguments.
         table: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]] = {
             "packing_plan": (lambda m: warpform.ops.packing_plan(m, 8), _torch_plan, (mask,)),
@@ -130,6 +158,29 @@ class HostCase(Case):
                     .reshape(2, 1, 3, 128)
                 ),
                 (draw(2, 1, 3, 3, 2, 64), draw(5, 2)),
+            ),
+            "blockdiag_multiply": (
+                warpform.ops.blockdiag_multiply,
+                lambda x, w: torch.bmm(x.view(6, 4, 32).transpose(0, 1), w.mT).transpose(0, 1).reshape(6, 128),
+                (rows, draw(4, 32, 32)),
+            ),
+            "monarch_multiply": (warpform.ops.monarch_multiply, two_bmm, (rows, draw(4, 32, 32), draw(4, 32, 32))),
+            "blockdiag_glu": (warpform.ops.blockdiag_glu, two_bmm_glu, (rows, draw(4, 64, 32), draw(4, 32, 32))),
+            "fft_conv": (
+                warpform.ops.fft_conv,
+                lambda u, k: eager_spectral_conv(u, torch.view_as_real(torch.fft.rfft(k.float(), 8))),
+                (draw(2, 128, 4), draw(128, 4)),
+            ),
+            "short_conv_gate": (
+                warpform.ops.short_conv_gate,
+                short_conv_gate,
+                (draw(2, 4, 384), draw(384, 3), draw(384)),
+            ),
+            "attention_step": (warpform.ops.attention_step, _step, step),
+            "attention_step_backward": (
+                warpform.ops.attention_step_backward,
+                _step_backward,
+                (dout, delta, *step, lse),
             ),
         }
         self.op, self.torch, self.inputs = table[op]

@@ -72,14 +72,15 @@ def number(value: float) -> str:
 
 def sizes(row: Row) -> str:
     """The sizes that a row has, in words."""
-    parts = [f"{row['batch']} x {row['grid'] or row['seqlen']}, {row['tokens']} tokens"]
+    batch = f"{row['batch']} x " if row["batch"] else ""
+    parts = [f"{batch}{row['grid'] or row['seqlen']}, {row['tokens']} tokens"]
     if row["window"]:
         shift = f" shifted {row['shift']}" if row["shift"].strip("0x") else ""
         parts.append(f"windows {row['window']}{shift}")
     if row["heads"]:
         kv = f"/{row['kv_heads']}" if row["kv_heads"] not in ("", row["heads"]) else ""
         parts.append(f"{row['heads']}{kv} heads of {row['head_dim']}")
-    if row["hidden"]:
+    if row["hidden"] and row["family"] != "monarch":  # whose grid has the widths
         parts.append(f"hidden {row['hidden']}")
     if row["causal"] == "1":
         parts.append("causal")
@@ -91,7 +92,9 @@ def table(workloads: dict[str, dict[str, Row]]) -> list[str]:
     order = list(dict.fromkeys(p for providers in workloads.values() for p in providers))
     timed = [p for p in order if any(w.get(p, {}).get("p50_us") for w in workloads.values())]
     images = any(row.get("images_s") for providers in workloads.values() for row in providers.values())
-    columns = [*timed, *(["images/s, warpform"] if images else []), "share of roofline"]
+    models = any(row["family"] == "m2" for providers in workloads.values() for row in providers.values())
+    rates = ["images/s, warpform"] if images else ["tokens/ms, warpform"] if models else []
+    columns = [*timed, *rates, "share of roofline"]
     lines = [f"| workload | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for providers in workloads.values():
         first = next(iter(providers.values()))
@@ -109,6 +112,8 @@ def table(workloads: dict[str, dict[str, Row]]) -> list[str]:
         ours = providers.get("warpform", {})
         if images:
             cells.append(number(float(ours["images_s"])) if ours.get("images_s") else "-")
+        elif models:
+            cells.append(number(1e3 * int(ours["tokens"]) / float(own)) if own else "-")
         cells.append(f"{float(ours['roofline']):.0%}" if ours.get("roofline") else "-")
         lines.append(f"| {sizes(first)} | {' | '.join(cells)} |")
     reasons: dict[tuple[str, str], int] = {}
@@ -155,7 +160,11 @@ TITLES = {
     "attention": "Attention",
     "disentangled_attention": "Disentangled attention (DeBERTa)",
     "encoder": "Encoder ops",
+    "fft_conv": "Long convolutions",
+    "m2": "M2-BERT beside BERT",
     "models": "Models end to end",
+    "monarch": "Monarch products",
+    "ring": "Ring attention over N ranks",
     "swin": "Swin end to end",
     "window": "Window attention",
 }

@@ -25,7 +25,10 @@ from warpform import bench
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
-FAMILIES = ("attention", "disentangled_attention", "encoder", "host", "models", "swin", "window")
+FAMILIES = (
+    "attention", "disentangled_attention", "encoder", "fft_conv", "host", "m2", "models", "monarch", "ring", "swin",
+    "window",
+)  # fmt: skip
 if not BENCH.is_dir():
     pytest.skip("needs a checkout", allow_module_level=True)
 pytest.importorskip("pytest_benchmark")
@@ -61,9 +64,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_benchmark_runs(results: Path) -> None:
     rows = report.read(results)
     assert {row["family"] for row in rows} == set(FAMILIES) == set(harness.DEADLINES)
-    ops = set(warpform.ops.__all__)
+    # Projections and spectra are made once, outside of any model's forward.
+    ops = {name for name in warpform.ops.__all__ if not name.startswith("project_")} - {"fft_conv_spectrum"}
     assert {row["kernel"] for row in rows if row["family"] == "host"} == ops
-    assert {row["kernel"] for row in rows} >= ops | {"bert_base", "deberta_v3_base", "swin_t"}
+    assert {row["kernel"] for row in rows} >= ops | {"bert_base", "deberta_v3_base", "swin_t", "m2_bert_80m"}
     for row in rows:
         assert None not in row and row["commit"] and row["date"] and row["device"] and row["torch"]
         timed = bool(row["p50_us"])
@@ -90,16 +94,24 @@ def test_report(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     text = page.read_text()
     headings = (
         "varlen_attention, backward", "disentangled_attention, forward", "deberta_v3_base, training step",
-        "window_attention, forward+backward",
+        "window_attention, forward+backward", "monarch_multiply, forward", "gated_fft_conv, forward+backward",
     )  # fmt: skip
-    for words in (*(f"## {heading}" for heading in headings), "Not timed:", "share of roofline", "images/s, warpform"):
+    for words in (
+        *(f"## {heading}" for heading in headings),
+        "Not timed:",
+        "share of roofline",
+        "images/s, warpform",
+        "tokens/ms, warpform",
+    ):
         assert words in text
     assert "| 2 x 6x9, 108 tokens, windows 3x3 shifted 1x1, 2 heads of 16 |" in text
+    assert "| 16 to 32 in 4 blocks, 5 tokens |" in text
     for line in text.splitlines():
         if line.startswith("| "):
             assert line.endswith(" |")
     drawn = list(plots.glob("*.svg"))
-    assert {path.stem.rpartition("-")[2] for path in drawn} == {"attention", "encoder", "models", "swin", "window"}
+    names = {"attention", "encoder", "conv", "m2", "models", "monarch", "ring", "swin", "window"}
+    assert {path.stem.rpartition("-")[2] for path in drawn} == names
     assert len(drawn) == len(FAMILIES) - 1, "one for each family but the host's"
     for path in drawn:
         root = ElementTree.parse(path).getroot()
@@ -198,7 +210,7 @@ def test_results_are_only_appended_to(tmp_path: Path) -> None:
 class _Case:
     """Four providers: one is right, one computes something else, one is not there, one breaks."""
 
-    flops, bytes, images, end_to_end = 1e3, 1e3, 0, False
+    flops, bytes, images, end_to_end, where = 1e3, 1e3, 0, False, ""
 
     def prepare(self, provider: str) -> list:
         if provider == "absent":
@@ -285,6 +297,23 @@ def spoiled(output: object, which: int) -> object:
     t = list(tensors(output))[which]
     t.add_(1) if not t.is_floating_point() else t.mul_(1.01)
     return output
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("experiment", "rows"), [("model", 4), ("longest", 2)])
+def test_ring_experiments(experiment: str, rows: int, tmp_path: Path) -> None:
+    """At a tiny size: predictions beside measured times, which are labelled; sequences that fit."""
+    out = tmp_path / "out.json"
+    command = [sys.executable, str(BENCH / "ring_experiments.py"), experiment, "--tiny", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    found = json.loads(out.read_text())
+    assert len(found["rows"]) == rows and found["commit"] and found["device"]
+    for row in found["rows"]:
+        if experiment == "model":
+            assert row["predicted_s"] > 0 and row["measured_s"] > 0 and "(modelled)" in done.stdout
+        else:
+            assert row["longest"] == 128 * row["ranks"]
 
 
 def test_committed_results_can_be_read() -> None:

@@ -15,7 +15,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     page
-    for page in (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("encoder", "window", "drop-in")))
+    for page in (
+        ROOT / "README.md",
+        *(ROOT / "docs" / f"{name}.md" for name in ("encoder", "window", "monarch", "ring", "drop-in")),
+    )
     if page.is_file()
 ]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

@@ -56,15 +56,45 @@ class ArchRule:
 
 
 # `kernel` is a regular expression, searched in the demangled name. A rule that matches no kernel fails its gate.
-STACK: tuple[StackRule, ...] = ()
+STACK: tuple[StackRule, ...] = (
+    StackRule(
+        r"fft_conv_kernel<.*FftSize<1024>",
+        8,
+        "ptxas stops at 64 registers, one value of the outer loops short",
+        ("sm_90a",),
+    ),
+    StackRule(
+        r"fft_conv_kernel<.*FftSize<2048>",
+        8,
+        "ptxas stops at 64 registers, one value of the outer loops short",
+        ("sm_80",),
+    ),
+)
 ATTENTION = r"(varlen|window)_attention_(forward|backward_(keys|queries|short|bias))<"
+MONARCH = r"(block_gemm|block_weight_gradient|monarch_forward|glu_(forward|gradient))<"
+STEPS = r"varlen_attention_(forward|backward_(keys|queries))<.*\bStep>"
 VECTORS = r"(gather_(long|short)_rows<uint4,|(bias_gelu|layer_norm)(_backward)?_kernel<(float, 4|\w+, 8),)"
+SHORT_CONV = r"short_conv_gate(_backward)?_kernel<"
+FFT_CONV = r"fft_conv_(gradient_)?kernel<"
 OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(ATTENTION, r"HMMA\.16816\.F32"),  # tensor cores, accumulating in float32
     OpcodeRule(ATTENTION, r"LDSM\."),  # ldmatrix
     OpcodeRule(ATTENTION, r"LDGSTS\."),  # cp.async
+    OpcodeRule(MONARCH, r"HMMA\.16816\.F32"),
+    OpcodeRule(MONARCH, r"LDSM\."),
+    OpcodeRule(MONARCH, r"LDGSTS\."),
+    OpcodeRule(MONARCH, r"STG\..*128"),  # from registers, without shared memory between
+    OpcodeRule(FFT_CONV, r"HMMA\.16816\.F32"),
+    OpcodeRule(FFT_CONV, r"LDSM\..*\.MT88"),  # ldmatrix, transposing
+    OpcodeRule(FFT_CONV, r"LDG\..*128"),
+    OpcodeRule(STEPS, r"HMMA\.16816\.F32"),  # ring attention's policy of the same kernels
+    OpcodeRule(STEPS, r"LDG\..*64"),  # the float32 state, 8 bytes a thread
+    OpcodeRule(STEPS, r"STG\..*64"),
     OpcodeRule(VECTORS, r"LDG\..*128"),  # 16 bytes a thread
     OpcodeRule(VECTORS, r"STG\..*128"),
+    OpcodeRule(SHORT_CONV, r"LDGSTS\..*128"),
+    OpcodeRule(SHORT_CONV, r"STG\..*128"),
+    OpcodeRule(r"short_conv_gate_backward_kernel<", r"LDG\..*128"),
 )
 ONLY: tuple[ArchRule, ...] = ()
 

@@ -2,8 +2,10 @@
 
 #include "kernels/attention/launch.h"
 #include "kernels/encoder/launch.h"
+#include "kernels/fft_conv/launch.h"
 #include "kernels/hidden/launch.h"
 #include "kernels/monarch/launch.h"
+#include "kernels/short_conv/launch.h"
 #include "kernels/window/launch.h"
 
 // The build defines these; the defaults serve a compile by hand.
@@ -30,8 +32,19 @@ std::string build_info() {
 
 #if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
 std::string kernel_table() {
-  return "[" + encoder_kernel_table() + ", " + attention_kernel_table() + ", " + window_kernel_table() + ", " +
-         monarch_kernel_table() + ", " + hidden_kernel_table() + "]";
+  std::string table;
+  for (const std::string& family : {
+           attention_kernel_table(),
+           encoder_kernel_table(),
+           fft_conv_kernel_table(),
+           hidden_kernel_table(),
+           monarch_kernel_table(),
+           short_conv_kernel_table(),
+           window_kernel_table(),
+       }) {
+    table += (table.empty() ? "[" : ", ") + family;
+  }
+  return table + "]";
 }
 #else
 std::string kernel_table() { return "[]"; }

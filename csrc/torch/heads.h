@@ -19,15 +19,17 @@ inline void check_offsets(const char* op, const char* name, const Tensor& cu_seq
 }
 
 // Why none of the attention kernels serves tensors like these, or null.
-inline const char* no_attention_kernel(const Tensor& q, const Tensor& k, std::optional<double> softmax_scale) {
-  if (q.scalar_type() != ScalarType::Half && q.scalar_type() != ScalarType::BFloat16) {
-    return "the kernels take float16 and bfloat16";
-  }
+inline const char* no_attention_kernel(ScalarType dtype, int64_t total_q, int64_t total_k, int64_t heads,
+                                       std::optional<double> softmax_scale) {
+  if (dtype != ScalarType::Half && dtype != ScalarType::BFloat16) return "the kernels take float16 and bfloat16";
   const auto scale = static_cast<float>(softmax_scale.value_or(1));
   if (!(scale > 0) || !std::isnormal(scale) || scale > 1e30f) return "softmax_scale is not a positive float32";
-  if (q.size(0) > kMaxTokens || k.size(0) > kMaxTokens) return "more than 2^30 tokens";
-  if (q.size(1) > 65535) return "more than 65535 heads";
+  if (total_q > kMaxTokens || total_k > kMaxTokens) return "more than 2^30 tokens";
+  if (heads > 65535) return "more than 65535 heads";
   return nullptr;
+}
+inline const char* no_attention_kernel(const Tensor& q, const Tensor& k, std::optional<double> softmax_scale) {
+  return no_attention_kernel(q.scalar_type(), q.size(0), k.size(0), q.size(1), softmax_scale);
 }
 
 inline bool aligned(const Tensor& t) {

@@ -40,6 +40,12 @@ const std::string kWindows = "SymInt[] window_size, SymInt[] shift_size, *, floa
 const std::string kRouting =
     "Tensor group_mask, Tensor perm, Tensor inverse, Tensor tile_mask, Tensor tile_class, Tensor? out_mask, SymInt "
     "num_groups, SymInt num_classes";
+// Where a block of queries and one of keys stand in the whole sequence, and who sees whom there; the same in a step of
+// attention forward and backward.
+const std::string kPositions =
+    "*, float? softmax_scale=None, bool causal=False, SymInt window_size_left=-1, SymInt window_size_right=-1, "
+    "SymInt q_offset=0, SymInt k_offset=0, SymInt q_stride=1, SymInt k_stride=1, Tensor? cu_seqlens_q=None, "
+    "Tensor? cu_seqlens_k=None";
 
 }  // namespace
 
@@ -162,6 +168,19 @@ STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
       "(Tensor dx, Tensor dgates)");
   // Gradient of the weight of either, float32, summed over tokens in a fixed order; routed_out is of the second.
   def(m, "hidden_weight_grad", "Tensor x, Tensor dy, Tensor? gates, bool routed_out, " + kRouting, "Tensor");
+  // ---- ring attention ----
+
+  // A block of queries against a block of keys; the softmax over the blocks before comes in as (out, lse), float32, and
+  // leaves with this one added.
+  def(m, "attention_step", "Tensor q, Tensor k, Tensor v, Tensor? out=None, Tensor? lse=None, " + kPositions,
+      "(Tensor out, Tensor lse)");
+  // Adds the gradients that pass through this block, from lse and delta = rowsum(dout * out) of the whole sequence, to
+  // float32 dq, dk and dv.
+  def(m, "attention_step_backward",
+      "Tensor dout, Tensor delta, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor? dq=None, Tensor? dk=None, "
+      "Tensor? dv=None, " +
+          kPositions + ", bool deterministic=False",
+      "(Tensor dq, Tensor dk, Tensor dv)");
 
   // ---- facts about this binary ----
 

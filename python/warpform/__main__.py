@@ -1,4 +1,4 @@
-"""`python -m warpform doctor | demo | bench`."""
+"""`python -m warpform doctor | demo | bench | ring-model`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ USAGE = """usage: python -m warpform COMMAND [options]
   doctor [--json]   what this machine, this torch and this build of warpform can do, and a self-test of every op
   demo [options]    encode real text with a BERT, padded and padding-free, and compare; --help lists the options
   bench [options]   benchmarks of the ops and models, from a checkout; --help lists the options
+  ring-model [options]
+                    time, overlap and memory of ring attention over N ranks, modelled from measured numbers
 """
 
 
@@ -29,7 +31,11 @@ def main(argv: list[str]) -> int:
         from .bench import main as bench
 
         return bench(rest)
-    print(f"warpform: unknown command {command!r}; use doctor, demo or bench", file=sys.stderr)
+    if command == "ring-model":
+        from .distributed.ring_model import main as ring_model
+
+        return ring_model(rest)
+    print(f"warpform: unknown command {command!r}; use doctor, demo, bench or ring-model", file=sys.stderr)
     return 2
 
 

@@ -428,6 +428,7 @@ class WindowCase:
     mask_value: float = -100.0
     score_spread: float = 1.0  # factor on q: large ones make the softmax sharp
     zero_rows: bool = False  # some tokens' q and k are 0
+    hidden_rows: bool = False  # tables of -inf: head 0 hides the first token's keys, the last of several heads all keys
 
     def __str__(self) -> str:
         return self.name
@@ -471,6 +472,12 @@ def window_inputs(case: WindowCase, dtype: torch.dtype, device: str = "cpu") -> 
     if case.bias is not None:
         entries = math.prod(2 * w - 1 for w in case.window)
         table = random(entries, case.heads, dtype=wide if case.bias == "float32" else dtype, device=device)
+        if case.hidden_rows:
+            # Only from the first token of a window no key lies before it along any axis.
+            boxes = table.view(*(2 * w - 1 for w in case.window), case.heads)
+            boxes[(*(slice(w) for w in case.window), 0)] = -math.inf
+            if case.heads > 1:
+                table[:, -1] = -math.inf
     if case.cosine:
         logit_scale = torch.linspace(1.5, 5.0, case.heads).to(device, wide)
     if case.qkv_bias:
@@ -516,6 +523,12 @@ WINDOW_CASES = (
     WindowCase("scale", (7, 9), (4, 4), scale=0.4),
     WindowCase("sharp", (14, 14), (7, 7), (3, 3), score_spread=30.0),
     WindowCase("sharp_long", (12, 12), (12, 12), (6, 6), score_spread=30.0),
+    WindowCase("hidden_rows", (8, 9), (4, 5), (2, 2), heads=3, qkv_bias=True, mask_value=-math.inf, hidden_rows=True),
+    WindowCase("hidden_rows_cosine", (7, 8), (7, 7), (3, 3), cosine=True, hidden_rows=True),
+    WindowCase(
+        "hidden_rows_long", (9, 11), (9, 9), (4, 3), heads=3, qkv_bias=True, mask_value=-math.inf, hidden_rows=True
+    ),
+    WindowCase("hidden_rows_long_cosine", (8, 9), (8, 9), cosine=True, hidden_rows=True),
     WindowCase("table_as_qkv", (9, 9), (5, 5), (2, 2), bias="qkv"),
     WindowCase("no_batch", (8, 8), (4, 4), (2, 2), batch=0, qkv_bias=True, cosine=True),
     WindowCase("no_rows", (0, 8), (4, 4), qkv_bias=True),
@@ -552,8 +565,9 @@ def window_cases(draw: st.DrawFn) -> WindowCase:
         cosine=cosine,
         qkv_bias=draw(st.booleans()),
         scale=None if cosine else draw(st.none() | st.floats(0.05, 1.0)),
-        mask_value=draw(st.sampled_from((-100.0, -200.0, -1.0, 0.0))),
+        mask_value=draw(st.sampled_from((-100.0, -200.0, -1.0, 0.0, -math.inf))),
         zero_rows=draw(st.booleans()),
+        hidden_rows=draw(st.booleans()),
     )
 
 

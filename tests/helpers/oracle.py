@@ -364,15 +364,17 @@ def window_attention(
         region = 3 * region + of_axis.view([1, *(-1 if i == axis else 1 for i in range(axes)), 1])
     region = partition(region.expand(1, *padded, 1))[0, :, :, 0].to(q.device)  # [windows, N]
     apart = region[:, :, None] != region[:, None, :]
-    score = score + apart[:, None].to(q.dtype) * mask_value
+    score = score.where(~apart[:, None], score + mask_value)
 
-    out = torch.softmax(score, -1) @ v  # [B, windows, heads, N, d]
+    hidden = (score == -math.inf).all(-1, keepdim=True)  # rows that see no key
+    score = score.masked_fill(hidden, 0)
+    out = torch.softmax(score, -1).masked_fill(hidden, 0) @ v  # [B, windows, heads, N, d]
     out = out.transpose(2, 3).reshape(batch, *counts, *window_size, heads * d)
     order = [0, *(e for i in range(axes) for e in (1 + i, 1 + axes + i)), 1 + 2 * axes]
     out = out.permute(order).reshape(batch, *padded, heads * d).roll(shift_size, dims)
     for axis, n in enumerate(grid, start=1):
         out = out.narrow(axis, 0, n)
-    return out, torch.logsumexp(score, -1)
+    return out, torch.logsumexp(score, -1).masked_fill(hidden.squeeze(-1), -math.inf)
 
 
 def add_bias_residual_layer_norm(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from helpers import cases, checks
 from helpers.cases import WindowCase, WindowInputs, window_inputs
+from helpers.compare import assert_close
 
 DTYPES = (torch.float16, torch.bfloat16)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -146,6 +148,29 @@ def test_zero_rows_have_no_gradient(simt: Any, case: WindowCase) -> None:
     x.qkv[:, 4, :, :2] = 0
     out, _, dqkv, *_ = _call(simt, x)
     assert out.isfinite().all() and dqkv.isfinite().all() and (dqkv[:, 4, :, :2] == 0).all()
+
+
+@both_lengths
+@pytest.mark.parametrize("short", (0, 1), ids=("queries", "keys"))
+def test_short_rows_and_a_large_loss_scale(simt: Any, case: WindowCase, short: int) -> None:
+    """A gradient of scores over the norm of a row, more than float16 holds, is not what is rounded."""
+    x = window_inputs(replace(case, heads=2), torch.float16)
+    assert x.logit_scale is not None
+    x.logit_scale.fill_(1.0)
+    rows = x.qkv.view(-1, 3, *x.qkv.shape[-2:])
+    rows[::2, short] *= 1e-5
+    x.dout *= 1000
+    _, gradients = checks.window_oracle(x, torch.float64, True)
+    assert gradients["dk" if short else "dq"].abs().max() > 1e6
+    *_, dqkv, dtable, dlogit_scale, dqkv_bias = _call(simt, x)
+    actual = dict(zip(("dq", "dk", "dv"), (t.flatten(0, 2) for t in dqkv.unbind(-3)), strict=True))
+    actual |= {"dtable": dtable, "dlogit_scale": dlogit_scale, "dqkv_bias": dqkv_bias}
+    for name, g in actual.items():
+        truth = gradients[name].reshape(g.shape)
+        if name == ("dk" if short else "dq"):  # its short rows have gradients beyond float16
+            g, truth = g[1::2], truth[1::2]
+        assert truth.abs().max() < 60000
+        assert_close(name, g, truth, truth.half(), gradient=True)
 
 
 @both_lengths

@@ -10,13 +10,12 @@
 // dQ        by DqMode (launch.h): stored, added with float32 atomics, or left to dq.cuh.
 // Bounds    FLOP: 10 head_dim a visible pair (14 in the bucket of 256), against the tensor cores' mma.sync rate;
 //           kAccumulate adds 4 bytes x head_dim of atomics to L2 for each query and block of keys.
+// Extent    as in the forward.
 // Measured  not yet: no GPU run so far.
 #pragma once
 
-#include "attention/scores.cuh"
-#include "attention/sequences.cuh"
 #include "attention/tiles.cuh"
-#include "device/mma.cuh"
+#include "attention/whole.cuh"
 #include "device/reduce.cuh"
 
 namespace warpform {
@@ -79,22 +78,10 @@ __global__ void __launch_bounds__(256) varlen_attention_round_dq(
   store_global(reinterpret_cast<Vec<T, kChunk>*>(static_cast<T*>(params.dq) + at), out);
 }
 
-// Zeros in `rows` rows, from `row` on, of a contiguous [rows, heads, head_dim], columns [col, col + cols).
-template <int kThreads, class T>
-__device__ __forceinline__ void write_zero_rows(void* data, int heads, int head, int head_dim, int row, int rows,
-                                                int col, int cols) {
-  const int row_chunks = ceil_div(min(cols, head_dim - col), kChunk);
-  for (int64_t i = threadIdx.x; i < int64_t{rows} * row_chunks; i += kThreads) {
-    const int64_t r = (static_cast<int64_t>(row) + i / row_chunks) * heads + head;
-    T* to = static_cast<T*>(data) + r * head_dim + col + i % row_chunks * kChunk;
-    store_global(reinterpret_cast<uint4*>(to), uint4{0, 0, 0, 0});
-  }
-}
-
 // Grid: slots of key blocks; heads_kv; parts of head_dim (1, or 2 in the bucket of 256).
-template <class T, int kHeadDim, bool kSmall, class Score>
+template <class T, int kHeadDim, bool kSmall, class Score, class Extent>
 __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) varlen_attention_backward_keys(
-    const __grid_constant__ AttentionBackwardParams params) {
+    const __grid_constant__ typename Extent::BackwardParams params) {
   constexpr BackwardTile kTile = backward_tile(kHeadDim, kSmall);
   constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n, kWarps = kTile.warps, kThreads = 32 * kWarps;
   constexpr int kStages = kTile.stages, kOutCols = kTile.out_cols;
@@ -111,17 +98,17 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
   const int head_kv = static_cast<int>(blockIdx.y);
   const int out_col = kHeadDim > kOutCols ? static_cast<int>(blockIdx.z) * kOutCols : 0;
   const int group = p.heads_q / p.heads_kv;
-  const SequenceTile tile = find_tile<kBlockN>(p.cu_seqlens_k, p.batch, p.total_k, static_cast<int>(blockIdx.x));
+  const SequenceTile tile = find_tile<kBlockN>(Extent::keys(p), static_cast<int>(blockIdx.x));
   if (tile.index > 0 && tile.index * kBlockN >= tile.length) return;
   const int block_key = tile.index * kBlockN;
   const int block_keys = min(kBlockN, tile.length - block_key);  // 0 in a sequence without keys
   const int first_key = tile.begin + block_key;
 
-  const int q_begin = sequence_begin(p.cu_seqlens_q, p.batch, p.total_q, tile.sequence);
-  const int q_end = sequence_begin(p.cu_seqlens_q, p.batch, p.total_q, tile.sequence + 1);
+  const auto queries = Extent::queries(p);
+  const int q_begin = queries.begin(tile.sequence), q_end = queries.begin(tile.sequence + 1);
   const int q_length = max(q_end - q_begin, 0);
-  const Pair pair(p, q_length, tile.length);
-  const bool owns_dq = params.dq_mode == DqMode::kDirect && tile.index == 0;
+  const auto pair = Extent::pair(params, q_length, tile.length);
+  const bool owns_dq = Extent::kStoresDq && params.dq_mode == DqMode::kDirect && tile.index == 0;
 
   // Queries that see some key of the block; all of them where dQ is stored from here.
   const int live_keys = min(block_keys, pair.k_limit - block_key);
@@ -134,10 +121,9 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
   // Rows of no sequence, and keys that nobody looks at.
   const bool no_sequence = tile.sequence < 0 || tile.sequence == p.batch;
   if (no_sequence || live_keys <= 0 || steps == 0) {
-    write_zero_rows<kThreads, T>(params.dk, p.heads_kv, head_kv, p.head_dim, first_key, block_keys, out_col, kOutCols);
-    write_zero_rows<kThreads, T>(params.dv, p.heads_kv, head_kv, p.head_dim, first_key, block_keys, out_col, kOutCols);
-    if (owns_dq) {
-      for (int h = head_kv * group; h < (head_kv + 1) * group; ++h) {
+    Extent::template unseen_keys<kThreads, T>(params, head_kv, first_key, block_keys, out_col, kOutCols);
+    if constexpr (Extent::kStoresDq) {
+      for (int h = head_kv * group; owns_dq && h < (head_kv + 1) * group; ++h) {
         write_zero_rows<kThreads, T>(params.dq, p.heads_q, h, p.head_dim, q_begin, q_length, out_col, kOutCols);
       }
     }
@@ -153,15 +139,18 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
   const uint32_t rows_base = tile_ds.base + SharedTile<kBlockM>::bytes(kBlockN);  // lse and delta of every stage
   const uint32_t score_tables = rows_base + kStages * 2 * kBlockM * 4;
 
-  const T* k = static_cast<const T*>(p.k.data) + first_key * p.k.row_stride + head_kv * p.k.head_stride;
-  const T* v = static_cast<const T*>(p.v.data) + first_key * p.v.row_stride + head_kv * p.v.head_stride;
+  const T* k = static_cast<const T*>(p.k.data) + first_key * p.k.row_stride + head_kv * p.k.head_stride +
+               Extent::template gap<Operand::kK>(params, first_key);
+  const T* v = static_cast<const T*>(p.v.data) + first_key * p.v.row_stride + head_kv * p.v.head_stride +
+               Extent::template gap<Operand::kV>(params, first_key);
 
   const auto copy_queries = [&](int head, int row, int step) {
     const int64_t first = static_cast<int64_t>(q_begin) + row;
     const uint32_t base = stages + step % kStages * kStageBytes;
-    const T* q = static_cast<const T*>(p.q.data) + first * p.q.row_stride + head * p.q.head_stride;
-    const T* d =
-        static_cast<const T*>(params.dout.data) + first * params.dout.row_stride + head * params.dout.head_stride;
+    const T* q = static_cast<const T*>(p.q.data) + first * p.q.row_stride + head * p.q.head_stride +
+                 Extent::template gap<Operand::kQ>(params, q_begin);
+    const T* d = static_cast<const T*>(params.dout.data) + first * params.dout.row_stride +
+                 head * params.dout.head_stride + Extent::template gap<Operand::kDout>(params, q_begin);
     copy_tile_async<kBlockM, kHeadDim, kThreads>(Tile{base}, q, p.q.row_stride, q_length - row, p.head_dim);
     copy_tile_async<kBlockM, kHeadDim, kThreads>(Tile{base + Tile::bytes(kBlockM)}, d, params.dout.row_stride,
                                                  q_length - row, p.head_dim);
@@ -170,7 +159,7 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
     if (i < kBlockM) {
       const uint32_t to = rows_base + (step % kStages * 2 * kBlockM + i) * 4;
       const bool inside = row + i < q_length;
-      const int64_t at = static_cast<int64_t>(head) * p.total_q + first + i;
+      const int64_t at = Extent::row(params, head, q_begin) + row + i;
       store_shared(to, inside ? lse_exponent(load_global(params.lse + at)) : INFINITY);
       store_shared(to + kBlockM * 4, inside ? load_global(params.delta + at) : 0.f);
     }
@@ -278,8 +267,8 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
       }
       pack_accumulators<T>(packed_ds, ds);
       mma_packed_b<T>(dk, packed_ds, tile_q, out_col, p.head_dim);
-      Score::Gradient::template add<Owner::kKeys>(score, params.dp2c, packed_ds[0], warp_key, block_key + warp_key,
-                                                  block_row);
+      Score::Gradient::template add<Owner::kKeys>(score, Extent::template table_gradient<Owner::kKeys>(params),
+                                                  packed_ds[0], warp_key, block_key + warp_key, block_row);
     }
 
     if (params.dq_mode != DqMode::kSeparate) {
@@ -301,21 +290,25 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
           const int row = block_row + dq_row + 8 * r + g;
           if (row >= q_length) continue;
           const int64_t at = ((static_cast<int64_t>(q_begin) + row) * p.heads_q + head) * p.head_dim + dq_col + 2 * t;
-          if (params.dq_mode == DqMode::kDirect) {
-            T* to = static_cast<T*>(params.dq) + at;
+          if constexpr (Extent::kStoresDq) {
+            if (params.dq_mode == DqMode::kDirect) {
+              T* to = static_cast<T*>(params.dq) + at;
 #pragma unroll
-            for (int n = 0; n < kDq; ++n) {
-              const uint32_t pair = pack2<T>(dq[0][n][2 * r] * p.softmax_scale, dq[0][n][2 * r + 1] * p.softmax_scale);
-              if (dq_col + 8 * n < p.head_dim) store_global(reinterpret_cast<uint32_t*>(to + 8 * n), pair);
-            }
-          } else {
-            float* to = params.dq_accumulator + at;
-#pragma unroll
-            for (int n = 0; n < kDq; ++n) {
-              if (dq_col + 8 * n < p.head_dim) {
-                atomic_add_global(to + 8 * n, dq[0][n][2 * r]);
-                atomic_add_global(to + 8 * n + 1, dq[0][n][2 * r + 1]);
+              for (int n = 0; n < kDq; ++n) {
+                const uint32_t pair =
+                    pack2<T>(dq[0][n][2 * r] * p.softmax_scale, dq[0][n][2 * r + 1] * p.softmax_scale);
+                if (dq_col + 8 * n < p.head_dim) store_global(reinterpret_cast<uint32_t*>(to + 8 * n), pair);
               }
+              continue;
+            }
+          }
+          float* to = params.dq_accumulator + at;
+          const float factor = Extent::kSumsScaledDq ? p.softmax_scale : 1.f;
+#pragma unroll
+          for (int n = 0; n < kDq; ++n) {
+            if (dq_col + 8 * n < p.head_dim) {
+              atomic_add_global(to + 8 * n, dq[0][n][2 * r] * factor);
+              atomic_add_global(to + 8 * n + 1, dq[0][n][2 * r + 1] * factor);
             }
           }
         }
@@ -328,21 +321,11 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
     advance(head, block_row);
   }
 
-  Score::Gradient::finish(Score(p, pair, tile.sequence, head_kv, q_begin, score_tables), params.dp2c, warp_key,
-                          block_key + warp_key);
+  Score::Gradient::finish(Score(p, pair, tile.sequence, head_kv, q_begin, score_tables),
+                          Extent::template table_gradient<Owner::kKeys>(params), warp_key, block_key + warp_key);
 
-  // K's and V's tiles take dK and dV, to be written 16 bytes a lane: after the last reader of K and V, of any warp.
-  cp_async_wait<0>();
-  block_sync();
-  store_accumulators<T>(tile_k, warp_key, out_col, dk[0], p.softmax_scale, p.softmax_scale);
-  store_accumulators<T>(tile_v, warp_key, out_col, dv[0], 1.f, 1.f);
-  warp_sync();
-  const int64_t stride = static_cast<int64_t>(p.heads_kv) * p.head_dim;
-  const int64_t at = (static_cast<int64_t>(first_key) + warp_key) * stride + head_kv * p.head_dim;
-  write_rows<T, kOutCols>(tile_k, warp_key, out_col, static_cast<T*>(params.dk) + at, stride, block_keys - warp_key,
-                          p.head_dim);
-  write_rows<T, kOutCols>(tile_v, warp_key, out_col, static_cast<T*>(params.dv) + at, stride, block_keys - warp_key,
-                          p.head_dim);
+  Extent::template end_keys<T>(params, head_kv, first_key + warp_key, block_keys - warp_key, tile_k, tile_v, warp_key,
+                               out_col, dk[0], dv[0]);
 }
 
 }  // namespace warpform

@@ -15,20 +15,20 @@ void launch_backward_delta(const char* name, const AttentionBackwardParams& para
                                               256, 0, stream, params);
 }
 
-template <class T, int kHeadDim, bool kSmall, class Score>
-void launch_backward_keys(const char* name, const AttentionBackwardParams& params, void* stream) {
+template <class T, int kHeadDim, bool kSmall, class Score, class Extent = Whole>
+void launch_backward_keys(const char* name, const typename Extent::BackwardParams& params, void* stream) {
   constexpr BackwardTile kTile = backward_tile(kHeadDim, kSmall);
   const AttentionProblem& p = params.problem;
-  launch<varlen_attention_backward_keys<T, kHeadDim, kSmall, Score>>(
+  launch<varlen_attention_backward_keys<T, kHeadDim, kSmall, Score, Extent>>(
       name, dim3(slots<kTile.block_n>(p.total_k, p.batch), p.heads_kv, ceil_div(p.head_dim, kTile.out_cols)),
       32 * kTile.warps, backward_shared_bytes(kHeadDim, kTile) + Score::shared_bytes(p), stream, params);
 }
 
-template <class T, int kHeadDim, class Score>
-void launch_backward_queries(const char* name, const AttentionBackwardParams& params, void* stream) {
+template <class T, int kHeadDim, class Score, class Extent = Whole>
+void launch_backward_queries(const char* name, const typename Extent::BackwardParams& params, void* stream) {
   constexpr ForwardTile kTile = dq_tile();
   const AttentionProblem& p = params.problem;
-  launch<varlen_attention_backward_queries<T, kHeadDim, Score>>(
+  launch<varlen_attention_backward_queries<T, kHeadDim, Score, Extent>>(
       name, dim3(slots<kTile.block_m>(p.total_q, p.batch), p.heads_q), 32 * kTile.warps,
       dq_shared_bytes(kHeadDim, kTile) + Score::shared_bytes(p), stream, params);
 }

@@ -13,16 +13,16 @@
 
 namespace warpform {
 
-template <class T, int kHeadDim, class Score>
+template <class T, int kHeadDim, class Score, class Extent>
 __global__ void __launch_bounds__(32 * dq_tile().warps) varlen_attention_backward_queries(
-    const __grid_constant__ AttentionBackwardParams params) {
+    const __grid_constant__ typename Extent::BackwardParams params) {
   constexpr ForwardTile kTile = dq_tile();
   constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n, kThreads = 32 * kTile.warps;
   constexpr int kN = kBlockN / 8, kOut = kHeadDim / 8;
   static_assert(kBlockM == 16 * kTile.warps, "16 queries a warp");
   const AttentionProblem& p = params.problem;
 
-  const SequenceTile tile = find_tile<kBlockM>(p.cu_seqlens_q, p.batch, p.total_q, static_cast<int>(blockIdx.x));
+  const SequenceTile tile = find_tile<kBlockM>(Extent::queries(p), static_cast<int>(blockIdx.x));
   const int tiles = ceil_div(tile.length, kBlockM);
   if (tile.index >= tiles) return;
   const int head = static_cast<int>(blockIdx.y);
@@ -31,14 +31,14 @@ __global__ void __launch_bounds__(32 * dq_tile().warps) varlen_attention_backwar
   const int first_row = tile.begin + block_row;
 
   const bool no_sequence = tile.sequence < 0 || tile.sequence == p.batch;
-  const int k_begin = sequence_begin(p.cu_seqlens_k, p.batch, p.total_k, tile.sequence);
-  const int k_end = sequence_begin(p.cu_seqlens_k, p.batch, p.total_k, tile.sequence + 1);
-  const Pair pair(p, tile.length, max(k_end - k_begin, 0));
+  const auto keys = Extent::keys(p);
+  const int k_begin = keys.begin(tile.sequence), k_end = keys.begin(tile.sequence + 1);
+  const auto pair = Extent::pair(params, tile.length, max(k_end - k_begin, 0));
   const Range range_first = visible_keys(pair, block_row);
   const Range range_last = visible_keys(pair, block_row + block_rows - 1);
   const int n_first = range_first.first / kBlockN, n_last = ceil_div(range_last.last, kBlockN);
   if (no_sequence || n_first >= n_last) {
-    write_zero_rows<kThreads, T>(params.dq, p.heads_q, head, p.head_dim, first_row, block_rows, 0, p.head_dim);
+    Extent::template unseen_queries<kThreads, T>(params, head, first_row, block_rows);
     return;
   }
 
@@ -48,19 +48,21 @@ __global__ void __launch_bounds__(32 * dq_tile().warps) varlen_attention_backwar
   const Tile tile_k{tile_do.base + Tile::bytes(kBlockM)};
   const Tile tile_v{tile_k.base + Tile::bytes(kBlockN)};
   const int head_kv = head / (p.heads_q / p.heads_kv);
-  const T* q = static_cast<const T*>(p.q.data) + first_row * p.q.row_stride + head * p.q.head_stride;
-  const T* d =
-      static_cast<const T*>(params.dout.data) + first_row * params.dout.row_stride + head * params.dout.head_stride;
-  const auto copy_keys = [&](Tile to, const HeadsView& from, int n) {
+  const T* q = static_cast<const T*>(p.q.data) + first_row * p.q.row_stride + head * p.q.head_stride +
+               Extent::template gap<Operand::kQ>(params, first_row);
+  const T* d = static_cast<const T*>(params.dout.data) + first_row * params.dout.row_stride +
+               head * params.dout.head_stride + Extent::template gap<Operand::kDout>(params, first_row);
+  const auto copy_keys = [&](Tile to, const HeadsView& from, int64_t gap, int n) {
     const int64_t row = static_cast<int64_t>(k_begin) + n * kBlockN;
-    const T* data = static_cast<const T*>(from.data) + row * from.row_stride + head_kv * from.head_stride;
+    const T* data = static_cast<const T*>(from.data) + row * from.row_stride + head_kv * from.head_stride + gap;
     copy_tile_async<kBlockN, kHeadDim, kThreads>(to, data, from.row_stride, pair.k_limit - n * kBlockN, p.head_dim);
     cp_async_commit();
   };
 
   copy_tile_async<kBlockM, kHeadDim, kThreads>(tile_q, q, p.q.row_stride, block_rows, p.head_dim);
   copy_tile_async<kBlockM, kHeadDim, kThreads>(tile_do, d, params.dout.row_stride, block_rows, p.head_dim);
-  copy_keys(tile_k, p.k, n_first);
+  const auto copy_k = [&](int n) { copy_keys(tile_k, p.k, Extent::template gap<Operand::kK>(params, k_begin), n); };
+  copy_k(n_first);
 
   const uint32_t score_tables = tile_v.base + Tile::bytes(kBlockN);
   Score::template prepare<kThreads>(p, score_tables);
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(32 * dq_tile().warps) varlen_attention_backwar
   for (int r = 0; r < 2; ++r) {
     const int row = warp_row + 8 * r + g;
     const bool inside = row < block_rows;
-    const int64_t at = static_cast<int64_t>(head) * p.total_q + first_row + row;
+    const int64_t at = Extent::row(params, head, first_row) + row;
     range[r] = visible_keys(pair, block_row + row);
     lse[r] = inside ? lse_exponent(load_global(params.lse + at)) : INFINITY;
     delta[r] = inside ? load_global(params.delta + at) : 0.f;
@@ -85,7 +87,7 @@ __global__ void __launch_bounds__(32 * dq_tile().warps) varlen_attention_backwar
     if (warp_has_rows) score.template gather<Owner::kQueries>(warp_row, block_row + warp_row, n * kBlockN);
     cp_async_wait<0>();
     block_sync();  // K is here, and nobody reads the V of the block before any more
-    copy_keys(tile_v, p.v, n);
+    copy_keys(tile_v, p.v, Extent::template gap<Operand::kV>(params, k_begin), n);
     float s[1][kN][4] = {};
     if (warp_has_rows) {
       mma_abt<T, kHeadDim>(s, tile_q, warp_row, tile_k, 0, p.head_dim);
@@ -111,20 +113,16 @@ __global__ void __launch_bounds__(32 * dq_tile().warps) varlen_attention_backwar
       uint32_t ds[1][kN / 2][4];
       pack_accumulators<T>(ds, s);
       mma_packed_b<T>(dq, ds, tile_k, 0, p.head_dim);
-      Score::Gradient::template add<Owner::kQueries>(score, params.dc2p, ds[0], warp_row, block_row + warp_row,
-                                                     n * kBlockN);
+      Score::Gradient::template add<Owner::kQueries>(score, Extent::template table_gradient<Owner::kQueries>(params),
+                                                     ds[0], warp_row, block_row + warp_row, n * kBlockN);
     }
     block_sync();  // nobody reads this K any more
-    if (n + 1 < n_last) copy_keys(tile_k, p.k, n + 1);
+    if (n + 1 < n_last) copy_k(n + 1);
   }
 
-  Score::Gradient::finish(score, params.dc2p, warp_row, block_row + warp_row);
-  warp_sync();
-  store_accumulators<T>(tile_q, warp_row, 0, dq[0], p.softmax_scale, p.softmax_scale);
-  warp_sync();
-  const int64_t stride = static_cast<int64_t>(p.heads_q) * p.head_dim;
-  T* out = static_cast<T*>(params.dq) + (static_cast<int64_t>(first_row) + warp_row) * stride + head * p.head_dim;
-  write_rows<T, kHeadDim>(tile_q, warp_row, 0, out, stride, block_rows - warp_row, p.head_dim);
+  Score::Gradient::finish(score, Extent::template table_gradient<Owner::kQueries>(params), warp_row,
+                          block_row + warp_row);
+  Extent::template end_queries<T>(params, head, first_row + warp_row, block_rows - warp_row, tile_q, warp_row, dq[0]);
 }
 
 }  // namespace warpform

@@ -10,41 +10,25 @@
 // Bounds    FLOP: 4 head_dim a visible pair, against the tensor cores' mma.sync rate; at head_dim 64 as much time goes
 //           to exp2 (16 a clock and SM). Bytes: Q and O once, K and V once per query block, mostly from L2; many
 //           sequences of 16-64 tokens are bound by those bytes, 4 tokens x heads x head_dim x 2.
+// Extent    one launch sees the whole attention, or a step of it (whole.cuh, step.cuh).
 // Measured  not yet: no GPU run so far.
 #pragma once
 
-#include "attention/scores.cuh"
-#include "attention/sequences.cuh"
 #include "attention/tiles.cuh"
-#include "device/mma.cuh"
+#include "attention/whole.cuh"
 #include "device/softmax.cuh"
 
 namespace warpform {
 
-// A query that sees nothing: out 0, lse -inf.
-template <int kThreads, class T>
-__device__ __forceinline__ void write_empty_rows(const AttentionForwardParams& params, int head, int row, int rows) {
-  const AttentionProblem& p = params.problem;
-  const int row_chunks = p.head_dim / kChunk;
-  T* out = static_cast<T*>(params.out);
-  for (int i = static_cast<int>(threadIdx.x); i < rows * row_chunks; i += kThreads) {
-    const int64_t r = static_cast<int64_t>(row + i / row_chunks) * p.heads_q + head;
-    store_global(reinterpret_cast<uint4*>(out + r * p.head_dim + i % row_chunks * kChunk), uint4{0, 0, 0, 0});
-  }
-  for (int i = static_cast<int>(threadIdx.x); i < rows; i += kThreads) {
-    store_global(params.lse + static_cast<int64_t>(head) * p.total_q + row + i, negative_infinity());
-  }
-}
-
-template <class T, int kHeadDim, bool kSmall, class Score>
+template <class T, int kHeadDim, bool kSmall, class Score, class Extent>
 __global__ void __launch_bounds__(32 * forward_tile(kHeadDim, kSmall).warps) varlen_attention_forward(
-    const __grid_constant__ AttentionForwardParams params) {
+    const __grid_constant__ typename Extent::ForwardParams params) {
   constexpr ForwardTile kTile = forward_tile(kHeadDim, kSmall);
   constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n, kThreads = 32 * kTile.warps;
   constexpr int kM = kBlockM / (16 * kTile.warps), kN = kBlockN / 8, kO = kHeadDim / 8;
   const AttentionProblem& p = params.problem;
 
-  const SequenceTile tile = find_tile<kBlockM>(p.cu_seqlens_q, p.batch, p.total_q, static_cast<int>(blockIdx.x));
+  const SequenceTile tile = find_tile<kBlockM>(Extent::queries(p), static_cast<int>(blockIdx.x));
   const int tiles = ceil_div(tile.length, kBlockM);
   if (tile.index >= tiles) return;
   const int head = static_cast<int>(blockIdx.y);
@@ -52,20 +36,20 @@ __global__ void __launch_bounds__(32 * forward_tile(kHeadDim, kSmall).warps) var
   const int block_rows = min(kBlockM, tile.length - block_row);
   const int first_row = tile.begin + block_row;  // in the packed tensors
   if (tile.sequence < 0 || tile.sequence == p.batch) {
-    write_empty_rows<kThreads, T>(params, head, first_row, block_rows);
+    Extent::template unseen_rows<kThreads, T>(params, head, first_row, block_rows);
     return;
   }
 
-  const int k_begin = sequence_begin(p.cu_seqlens_k, p.batch, p.total_k, tile.sequence);
-  const int k_end = sequence_begin(p.cu_seqlens_k, p.batch, p.total_k, tile.sequence + 1);
-  const Pair pair(p, tile.length, max(k_end - k_begin, 0));
+  const auto keys = Extent::keys(p);
+  const int k_begin = keys.begin(tile.sequence), k_end = keys.begin(tile.sequence + 1);
+  const auto pair = Extent::pair(params, tile.length, max(k_end - k_begin, 0));
   const int live_rows = min(block_rows, pair.q_limit - block_row);
   // First and last row see the lowest and the highest key of the block.
   const Range range_first = visible_keys(pair, block_row);
   const Range range_last = visible_keys(pair, block_row + block_rows - 1);
   const int n_first = range_first.first / kBlockN, n_last = ceil_div(range_last.last, kBlockN);
   if (live_rows <= 0 || n_first >= n_last) {
-    write_empty_rows<kThreads, T>(params, head, first_row, block_rows);
+    Extent::template unseen_rows<kThreads, T>(params, head, first_row, block_rows);
     return;
   }
 
@@ -74,16 +58,18 @@ __global__ void __launch_bounds__(32 * forward_tile(kHeadDim, kSmall).warps) var
   const Tile tile_k{tile_q.base + Tile::bytes(kBlockM)};
   const Tile tile_v{tile_k.base + Tile::bytes(kBlockN)};
   const int head_kv = head / (p.heads_q / p.heads_kv);
-  const T* q = static_cast<const T*>(p.q.data) + first_row * p.q.row_stride + head * p.q.head_stride;
-  const auto copy_keys = [&](Tile to, const HeadsView& from, int n) {
+  const T* q = static_cast<const T*>(p.q.data) + first_row * p.q.row_stride + head * p.q.head_stride +
+               Extent::template gap<Operand::kQ>(params, first_row);
+  const auto copy_keys = [&](Tile to, const HeadsView& from, int64_t gap, int n) {
     const int64_t row = static_cast<int64_t>(k_begin) + n * kBlockN;
-    const T* data = static_cast<const T*>(from.data) + row * from.row_stride + head_kv * from.head_stride;
+    const T* data = static_cast<const T*>(from.data) + row * from.row_stride + head_kv * from.head_stride + gap;
     copy_tile_async<kBlockN, kHeadDim, kThreads>(to, data, from.row_stride, pair.k_limit - n * kBlockN, p.head_dim);
     cp_async_commit();
   };
 
   copy_tile_async<kBlockM, kHeadDim, kThreads>(tile_q, q, p.q.row_stride, live_rows, p.head_dim);
-  copy_keys(tile_k, p.k, n_last - 1);
+  const auto copy_k = [&](int n) { copy_keys(tile_k, p.k, Extent::template gap<Operand::kK>(params, k_begin), n); };
+  copy_k(n_last - 1);
 
   const uint32_t score_tables = tile_v.base + Tile::bytes(kBlockN);
   Score::template prepare<kThreads>(p, score_tables);
@@ -100,7 +86,7 @@ __global__ void __launch_bounds__(32 * forward_tile(kHeadDim, kSmall).warps) var
     if (warp_has_rows) score.template gather<Owner::kQueries>(warp_row, block_row + warp_row, n * kBlockN);
     cp_async_wait<0>();
     block_sync();  // K is here, and nobody reads the V of the block before any more
-    copy_keys(tile_v, p.v, n);
+    copy_keys(tile_v, p.v, Extent::template gap<Operand::kV>(params, k_begin), n);
 
     float s[kM][kN][4] = {};
     if (warp_has_rows) {
@@ -129,7 +115,7 @@ __global__ void __launch_bounds__(32 * forward_tile(kHeadDim, kSmall).warps) var
 
     cp_async_wait<0>();
     block_sync();  // V is here, and nobody reads this K any more
-    if (n > n_first) copy_keys(tile_k, p.k, n - 1);
+    if (n > n_first) copy_k(n - 1);
     if (warp_has_rows) {
       online_softmax(s, o, row_max, row_sum, score.factor());
       uint32_t probabilities[kM][kN / 2][4];
@@ -138,39 +124,25 @@ __global__ void __launch_bounds__(32 * forward_tile(kHeadDim, kSmall).warps) var
     }
   }
 
-  // A warp's own rows of Q's tile take its rows of O, to be written 16 bytes a lane.
-  warp_sync();
+  typename Extent::template Rows<kM> ends(params, head, first_row + warp_row, block_rows - warp_row);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
-    float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = warp_row + 16 * m + 8 * r + g;
       const bool live = row < live_rows;
       const float sum = warp_reduce<4>(row_sum[m][r], Sum{});
       const bool empty = sum == 0.f || !live;
-      inverse[r] = empty ? 0.f : reciprocal_approx(sum);
       if (empty) {
         // Not by the factor 0: a value of Inf or NaN among keys that the row does not see would survive it.
 #pragma unroll
         for (int n = 0; n < kO; ++n) o[m][n][2 * r] = o[m][n][2 * r + 1] = 0.f;
       }
-      if (t == 0 && row < block_rows) {
-        const float lse = (row_max[m][r] * score.factor() + log2_approx(sum)) * kLn2;
-        store_global(params.lse + static_cast<int64_t>(head) * p.total_q + first_row + row,
-                     empty ? negative_infinity() : lse);
-      }
+      const float exponent = empty ? negative_infinity() : row_max[m][r] * score.factor() + log2_approx(sum);
+      ends.set(m, r, empty ? 0.f : reciprocal_approx(sum), exponent);
     }
-    store_accumulators<T>(tile_q, warp_row + 16 * m, 0, o[m], inverse[0], inverse[1]);
   }
-  warp_sync();
-  const int64_t out_stride = static_cast<int64_t>(p.heads_q) * p.head_dim;
-  T* out = static_cast<T*>(params.out) + first_row * out_stride + head * p.head_dim;
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-    const int row = warp_row + 16 * m;
-    write_rows<T, kHeadDim>(tile_q, row, 0, out + row * out_stride, out_stride, block_rows - row, p.head_dim);
-  }
+  ends.template write<T>(tile_q, warp_row, o);
 }
 
 }  // namespace warpform

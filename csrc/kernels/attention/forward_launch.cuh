@@ -7,11 +7,11 @@
 
 namespace warpform {
 
-template <class T, int kHeadDim, bool kSmall, class Score>
-void launch_forward_instance(const char* name, const AttentionForwardParams& params, void* stream) {
+template <class T, int kHeadDim, bool kSmall, class Score, class Extent = Whole>
+void launch_forward_instance(const char* name, const typename Extent::ForwardParams& params, void* stream) {
   constexpr ForwardTile kTile = forward_tile(kHeadDim, kSmall);
   const AttentionProblem& p = params.problem;
-  launch<varlen_attention_forward<T, kHeadDim, kSmall, Score>>(
+  launch<varlen_attention_forward<T, kHeadDim, kSmall, Score, Extent>>(
       name, dim3(slots<kTile.block_m>(p.total_q, p.batch), p.heads_q), 32 * kTile.warps,
       forward_shared_bytes(kHeadDim, kTile) + Score::shared_bytes(p), stream, params);
 }

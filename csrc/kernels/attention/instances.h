@@ -14,6 +14,12 @@ void launch_backward(const AttentionBackwardParams& params, void* stream);
 
 // kHeadDim: 64 or 128.
 template <int kHeadDim>
+void launch_step(const AttentionStepParams& params, void* stream);
+template <int kHeadDim>
+void launch_step_backward(const AttentionStepBackwardParams& params, void* stream);
+
+// kHeadDim: 64 or 128.
+template <int kHeadDim>
 void launch_disentangled_forward(const AttentionForwardParams& params, void* stream);
 template <int kHeadDim>
 void launch_disentangled_backward(const AttentionBackwardParams& params, void* stream);

@@ -82,6 +82,12 @@ std::string attention_kernel_table() {
                "\", \"head_dim\": {\"multiple_of\": 8, \"max\": 256}}";
     }
   }
+  for (const char* op : {"attention_step", "attention_step_backward"}) {
+    for (const char* dtype : {"float16", "bfloat16"}) {
+      table += std::string(", {\"op\": \"") + op + "\", \"dtype\": \"" + dtype +
+               "\", \"head_dim\": {\"multiple_of\": 8, \"max\": 128}}";
+    }
+  }
   for (const char* op : {"disentangled_attention", "disentangled_attention_backward"}) {
     for (const char* dtype : {"float16", "bfloat16"}) {
       table += std::string(", {\"op\": \"") + op + "\", \"dtype\": \"" + dtype +

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <string>
 
+#include "kernels/divisor.h"
+
 namespace warpform {
 
 // More tokens than one packed tensor may have: sums of two token numbers fit 32 bits.
@@ -92,8 +94,71 @@ void launch_varlen_attention_backward(const AttentionBackwardParams& params, voi
 // Always DqMode::kSeparate; dq and dk are without their parts through c2p and p2c.
 void launch_disentangled_attention_backward(const AttentionBackwardParams& params, void* stream);
 
+// Which keys a query sees by their positions (step.cuh): query i those from (i * q_stride + first_key) / k_stride to
+// before (i * q_stride + last_key) / k_stride, key j is seen by the queries likewise; a negative dividend counts as 0.
+struct StepPositions {
+  int q_stride, k_stride;
+  int first_key, last_key;
+  int first_query, last_query;
+  Divisor by_q_stride, by_k_stride;
+};
+
+// The longest way between the positions of two rows of one side that the kernels can count.
+inline constexpr int64_t kMaxStepSpan = (int64_t{1} << 29) - 1;
+
+// Row i of `q_rows` queries stands at q_offset + i * q_stride, keys alike, and sees keys from `left` before to `right`
+// after its position; negative: all. Strides positive, offsets within 2^62, (rows - 1) * stride <= kMaxStepSpan.
+StepPositions step_positions(int64_t q_offset, int64_t k_offset, int64_t q_stride, int64_t k_stride, int64_t left,
+                             int64_t right, int64_t q_rows, int64_t k_rows);
+
+// A tensor [tokens, heads, head_dim] of float32, its last dimension contiguous, everything 8-byte aligned. Dense, row r
+// of sequence b stands b * gap further than its number b * length + r says.
+struct StateView {
+  const float* data;  // null: zeros
+  int64_t row_stride;
+  int64_t head_stride;
+  int64_t gap;
+};
+
+// What a step has beyond a whole attention. Its problem has no score bias; without cu_seqlens, `batch` sequences of
+// max_seqlen_q queries and max_seqlen_k keys each; of its window only window_right >= 0 counts, as a hint.
+struct StepLayout {
+  StepPositions positions;
+  Divisor by_q_length, by_k_length;       // of a row's number: its sequence; varlen: by 0, always 0
+  int64_t q_gap, k_gap, v_gap, dout_gap;  // as StateView's
+  int64_t head_rows;                      // rows of lse (and delta) from a head to the next: [batch, heads, length]
+  int64_t sequence_rows;                  // and beyond its number for each sequence before; varlen: [heads, total], 0
+};
+
+struct AttentionStepParams {
+  AttentionProblem problem;
+  StepLayout step;
+  StateView out_before;     // [total_q, heads_q, head_dim]
+  const float* lse_before;  // as lse, or null: -inf
+  float* out;               // [total_q, heads_q, head_dim]
+  float* lse;               // [batch, heads_q, length] or [heads_q, total_q]
+};
+void launch_attention_step(const AttentionStepParams& params, void* stream);
+
+struct AttentionStepBackwardParams {
+  AttentionProblem problem;
+  StepLayout step;
+  HeadsView dout;    // [total_q, heads_q, head_dim]
+  const float* lse;  // as lse above
+  const float* delta;
+  StateView dq_before;  // [total_q, heads_q, head_dim]; only for kSeparate
+  StateView dk_before;  // [total_k, heads_kv, head_dim]
+  StateView dv_before;
+  float* dq_accumulator;  // [total_q, heads_q, head_dim], dq; for kAccumulate it holds what dq_before would
+  float* dk;              // [total_k, heads_kv, head_dim]
+  float* dv;
+  DqMode dq_mode;  // kAccumulate or kSeparate
+};
+void launch_attention_step_backward(const AttentionStepBackwardParams& params, void* stream);
+
 // Null if a kernel serves this head_dim on the current device, else why none does.
 const char* attention_unsupported(int head_dim, bool backward);
+const char* attention_step_unsupported(int head_dim, bool backward);
 const char* disentangled_attention_unsupported(int head_dim, int64_t reach, bool backward);
 
 // The family's supported configurations, JSON objects separated by commas.

@@ -89,7 +89,8 @@ struct PlainScore : NoTables {
 
   float exponent;
 
-  __device__ __forceinline__ PlainScore(const AttentionProblem& p, const Pair&, int /*sequence*/, int /*head*/,
+  template <class AnyPair>
+  __device__ __forceinline__ PlainScore(const AttentionProblem& p, const AnyPair&, int /*sequence*/, int /*head*/,
                                         int /*first_token*/, uint32_t /*shared*/)
       : exponent(p.softmax_scale * kLog2e) {}
   __device__ __forceinline__ float factor() const { return exponent; }

@@ -25,6 +25,26 @@ __device__ __forceinline__ int sequence_begin(const int32_t* cu_seqlens, int bat
   return begin < 0 ? 0 : begin > total ? total : begin;
 }
 
+// Sequences laid end to end, anywhere.
+struct PackedSequences {
+  const int32_t* cu_seqlens;
+  int batch;
+  int total;
+  __device__ __forceinline__ int begin(int b) const { return sequence_begin(cu_seqlens, batch, total, b); }
+};
+
+// The same, or without cu_seqlens sequences that all have `length` rows.
+struct Sequences {
+  const int32_t* cu_seqlens;
+  int batch;
+  int total;
+  int length;
+  __device__ __forceinline__ int begin(int b) const {
+    if (cu_seqlens != nullptr) return sequence_begin(cu_seqlens, batch, total, b);
+    return min(max(b, 0), batch) * length;
+  }
+};
+
 struct SequenceTile {
   int sequence;  // -1 or batch: rows of no sequence
   int begin;     // first row of the sequence
@@ -33,19 +53,18 @@ struct SequenceTile {
 };
 
 // All lanes of a warp call it together: 32 offsets are looked at in one step.
-template <int kBlock>
-__device__ __forceinline__ SequenceTile find_tile(const int32_t* cu_seqlens, int batch, int total, int slot) {
-  int low = -1, high = batch + 1;  // the sequence is in [low, high)
+template <int kBlock, class AnySequences>
+__device__ __forceinline__ SequenceTile find_tile(const AnySequences& sequences, int slot) {
+  int low = -1, high = sequences.batch + 1;  // the sequence is in [low, high)
   while (high - low > 1) {
     const int step = ceil_div(high - low, kWarpSize);
     const int probe = low + (lane_id() + 1) * step;
-    const bool starts_before =
-        probe < high && sequence_begin(cu_seqlens, batch, total, probe) / kBlock + probe + 1 <= slot;
+    const bool starts_before = probe < high && sequences.begin(probe) / kBlock + probe + 1 <= slot;
     low += popcount(ballot(starts_before)) * step;
     high = high < low + step ? high : low + step;
   }
-  const int begin = sequence_begin(cu_seqlens, batch, total, low);
-  const int length = sequence_begin(cu_seqlens, batch, total, low + 1) - begin;
+  const int begin = sequences.begin(low);
+  const int length = sequences.begin(low + 1) - begin;
   const int first_slot = low < 0 ? 0 : begin / kBlock + low + 1;
   return {low, begin, length > 0 ? length : 0, slot - first_slot};
 }

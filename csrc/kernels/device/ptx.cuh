@@ -140,5 +140,8 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 __device__ __forceinline__ float rsqrt_approx(float x) { return rsqrtf(x); }
+// Of pi x; exact arguments, errors of an ulp.
+__device__ __forceinline__ float sin_pi(float x) { return sinpif(x); }
+__device__ __forceinline__ float cos_pi(float x) { return cospif(x); }
 
 }  // namespace warpform

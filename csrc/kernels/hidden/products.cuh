@@ -228,18 +228,7 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
 
   const int cols_left = cols - warp_col;
   if (p.bias != nullptr) {
-    const int t = lane_id() % 4;
-    const T* bias = static_cast<const T*>(p.bias) + cls * p.bias_stride + first_col + warp_col;
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      if (8 * n + 2 * t >= cols_left) continue;
-      const auto pair = load_global(reinterpret_cast<const Vec<T, 2>*>(bias + 8 * n + 2 * t));
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) acc[m][n][e] += to_float(pair[e % 2]);
-      }
-    }
+    add_bias(acc, static_cast<const T*>(p.bias) + cls * p.bias_stride + first_col + warp_col, cols_left);
   }
   const int64_t out_stride = int64_t{r.num_out} * r.part;
   T* out = static_cast<T*>(p.out) + first_col + warp_col;
@@ -347,18 +336,7 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
 
   const int64_t first_col = int64_t{mine.group} * r.width + mine.first;
   if (p.bias != nullptr && mine.active) {
-    const int t = lane_id() % 4;
-    const T* bias = static_cast<const T*>(p.bias) + cls * p.bias_stride + first_col;
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      if (8 * n + 2 * t >= mine.cols) continue;
-      const auto pair = load_global(reinterpret_cast<const Vec<T, 2>*>(bias + 8 * n + 2 * t));
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) acc[m][n][e] += to_float(pair[e % 2]);
-      }
-    }
+    add_bias(acc, static_cast<const T*>(p.bias) + cls * p.bias_stride + first_col, mine.cols);
   }
   const int64_t out_stride = int64_t{r.num_groups} * r.width;
   T* out = static_cast<T*>(p.out) + first_col;

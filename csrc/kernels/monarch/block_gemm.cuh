@@ -94,20 +94,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas) block_gemm(const 
     if (now.depth + kDepth >= p.depth) {
       const int first_col = now.col + warp_col;
       const int64_t at = int64_t{now.group} * p.cols + first_col;
-      if (p.bias != nullptr) {
-        const int t = lane_id() % 4;
-#pragma unroll
-        for (int n = 0; n < kWarpN; ++n) {
-          const int col = 8 * n + 2 * t;
-          if (first_col + col >= p.cols) continue;
-          const auto bias = load_global(reinterpret_cast<const Vec<T, 2>*>(static_cast<const T*>(p.bias) + at + col));
-#pragma unroll
-          for (int m = 0; m < kWarpM; ++m) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) acc[m][n][e] += to_float(bias[e % 2]);
-          }
-        }
-      }
+      if (p.bias != nullptr) add_bias(acc, static_cast<const T*>(p.bias) + at, p.cols - first_col);
       const int64_t c_stride = int64_t{p.groups} * p.cols;
       write_accumulators<T>(acc, static_cast<T*>(p.c) + (first_row + warp_row) * c_stride + at, c_stride,
                             rows - warp_row, p.cols - first_col);

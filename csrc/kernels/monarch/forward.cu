@@ -29,6 +29,7 @@ std::optional<MonarchWork> work_of(const MonarchParams& p) {
   const bool divides = p.q % p.l == 0;
   work.run.set(divides ? p.q / p.l : (p.q + p.l - 2) / p.l + 1);
   work.pairs = divides && work.run.divisor % 2 == 0;
+  if (int64_t{p.k} * p.q > INT_MAX) return std::nullopt;
   if (ceil_div(p.rows, int64_t{Tile::kM}) * work.chunks.divisor > INT_MAX) return std::nullopt;
   return work;
 }

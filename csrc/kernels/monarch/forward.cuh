@@ -13,6 +13,8 @@
 //           of all of them, 4 lambdas of 2 sigmas or 8 of one, which are 16 bytes in a row of y. So y is stored from
 //           registers although a product's columns lie l apart.
 // Loads     all threads, 16-byte cp.async: x and w1 in two or four stages, w2 in two of 256 rows by 64.
+//           h is written 4 bytes a lane where q / l is even, else 2: at q = l with four-fold bank conflicts, some 130
+//           cycles a row at 1024^2 nb 32, where an SM has 220 for the row's bytes.
 // Bounds    bytes 2 (k p + l s) a row, FLOP 2 k q p + 2 l s r. Floors on an H200 (4.3 TB/s; mma.sync at 490 TFLOP/s),
 // ns
 //           a row: 768 -> 3072 nb 4 3.0, 3072 -> 768 nb 4 3.0, 1024^2 nb 4 2.1 (FLOP); 1024^2 nb 32 0.95, 4096^2 nb 64
@@ -71,8 +73,10 @@ struct MonarchMiddle {
   }
 };
 
-// Rows of `count` of a matrix [..., cols], 64 columns of them, of which the first `cols` exist, to a tile. row(i) gives
-// the row in memory of the tile's row i, or -1: zeros.
+// Rows of a matrix, `stride` apart, 64 columns of which the first `cols` exist, to a tile of kCount rows. row(i) gives
+// the row in memory of the tile's row i, or one of these.
+constexpr int kZeros = -1, kUnused = -2;
+
 template <int kCount, int kThreads, class T, class Row>
 __device__ __forceinline__ void copy_gathered_async(SharedTile<64> tile, const T* src, int64_t stride, int cols,
                                                     Row&& row) {
@@ -82,6 +86,7 @@ __device__ __forceinline__ void copy_gathered_async(SharedTile<64> tile, const T
   for (int i = 0; i < kCount; i += kThreads / 8) {
     const int at = i + static_cast<int>(threadIdx.x) / 8;
     const int from = row(at);
+    if (from == kUnused) continue;
     cp_async_16(tile.chunk(at, c), src + (from < 0 ? 0 : from) * stride + c * kChunk, inside && from >= 0);
   }
 }
@@ -109,22 +114,31 @@ __device__ __forceinline__ void monarch_first(const MonarchWork& work, MonarchMi
   Step now{0, 0, 0}, ahead{0, 0, 0};
 
   // Column n of kappa's product: lambda n / run of the chunk, rho n % run past the first that kappa meets. The index
-  // into h, or -1.
-  const auto index = [&](int kappa, int n) {
-    const int first = kappa * p.q, lambda = work.run.quotient(n);
-    const int at = (first / p.l + n - lambda * run) * p.l + first_lambda + lambda;
-    return lambda < lambdas && at >= first && at < first + p.q ? at : -1;
+  // into h, kappa q + theta, is that of a row of w1, too.
+  struct Place {
+    int lambda, rho, index;
+    bool inside;
+  };
+  const auto place = [&](int kappa, int first_rho, int n) {
+    const int first = kappa * p.q, lambda = work.run.quotient(n), rho = first_rho + n - lambda * run;
+    const int index = rho * p.l + first_lambda + lambda;
+    return Place{lambda, rho, index, lambda < lambdas && index >= first && index < first + p.q};
   };
   const auto tile_x = [](int stage) { return SharedTile<64>{shared_base() + stage * Tile::kStageBytes1}; };
   const auto tile_w = [](int stage) {
     return SharedTile<64>{shared_base() + stage * Tile::kStageBytes1 + SharedTile<64>::bytes(Tile::kM)};
   };
+  // Of few columns the product takes those of whole steps, of many all.
+  const auto used_columns = [](int left) { return left > 32 ? Tile::kN1 : ceil_div(left, 16) * 16; };
   const auto load = [&](int /*step*/, int stage) {
     const T* x = static_cast<const T*>(p.x) + first_row * p.x_stride + int64_t{ahead.kappa} * p.p + ahead.depth;
     copy_tile_async<Tile::kM, kDepth, Tile::kThreads>(tile_x(stage), x, p.x_stride, rows, p.p - ahead.depth);
+    const int first_rho = ahead.kappa * p.q / p.l, used = used_columns(cols - ahead.col);
     copy_gathered_async<Tile::kN1, Tile::kThreads>(tile_w(stage), static_cast<const T*>(p.w1) + ahead.depth, p.p,
-                                                   p.p - ahead.depth,
-                                                   [&](int n) { return index(ahead.kappa, ahead.col + n); });
+                                                   p.p - ahead.depth, [&](int n) {
+                                                     const Place at = place(ahead.kappa, first_rho, ahead.col + n);
+                                                     return n >= used ? kUnused : at.inside ? at.index : kZeros;
+                                                   });
     ahead.advance(p, cols);
   };
 
@@ -158,16 +172,16 @@ __device__ __forceinline__ void monarch_first(const MonarchWork& work, MonarchMi
       }
     }
     if (now.depth + kDepth >= p.p) {
-      const int lane = opaque_lane(), g = lane / 4, t = lane % 4;
+      const int lane = opaque_lane(), g = lane / 4, t = lane % 4, first_rho = now.kappa * p.q / p.l;
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
         const int col = now.col + warp_col + 8 * n + 2 * t;
-        const auto place = [&](int n) {  // column of h, or -1
-          const int at = index(now.kappa, n);
-          return at < 0 ? -1 : work.run.quotient(n) * work.pitch + at / p.l;
-        };
         if (col >= cols) continue;
-        const int to0 = place(col);
+        const auto column = [&](int n) {  // of h, or -1
+          const Place at = place(now.kappa, first_rho, n);
+          return at.inside ? at.lambda * work.pitch + at.rho : -1;
+        };
+        const int to0 = column(col);
         if (work.pairs) {
           if (to0 < 0) continue;
 #pragma unroll
@@ -179,7 +193,7 @@ __device__ __forceinline__ void monarch_first(const MonarchWork& work, MonarchMi
             }
           }
         } else {
-          const int to1 = place(col + 1);
+          const int to1 = column(col + 1);
 #pragma unroll
           for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -197,12 +211,11 @@ __device__ __forceinline__ void monarch_first(const MonarchWork& work, MonarchMi
   });
 }
 
-// Writes what a lane has of one row: of each of kLambdas lambdas the sigmas 2 t and 2 t + 1 of kN tiles. y points at
-// the lambda and the warp's first sigma.
+// Writes what a lane has of one row: of each of kLambdas lambdas the sigmas 2 t and 2 t + 1 of kN tiles, t its number
+// in the quad. y points at the first lambda and the warp's first sigma.
 template <class T, int kLambdas, int kM, int kN>
 __device__ __forceinline__ void write_lambdas(const float (&acc)[kLambdas][kM][kN][4], int m, int r, T* y, int l,
-                                              int lambdas, int sigmas) {
-  const int t = lane_id() % 4;
+                                              int lambdas, int sigmas, int t) {
   const auto two = [&](int lambda, int n, int e) {  // neighbouring lambdas of one sigma
     return pack2<T>(acc[lambda][m][n][2 * r + e], acc[lambda + 1][m][n][2 * r + e]);
   };
@@ -260,7 +273,7 @@ __device__ __forceinline__ void monarch_second(const MonarchWork& work, MonarchM
                  int64_t{ahead.sigma} * p.r + ahead.depth;
     copy_gathered_async<kLambdas * Tile::kN2, Tile::kThreads>(tile_w(stage), w, p.r, p.r - ahead.depth, [&](int n) {
       const int lambda = n / Tile::kN2, sigma = n % Tile::kN2;
-      return ahead.lambda + lambda < lambdas && ahead.sigma + sigma < p.s ? lambda * p.s + sigma : -1;
+      return ahead.lambda + lambda < lambdas && ahead.sigma + sigma < p.s ? lambda * p.s + sigma : kZeros;
     });
     ahead.advance(p);
   };
@@ -294,17 +307,18 @@ __device__ __forceinline__ void monarch_second(const MonarchWork& work, MonarchM
       }
     }
     if (now.depth + kDepth >= p.r) {
-      const int g = lane_id() / 4;
       const int64_t stride = int64_t{p.l} * p.s;
-      T* y = static_cast<T*>(p.y) + (first_row + warp_row + g) * stride + int64_t{now.sigma + warp_col} * p.l +
+      T* y = static_cast<T*>(p.y) + (first_row + warp_row) * stride + int64_t{now.sigma + warp_col} * p.l +
              first_lambda + now.lambda;
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const int row = 16 * m + 8 * r;
-          if (warp_row + g + row < rows) {
-            write_lambdas<T>(acc, m, r, y + row * stride, p.l, lambdas - now.lambda, p.s - now.sigma - warp_col);
+          const int lane = opaque_lane();  // one row's address at a time: there are no registers for all
+          const int row = 16 * m + 8 * r + lane / 4;
+          if (warp_row + row < rows) {
+            write_lambdas<T>(acc, m, r, y + row * stride, p.l, lambdas - now.lambda, p.s - now.sigma - warp_col,
+                             lane % 4);
           }
         }
       }

@@ -22,7 +22,7 @@ void launch_type(const char* op, const GateWork& work, unsigned ctas, void* stre
 void launch_gate(const char* op, const GateParams& params, void* stream) {
   if (params.rows == 0 || params.cols == 0) return;
   GateWork work{.p = params, .parts = {}};
-  const int64_t parts = ceil_div(params.cols, int64_t{kGateThreads} * kGateVec);
+  const int64_t parts = ceil_div(params.cols, int64_t{kGateCols});
   if (params.rows * parts > INT_MAX) throw std::runtime_error(std::string(op) + ": too many tokens");
   work.parts.set(static_cast<int>(parts));
   const auto ctas = static_cast<unsigned>(params.rows * parts);

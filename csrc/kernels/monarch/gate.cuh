@@ -1,18 +1,21 @@
 // The gate of Monarch Mixer's MLP by itself, a = gelu(g) * v of z = [g, v], forward and backward; backward recomputes a
 // too, which the gradient of the second weight needs.
 //
-// A thread has 8 neighbouring columns, a CTA 2048 of one row. Bytes: 6 rows cols forward, 14 backward, which bound it
-// but for erff (encoder/gelu.cuh).
-// Measured: not yet, no GPU run so far.
+// A CTA has 2048 columns of one row, a thread four times two neighbouring ones, so that a warp moves 128 bytes in a
+// row: of 8 neighbouring columns, which go through eight erff with branches, the compiler makes stores of 4 bytes all
+// the same. Bytes: 6 rows cols forward, 14 backward, which bound it but for erff (encoder/gelu.cuh). Measured: not yet,
+// no GPU run so far.
 #pragma once
 
+#include "device/mma.cuh"
 #include "encoder/gelu.cuh"
 #include "monarch/launch.h"
 
 namespace warpform {
 
 constexpr int kGateThreads = 256;
-constexpr int kGateVec = 8;
+constexpr int kGateRounds = 4;
+constexpr int kGateCols = kGateThreads * kGateRounds * 2;
 
 struct GateWork {
   GateParams p;
@@ -24,30 +27,34 @@ __global__ void __launch_bounds__(kGateThreads) gate(const __grid_constant__ Gat
   const GateParams& p = work.p;
   const int block = static_cast<int>(blockIdx.x);
   const int64_t row = work.parts.quotient(block);
-  const int64_t col =
-      ((block - row * work.parts.divisor) * kGateThreads + static_cast<int>(threadIdx.x)) * int64_t{kGateVec};
-  if (col >= p.cols) return;
-  const int64_t at = row * p.cols + col, at_z = 2 * row * p.cols + col;
-  float g[kGateVec], v[kGateVec], a[kGateVec];
-  load_floats(g, static_cast<const T*>(p.z) + at_z);
-  load_floats(v, static_cast<const T*>(p.z) + at_z + p.cols);
-  if constexpr (kBackward) {
-    float da[kGateVec];
-    load_floats(da, static_cast<const T*>(p.da) + at);
+  const int64_t first = (block - row * work.parts.divisor) * kGateCols + 2 * static_cast<int>(threadIdx.x);
+  const auto value = [](const void* matrix, int64_t at) {
+    return unpack2<T>(load_global(reinterpret_cast<const uint32_t*>(static_cast<const T*>(matrix) + at)));
+  };
+  const auto store = [](void* matrix, int64_t at, float a, float b) {
+    store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(matrix) + at), pack2<T>(a, b));
+  };
+  Vec<float, 2> g[kGateRounds], v[kGateRounds], da[kGateRounds];
 #pragma unroll
-    for (int i = 0; i < kGateVec; ++i) {
-      const float gelu = ErfGelu::value(g[i]);
-      a[i] = gelu * v[i];
-      g[i] = da[i] * v[i] * ErfGelu::derivative(g[i]);
-      v[i] = da[i] * gelu;
-    }
-    store_floats(static_cast<T*>(p.dz) + at_z, g);
-    store_floats(static_cast<T*>(p.dz) + at_z + p.cols, v);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kGateVec; ++i) a[i] = ErfGelu::value(g[i]) * v[i];
+  for (int i = 0; i < kGateRounds; ++i) {
+    const int64_t col = first + i * (2 * kGateThreads);
+    if (col >= p.cols) break;
+    g[i] = value(p.z, 2 * row * p.cols + col);
+    v[i] = value(p.z, (2 * row + 1) * p.cols + col);
+    if constexpr (kBackward) da[i] = value(p.da, row * p.cols + col);
   }
-  store_floats(static_cast<T*>(p.a) + at, a);
+#pragma unroll
+  for (int i = 0; i < kGateRounds; ++i) {
+    const int64_t col = first + i * (2 * kGateThreads);
+    if (col >= p.cols) break;
+    const float gelu[2] = {ErfGelu::value(g[i][0]), ErfGelu::value(g[i][1])};
+    store(p.a, row * p.cols + col, gelu[0] * v[i][0], gelu[1] * v[i][1]);
+    if constexpr (kBackward) {
+      store(p.dz, 2 * row * p.cols + col, da[i][0] * v[i][0] * ErfGelu::derivative(g[i][0]),
+            da[i][1] * v[i][1] * ErfGelu::derivative(g[i][1]));
+      store(p.dz, (2 * row + 1) * p.cols + col, da[i][0] * gelu[0], da[i][1] * gelu[1]);
+    }
+  }
 }
 
 }  // namespace warpform

@@ -85,7 +85,36 @@ struct MonarchParams {
 bool monarch_fits(const MonarchParams& params);
 void launch_monarch(const MonarchParams& params, void* stream);
 
-// a = gelu(z[:, :cols]) * z[:, cols:], GELU by erf
+// z = x times the block-diagonal w_up; y = (gelu(z[:, :f]) * z[:, f:]) times the block-diagonal w_down + bias, GELU by
+// erf, f = blocks * inner
+struct GluParams {
+  const void* x;       // [rows, blocks * in], rows x_stride elements apart
+  const void* w_up;    // [blocks, 2 inner, in]
+  const void* w_down;  // [blocks, out, inner]
+  const void* bias;    // [blocks * out] or null
+  void* y;             // [rows, blocks * out], contiguous
+  const void* dout;    // [rows, blocks * out], rows dout_stride elements apart; of the gradient alone, as the next two
+  void* a;             // [rows, f]: the gated product
+  void* dz;            // [rows, 2 f]: the gradient of z
+  int64_t rows;
+  int64_t x_stride;
+  int64_t dout_stride;
+  int blocks;
+  int in;
+  int inner;
+  int out;
+  bool bfloat16;
+};
+// Whether launch_glu serves the sizes on the current device: two blocks of x have to fit into shared memory, a block of
+// y into registers.
+bool glu_fits(const GluParams& params);
+void launch_glu(const GluParams& params, void* stream);
+
+// a and dz, from x and dout: glu_gradient.cuh.
+bool glu_gradient_fits(const GluParams& params);
+void launch_glu_gradient(const GluParams& params, void* stream);
+
+// The gate by itself, where the above do not serve: a = gelu(z[:, :cols]) * z[:, cols:]
 struct GateParams {
   const void* z;   // [rows, 2 cols]
   const void* da;  // [rows, cols]: the gradient of a; null in forward

@@ -63,31 +63,49 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
   }
 }
 
-// Rounds a warp's accumulators to T and gives them 16 bytes at a time to write(row, col, eight elements as four
-// registers): lanes of a quad exchange what they have of four 8-column tiles, so that each has 16 bytes of a row and
-// the quad 64; no shared memory is used, which the next loads may be filling. All lanes come to every call.
+// Adds the bias of each column, as far as cols reaches; bias points at the first one's.
+template <class T, int kM, int kN>
+__device__ __forceinline__ void add_bias(float (&acc)[kM][kN][4], const T* bias, int cols) {
+  const int t = lane_id() % 4;
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    const int col = 8 * n + 2 * t;
+    if (col >= cols) continue;
+    const auto two = load_global(reinterpret_cast<const Vec<T, 2>*>(bias + col));
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[m][n][e] += to_float(two[e % 2]);
+    }
+  }
+}
+
+// Rounds a warp's accumulators to T and gives them to write(row, col, v), eight neighbours in four registers at a time:
+// lanes of a quad exchange what they have of four 8-column tiles, so that each has 16 bytes of a row and the quad 64.
+// No shared memory is used, which the next loads may be filling. All lanes come to every call.
 template <class T, int kM, int kN, class Write>
 __device__ __forceinline__ void for_each_vector(const float (&acc)[kM][kN][4], Write&& write) {
   static_assert(kN % 4 == 0, "four tiles of 8 columns at a time");
-  const int lane = opaque_lane(), g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      const int lane = opaque_lane(), t = lane % 4;  // one row's address at a time: there are no registers for all
+      const int row = 16 * m + 8 * r + lane / 4;
 #pragma unroll
       for (int n = 0; n < kN; n += 4) {
         uint32_t v[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) v[i] = pack2<T>(acc[m][n + i][2 * r], acc[m][n + i][2 * r + 1]);
         transpose_quad(v);
-        write(16 * m + 8 * r + g, 8 * (n + t), v);
+        write(row, 8 * (n + t), v);
       }
     }
   }
 }
 
-// Writes a warp's accumulators where c points, rows `stride` elements apart, as far as rows and cols (a multiple of 8)
-// reach.
+// Writes a warp's accumulators, rounded to T, where c points, rows `stride` elements apart, as far as rows and cols (a
+// multiple of 8) reach.
 template <class T, int kM, int kN>
 __device__ __forceinline__ void write_accumulators(const float (&acc)[kM][kN][4], T* c, int64_t stride, int64_t rows,
                                                    int cols) {

@@ -44,10 +44,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas) block_weight_grad
   const int steps = static_cast<int>(ceil_div(max(rows, int64_t{0}), int64_t{kDepth}));
 
   const int warp_m = Tile::warp_row(), warp_n = Tile::warp_col();
-  const bool sums_columns = p.dbias != nullptr && tile_n == 0 && warp_n == 0;
+  // Sums of a's columns: neighbouring warps, which read the same ones, take a part of them each.
+  constexpr int kSums = kWarpM / Tile::kWarpsN;
+  const int sums_part = p.dbias != nullptr && tile_n == 0 ? warp_n / Tile::kWarpN : -1;
   const uint32_t ones = pack2<T>(1.f, 1.f);
   float acc[kWarpM][kWarpN][4] = {};
-  float sums[kWarpM][4] = {};
+  float sums[kSums][4] = {};
   const auto load = [&](int step, int stage) {
     const int64_t row = first_row + int64_t{step} * kDepth;
     const int count = static_cast<int>(min(first_row + rows - row, int64_t{kDepth}));
@@ -60,16 +62,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas) block_weight_grad
     const uint32_t lane = opaque(lane_offset_quarters<Tile::kM>());
     mma_ab<T, kDepth / 16>(
         acc,
-        [&](int m, int k, uint32_t (&a)[4]) {
-          load_a_transposed(a, tile_a(stage), lane, 16 * k, warp_m + 16 * m);
-          if (sums_columns) mma_m16n8k16<T>(sums[m], a, ones, ones);
+        [&](int m, int step, uint32_t (&a)[4]) {
+          load_a_transposed(a, tile_a(stage), lane, 16 * step, warp_m + 16 * m);
+          if (m / kSums == sums_part) mma_m16n8k16<T>(sums[m % kSums], a, ones, ones);
         },
         tile_b(stage), 0, warp_n, Tile::kN);
   });
 
   const int left_m = p.m - first_m - warp_m, left_n = p.n - first_n - warp_n;
   const int64_t at = (int64_t{group} * p.m + first_m + warp_m) * p.n + first_n + warp_n;
-  const int g = lane_id() / 4, t = lane_id() % 4;
+  const int lane = opaque_lane(), g = lane / 4, t = lane % 4;
   if (p.splits == 1) {
     write_accumulators<T>(acc, static_cast<T*>(p.dw) + at, p.n, left_m, left_n);
   } else {
@@ -78,24 +80,26 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas) block_weight_grad
     for (int m = 0; m < kWarpM; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int row = 16 * m + 8 * r + g;
+        const int lane_again = opaque_lane();  // one row's address at a time: there are no registers for all
+        const int row = 16 * m + 8 * r + lane_again / 4;
+        const int col = lane_again % 4 * 2;
+        float* to = dw + int64_t{row} * p.n + col;
 #pragma unroll
         for (int n = 0; n < kWarpN; ++n) {
-          const int col = 8 * n + 2 * t;
-          if (row < left_m && col < left_n) {
-            store_global(reinterpret_cast<Vec<float, 2>*>(dw + int64_t{row} * p.n + col),
+          if (row < left_m && col + 8 * n < left_n) {
+            store_global(reinterpret_cast<Vec<float, 2>*>(to + 8 * n),
                          Vec<float, 2>{{acc[m][n][2 * r], acc[m][n][2 * r + 1]}});
           }
         }
       }
     }
   }
-  if (!sums_columns || t != 0) return;
+  if (sums_part < 0 || t != 0) return;
 #pragma unroll
-  for (int m = 0; m < kWarpM; ++m) {
+  for (int m = 0; m < kSums; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = 16 * m + 8 * r + g;
+      const int row = 16 * (sums_part * kSums + m) + 8 * r + g;
       if (row >= left_m) continue;
       const int64_t col = int64_t{group} * p.m + first_m + warp_m + row;
       if (p.splits == 1) {

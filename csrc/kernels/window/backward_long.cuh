@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(256) window_attention_delta(const __grid_const
   if (row < rows && col == 0) store_global(params.delta + row, sum);
 }
 
-// lse, in base 2, and delta of one query; +inf and 0 past the window's last token, which makes its probabilities 0.
+// lse, in base 2, and delta of one query; +inf and 0 past the window's last token, which makes its probabilities 0, and
+// so for a query that saw no key, whose lse is -inf.
 struct QueryFacts {
   float lse;
   float delta;
@@ -53,7 +54,8 @@ __device__ __forceinline__ QueryFacts query_facts(const WindowBackwardParams& pa
   const int row = rows[query];
   QueryFacts facts{INFINITY, 0.f};
   if (row != kOutside) {
-    facts.lse = load_global(params.lse + (index * p.heads + head) * p.tokens + query) * kLog2e;
+    const float lse = load_global(params.lse + (index * p.heads + head) * p.tokens + query) * kLog2e;
+    if (lse != negative_infinity()) facts.lse = lse;
   }
   if (row >= 0) facts.delta = load_global(params.delta + (image_begin(p, image) + row) * p.heads + head);
   return facts;
@@ -125,7 +127,7 @@ window_attention_backward_keys(const __grid_constant__ WindowBackwardParams para
       block_sync();  // block n is here, and nobody reads the one before any more
       if (n + 1 < p.blocks.divisor) fetch(1 - stage, n + 1);
       if (score.cosine) {
-        set_inverse_norms<kBucket, T>(shared, tile_q(stage), tile_k);
+        set_inverse_norms<kBucket, T>(shared, tile_q(stage), tile_k, /*lengthen_queries=*/true);
         block_sync();
       }
       if (!warp_has_rows) continue;
@@ -160,7 +162,10 @@ window_attention_backward_keys(const __grid_constant__ WindowBackwardParams para
     }
     if (!warp_has_rows) continue;
 
-    if (score.cosine) finish_cosine<T>(dk[0], tile_k, My::row(), My::col(), score.key_norms() + My::row() * 4);
+    if (score.cosine) {
+      const uint32_t norms = score.key_norms() + My::row() * 4;
+      finish_cosine<T>(dk[0], tile_k, My::row(), My::col(), norms, norms);
+    }
     if (p.qkv_bias != nullptr) {
       padding_sums.add(dk[0], 0, shared.rows(), first_key + My::row(), score.gradient_factor());
       padding_sums.add(dv[0], 1, shared.rows(), first_key + My::row(), 1.f);
@@ -262,7 +267,7 @@ window_attention_backward_queries(const __grid_constant__ WindowBackwardParams p
       block_sync();  // block n is here, and nobody reads the one before any more
       if (n + 1 < p.blocks.divisor) fetch(1 - stage, n + 1);
       if (score.cosine) {
-        set_inverse_norms<kBucket, T>(shared, tile_q, tile_k(stage));
+        set_inverse_norms<kBucket, T>(shared, tile_q, tile_k(stage), false, /*lengthen_keys=*/true);
         block_sync();
       }
       if (!warp_has_rows) continue;
@@ -277,8 +282,8 @@ window_attention_backward_queries(const __grid_constant__ WindowBackwardParams p
     if (!warp_has_rows) continue;
 
     if (score.cosine) {
-      scale_sums.add(score.gradient_factor() *
-                     finish_cosine<T>(dq[0], tile_q, My::row(), My::col(), score.query_norms() + My::row() * 4));
+      const uint32_t norms = score.query_norms() + My::row() * 4;
+      scale_sums.add(score.gradient_factor() * finish_cosine<T>(dq[0], tile_q, My::row(), My::col(), norms, norms));
     }
     // A warp's own rows of Q take its rows of dQ.
     const int64_t at = image_begin(p, window.image) * 3 * p.width + My::head() * p.head_dim;

@@ -26,7 +26,8 @@ __host__ __device__ constexpr int window_backward_short_bytes(const WindowProble
   const int teams = window_teams(kBucket);
   return 4 * kBlock * window_cols(kBucket) * 2 + teams * kBlock * kBlock * 2 +
          (p.table != nullptr ? ScoreSums<kBucket>::kBytes : 0) + WindowShared::bytes(p, teams) +
-         ScaleSums<kBucket>::bytes(p) + (p.qkv_bias != nullptr ? PaddingSums<kBucket>::kBytes : 0);
+         ScaleSums<kBucket>::bytes(p) + (p.qkv_bias != nullptr ? PaddingSums<kBucket>::kBytes : 0) +
+         (p.logit_scale != nullptr ? teams * 2 * kBlock * 4 : 0);
 }
 
 // Grid: CTAs that share the windows; groups of heads.
@@ -50,10 +51,13 @@ window_attention_backward_short(const __grid_constant__ WindowBackwardParams par
   const WindowShared shared(p, rest, kTeams);
   const ScaleSums<kBucket> scale_sums{rest + WindowShared::bytes(p, kTeams)};
   const PaddingSums<kBucket> padding_sums{scale_sums.base + ScaleSums<kBucket>::bytes(p)};
+  // Inverse norms of the rows as they came, where WindowShared's are those of lengthened rows.
+  const uint32_t given_norms = padding_sums.base + (has_padding ? PaddingSums<kBucket>::kBytes : 0);
 
   const bool has_head = My::head() < p.heads;
   const auto square = [&] { return Square{squares + My::team() * Square::bytes(kBlock)}; };  // P, then dS
   const auto team_sync = [&] { named_barrier_sync(1 + My::team(), kTeamThreads); };
+  const auto given = [&](uint32_t norms) { return norms - shared.norms + given_norms; };
   shared.set<kBucket>(p, My::first_head());
   if (has_table) score_sums.clear();
   if (has_padding) padding_sums.clear();
@@ -76,7 +80,7 @@ window_attention_backward_short(const __grid_constant__ WindowBackwardParams par
     cp_async_wait<0>();
     block_sync();
     if (score.cosine) {
-      set_inverse_norms<kBucket, T>(shared, tile_q, tile_k);
+      set_inverse_norms<kBucket, T>(shared, tile_q, tile_k, true, true, given_norms);
       block_sync();
     }
     if (!has_head) continue;  // a whole team
@@ -101,6 +105,7 @@ window_attention_backward_short(const __grid_constant__ WindowBackwardParams par
 #pragma unroll
         for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[0][n][2 * r], s[0][n][2 * r + 1]));
         top = warp_reduce<4>(top, Max{});
+        if (top == negative_infinity()) top = 0.f;  // a row that sees no key: its exponentials are 0 and not NaN
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
 #pragma unroll
@@ -109,7 +114,8 @@ window_attention_backward_short(const __grid_constant__ WindowBackwardParams par
             sum += s[0][n][e];
           }
         }
-        const float inverse = reciprocal_approx(warp_reduce<4>(sum, Sum{}));
+        sum = warp_reduce<4>(sum, Sum{});
+        const float inverse = sum == 0.f ? 0.f : reciprocal_approx(sum);
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
           s[0][n][2 * r] *= inverse;
@@ -144,9 +150,10 @@ window_attention_backward_short(const __grid_constant__ WindowBackwardParams par
         scale_columns(weighted[0], score.key_norms());
         pack_accumulators<T>(packed_ds, weighted);
         mma_packed_b<T>(dq, packed_ds, tile_k, My::col(), p.head_dim);
+        const uint32_t norms = score.query_norms() + My::row() * 4;
         scale_sums.add(score.gradient_factor() *
-                       finish_cosine<T>(dq[0], tile_q, My::row(), My::col(), score.query_norms() + My::row() * 4));
-        scale_rows(s[0], score.query_norms() + My::row() * 4);
+                       finish_cosine<T>(dq[0], tile_q, My::row(), My::col(), norms, given(norms)));
+        scale_rows(s[0], norms);
         pack_accumulators<T>(packed_ds, s);
       } else {
         pack_accumulators<T>(packed_ds, s);
@@ -174,7 +181,10 @@ window_attention_backward_short(const __grid_constant__ WindowBackwardParams par
     {
       float dk[1][kO][4] = {};
       product_of_keys(dk, tile_q);
-      if (score.cosine) finish_cosine<T>(dk[0], tile_k, My::row(), My::col(), score.key_norms() + My::row() * 4);
+      if (score.cosine) {
+        const uint32_t norms = score.key_norms() + My::row() * 4;
+        finish_cosine<T>(dk[0], tile_k, My::row(), My::col(), norms, given(norms));
+      }
       if (has_padding) padding_sums.add(dk[0], 0, shared.rows(), My::row(), score.gradient_factor());
       write(dk[0], score.gradient_factor(), 1);
     }

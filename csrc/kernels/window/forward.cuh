@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(window_threads(kBucket), window_forward_ctas(k
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float sum = warp_reduce<4>(row_sum[0][r], Sum{});
-        inverse[r] = reciprocal_approx(sum);
+        inverse[r] = sum == 0.f ? 0.f : reciprocal_approx(sum);  // of a row that sees no key, o is 0
         const int row = first_query + My::row() + 8 * r + g;
         if (params.lse != nullptr && t == 0 && row < p.tokens) {
           const int64_t at = (static_cast<int64_t>(index) * p.heads + My::head()) * p.tokens + row;

@@ -134,11 +134,11 @@ struct ScaleSums {
 
 // Of cosine attention, what is left to do for 16 rows of dq or dk: the accumulators hold y = sum ds k / |k| (or with
 // q), and the gradient of x / |x| is (y - x (x.y) / |x|^2) / |x|. `of` is the tile of x, `norms` the address of the
-// inverse norm of its row `row`. Returns the lane's part of sum (x.y) / |x|, from which the gradient of logit_scale is
-// made.
+// inverse norm of its row `row`, `given` that of x as it came, if the tile's rows were lengthened. Returns the lane's
+// part of sum (x.y) / |x|, from which the gradient of logit_scale is made.
 template <class T, int kN, int kCols>
 __device__ __forceinline__ float finish_cosine(float (&acc)[kN][4], SharedTile<kCols> of, int row, int col,
-                                               uint32_t norms) {
+                                               uint32_t norms, uint32_t given) {
   const int lane = opaque_lane(), g = lane / 4, t = lane % 4;
   float total = 0.f;
 #pragma unroll
@@ -152,11 +152,12 @@ __device__ __forceinline__ float finish_cosine(float (&acc)[kN][4], SharedTile<k
     }
     total += dot * inverse;
     const float along = warp_reduce<4>(dot, Sum{}) * inverse * inverse;
+    const float last = load_shared<float>(given + (g + 8 * r) * 4);
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       const auto x = unpack2<T>(load_shared<uint32_t>(of.pair(row + g + 8 * r, col + 8 * n + 2 * t)));
 #pragma unroll
-      for (int e = 0; e < 2; ++e) acc[n][2 * r + e] = (acc[n][2 * r + e] - along * x[e]) * inverse;
+      for (int e = 0; e < 2; ++e) acc[n][2 * r + e] = (acc[n][2 * r + e] - along * x[e]) * last;
     }
   }
   return total;

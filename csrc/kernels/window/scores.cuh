@@ -4,6 +4,8 @@
 // tokens i and j is place(i) - place(j) + centre. The head's column of the table is copied there once a CTA, in base 2.
 #pragma once
 
+#include <type_traits>
+
 #include "device/softmax.cuh"
 #include "window/windows.cuh"
 
@@ -52,11 +54,26 @@ struct WindowShared {
   }
 };
 
+// The largest power of 2 that is at most x, a positive number.
+__device__ __forceinline__ float power_of_two_below(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  bits &= 0x7f800000u;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
 // 1 / norm of the rows of two tiles, kBlock rows each, in the columns of this team's head; 0 for rows of norm at most
 // 1e-12, whose cosines and gradients are then 0. All threads of the team; a barrier must follow.
+//
+// Rows of a tile to lengthen are first multiplied by the power of 2 that makes them 1/2 to 1 long, if they are shorter,
+// which rounds nothing; the inverse norm is that of the row as it is then. A gradient of scores times it stays as large
+// as the gradient, where times 1 / norm of a very short row it would overflow float16 (bfloat16 cannot, and is left
+// alone). `given`, if not 0, is where the inverse norms of the rows as they came are put.
 template <int kBucket, class T, int kCols>
 __device__ __forceinline__ void set_inverse_norms(const WindowShared& shared, SharedTile<kCols> queries,
-                                                  SharedTile<kCols> keys) {
+                                                  SharedTile<kCols> keys, bool lengthen_queries = false,
+                                                  bool lengthen_keys = false, uint32_t given = 0) {
   const int thread = Work<kBucket>::thread(), team = thread / kTeamThreads, index = thread % kTeamThreads;
   const int row = index % kBlock;
   const SharedTile<kCols> tile = index < kBlock ? queries : keys;
@@ -67,7 +84,23 @@ __device__ __forceinline__ void set_inverse_norms(const WindowShared& shared, Sh
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) sum += to_float(chunk[i]) * to_float(chunk[i]);
   }
-  store_shared(shared.norms + thread * 4, sum > 1e-24f ? rsqrt_approx(sum) : 0.f);
+  float inverse = sum > 1e-24f ? rsqrt_approx(sum) : 0.f;
+  if (given != 0) store_shared(given + thread * 4, inverse);
+  if constexpr (std::is_same_v<T, half_t>) {
+    if (inverse > 1.f && (index < kBlock ? lengthen_queries : lengthen_keys)) {
+      const float power = power_of_two_below(inverse);
+#pragma unroll 1
+      for (int c = 0; c < kBucket / kChunk; ++c) {
+        const uint32_t at = tile.chunk(row, team * (kBucket / kChunk) + c);
+        auto chunk = load_shared<Vec<T, kChunk>>(at);
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) chunk[i] = from_float<T>(to_float(chunk[i]) * power);
+        store_shared(at, chunk);
+      }
+      inverse /= power;
+    }
+  }
+  store_shared(shared.norms + thread * 4, inverse);
 }
 
 // The scores of one head.

@@ -1,5 +1,5 @@
 """warpform inside other libraries, none of which is imported before it is asked for."""
 
-from . import transformers
+from . import ring, transformers
 
-__all__ = ["transformers"]
+__all__ = ["ring", "transformers"]

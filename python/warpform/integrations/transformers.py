@@ -29,6 +29,7 @@ from ..packing import Packing
 __all__ = ["NAME", "attention", "mask", "register"]
 
 NAME = "warpform"
+_names = {NAME}  # and that of integrations.ring
 # The first release whose mask functions are given q_length and q_offset; pyproject.toml's extra asks for it too.
 OLDEST = "5.4"
 
@@ -80,10 +81,10 @@ def _refuse_models_that_ignore_it(base: Any) -> None:
     if hasattr(base.get_correct_attn_implementation, "_warpform"):
         return
 
-    def check(model: Any) -> None:
+    def check(model: Any, name: str) -> None:
         if not model._can_set_attn_implementation():
             raise ValueError(
-                f'{type(model).__name__} ignores attn_implementation="{NAME}": its attention does not go through '
+                f'{type(model).__name__} ignores attn_implementation="{name}": its attention does not go through '
                 "transformers' AttentionInterface. Leave attn_implementation out, or see "
                 "warpform.models.from_transformers"
             )
@@ -92,16 +93,15 @@ def _refuse_models_that_ignore_it(base: Any) -> None:
 
     @functools.wraps(choose)
     def get_correct_attn_implementation(self: Any, requested_attention: Any, *args: Any, **kwargs: Any) -> Any:
-        if requested_attention == NAME:
-            check(self)
+        if requested_attention in _names:
+            check(self, requested_attention)
         return choose(self, requested_attention, *args, **kwargs)
 
     @functools.wraps(change)
     def set_attn_implementation(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
-        if attn_implementation == NAME or (
-            isinstance(attn_implementation, dict) and attn_implementation.get("") == NAME
-        ):
-            check(self)
+        name = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
+        if name in _names:
+            check(self, name)
         return change(self, attn_implementation, *args, **kwargs)
 
     get_correct_attn_implementation._warpform = True  # type: ignore[attr-defined]

@@ -34,14 +34,21 @@ from .distilbert import (
 from .dit3d import DiT3DConfig, DiT3DModel
 from .m2 import M2BertModel
 from .m2_config import M2BertConfig
+from .m2_gpt import M2GPTConfig, M2GPTForCausalLM
 from .m2_heads import (
     M2BertForMaskedLM,
     M2BertForSentenceEmbedding,
     M2BertForSequenceClassification,
     SentenceOutput,
 )
+from .m2_vit import M2ViTConfig, M2ViTForImageClassification
 from .mohd import MoHDConfig, MoHDForCausalLM
 from .sentence_encoder import SentenceEncoder
+from .sequence_parallel_transformer import (
+    SequenceParallelOutput,
+    SequenceParallelTransformer,
+    SequenceParallelTransformerConfig,
+)
 from .swin import SwinForImageClassification, SwinModel, Swinv2ForImageClassification, Swinv2Model
 
 __all__ = [
@@ -80,10 +87,17 @@ __all__ = [
     "M2BertForSentenceEmbedding",
     "M2BertForSequenceClassification",
     "M2BertModel",
+    "M2GPTConfig",
+    "M2GPTForCausalLM",
+    "M2ViTConfig",
+    "M2ViTForImageClassification",
     "MoHDConfig",
     "MoHDForCausalLM",
     "SentenceEncoder",
     "SentenceOutput",
+    "SequenceParallelOutput",
+    "SequenceParallelTransformer",
+    "SequenceParallelTransformerConfig",
     "SwinConfig",
     "SwinForImageClassification",
     "SwinModel",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,9 +55,7 @@ class M2Head(M2Base):
         table = base.embeddings.word_embeddings.weight
         for child in self.children():
             if child is not base:
-                child.apply(self.init_weights)
                 child.to(table.device, table.dtype)
-        self.tie()
         self.train(base.training)
 
     @classmethod
@@ -65,10 +63,7 @@ class M2Head(M2Base):
         return cls(config)
 
     def make_head(self) -> None:
-        """Sets the modules of the head."""
-
-    def tie(self) -> None:
-        """Puts parameters of the model into the head."""
+        """Sets the modules of the head, initialised."""
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token table, for callers that know transformers models."""
@@ -104,20 +99,34 @@ class _Transform(nn.Module):
         return out
 
 
+class _Predictions(nn.Module):
+    """The transform and the decoder, whose weight is the token table."""
+
+    def __init__(self, config: M2BertConfig, table: nn.Parameter) -> None:
+        super().__init__()
+        self.transform = _Transform(config)
+        # Made without weights: the table takes their place, and must not be drawn again.
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, device="meta")
+        self.decoder.weight = table
+        self.decoder.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+
+class _LanguageHead(nn.Module):
+    """For the names of the published code."""
+
+    def __init__(self, config: M2BertConfig, table: nn.Parameter) -> None:
+        super().__init__()
+        self.predictions = _Predictions(config, table)
+
+
 class M2BertForMaskedLM(M2Head):
     """M2-BERT that predicts masked tokens, with the token table as the decoder."""
 
     head_names = ("cls.",)
 
     def make_head(self) -> None:
-        predictions = nn.Module()
-        predictions.transform = _Transform(self.config)
-        predictions.decoder = nn.Linear(self.config.hidden_size, self.config.vocab_size, device="meta")
-        assert predictions.decoder.bias is not None
-        predictions.decoder.bias = nn.Parameter(torch.zeros(self.config.vocab_size))
-        predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
-        self.cls = nn.Module()
-        self.cls.predictions = predictions
+        self.cls = _LanguageHead(self.config, cast("nn.Parameter", self.bert.embeddings.word_embeddings.weight))
+        self.cls.predictions.transform.apply(self.init_weights)
 
     def forward(
         self,
@@ -161,7 +170,7 @@ class M2BertForMaskedLM(M2Head):
 
     def predict(self, hidden: Tensor) -> Tensor:
         """hidden: [..., hidden]; returns logits [..., vocab]."""
-        predictions = self.cls.get_submodule("predictions")
+        predictions = self.cls.predictions
         logits: Tensor = predictions.decoder(predictions.transform(hidden))
         return logits
 
@@ -176,6 +185,7 @@ class M2BertForSequenceClassification(M2Head):
         dropout = self.config.classifier_dropout
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob if dropout is None else dropout)
         self.classifier = nn.Linear(self.config.hidden_size, self.config.num_labels)
+        self.classifier.apply(self.init_weights)
 
     def forward(
         self,

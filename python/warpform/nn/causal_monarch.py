@@ -41,18 +41,18 @@ class TriangularMonarch(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """Q u; u: [rows, seqlen], seqlen <= m h, as if zeros followed. Returns the same shape, in float32 at least."""
-        outer, inner, u = self._factors(u)
-        mixed = torch.einsum("aeb,rba->rea", inner, u.tokens)
-        return u.flattened(torch.einsum("da,rea->red", outer, mixed))
+        outer, inner, blocks = self._factors(u)
+        mixed = torch.einsum("aeb,rba->rea", inner, blocks.tokens)
+        return blocks.flattened(torch.einsum("da,rea->red", outer, mixed))
 
     def solve(self, w: Tensor) -> Tensor:
         """Q^-1 w, as `forward`."""
-        outer, inner, w = self._factors(w)
-        rows, blocks, block = w.tokens.shape
-        x = w.tokens.permute(2, 1, 0).reshape(block, blocks * rows)
+        outer, inner, blocks = self._factors(w)
+        rows, count, block = blocks.tokens.shape
+        x = blocks.tokens.permute(2, 1, 0).reshape(block, count * rows)
         x = torch.linalg.solve_triangular(outer, x, upper=False, unitriangular=True)
-        x = torch.linalg.solve_triangular(inner, x.view(block, blocks, rows), upper=False, unitriangular=True)
-        return w.flattened(x.permute(2, 1, 0))
+        x = torch.linalg.solve_triangular(inner, x.view(block, count, rows), upper=False, unitriangular=True)
+        return blocks.flattened(x.permute(2, 1, 0))
 
     def row(self, place: int) -> Tensor:
         """Q[place, : place + 1], in float32 at least."""
@@ -116,8 +116,8 @@ class CausalMonarchConvolution(nn.Module):
         """u: [batch, channels, seqlen], k: [channels, at most seqlen]; returns like u."""
         with torch.autocast(u.device.type, enabled=False):
             v = self.q1(u.flatten(0, 1)).view(u.shape)
-            y = cast("Tensor", ops.fft_conv(v.to(u.dtype), self.filter(k, u.shape[2])))
-            return cast("Tensor", self.q0.solve(y.flatten(0, 1)).view(u.shape).to(u.dtype))
+            y = ops.fft_conv(v.to(u.dtype), self.filter(k, u.shape[2]))
+            return self.q0.solve(y.flatten(0, 1)).view(u.shape).to(u.dtype)
 
     def filter(self, k: Tensor, seqlen: int) -> Tensor:
         """Q2 k, [channels, seqlen]."""
@@ -186,9 +186,7 @@ class CausalMonarchMixer(MonarchMixerSequenceMixer):
         k, k2 = (None if f is None else f.taps(self.l_max)[0].to(wide) for f in (self.filter_fn, self.filter_fn2))
         assert k is not None
 
-        def history(known: Tensor | None) -> Tensor | None:
-            if known is None:
-                return None
+        def history(known: Tensor) -> Tensor:
             places = known.new_zeros(batch, hidden, self.l_max, dtype=wide)
             places[:, :, :length] = known.to(wide)
             return places

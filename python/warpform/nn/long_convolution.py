@@ -159,10 +159,7 @@ class ImplicitFilter(nn.Module):
 
     def forward(self, u: Tensor, pregate: Tensor | None = None, postgate: Tensor | None = None) -> Tensor:
         """postgate * (conv(pregate * u) + D * pregate * u); u, gates: [batch, hidden, seqlen], returns the same."""
-        return cast(
-            "Tensor",
-            ops.fft_conv(u, None, self.bias, pregate, postgate, spectrum=self.spectrum(u.shape[-1])),
-        )
+        return ops.fft_conv(u, None, self.bias, pregate, postgate, spectrum=self.spectrum(u.shape[-1]))
 
     def taps(self, seqlen: int) -> tuple[Tensor, Tensor | None]:
         """The filter to the left and to the right (None where there is none), [hidden, min(seqlen, l_max)] each.
@@ -212,7 +209,7 @@ class ImplicitFilter(nn.Module):
 
     def _spectrum(self, seqlen: int) -> Tensor:
         k, k_reverse = self.taps(seqlen)
-        return cast("Tensor", ops.fft_conv_spectrum(k, k_reverse, seqlen=seqlen))
+        return ops.fft_conv_spectrum(k, k_reverse, seqlen=seqlen)
 
     def train(self: Self, mode: bool = True) -> Self:
         self.forget()
@@ -230,7 +227,7 @@ class ImplicitFilter(nn.Module):
             moved = fn(x)
             if not moved.is_floating_point() or moved.dtype == torch.promote_types(moved.dtype, torch.float32):
                 return moved
-            return x.to(moved.device, torch.promote_types(x.dtype, torch.float32))
+            return x.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
 
         return super()._apply(widened, recurse)
 

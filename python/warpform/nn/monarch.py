@@ -83,7 +83,7 @@ class BlockdiagLinear(_BlockedLinear):
         self.reset_parameters()
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return cast("Tensor", ops.blockdiag_multiply(x, self.weight, bias))
+        return ops.blockdiag_multiply(x, self.weight, bias)
 
 
 class MonarchLinear(_BlockedLinear):
@@ -114,7 +114,7 @@ class MonarchLinear(_BlockedLinear):
         self.reset_parameters()
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        out = cast("Tensor", ops.monarch_multiply(x, self.blkdiag1, self.blkdiag2))
+        out = ops.monarch_multiply(x, self.blkdiag1, self.blkdiag2)
         return out if bias is None else out + bias.to(out.dtype)
 
     @classmethod

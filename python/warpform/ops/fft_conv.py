@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _library
@@ -57,9 +57,12 @@ _spectral_conv = register_op(
 def _points(seqlen: int) -> int:
     """Points of the transform: twice the power of two that holds seqlen, so that no filter wraps around.
 
-    In operations that tracing keeps as an expression, so that one graph serves every length.
+    Under tracing these are guards: a graph serves the lengths between two powers of two.
     """
-    return int(2 * 2 ** math.ceil(math.log2(torch.sym_max(seqlen, _SHORTEST))))
+    points = 2 * _SHORTEST
+    while points < 2 * seqlen:
+        points *= 2
+    return points
 
 
 def fft_conv_spectrum(k: Tensor, k_reverse: Tensor | None = None, *, seqlen: int) -> Tensor:
@@ -92,11 +95,12 @@ def fft_conv_spectrum(k: Tensor, k_reverse: Tensor | None = None, *, seqlen: int
 def _spectrum(k: Tensor, k_reverse: Tensor | None, seqlen: int) -> Tensor:
     points = _points(seqlen)
     dtype = reference.wide(k)
+    if k.size(0) == 0:  # which torch.fft does not take
+        return k.new_zeros((0, points // 2 + 1, 2), dtype=dtype)
     filters = k.to(dtype)
-    if k_reverse is not None:
-        # The last taps of the circle, nearest to its end first. Between them and k there are zeros: n >= 2 seqlen.
-        gap = points - k.size(1) - k_reverse.size(1)
-        filters = torch.cat((filters, filters.new_zeros(k.size(0), gap), k_reverse.to(dtype).flip(1)), 1)
+    if k_reverse is not None:  # from the end of the circle backwards
+        behind = F.pad(k_reverse.to(dtype).flip(1), (points - k_reverse.size(1), 0))
+        filters = F.pad(filters, (0, points - k.size(1))) + behind
     return torch.view_as_real(torch.fft.rfft(filters, points))
 
 
@@ -161,7 +165,8 @@ def fft_conv(
     y = postgate * (conv + skip * v)
 
     Without k_reverse it is causal. The transform is of the next power of two of twice the length, in float32 at least
-    but for 16-bit kernels, which round each of its stages to the dtype of u; a length need be no power of two.
+    but for 16-bit kernels, which round each of its stages to the dtype of u; a length need be no power of two. Traced
+    with taps, a graph serves the lengths up to the next power of two; with a spectrum, all that the spectrum serves.
 
     Args:
         u: [B, H, L], float16, bfloat16, float32 or float64.

@@ -71,8 +71,10 @@ def short_conv_gate(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tu
     _check.tensor(op, "x", x)
     _check.floating(op, "x", x)
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None and name == "bias":
-            continue
+        if tensor is None:
+            if name == "bias":
+                continue
+            raise TypeError(f"{op}: {name} must be a tensor, got None")
         _check.tensor(op, name, tensor)
         if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"{op}: {name} must be {_check.dtype_name(x.dtype)} as x is, got {_check.describe(tensor)}")

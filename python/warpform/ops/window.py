@@ -105,7 +105,8 @@ def window_attention(
             of length 0 is 0, and so is its gradient.
         qkv_bias: [3, heads, d], in qkv's dtype or float32: q, k and v at padded positions, which take part and are not
             masked, as in Swin, where padding comes before the product. None is 0. It is added nowhere else.
-        mask_value: added once to masked pairs. Swin V2 of transformers adds -100 twice: there it is -200.
+        mask_value: added once to masked pairs. Swin V2 of transformers adds -100 twice: there it is -200. It and
+            entries of the table may be -inf; a token whose scores all are has output 0 and no gradients.
 
     Returns:
         [B, (Z,) H, W, heads * d] like qkv. Gradients reach all four tensors, are the same bit by bit in each run, and

@@ -6,6 +6,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <numbers>
 
 #include "device/types.cuh"
 #include "simt/builtins.h"
@@ -122,5 +123,7 @@ inline float exp2_approx(float x) { return simt::flush(std::exp2(simt::flush(x))
 inline float log2_approx(float x) { return simt::flush(std::log2(simt::flush(x))); }
 inline float reciprocal_approx(float x) { return simt::flush(1.0f / simt::flush(x)); }
 inline float rsqrt_approx(float x) { return 1.0f / std::sqrt(x); }
+inline float sin_pi(float x) { return static_cast<float>(std::sin(std::numbers::pi * std::remainder(double{x}, 2.0))); }
+inline float cos_pi(float x) { return static_cast<float>(std::cos(std::numbers::pi * std::remainder(double{x}, 2.0))); }
 
 }  // namespace warpform

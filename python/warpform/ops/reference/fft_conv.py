@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Points that are transformed at one time on a CPU.
-_POINTS_AT_A_TIME = 1 << 17
+_POINTS_AT_A_TIME = 1 << 18
 
 
 def check_shapes(
@@ -123,12 +123,13 @@ def spectral_conv_backward(
         v, d = _gated(u, pregate, where), _gated(dout, postgate, where)
         scale = None if skip is None else skip[channels, None].to(v.dtype)
         transformed, gradient = torch.fft.rfft(v, points), torch.fft.rfft(d, points)
-        dfilters[channels] += (gradient * transformed.conj()).sum(0)
+        # conj() only marks a tensor, and torch 2.13 overlooks the mark in an op that a traced graph calls.
+        dfilters[channels] += (gradient * transformed.conj_physical()).sum(0)
         if postgate is not None:
             conv = torch.fft.irfft(transformed.mul_(filters[channels]), points)[..., :seqlen]
             conv = conv if scale is None else torch.addcmul(conv, v, scale)
             dpostgate[where] = conv.mul_(dout[where])
-        dv = torch.fft.irfft(gradient.mul_(filters[channels].conj()), points)[..., :seqlen]
+        dv = torch.fft.irfft(gradient.mul_(filters[channels].conj_physical()), points)[..., :seqlen]
         if scale is not None:
             dv = torch.addcmul(dv, d, scale)
             sums[channels] += (d * v).sum((0, 2))

@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Positions that are taken at one time on a CPU, so that what lies between stays in its cache.
+_POSITIONS_AT_A_TIME = 128
+
 
 def check_shapes(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """ValueError for what `warpform.ops.short_conv_gate` does not take."""
@@ -39,13 +42,18 @@ def short_conv_gate(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tu
     """gated and gate, [batch, D, seqlen], of x [batch, seqlen, 3 D], weight [3 D, K] and bias [3 D]."""
     check_shapes("short_conv_gate", x, weight, bias)
     dtype = _wide(x)
-    c = _convolve(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    first, second, value = c.chunk(3, 2)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     gated, gate = (
         torch.empty((x.size(0), x.size(2) // 3, x.size(1)), dtype=x.dtype, device=x.device) for _ in range(2)
     )
-    gated.copy_((value * first).mT)
-    gate.copy_(second.mT)
+    step = _POSITIONS_AT_A_TIME if x.device.type == "cpu" else max(1, x.size(1))
+    for begin in range(0, x.size(1), step):
+        before = max(0, begin - weight.size(1) + 1)  # whose own outputs lack taps, and are dropped
+        some = slice(begin, begin + step)
+        c = _convolve(x[:, before : begin + step].to(dtype).contiguous(), weight, bias)[:, begin - before :]
+        first, second, value = c.chunk(3, 2)
+        gated[:, :, some] = (value * first).mT
+        gate[:, :, some] = second.mT
     return gated, gate
 
 
@@ -63,7 +71,7 @@ def short_conv_gate_backward(
             expected = [x.size(0), x.size(2) // 3, x.size(1)]
             raise ValueError(f"{op}: {name} must be of shape {expected}, got {list(gradient.shape)}")
     dtype, taps = _wide(x), weight.size(1)
-    wide_x, wide_weight = x.to(dtype), weight.to(dtype)
+    wide_x, wide_weight = x.to(dtype).contiguous(), weight.to(dtype)
     c = _convolve(wide_x, wide_weight, None if bias is None else bias.to(dtype))
     first, second, value = c.chunk(3, 2)
     part = dgated.mT.to(dtype)

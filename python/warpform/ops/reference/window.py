@@ -7,7 +7,8 @@ The grid is padded at its end to whole windows, rolled by -shift and cut into wi
                 + mask_value where i and j come from different sides of a seam of the roll
     out[i] = sum_j softmax_j(score[i, j]) v[j]
 
-A position of the padding has qkv_bias for its q, k and v, or 0, and is not masked.
+A position of the padding has qkv_bias for its q, k and v, or 0, and is not masked. A row whose scores are all -inf, by
+the table or the mask, has output 0, log-sum-exp -inf and no gradients.
 
 Nothing is padded, rolled or cut: `_Windows` says which token stands where in which window, tokens are gathered by that
 and results scattered back. Windows which touch the same seams share one mask, so there are at most 2 ** axes
@@ -119,19 +120,30 @@ class _Scores:
         self.bias = None  # [heads, N, N]
         if table is not None:
             self.bias = table.to(self.dtype)[windows.relative].permute(2, 0, 1).contiguous()
+        # Whether a row may see no key. Elsewhere than on a CPU to know it would be to wait for the table.
+        self.may_hide = mask_value == -math.inf
+        if table is not None:
+            self.may_hide |= table.device.type != "cpu" or bool((table == -math.inf).any())
         self.factor = None  # [heads, 1, 1], cosine attention's
         self.scale = qkv.size(-1) ** -0.5 if scale is None else scale
         if logit_scale is not None:
             self.factor = logit_scale.to(self.dtype).clamp(max=MAX_LOGIT_SCALE).exp().view(-1, 1, 1)
             self.scale = 1.0
 
-    def added(self, group: _Group) -> Tensor | None:
-        """What is added to the scores of a group's windows, [1, heads or 1, N, N]."""
-        if group.parted is None:
-            return None if self.bias is None else self.bias.unsqueeze(0)
-        mask = torch.zeros(group.parted.shape, dtype=self.dtype, device=group.parted.device)
-        mask.masked_fill_(group.parted, self.mask_value)
-        return (mask.unsqueeze(0) if self.bias is None else self.bias + mask).unsqueeze(0)
+    def added(self, group: _Group) -> tuple[Tensor | None, Tensor | None]:
+        """What is added to the scores of a group's windows, [1, heads or 1, N, N], and rows that see no key [.., N, 1].
+
+        To those 0 is added here, which keeps NaN out; what comes of it is not to be used. None: nothing, and no rows.
+        """
+        added = None if self.bias is None else self.bias.unsqueeze(0)
+        if group.parted is not None:
+            mask = torch.zeros(group.parted.shape, dtype=self.dtype, device=group.parted.device)
+            mask.masked_fill_(group.parted, self.mask_value)
+            added = mask.expand(1, 1, -1, -1) if added is None else added + mask
+        if added is None or not self.may_hide:
+            return added, None
+        hidden = (added == -math.inf).all(-1, keepdim=True)
+        return added.masked_fill(hidden, 0), hidden
 
 
 def _direction(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,7 +257,11 @@ def window_attention(
     for group, images, numbers in _blocks(windows, batch, heads * n * n):
         tokens = windows.tokens[numbers]
         q, k, v = _heads(_gather(rows[images], tokens, padding), 3)  # each [b * n, heads, N, d]
-        part, part_lse = _attend(q, k, v, scores, scores.added(group))
+        added, hidden = scores.added(group)
+        part, part_lse = _attend(q, k, v, scores, added)
+        if hidden is not None:
+            part = part.masked_fill(hidden, 0)
+            part_lse = part_lse.masked_fill(hidden.squeeze(-1), -math.inf) if n > LSE_ABOVE else part_lse
         _scatter(out_rows[images], tokens, part.transpose(1, 2).reshape(-1, *tokens.shape, heads * d))
         if n > LSE_ABOVE:
             lse[images, numbers] = part_lse.view(-1, len(numbers), heads, n)
@@ -320,7 +336,10 @@ def window_attention_backward(
             tokens = windows.tokens[numbers]
             q, k, v = _heads(_gather(rows[images], tokens, padding).to(wide), 3)
             (part_dout,) = _heads(_gather(dout_rows[images], tokens, None).to(wide), 1)
-            gradients, dscore, part_dfactor = _attend_backward(part_dout, q, k, v, scores, scores.added(group))
+            added, hidden = scores.added(group)
+            if hidden is not None:
+                part_dout = part_dout.masked_fill(hidden, 0)
+            gradients, dscore, part_dfactor = _attend_backward(part_dout, q, k, v, scores, added)
             dwindows = torch.empty((len(q), n, 3, heads, d), dtype=wide, device=qkv.device)
             for target, gradient in zip(dwindows.permute(2, 0, 3, 1, 4).unbind(0), gradients, strict=True):
                 target.copy_(gradient)

@@ -1,0 +1,54 @@
+// Launch functions of the short convolution in front of a long one: pointers into device memory, sizes, and an opaque
+// stream. They launch and return; a launch that fails throws std::runtime_error.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "kernels/dtype.h"
+
+namespace warpform {
+
+// Convolutions of more taps have no kernel.
+constexpr int64_t kShortConvMaxTaps = 4;
+
+// c[b, ch, t] = bias[ch] + sum over j of weight[ch, j] x[b, t - (taps - 1) + j, ch], zeros before t = 0;
+// gated = c[:, 2D:3D] c[:, 0:D], gate = c[:, D:2D]. All are of `dtype`.
+struct ShortConvParams {
+  const void* x;       // [batch, seqlen, 3, channels]
+  const void* weight;  // [3 channels, taps]
+  const void* bias;    // [3 channels] or null
+  void* gated;         // [batch, channels, seqlen]
+  void* gate;          // [batch, channels, seqlen]
+  int64_t batch;
+  int64_t seqlen;
+  int64_t channels;
+  int taps;  // 1 to kShortConvMaxTaps
+  DType dtype;
+};
+void launch_short_conv_gate(const ShortConvParams& params, void* stream);
+
+struct ShortConvBackwardParams {
+  const void* dgated;  // [batch, channels, seqlen]
+  const void* dgate;   // [batch, channels, seqlen]
+  const void* x;       // [batch, seqlen, 3, channels]
+  const void* weight;  // [3 channels, taps]
+  const void* bias;    // [3 channels] or null
+  void* dx;            // [batch, seqlen, 3, channels]
+  void* dweight;       // [3 channels, taps]
+  void* dbias;         // [3 channels]; not written without a bias
+  float* partials;     // [groups, 3 channels, taps] and behind them, with a bias, [groups, 3 channels]: scratch
+  int64_t groups;      // what short_conv_gate_backward_groups says; the current device decides it
+  int64_t batch;
+  int64_t seqlen;
+  int64_t channels;
+  int taps;
+  DType dtype;
+};
+int64_t short_conv_gate_backward_groups(const ShortConvBackwardParams& params);
+void launch_short_conv_gate_backward(const ShortConvBackwardParams& params, void* stream);
+
+// Supported configurations, JSON objects separated by commas.
+std::string short_conv_kernel_table();
+
+}  // namespace warpform

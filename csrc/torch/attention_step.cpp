@@ -1,0 +1,285 @@
+// Bindings of a step of attention: checks, allocation, launch.
+#include <cmath>
+#include <optional>
+
+#include "heads.h"
+
+#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
+namespace warpform {
+namespace {
+
+// The arguments that forward and backward share, in the schema's order.
+struct Arguments {
+  Tensor q, k, v;
+  std::optional<double> softmax_scale;
+  bool causal;
+  int64_t window_left, window_right;
+  int64_t q_offset, k_offset, q_stride, k_stride;
+  std::optional<Tensor> cu_seqlens_q, cu_seqlens_k;
+
+  bool varlen() const { return cu_seqlens_q.has_value(); }
+  int64_t batch() const { return varlen() ? cu_seqlens_q->size(0) - 1 : q.size(0); }
+  // Rows that one sequence may have.
+  int64_t rows(const Tensor& t) const { return t.size(varlen() ? 0 : 1); }
+  int64_t tokens(const Tensor& t) const { return varlen() ? t.size(0) : t.size(0) * t.size(1); }
+  int64_t heads(const Tensor& t) const { return t.size(t.dim() - 2); }
+  int64_t head_dim() const { return q.size(q.dim() - 1); }
+  // Of lse and delta: [heads, total], dense [batch, heads, length].
+  std::vector<int64_t> row_sizes() const {
+    if (varlen()) return {q.size(1), q.size(0)};
+    return {q.size(0), q.size(2), q.size(1)};
+  }
+};
+
+bool same_sizes(const Tensor& t, const Tensor& as) { return sizes_of(t) == sizes_of(as); }
+
+void check_arguments(const char* op, const Arguments& a) {
+  check(a.cu_seqlens_q.has_value() == a.cu_seqlens_k.has_value(), op,
+        ": cu_seqlens_q and cu_seqlens_k must both be given, or neither");
+  const int64_t dim = a.varlen() ? 3 : 4;
+  const char* shape = a.varlen() ? "[total, heads, head_dim]" : "[batch, length, heads, head_dim]";
+  check(a.q.dim() == dim, op, ": q must be of shape ", shape, ", got ", Got{a.q});
+  check(a.k.dim() == dim && a.k.size(dim - 1) == a.q.size(dim - 1) && a.k.scalar_type() == a.q.scalar_type() &&
+            (a.varlen() || a.k.size(0) == a.q.size(0)),
+        op, ": k must be of shape ", shape, " with q's batch, head_dim and dtype, got ", Got{a.k}, " for q ", Got{a.q});
+  check(same_sizes(a.v, a.k) && a.v.scalar_type() == a.k.scalar_type(), op, ": v must have the shape and dtype of k, ",
+        Got{a.k}, ", got ", Got{a.v});
+  check(a.heads(a.q) == 0 || (a.heads(a.k) > 0 && a.heads(a.q) % a.heads(a.k) == 0), op,
+        ": the heads of q must be a multiple of those of k and v, got ", a.heads(a.q), " and ", a.heads(a.k));
+  check_same_device(op, "k", a.k, a.q);
+  check_same_device(op, "v", a.v, a.q);
+  if (a.varlen()) {
+    check_offsets(op, "cu_seqlens_q", *a.cu_seqlens_q, a.q);
+    check_offsets(op, "cu_seqlens_k", *a.cu_seqlens_k, a.q);
+    check(a.cu_seqlens_q->size(0) == a.cu_seqlens_k->size(0), op,
+          ": cu_seqlens_q and cu_seqlens_k must have the same length, got ", a.cu_seqlens_q->size(0), " and ",
+          a.cu_seqlens_k->size(0));
+  }
+  check(a.window_left >= -1 && a.window_right >= -1, op, ": window_size must be at least -1 on both sides, got (",
+        a.window_left, ", ", a.window_right, ")");
+  check(a.q_stride >= 1 && a.k_stride >= 1, op, ": q_stride and k_stride must be at least 1, got ", a.q_stride, " and ",
+        a.k_stride);
+  constexpr int64_t kFarthest = int64_t{1} << 62;
+  for (const int64_t offset : {a.q_offset, a.k_offset}) {
+    check(offset > -kFarthest && offset < kFarthest, op, ": offsets must be within 2^62, got ", offset);
+  }
+}
+
+// What is carried: of float32, whatever its strides.
+void check_state(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
+                 const Tensor& as) {
+  check(sizes_of(t) == sizes && t.scalar_type() == ScalarType::Float, op, ": ", name,
+        " must be float32 of the shape that belongs to q ", Got{as}, ", got ", Got{t});
+  check_same_device(op, name, t, as);
+}
+
+bool steps_too_far(int64_t rows, int64_t stride) { return rows > 1 && stride > kMaxStepSpan / (rows - 1); }
+
+// Why no kernel serves the call, or null.
+const char* no_kernel(const Arguments& a, bool backward) {
+  const char* reason =
+      no_attention_kernel(a.q.scalar_type(), a.tokens(a.q), a.tokens(a.k), a.heads(a.q), a.softmax_scale);
+  if (reason != nullptr) return reason;
+  if (a.batch() > kMaxTokens) return "more than 2^30 sequences";
+  if (steps_too_far(a.rows(a.q), a.q_stride) || steps_too_far(a.rows(a.k), a.k_stride)) {
+    return "positions of one block more than 2^29 apart";
+  }
+  return attention_step_unsupported(static_cast<int>(std::min<int64_t>(a.head_dim(), INT32_MAX)), backward);
+}
+
+// ---- tensors as the kernels take them ----
+
+// The stride of a dimension of one element means nothing and may be odd; no address is made of it.
+int64_t stride_of(const Tensor& t, int64_t dim) { return t.size(dim) > 1 ? t.stride(dim) : 0; }
+
+// Of rows and heads, which stand before the last dimension.
+int64_t row_stride(const Tensor& t) { return stride_of(t, t.dim() - 3); }
+int64_t head_stride(const Tensor& t) { return stride_of(t, t.dim() - 2); }
+int64_t gap(const Tensor& t) { return t.dim() == 4 ? stride_of(t, 0) - t.size(1) * row_stride(t) : 0; }
+
+bool aligned_to(const Tensor& t, int64_t alignment) {
+  const auto bytes = static_cast<int64_t>(t.element_size());
+  const int64_t last = t.dim() - 1;
+  if (t.size(last) > 1 && t.stride(last) != 1) return false;
+  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % alignment != 0) return false;
+  for (int64_t dim = 0; dim < last; ++dim) {
+    if (stride_of(t, dim) * bytes % alignment != 0) return false;
+  }
+  return true;
+}
+
+void check_operand(const char* op, const char* name, const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  check(t.size(last) <= 1 || t.stride(last) == 1, op, ": ", name,
+        " must be contiguous in its last dimension; call .contiguous()");
+  check(aligned_to(t, 16), op, ": ", name,
+        " must be 16-byte aligned, its rows and heads too, got a slice that is not; call .clone()");
+}
+
+Tensor made_readable(const Tensor& t, int64_t alignment) {
+  if (aligned_to(t, alignment)) return t;
+  return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
+}
+std::optional<Tensor> readable_state(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(made_readable(*t, 8)) : std::nullopt;
+}
+
+HeadsView heads_view(const Launch& launch, const Tensor& t) { return {launch.in(t), row_stride(t), head_stride(t)}; }
+StateView state_view(const Launch& launch, const std::optional<Tensor>& t) {
+  if (!t) return {nullptr, 0, 0, 0};
+  return {launch.in<float>(*t), row_stride(*t), head_stride(*t), gap(*t)};
+}
+
+AttentionProblem problem(const Launch& launch, const Arguments& a) {
+  const auto head_dim = static_cast<int>(a.head_dim());
+  return {.q = heads_view(launch, a.q),
+          .k = heads_view(launch, a.k),
+          .v = heads_view(launch, a.v),
+          .cu_seqlens_q = a.varlen() ? launch.in<int32_t>(*a.cu_seqlens_q) : nullptr,
+          .cu_seqlens_k = a.varlen() ? launch.in<int32_t>(*a.cu_seqlens_k) : nullptr,
+          .batch = static_cast<int>(a.batch()),
+          .total_q = static_cast<int>(a.tokens(a.q)),
+          .total_k = static_cast<int>(a.tokens(a.k)),
+          .max_seqlen_q = static_cast<int>(a.rows(a.q)),
+          .max_seqlen_k = static_cast<int>(a.rows(a.k)),
+          .heads_q = static_cast<int>(a.heads(a.q)),
+          .heads_kv = static_cast<int>(a.heads(a.k)),
+          .head_dim = head_dim,
+          .bfloat16 = a.q.scalar_type() == ScalarType::BFloat16,
+          .softmax_scale =
+              a.softmax_scale ? static_cast<float>(*a.softmax_scale) : 1.f / std::sqrt(static_cast<float>(head_dim)),
+          .window_left = -1,
+          .window_right = a.causal || a.window_right >= 0 ? 0 : -1,
+          .softcap = 0.f,
+          .softcap_exponent = 0.f,
+          .alibi_slopes = nullptr,
+          .alibi_batch_stride = 0};
+}
+
+StepLayout layout(const Arguments& a, const Tensor* dout) {
+  const auto by_length = [&](const Tensor& t) { return divisor_of(a.varlen() ? 0 : static_cast<int>(a.rows(t))); };
+  return {.positions = step_positions(a.q_offset, a.k_offset, a.q_stride, a.k_stride, a.window_left,
+                                      a.causal ? 0 : a.window_right, a.rows(a.q), a.rows(a.k)),
+          .by_q_length = by_length(a.q),
+          .by_k_length = by_length(a.k),
+          .q_gap = gap(a.q),
+          .k_gap = gap(a.k),
+          .v_gap = gap(a.v),
+          .dout_gap = dout != nullptr ? gap(*dout) : 0,
+          .head_rows = a.rows(a.q),
+          .sequence_rows = a.varlen() ? 0 : (a.heads(a.q) - 1) * a.rows(a.q)};
+}
+
+// ---- ops ----
+
+using ForwardResult = std::tuple<Tensor, Tensor>;
+
+ForwardResult attention_step(Tensor q, Tensor k, Tensor v, std::optional<Tensor> out, std::optional<Tensor> lse,
+                             std::optional<double> softmax_scale, bool causal, int64_t window_left,
+                             int64_t window_right, int64_t q_offset, int64_t k_offset, int64_t q_stride,
+                             int64_t k_stride, std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k) {
+  constexpr const char* kOp = "attention_step";
+  const Arguments a{q,        k,        v,        softmax_scale, causal,       window_left, window_right,
+                    q_offset, k_offset, q_stride, k_stride,      cu_seqlens_q, cu_seqlens_k};
+  check_arguments(kOp, a);
+  check(out.has_value() == lse.has_value(), kOp, ": out and lse must both be given, or neither");
+  const Launch launch(kOp, q);  // what a kernel needs is asked of the tensors' own GPU
+  const char* reason = reference_requested() ? kReferenceRequested : no_kernel(a, /*backward=*/false);
+  if (reason != nullptr) {
+    return call_reference<Tensor, Tensor>(kOp, reason, q, k, v, out, lse, softmax_scale, causal, window_left,
+                                          window_right, q_offset, k_offset, q_stride, k_stride, cu_seqlens_q,
+                                          cu_seqlens_k);
+  }
+  check_operand(kOp, "q", q);
+  check_operand(kOp, "k", k);
+  check_operand(kOp, "v", v);
+  if (out) {
+    check_state(kOp, "out", *out, sizes_of(q), q);
+    check_state(kOp, "lse", *lse, a.row_sizes(), q);
+    out = readable_state(out);
+    lse = torch::stable::contiguous(*lse);
+  }
+  ForwardResult result{empty(kOp, sizes_of(q), ScalarType::Float, q), empty(kOp, a.row_sizes(), ScalarType::Float, q)};
+  launch_attention_step({.problem = problem(launch, a),
+                         .step = layout(a, nullptr),
+                         .out_before = state_view(launch, out),
+                         .lse_before = lse ? launch.in<float>(*lse) : nullptr,
+                         .out = launch.out<float>(std::get<0>(result)),
+                         .lse = launch.out<float>(std::get<1>(result))},
+                        launch.stream());
+  return result;
+}
+
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor>;
+
+BackwardResult attention_step_backward(Tensor dout, Tensor delta, Tensor q, Tensor k, Tensor v, Tensor lse,
+                                       std::optional<Tensor> dq, std::optional<Tensor> dk, std::optional<Tensor> dv,
+                                       std::optional<double> softmax_scale, bool causal, int64_t window_left,
+                                       int64_t window_right, int64_t q_offset, int64_t k_offset, int64_t q_stride,
+                                       int64_t k_stride, std::optional<Tensor> cu_seqlens_q,
+                                       std::optional<Tensor> cu_seqlens_k, bool deterministic) {
+  constexpr const char* kOp = "attention_step_backward";
+  const Arguments a{q,        k,        v,        softmax_scale, causal,       window_left, window_right,
+                    q_offset, k_offset, q_stride, k_stride,      cu_seqlens_q, cu_seqlens_k};
+  check_arguments(kOp, a);
+  check(same_sizes(dout, q) && dout.scalar_type() == q.scalar_type(), kOp,
+        ": dout must have the shape and dtype of q, ", Got{q}, ", got ", Got{dout});
+  check_same_device(kOp, "dout", dout, q);
+  const Launch launch(kOp, q);  // what a kernel needs is asked of the tensors' own GPU
+  const char* reason = reference_requested() ? kReferenceRequested : no_kernel(a, /*backward=*/true);
+  if (reason != nullptr) {
+    return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dout, delta, q, k, v, lse, dq, dk, dv, softmax_scale,
+                                                  causal, window_left, window_right, q_offset, k_offset, q_stride,
+                                                  k_stride, cu_seqlens_q, cu_seqlens_k, deterministic);
+  }
+  check_operand(kOp, "q", q);
+  check_operand(kOp, "k", k);
+  check_operand(kOp, "v", v);
+  check_state(kOp, "delta", delta, a.row_sizes(), q);
+  check_state(kOp, "lse", lse, a.row_sizes(), q);
+  if (dq) check_state(kOp, "dq", *dq, sizes_of(q), q);
+  if (dk) check_state(kOp, "dk", *dk, sizes_of(k), q);
+  if (dv) check_state(kOp, "dv", *dv, sizes_of(v), q);
+  dout = made_readable(dout, 16);
+  delta = torch::stable::contiguous(delta);
+  lse = torch::stable::contiguous(lse);
+  dk = readable_state(dk);
+  dv = readable_state(dv);
+  BackwardResult result{empty(kOp, sizes_of(q), ScalarType::Float, q), empty(kOp, sizes_of(k), ScalarType::Float, q),
+                        empty(kOp, sizes_of(v), ScalarType::Float, q)};
+  if (deterministic) {
+    dq = readable_state(dq);
+  } else {
+    // The atomics add to what is there.
+    if (dq) {
+      torch::stable::copy_(std::get<0>(result), *dq);
+    } else {
+      torch::stable::zero_(std::get<0>(result));
+    }
+    dq = std::nullopt;
+  }
+  launch_attention_step_backward({.problem = problem(launch, a),
+                                  .step = layout(a, &dout),
+                                  .dout = heads_view(launch, dout),
+                                  .lse = launch.in<float>(lse),
+                                  .delta = launch.in<float>(delta),
+                                  .dq_before = state_view(launch, dq),
+                                  .dk_before = state_view(launch, dk),
+                                  .dv_before = state_view(launch, dv),
+                                  .dq_accumulator = launch.out<float>(std::get<0>(result)),
+                                  .dk = launch.out<float>(std::get<1>(result)),
+                                  .dv = launch.out<float>(std::get<2>(result)),
+                                  .dq_mode = deterministic ? DqMode::kSeparate : DqMode::kAccumulate},
+                                 launch.stream());
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
+  m.impl("attention_step", TORCH_BOX(&attention_step));
+  m.impl("attention_step_backward", TORCH_BOX(&attention_step_backward));
+}
+
+}  // namespace warpform
+#endif

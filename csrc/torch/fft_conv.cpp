@@ -1,0 +1,242 @@
+// Bindings of the long convolution: checks, allocation, launch.
+#include "kernels/fft_conv/launch.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+
+#include "tensor.h"
+
+#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
+namespace warpform {
+namespace {
+
+// The arguments that forward and backward share, in the schema's order.
+struct Arguments {
+  Tensor u, spectrum;
+  std::optional<Tensor> skip, pregate, postgate;
+};
+
+std::vector<int64_t> sizes_of(const Tensor& t) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
+  return sizes;
+}
+
+void check_as_u(const char* op, const char* name, const Tensor& t, const Tensor& u) {
+  check(sizes_of(t) == sizes_of(u) && is_float(t.scalar_type()), op, ": ", name,
+        " must be floating-point and have the shape of u, ", Got{u}, ", got ", Got{t});
+  check_same_device(op, name, t, u);
+}
+
+void check_arguments(const char* op, const Arguments& a) {
+  check(a.u.dim() == 3 && is_float(a.u.scalar_type()), op,
+        ": u must be floating-point of shape [batch, channels, seqlen], got ", Got{a.u});
+  const int64_t channels = a.u.size(1), length = a.u.size(2);
+  const ScalarType wide = a.u.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check(a.spectrum.dim() == 3 && a.spectrum.size(0) == channels && a.spectrum.size(1) >= 2 && a.spectrum.size(2) == 2 &&
+            a.spectrum.scalar_type() == wide,
+        op, ": spectrum must be ", dtype_name(wide), " of shape [", channels, ", n / 2 + 1, 2], got ", Got{a.spectrum});
+  check(2 * (a.spectrum.size(1) - 1) >= length, op, ": spectrum must be of at least the ", length,
+        " points that u has, got ", 2 * (a.spectrum.size(1) - 1));
+  check_same_device(op, "spectrum", a.spectrum, a.u);
+  if (a.skip) {
+    check(a.skip->dim() == 1 && a.skip->size(0) == channels && is_float(a.skip->scalar_type()), op,
+          ": skip must be floating-point of shape [", channels, "], got ", Got{*a.skip});
+    check_same_device(op, "skip", *a.skip, a.u);
+  }
+  if (a.pregate) check_as_u(op, "pregate", *a.pregate, a.u);
+  if (a.postgate) check_as_u(op, "postgate", *a.postgate, a.u);
+}
+
+// Why no kernel serves the call, or null.
+const char* no_kernel(const Arguments& a) {
+  const ScalarType dtype = a.u.scalar_type();
+  if (reference_requested()) return kReferenceRequested;
+  if (dtype != ScalarType::Half && dtype != ScalarType::BFloat16) return "the kernels take float16 and bfloat16";
+  for (const auto& gate : {a.pregate, a.postgate}) {
+    if (gate && gate->scalar_type() != dtype) return "a gate is not of u's dtype";
+  }
+  if (a.skip && a.skip->scalar_type() != dtype && a.skip->scalar_type() != ScalarType::Float) {
+    return "skip is neither of u's dtype nor float32";
+  }
+  if (const char* reason = fft_conv_unsupported(a.u.size(2), a.u.size(0), a.u.size(1))) return reason;
+  if (a.spectrum.size(1) != fft_conv_points(static_cast<int>(a.u.size(2))) + 1) {
+    return "the spectrum is not of twice the points that the kernels pad sequences to, a power of two from 256 on";
+  }
+  return nullptr;
+}
+
+// Kernels read contiguous sequences, 16 bytes at a time; what is not so is copied.
+Tensor readable(const Tensor& t) {
+  if (!t.is_contiguous()) return torch::stable::contiguous(t);
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : torch::stable::clone(t);
+}
+std::optional<Tensor> readable(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(readable(*t)) : std::nullopt;
+}
+void make_readable(Arguments& a) {
+  a.u = readable(a.u);
+  a.spectrum = readable(a.spectrum);
+  a.skip = readable(a.skip);
+  a.pregate = readable(a.pregate);
+  a.postgate = readable(a.postgate);
+}
+
+const void* in_or_null(const Launch& launch, const std::optional<Tensor>& t) { return t ? launch.in(*t) : nullptr; }
+
+FftConvProblem problem(const Arguments& a) {
+  FftConvProblem p{.bfloat16 = a.u.scalar_type() == ScalarType::BFloat16,
+                   .batch = static_cast<int>(a.u.size(0)),
+                   .channels = static_cast<int>(a.u.size(1)),
+                   .length = static_cast<int>(a.u.size(2)),
+                   .points = fft_conv_points(static_cast<int>(a.u.size(2))),
+                   .shares = 0};
+  p.shares = a.u.numel() > 0 ? fft_conv_shares(p) : 0;
+  return p;
+}
+
+Tensor workspace(const char* op, int64_t elements, ScalarType dtype, const Tensor& like) {
+  return empty(op, {elements}, dtype, like);
+}
+
+// What the convolutions of one call share: the spectrum as the kernels read it.
+struct Prepared {
+  FftConvProblem problem;
+  Tensor bins, factors, tables, half_sums;
+
+  Prepared(const char* op, const Launch& launch, const Arguments& a)
+      : problem(warpform::problem(a)),
+        bins(workspace(op, int64_t{2} * problem.points * problem.channels, ScalarType::Int, a.u)),
+        factors(workspace(op, problem.channels, ScalarType::Float, a.u)),
+        tables(workspace(op, fft_plan(problem.points).table_bytes, ScalarType::Byte, a.u)),
+        half_sums(workspace(op, fft_conv_half_sum_bytes(problem), ScalarType::Byte, a.u)) {
+    launch_fft_conv_spectrum({.spectrum = launch.in<float>(a.spectrum),
+                              .bins = launch.out<uint32_t>(bins),
+                              .factors = launch.out<float>(factors),
+                              .tables = launch.out(tables),
+                              .channels = problem.channels,
+                              .points = problem.points},
+                             launch.stream());
+  }
+
+  FftConvParams params(const Launch& launch, const Arguments& a) const {
+    FftConvParams p{};
+    p.problem = problem;
+    p.skip = in_or_null(launch, a.skip);
+    p.skip_is_float = a.skip && a.skip->scalar_type() == ScalarType::Float;
+    p.bins = launch.in<uint32_t>(bins);
+    p.factors = launch.in<float>(factors);
+    p.tables = launch.in(tables);
+    p.half_sums = launch.out(half_sums);
+    return p;
+  }
+};
+
+Tensor spectral_conv(Tensor u, Tensor spectrum, std::optional<Tensor> skip, std::optional<Tensor> pregate,
+                     std::optional<Tensor> postgate) {
+  constexpr const char* kOp = "spectral_conv";
+  Arguments a{u, spectrum, skip, pregate, postgate};
+  check_arguments(kOp, a);
+  const Launch launch(kOp, u);  // what a kernel needs is asked of the tensors' own GPU
+  if (const char* reason = no_kernel(a)) {
+    return std::get<0>(call_reference<Tensor>(kOp, reason, u, spectrum, skip, pregate, postgate));
+  }
+  const Tensor out = empty(kOp, sizes_of(u), u.scalar_type(), u);
+  if (u.numel() == 0) return out;
+  make_readable(a);
+  const Prepared prepared(kOp, launch, a);
+  FftConvParams params = prepared.params(launch, a);
+  params.u = launch.in(a.u);
+  params.gate = in_or_null(launch, a.pregate);
+  params.out_gate = in_or_null(launch, a.postgate);
+  params.out = launch.out(out);
+  launch_fft_conv(kOp, params, launch.stream());
+  return out;
+}
+
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+BackwardResult spectral_conv_backward(Tensor dout, Tensor u, Tensor spectrum, std::optional<Tensor> skip,
+                                      std::optional<Tensor> pregate, std::optional<Tensor> postgate) {
+  constexpr const char* kOp = "spectral_conv_backward";
+  Arguments a{u, spectrum, skip, pregate, postgate};
+  check_arguments(kOp, a);
+  check_as_u(kOp, "dout", dout, u);
+  check(dout.scalar_type() == u.scalar_type(), kOp, ": dout must have the dtype of u, ", dtype_name(u.scalar_type()),
+        ", got ", dtype_name(dout.scalar_type()));
+  const Launch launch(kOp, u);
+  if (const char* reason = no_kernel(a)) {
+    return call_reference<Tensor, Tensor, Tensor, Tensor, Tensor>(kOp, reason, dout, u, spectrum, skip, pregate,
+                                                                  postgate);
+  }
+  const auto like = [&](const std::optional<Tensor>& t) {
+    return t ? empty(kOp, sizes_of(*t), t->scalar_type(), *t) : empty(kOp, {0}, u.scalar_type(), u);
+  };
+  BackwardResult result{like(u), like(spectrum), like(skip), like(pregate), like(postgate)};
+  const auto& [du, dspectrum, dskip, dpregate, dpostgate] = result;
+  if (u.numel() == 0) {
+    // Sums over nothing.
+    for (const Tensor& t : {dspectrum, dskip}) {
+      if (t.numel() > 0) torch::stable::zero_(const_cast<Tensor&>(t));
+    }
+    return result;
+  }
+  make_readable(a);
+  dout = readable(dout);
+  const Prepared prepared(kOp, launch, a);
+  const FftConvProblem& p = prepared.problem;
+  const int64_t ctas = int64_t{p.shares} * p.channels;
+
+  // dv = correlation of d, + skip d; du and dpregate are dv times the other.
+  const Tensor dot = workspace(kOp, a.skip ? ctas : 0, ScalarType::Float, u);
+  FftConvParams correlation = prepared.params(launch, a);
+  correlation.u = launch.in(dout);
+  correlation.gate = in_or_null(launch, a.postgate);
+  correlation.correlate = true;
+  correlation.out_gate = in_or_null(launch, a.pregate);
+  correlation.out = launch.out(du);
+  if (a.pregate || a.skip) correlation.second_gate = launch.in(a.u);
+  if (a.pregate) correlation.second_out = launch.out(dpregate);
+  if (a.skip) correlation.dot = launch.out<float>(dot);
+  launch_fft_conv(kOp, correlation, launch.stream());
+  if (a.skip) {
+    const DType dtype = correlation.skip_is_float ? DType::kFloat32 : p.bfloat16 ? DType::kBFloat16 : DType::kFloat16;
+    launch_fft_conv_dot_sum(kOp, p, correlation.dot, launch.out(dskip), dtype, launch.stream());
+  }
+
+  // dpostgate = dout (conv(v) + skip v): the forward with another gate.
+  if (a.postgate) {
+    FftConvParams convolution = prepared.params(launch, a);
+    convolution.u = launch.in(a.u);
+    convolution.gate = in_or_null(launch, a.pregate);
+    convolution.out_gate = launch.in(dout);
+    convolution.out = launch.out(dpostgate);
+    launch_fft_conv(kOp, convolution, launch.stream());
+  }
+
+  const Tensor transforms = workspace(kOp, ctas * fft_plan(p.points).slots * 2 * p.points, ScalarType::Int, u);
+  const Tensor products = workspace(kOp, ctas * 4 * p.points, ScalarType::Float, u);
+  launch_fft_conv_gradient(kOp,
+                           {.problem = p,
+                            .u = launch.in(a.u),
+                            .gate = in_or_null(launch, a.pregate),
+                            .dout = launch.in(dout),
+                            .dout_gate = in_or_null(launch, a.postgate),
+                            .tables = launch.in(prepared.tables),
+                            .transforms = launch.out<uint32_t>(transforms),
+                            .products = launch.out<float>(products),
+                            .dspectrum = launch.out<float>(dspectrum)},
+                           launch.stream());
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
+  m.impl("spectral_conv", TORCH_BOX(&spectral_conv));
+  m.impl("spectral_conv_backward", TORCH_BOX(&spectral_conv_backward));
+}
+
+}  // namespace warpform
+#endif

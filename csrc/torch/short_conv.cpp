@@ -1,0 +1,137 @@
+// Bindings of the short convolution in front of a long one: checks, allocation, launch.
+#include "kernels/short_conv/launch.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+
+#include "tensor.h"
+
+#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
+namespace warpform {
+namespace {
+
+void check_arguments(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check(x.dim() == 3 && x.size(2) % 3 == 0 && is_float(x.scalar_type()), op,
+        ": x must be floating-point of shape [batch, seqlen, 3 * channels], got ", Got{x});
+  const int64_t rows = x.size(2);
+  const char* dtype = dtype_name(x.scalar_type());
+  check(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) >= 1 && weight.scalar_type() == x.scalar_type(),
+        op, ": weight must be ", dtype, " of shape [", rows, ", taps], got ", Got{weight});
+  check_same_device(op, "weight", weight, x);
+  if (!bias) return;
+  check(bias->dim() == 1 && bias->size(0) == rows && bias->scalar_type() == x.scalar_type(), op, ": bias must be ",
+        dtype, " of shape [", rows, "], got ", Got{*bias});
+  check_same_device(op, "bias", *bias, x);
+}
+
+// Of a dtype that has kernels.
+DType element_type(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: return DType::kFloat32;
+  }
+}
+
+// Why no kernel takes the arguments, or nothing.
+std::string unsupported(const Tensor& x, const Tensor& weight) {
+  if (reference_requested()) return kReferenceRequested;
+  if (x.scalar_type() == ScalarType::Double) return "float64";
+  if (weight.size(1) > kShortConvMaxTaps) {
+    return std::to_string(weight.size(1)) + " taps; the kernels take up to " + std::to_string(kShortConvMaxTaps);
+  }
+  return "";
+}
+
+std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
+const void* in_or_null(const Launch& launch, const std::optional<Tensor>& t) { return t ? launch.in(*t) : nullptr; }
+
+std::tuple<Tensor, Tensor> short_conv_gate(Tensor x, Tensor weight, std::optional<Tensor> bias) {
+  constexpr const char* kOp = "short_conv_gate";
+  check_arguments(kOp, x, weight, bias);
+  if (const std::string reason = unsupported(x, weight); !reason.empty()) {
+    return call_reference<Tensor, Tensor>(kOp, reason, x, weight, bias);
+  }
+  // Rows lie end to end in the kernels; what comes otherwise is copied.
+  x = torch::stable::contiguous(x);
+  weight = torch::stable::contiguous(weight);
+  bias = contiguous(bias);
+  const int64_t batch = x.size(0), seqlen = x.size(1), channels = x.size(2) / 3;
+  Tensor gated = empty(kOp, {batch, channels, seqlen}, x.scalar_type(), x);
+  Tensor gate = empty(kOp, {batch, channels, seqlen}, x.scalar_type(), x);
+  const Launch launch(kOp, x);
+  launch_short_conv_gate({.x = launch.in(x),
+                          .weight = launch.in(weight),
+                          .bias = in_or_null(launch, bias),
+                          .gated = launch.out(gated),
+                          .gate = launch.out(gate),
+                          .batch = batch,
+                          .seqlen = seqlen,
+                          .channels = channels,
+                          .taps = static_cast<int>(weight.size(1)),
+                          .dtype = element_type(x)},
+                         launch.stream());
+  return {gated, gate};
+}
+
+std::tuple<Tensor, Tensor, Tensor> short_conv_gate_backward(Tensor dgated, Tensor dgate, Tensor x, Tensor weight,
+                                                            std::optional<Tensor> bias) {
+  constexpr const char* kOp = "short_conv_gate_backward";
+  check_arguments(kOp, x, weight, bias);
+  const int64_t batch = x.size(0), seqlen = x.size(1), channels = x.size(2) / 3;
+  const auto check_gradient = [&](const char* name, const Tensor& t) {
+    check(t.scalar_type() == x.scalar_type() && sizes_of(t) == std::vector<int64_t>{batch, channels, seqlen}, kOp, ": ",
+          name, " must be ", dtype_name(x.scalar_type()), " of shape [", batch, ", ", channels, ", ", seqlen, "], got ",
+          Got{t});
+    check_same_device(kOp, name, t, x);
+  };
+  check_gradient("dgated", dgated);
+  check_gradient("dgate", dgate);
+  if (const std::string reason = unsupported(x, weight); !reason.empty()) {
+    return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dgated, dgate, x, weight, bias);
+  }
+  dgated = torch::stable::contiguous(dgated);
+  dgate = torch::stable::contiguous(dgate);
+  x = torch::stable::contiguous(x);
+  weight = torch::stable::contiguous(weight);
+  bias = contiguous(bias);
+  const int64_t taps = weight.size(1);
+  Tensor dx = empty(kOp, sizes_of(x), x.scalar_type(), x);
+  Tensor dweight = empty(kOp, sizes_of(weight), weight.scalar_type(), x);
+  Tensor dbias = empty(kOp, {bias ? 3 * channels : 0}, weight.scalar_type(), x);
+  const Launch launch(kOp, x);
+  ShortConvBackwardParams params{.dgated = launch.in(dgated),
+                                 .dgate = launch.in(dgate),
+                                 .x = launch.in(x),
+                                 .weight = launch.in(weight),
+                                 .bias = in_or_null(launch, bias),
+                                 .dx = launch.out(dx),
+                                 .dweight = launch.out(dweight),
+                                 .dbias = launch.out(dbias),
+                                 .partials = nullptr,
+                                 .groups = 0,
+                                 .batch = batch,
+                                 .seqlen = seqlen,
+                                 .channels = channels,
+                                 .taps = static_cast<int>(taps),
+                                 .dtype = element_type(x)};
+  params.groups = short_conv_gate_backward_groups(params);
+  Tensor partials = empty(kOp, {params.groups, 3 * channels, taps + (bias ? 1 : 0)}, ScalarType::Float, x);
+  params.partials = launch.out<float>(partials);
+  launch_short_conv_gate_backward(params, launch.stream());
+  return {dx, dweight, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
+  m.impl("short_conv_gate", TORCH_BOX(&short_conv_gate));
+  m.impl("short_conv_gate_backward", TORCH_BOX(&short_conv_gate_backward));
+}
+
+}  // namespace warpform
+#endif

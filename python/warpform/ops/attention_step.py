@@ -1,0 +1,289 @@
+"""One step of attention over a sequence that comes in blocks: its softmax is carried from step to step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _env
+from . import _check
+from ._register import register_op
+from .attention import _window
+from .reference import attention as attention_reference
+from .reference import attention_step as reference
+
+
+def _state_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _rows_shape(q: Tensor) -> tuple[int, ...]:
+    """One number for each query and head: [H, Tq], dense [B, H, Lq]."""
+    return (q.size(1), q.size(0)) if q.dim() == 3 else (q.size(0), q.size(2), q.size(1))
+
+
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None, lse: Tensor | None = None, **how: Any
+) -> tuple[Tensor, Tensor]:
+    dtype = _state_dtype(q)
+    return q.new_empty(q.shape, dtype=dtype), q.new_empty(_rows_shape(q), dtype=dtype)
+
+
+def _backward_fake(
+    dout: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **how: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (t.new_empty(t.shape, dtype=_state_dtype(q)) for t in (q, k, v))
+    return dq, dk, dv
+
+
+# Neither is differentiable: what the steps add up to is, and whoever takes them writes its backward out of the second.
+_attention_step = register_op("attention_step", reference=reference.attention_step, fake=_fake)
+_attention_step_backward = register_op(
+    "attention_step_backward", reference=reference.attention_step_backward, fake=_backward_fake
+)
+
+
+def attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    q_offset: int = 0,
+    k_offset: int = 0,
+    q_stride: int = 1,
+    k_stride: int = 1,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a block of queries to a block of keys, added to that to the blocks before (arXiv 2310.01889).
+
+    (out, lse) hold the softmax over all keys so far; steps over disjoint blocks, in any order, give attention to their
+    union. Row i of q stands at position q_offset + i * q_stride of the whole sequence, row j of k at
+    k_offset + j * k_stride; masks go by positions.
+
+    Args:
+        q: [B, Lq, H, D], float16, bfloat16, float32 or float64; the last dimension contiguous, others of any stride, so
+            that slices need no copy. With cu_seqlens [Tq, H, D], sequences laid end to end.
+        k, v: [B, Lk, Hkv, D] or [Tk, Hkv, D] like q. H is a multiple of Hkv; query head h reads key head
+            h // (H // Hkv).
+        out: what is carried, [B, Lq, H, D] or [Tq, H, D], float32 (float64 for float64 q). None: nothing was seen yet.
+        lse: its log-sum-exp, [B, H, Lq] or [H, Tq] in out's dtype, -inf for rows that saw nothing. None as out is.
+        softmax_scale: D ** -0.5 by default.
+        causal: a query sees keys at positions up to its own.
+        window_size: (left, right): keys from the query's position - left to that + right, both included; -1 is
+            unbounded. With causal, right counts as 0.
+        q_offset, k_offset: positions of the first rows; with cu_seqlens of the first rows of every sequence.
+        q_stride, k_stride: from a row's position to the next row's, at least 1.
+        cu_seqlens_q, cu_seqlens_k: both or neither, int32 [B + 1], from 0, not decreasing, within the rows of q and k.
+
+    Returns:
+        out and lse after this step, new tensors; the caller rounds out when the last step is done. Rows that have seen
+        no key have out 0 and lse -inf; rows past the last sequence are carried through.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, a last dimension that is not contiguous, a stride below 1, tensors on different
+            devices. Values of cu_seqlens that decrease or pass the end: on a CPU, or with WARPFORM_VALIDATE=1, which
+            waits for the device; otherwise they are clamped and never lead outside of the tensors.
+        RuntimeError: on differentiating through it.
+    """
+    op = "attention_step"
+    left, right = _check_step(
+        op, q, k, v, window_size, q_offset, k_offset, q_stride, k_stride, cu_seqlens_q, cu_seqlens_k
+    )
+    if (out is None) != (lse is None):
+        raise ValueError(f"{op}: out and lse must both be given, or neither")
+    if out is not None and lse is not None:
+        _check_state(op, "out", out, tuple(q.shape), q)
+        _check_state(op, "lse", lse, _rows_shape(q), q)
+    _check.log(
+        op, q=q, k=k, out=out, softmax_scale=softmax_scale, causal=causal, window_size=window_size, q_offset=q_offset,
+        k_offset=k_offset, q_stride=q_stride, k_stride=k_stride, cu_seqlens_q=cu_seqlens_q,
+    )  # fmt: skip
+    new_out, new_lse = _attention_step(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size_left=left,
+        window_size_right=right,
+        q_offset=q_offset,
+        k_offset=k_offset,
+        q_stride=q_stride,
+        k_stride=k_stride,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )
+    return new_out, new_lse
+
+
+def attention_step_backward(
+    dout: Tensor,
+    delta: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    dq: Tensor | None = None,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    q_offset: int = 0,
+    k_offset: int = 0,
+    q_stride: int = 1,
+    k_stride: int = 1,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of the gradients that passes between one block of queries and one of keys, added to what is there.
+
+    Args:
+        dout: the gradient of the whole attention's output, of q's shape; rounded to q's dtype where it has another.
+        delta: sum(dout * out, -1) with the output after the last step; [B, H, Lq] or [H, Tq], float32 (float64 for
+            float64 q).
+        q, k, v: as in the step.
+        lse: after the last step, like delta.
+        dq, dk, dv: gradients so far, of the shapes of q, k and v, float32 (float64 for float64 q). None counts as 0.
+        deterministic: the same sums bit by bit in each run; `torch.use_deterministic_algorithms` turns it on too.
+        All others: those of the step.
+
+    Returns:
+        dq, dk and dv with this block's part added, new tensors.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `attention_step`.
+    """
+    op = "attention_step_backward"
+    left, right = _check_step(
+        op, q, k, v, window_size, q_offset, k_offset, q_stride, k_stride, cu_seqlens_q, cu_seqlens_k
+    )
+    _check.tensor(op, "dout", dout)
+    _check.floating(op, "dout", dout)
+    if dout.shape != q.shape:
+        raise ValueError(f"{op}: dout must be of shape {list(q.shape)} as q is, got {_check.describe(dout)}")
+    _check.same_device(op, "dout", dout, "q", q)
+    for name, t in (("delta", delta), ("lse", lse)):
+        _check_state(op, name, t, _rows_shape(q), q)
+    for name, gradient, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
+        if gradient is not None:
+            _check_state(op, name, gradient, tuple(like.shape), q)
+    _check.log(
+        op, q=q, k=k, softmax_scale=softmax_scale, causal=causal, window_size=window_size, q_offset=q_offset,
+        k_offset=k_offset, q_stride=q_stride, k_stride=k_stride, cu_seqlens_q=cu_seqlens_q,
+    )  # fmt: skip
+    new_dq, new_dk, new_dv = _attention_step_backward(
+        dout if dout.dtype == q.dtype else dout.to(q.dtype),
+        delta,
+        q,
+        k,
+        v,
+        lse,
+        dq,
+        dk,
+        dv,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size_left=left,
+        window_size_right=right,
+        q_offset=q_offset,
+        k_offset=k_offset,
+        q_stride=q_stride,
+        k_stride=k_stride,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
+    )
+    return new_dq, new_dk, new_dv
+
+
+def _check_step(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: tuple[int, int],
+    q_offset: int,
+    k_offset: int,
+    q_stride: int,
+    k_stride: int,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> tuple[int, int]:
+    """Checks what forward and backward share; returns the window."""
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        raise ValueError(f"{op}: cu_seqlens_q and cu_seqlens_k must both be given, or neither")
+    varlen = cu_seqlens_q is not None
+    shape = "[total, heads, head_dim]" if varlen else "[batch, length, heads, head_dim]"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        _check.tensor(op, name, t)
+        if t.dim() != (3 if varlen else 4):
+            raise ValueError(
+                f"{op}: {name} must be of shape {shape} {'with' if varlen else 'without'} cu_seqlens, "
+                f"got {_check.describe(t)}"
+            )
+        if t.stride(-1) != 1 and t.size(-1) != 1:
+            raise ValueError(
+                f"{op}: the last dimension of {name} must be contiguous, got stride {t.stride(-1)}; "
+                f"call {name}.contiguous()"
+            )
+    _check.floating(op, "q", q)
+    if q.size(-1) == 0:
+        raise ValueError(f"{op}: head_dim must be at least 1, got q {_check.describe(q)}")
+    if v.shape != k.shape or k.size(-1) != q.size(-1) or (not varlen and k.size(0) != q.size(0)):
+        raise ValueError(
+            f"{op}: k and v must be of one shape {shape}, batch and head_dim as q's, got q {_check.describe(q)}, "
+            f"k {_check.describe(k)} and v {_check.describe(v)}"
+        )
+    if k.size(-2) == 0 or q.size(-2) % k.size(-2) != 0:
+        raise ValueError(
+            f"{op}: the {q.size(-2)} heads of q must be a multiple of the heads of k and v, got {k.size(-2)}"
+        )
+    for name, t in (("k", k), ("v", v)):
+        if t.dtype != q.dtype:
+            raise TypeError(f"{op}: {name} must be {_check.dtype_name(q.dtype)} as q is, got {_check.describe(t)}")
+        _check.same_device(op, name, t, "q", q)
+    for name, value in (
+        ("q_offset", q_offset), ("k_offset", k_offset), ("q_stride", q_stride), ("k_stride", k_stride),
+    ):  # fmt: skip
+        _check.integer(op, name, value)
+    left, right = _window(op, window_size)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (q_stride < 1 or k_stride < 1):
+        raise ValueError(f"{op}: q_stride and k_stride must be at least 1, got {q_stride} and {k_stride}")
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        _check.cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q)
+        _check.cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, q)
+        if cu_seqlens_k is not cu_seqlens_q and cu_seqlens_k.size(0) != cu_seqlens_q.size(0):
+            raise ValueError(
+                f"{op}: cu_seqlens_k must be of shape [{cu_seqlens_q.size(0)}] as cu_seqlens_q is, "
+                f"got {_check.describe(cu_seqlens_k)}"
+            )
+        if not compiling and q.device.type != "cpu" and _env.validate():  # on a CPU the reference checks
+            attention_reference.check_offsets(op, q, k, cu_seqlens_q, cu_seqlens_k, q.size(0), k.size(0))
+    return left, right
+
+
+def _check_state(op: str, name: str, t: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
+    _check.tensor(op, name, t)
+    if t.dtype != _state_dtype(q):
+        raise TypeError(
+            f"{op}: {name} must be {_check.dtype_name(_state_dtype(q))} for q in {_check.dtype_name(q.dtype)}, "
+            f"got {_check.describe(t)}"
+        )
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{op}: {name} must be of shape {list(shape)}, got {_check.describe(t)}")
+    _check.same_device(op, name, t, "q", q)
