@@ -46,10 +46,10 @@ COLUMNS = (
 # Seconds that one run may take, by default, and by which part of them each file has to be done, in the order in which
 # pytest runs them; what one leaves over the next may use. Past COMPILE_SHARE of its time compiled peers of a file are
 # left out, past all of it everything else; each is listed as such.
-BUDGET = 620.0
+BUDGET = 660.0
 DEADLINES = {
-    "attention": 0.14, "disentangled_attention": 0.19, "encoder": 0.22, "fft_conv": 0.32, "host": 0.35, "m2": 0.5,
-    "models": 0.63, "monarch": 0.72, "ring": 0.81, "swin": 0.93, "window": 1.0,
+    "attention": 0.14, "disentangled_attention": 0.18, "encoder": 0.21, "fft_conv": 0.3, "hidden": 0.37, "host": 0.4,
+    "m2": 0.54, "models": 0.66, "monarch": 0.75, "ring": 0.83, "swin": 0.94, "window": 1.0,
 }  # fmt: skip
 COMPILE_SHARE = 0.7
 # Inputs together exceed the largest L2 cache there is about three times over.

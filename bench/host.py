@@ -34,6 +34,10 @@ OPS = (
     "short_conv_gate",
     "attention_step",
     "attention_step_backward",
+    "RoutingPlan",
+    "hidden_gather_linear",
+    "hidden_scatter_linear",
+    "hidden_weight_grad",
 )
 MODES = ("warpform", "warpform_no_grad", "warpform_inference_mode", "warpform_compiled", "torch_inference_mode")
 
@@ -119,6 +123,9 @@ class HostCase(Case):
         dout = draw(1, 6, 2, 64).detach()
         step_out, lse = _step(*step)
         delta = (dout * step_out).sum(-1).transpose(1, 2).contiguous()
+        choices = torch.tensor([[2, 5], [7, 3], [2, 5], [6, 4], [3, 2], [7, 7]], device=device)
+        plan = warpform.ops.RoutingPlan.from_topk(choices, num_groups=8, num_shared=2)
+        used = plan.selected.to(dtype).repeat_interleave(16, 1)
         # The op, the same in torch, and the arguments.
         table: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]] = {
             "packing_plan": (lambda m: warpform.ops.packing_plan(m, 8), _torch_plan, (mask,)),
@@ -175,6 +182,26 @@ class HostCase(Case):
                 warpform.ops.short_conv_gate,
                 short_conv_gate,
                 (draw(2, 4, 384), draw(384, 3), draw(384)),
+            ),
+            "RoutingPlan": (
+                lambda c: warpform.ops.RoutingPlan.from_topk(c, num_groups=8, num_shared=2).group_mask,
+                lambda c: (torch.ones_like(c[:, :1]) * 3 | 1 << c[:, :1] | 1 << c[:, 1:]).flatten(),
+                (choices,),
+            ),
+            "hidden_gather_linear": (
+                lambda x, w: warpform.ops.hidden_gather_linear(x, w, plan),
+                lambda x, w: F.linear(x * used, w),
+                (rows, draw(128, 128)),
+            ),
+            "hidden_scatter_linear": (
+                lambda x, w: warpform.ops.hidden_scatter_linear(x, w, plan),
+                lambda x, w: F.linear(x, w) * used,
+                (rows, draw(128, 128)),
+            ),
+            "hidden_weight_grad": (
+                lambda x, dy: warpform.ops.hidden_weight_grad(x, dy, plan, routed="in"),
+                lambda x, dy: (dy.t() @ (x * used)).float(),
+                (rows.detach(), draw(6, 128).detach()),
             ),
             "attention_step": (warpform.ops.attention_step, _step, step),
             "attention_step_backward": (

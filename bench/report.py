@@ -161,6 +161,7 @@ TITLES = {
     "disentangled_attention": "Disentangled attention (DeBERTa)",
     "encoder": "Encoder ops",
     "fft_conv": "Long convolutions",
+    "hidden": "Sparse hidden dimensions",
     "m2": "M2-BERT beside BERT",
     "models": "Models end to end",
     "monarch": "Monarch products",

@@ -26,7 +26,7 @@ from warpform import bench
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
 FAMILIES = (
-    "attention", "disentangled_attention", "encoder", "fft_conv", "host", "m2", "models", "monarch", "ring", "swin",
+    "attention", "disentangled_attention", "encoder", "fft_conv", "hidden", "host", "m2", "models", "monarch", "ring", "swin",
     "window",
 )  # fmt: skip
 if not BENCH.is_dir():
@@ -110,7 +110,7 @@ def test_report(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         if line.startswith("| "):
             assert line.endswith(" |")
     drawn = list(plots.glob("*.svg"))
-    names = {"attention", "encoder", "conv", "m2", "models", "monarch", "ring", "swin", "window"}
+    names = {"attention", "encoder", "conv", "hidden", "m2", "models", "monarch", "ring", "swin", "window"}
     assert {path.stem.rpartition("-")[2] for path in drawn} == names
     assert len(drawn) == len(FAMILIES) - 1, "one for each family but the host's"
     for path in drawn:

@@ -17,7 +17,7 @@ PAGES = [
     page
     for page in (
         ROOT / "README.md",
-        *(ROOT / "docs" / f"{name}.md" for name in ("encoder", "window", "monarch", "ring", "drop-in")),
+        *(ROOT / "docs" / f"{name}.md" for name in ("encoder", "window", "monarch", "ring", "hidden-routing", "drop-in")),
     )
     if page.is_file()
 ]

@@ -75,6 +75,7 @@ MONARCH = r"(block_gemm|block_weight_gradient|monarch_forward|glu_(forward|gradi
 STEPS = r"varlen_attention_(forward|backward_(keys|queries))<.*\bStep>"
 VECTORS = r"(gather_(long|short)_rows<uint4,|(bias_gelu|layer_norm)(_backward)?_kernel<(float, 4|\w+, 8),)"
 SHORT_CONV = r"short_conv_gate(_backward)?_kernel<"
+HIDDEN = r"hidden_(gather|scatter|weight_grad)<"
 FFT_CONV = r"fft_conv_(gradient_)?kernel<"
 OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(ATTENTION, r"HMMA\.16816\.F32"),  # tensor cores, accumulating in float32
@@ -87,6 +88,11 @@ OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(FFT_CONV, r"HMMA\.16816\.F32"),
     OpcodeRule(FFT_CONV, r"LDSM\..*\.MT88"),  # ldmatrix, transposing
     OpcodeRule(FFT_CONV, r"LDG\..*128"),
+    OpcodeRule(HIDDEN, r"HMMA\.16816\.F32"),
+    OpcodeRule(HIDDEN, r"LDSM\."),
+    OpcodeRule(HIDDEN, r"LDGSTS\."),
+    OpcodeRule(r"hidden_(gather|scatter)<", r"STG\..*128"),
+    OpcodeRule(r"hidden_(gather|scatter)_few<", r"LDG\..*128"),
     OpcodeRule(STEPS, r"HMMA\.16816\.F32"),  # ring attention's policy of the same kernels
     OpcodeRule(STEPS, r"LDG\..*64"),  # the float32 state, 8 bytes a thread
     OpcodeRule(STEPS, r"STG\..*64"),
