@@ -26,8 +26,8 @@ from warpform import bench
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
 FAMILIES = (
-    "attention", "disentangled_attention", "encoder", "fft_conv", "hidden", "host", "m2", "models", "monarch", "ring", "swin",
-    "window",
+    "attention", "disentangled_attention", "encoder", "fft_conv", "hidden", "host", "m2", "models", "monarch", "ring",
+    "swin", "window",
 )  # fmt: skip
 if not BENCH.is_dir():
     pytest.skip("needs a checkout", allow_module_level=True)
