@@ -74,7 +74,7 @@ def test_what_is_saved_is_a_share(size: int) -> None:
 
 
 def test_buffers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside what a rank sends first: one buffer for keys and values in a ring of any length, three in a double ring."""
+    """Beside what a rank sends first: one buffer in a ring, however long, three in a double ring."""
     made: list[int] = []
 
     class Counted(_ring_steps._Buffers):

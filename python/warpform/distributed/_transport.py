@@ -90,7 +90,7 @@ class ProcessGroupTransport:
         group: its rank r sends to r + 1.
         op: who asks, for errors.
         timeout: seconds that one message may take before RingTimeoutError is raised; None: the group's own time-out.
-            On CUDA the host waits for nothing, so the time-out is that of the group unless `finish` is called.
+            On CUDA the host waits for nothing, so the time-out is that of the group.
         on_failure: called once when a message failed, before the error is raised.
     """
 
