@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
     if (i < kBlockM) {
       const uint32_t to = rows_base + (step % kStages * 2 * kBlockM + i) * 4;
       const bool inside = row + i < q_length;
-      const int64_t at = Extent::row(params, head, q_begin) + row + i;
+      const int64_t at = Extent::row(params, head, first) + i;
       store_shared(to, inside ? lse_exponent(load_global(params.lse + at)) : INFINITY);
       store_shared(to + kBlockM * 4, inside ? load_global(params.delta + at) : 0.f);
     }
@@ -324,8 +324,9 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
   Score::Gradient::finish(Score(p, pair, tile.sequence, head_kv, q_begin, score_tables),
                           Extent::template table_gradient<Owner::kKeys>(params), warp_key, block_key + warp_key);
 
-  Extent::template end_keys<T>(params, head_kv, first_key + warp_key, block_keys - warp_key, tile_k, tile_v, warp_key,
-                               out_col, dk[0], dv[0]);
+  // In 64 bits from here on: with an int the kernel of 256 columns spills on sm_80.
+  Extent::template end_keys<T>(params, head_kv, static_cast<int64_t>(first_key) + warp_key, block_keys - warp_key,
+                               tile_k, tile_v, warp_key, out_col, dk[0], dv[0]);
 }
 
 }  // namespace warpform

@@ -73,7 +73,8 @@ template <int kN>
 __device__ __forceinline__ void write_sums(const StateView& before, Divisor by_length, float* to, int heads, int head,
                                            int head_dim, int row, int rows, int col, const float (&acc)[kN][4],
                                            const float (&factor)[2], const float (&weight)[2]) {
-  const int g = lane_id() / 4, t = lane_id() % 4;
+  // Opaque, here and below: the forward of 128 columns has no register to hold the lane's place in through its loop.
+  const int lane = opaque_lane(), g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int at = row + 8 * r + g;
@@ -122,9 +123,9 @@ struct Step {
     }
   }
   template <class Params>
-  __device__ __forceinline__ static int64_t row(const Params& params, int head, int row) {
+  __device__ __forceinline__ static int64_t row(const Params& params, int head, int64_t row) {
     const StepLayout& s = params.step;
-    return row + head * s.head_rows + s.by_q_length.quotient(row) * s.sequence_rows;
+    return row + head * s.head_rows + s.by_q_length.quotient(static_cast<int>(row)) * s.sequence_rows;
   }
   template <Owner>
   __device__ __forceinline__ static void* table_gradient(const BackwardParams&) {
@@ -157,7 +158,7 @@ struct Step {
         : params(params_), head(head_), row(row_), rows(rows_) {}
 
     __device__ __forceinline__ void set(int m, int r, float factor, float exponent) {
-      const int i = 16 * m + 8 * r + lane_id() / 4;
+      const int i = 16 * m + 8 * r + opaque_lane() / 4;
       const int64_t at = Step::row(params, head, row) + i;
       float before = negative_infinity();
       if (params.lse_before != nullptr && i < rows) before = load_global(params.lse_before + at);
@@ -199,12 +200,13 @@ struct Step {
   }
 
   template <class T, int kOut, int kCols>
-  __device__ __forceinline__ static void end_keys(const BackwardParams& params, int head, int row, int rows,
+  __device__ __forceinline__ static void end_keys(const BackwardParams& params, int head, int64_t row_, int rows,
                                                   SharedTile<kCols> /*tile_k*/, SharedTile<kCols> /*tile_v*/,
                                                   int /*tile_row*/, int col, const float (&dk)[kOut][4],
                                                   const float (&dv)[kOut][4]) {
     const AttentionProblem& p = params.problem;
     cp_async_wait<0>();
+    const int row = static_cast<int>(row_);
     write_sums(params.dk_before, params.step.by_k_length, params.dk, p.heads_kv, head, p.head_dim, row, rows, col, dk,
                {p.softmax_scale, p.softmax_scale}, {1.f, 1.f});
     write_sums(params.dv_before, params.step.by_k_length, params.dv, p.heads_kv, head, p.head_dim, row, rows, col, dv,

@@ -130,7 +130,7 @@ struct Whole {
 
   // K's and V's tiles take dK and dV, to be written 16 bytes a lane: after the last reader of K and V, of any warp.
   template <class T, int kOut, int kCols>
-  __device__ __forceinline__ static void end_keys(const BackwardParams& params, int head, int row, int rows,
+  __device__ __forceinline__ static void end_keys(const BackwardParams& params, int head, int64_t row, int rows,
                                                   SharedTile<kCols> tile_k, SharedTile<kCols> tile_v, int tile_row,
                                                   int col, const float (&dk)[kOut][4], const float (&dv)[kOut][4]) {
     const AttentionProblem& p = params.problem;
@@ -140,7 +140,7 @@ struct Whole {
     store_accumulators<T>(tile_v, tile_row, col, dv, 1.f, 1.f);
     warp_sync();
     const int64_t stride = static_cast<int64_t>(p.heads_kv) * p.head_dim;
-    const int64_t at = static_cast<int64_t>(row) * stride + head * p.head_dim;
+    const int64_t at = row * stride + head * p.head_dim;
     write_rows<T, 8 * kOut>(tile_k, tile_row, col, static_cast<T*>(params.dk) + at, stride, rows, p.head_dim);
     write_rows<T, 8 * kOut>(tile_v, tile_row, col, static_cast<T*>(params.dv) + at, stride, rows, p.head_dim);
   }
