@@ -197,11 +197,20 @@ class RoutingPlan:
         num_classes: int = 1,
         out_mask: Tensor | None = None,
     ) -> RoutingPlan:
-        plan = _routing_plan(group_mask, token_class, num_groups, num_classes, tile)
-        return cls(group_mask, *plan, out_mask, num_groups, num_classes)
+        perm, inverse, tile_mask, tile_class = _routing_plan(group_mask, token_class, num_groups, num_classes, tile)
+        return cls(group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes)
 
     def _routing(self) -> reference.Routing:
-        return reference.Routing(*self.arguments())
+        return reference.Routing(
+            self.group_mask,
+            self.perm,
+            self.inverse,
+            self.tile_mask,
+            self.tile_class,
+            self.out_mask,
+            self.num_groups,
+            self.num_classes,
+        )
 
     def arguments(self) -> tuple[Tensor | int | None, ...]:
         """What the ops of `torch.ops.warpform` take of a plan, in their order."""
