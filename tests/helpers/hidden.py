@@ -295,4 +295,5 @@ def check_hidden(library: Any, case: HiddenCase, dtype: torch.dtype, device: str
     assert out.dtype == found["dx"].dtype == dtype and out.is_contiguous()
     assert_close("out", out, truth["out"], eager["out"])
     for name, value in found.items():
-        assert_close(name, value, truth[name], eager[name], gradient=True)
+        # Gates are float32, but what their gradient adds up was rounded to the dtype of the tensors.
+        assert_close(name, value, truth[name], eager[name].to(dtype), gradient=True)
