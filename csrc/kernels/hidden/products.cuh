@@ -16,10 +16,10 @@
 // Measured  not yet: no GPU run so far.
 #pragma once
 
+#include "device/block_tile.cuh"
 #include "device/reduce.cuh"
 #include "hidden/bits.cuh"
 #include "hidden/launch.h"
-#include "monarch/tiles.cuh"
 
 namespace warpform {
 

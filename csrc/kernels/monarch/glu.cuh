@@ -17,8 +17,9 @@
 // Measured  not yet: no GPU run so far.
 #pragma once
 
+#include "device/block_tile.cuh"
 #include "encoder/gelu.cuh"
-#include "monarch/tiles.cuh"
+#include "monarch/launch.h"
 
 namespace warpform {
 

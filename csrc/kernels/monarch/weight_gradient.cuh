@@ -10,7 +10,8 @@
 // Measured  not yet: no GPU run so far.
 #pragma once
 
-#include "monarch/tiles.cuh"
+#include "device/block_tile.cuh"
+#include "monarch/launch.h"
 
 namespace warpform {
 

@@ -1,8 +1,8 @@
-// What the block products share: tile sizes, and the way of accumulators to global memory.
+// What products of large matrices share: tile sizes, the pipeline of their loads, and the way of accumulators to global
+// memory.
 #pragma once
 
 #include "device/mma.cuh"
-#include "monarch/launch.h"
 
 namespace warpform {
 
