@@ -170,7 +170,7 @@ class ConvCase(Case):
                 near = near.to(self.session.dtype)
                 assert_close(name, actual, wanted, near, gradient=name != "y", scale=self.terms(name))
             else:
-                harness.assert_near(name, actual, wanted, near)
+                harness.assert_near(name, actual, wanted, near, scale=self.terms(name))
 
     def terms(self, name: str) -> float:
         """The gradient of skip adds up a channel's products, of either sign: the root of the sum of their squares."""

@@ -117,8 +117,10 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
     return error / norm if norm > 0 and error == error else (0.0 if error == 0 else float("inf"))
 
 
-def assert_near(name: str, actual: Tensor, oracle: Tensor, eager: Tensor) -> None:
+def assert_near(name: str, actual: Tensor, oracle: Tensor, eager: Tensor, scale: float = 0.0) -> None:
     """The bound for peers: 4 times the relative error of the eager computation in the same dtype, plus 4 eps.
+
+    scale: the size of what was added up, as in tests/helpers/compare.py; if larger than the result, eps is of it.
 
     They are not ours to judge by the rule of tests/helpers/compare.py, which warpform has to pass; but one that
     computed something else would be off by far more.
@@ -126,9 +128,15 @@ def assert_near(name: str, actual: Tensor, oracle: Tensor, eager: Tensor) -> Non
     assert actual.shape == oracle.shape, f"{name}: shape {list(actual.shape)}, expected {list(oracle.shape)}"
     error, allowed = (
         relative_error(actual, oracle),
-        4 * relative_error(eager, oracle) + 4 * torch.finfo(eager.dtype).eps,
+        4 * relative_error(eager, oracle) + 4 * torch.finfo(eager.dtype).eps * _growth(oracle, scale),
     )
     assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
+
+
+def _growth(oracle: Tensor, scale: float) -> float:
+    """How many times its own size the oracle was added up from, at least 1."""
+    size = oracle.double().square().mean().sqrt().item() if oracle.numel() else 0.0
+    return max(1.0, scale / size) if size else 1.0
 
 
 @functools.cache

@@ -92,7 +92,8 @@ def benchmarks(device: str, kernels: Kernels, plots: dict[str, str], results: st
     timed = [row for row in rows if row["p50_us"]]
     one = timed[0]
     kind = f"{device}, CPU, {one['threads']} threads" if one["kind"] == "cpu" else device
-    backends = " and ".join(sorted({row["backend"] for row in timed if row["backend"]}))
+    # What follows a comma is of single rows: how many processes, which ops went to the reference.
+    backends = " and ".join(sorted({row["backend"].partition(",")[0] for row in timed if row["backend"]}))
     files = ", ".join(f"[{family}.csv]({results}/{family}.csv)" for family in dict.fromkeys(f for f, _, _ in kernels))
     text = (
         f"`make bench` on **{kind}** ({backends}), {one['dtype']}, torch {one['torch']}, transformers "
