@@ -1,8 +1,8 @@
 """Linear layers that read or write the hidden dimensions that a token uses, against products with all of them.
 
-Tokens choose 2 of 10 groups at random beside 6 that all use. warpform's time has the plan's in it; "all_on" is its own
-kernel with every group in use, which half of the groups should take half the time of: `share of the ideal` is that
-ratio over 2, and is printed by the row's ratio to it.
+Tokens choose 2 of 10 groups at random beside 6 that all use. warpform's time has the plan's in it. "warpform_all_on" is
+the same kernel with every group in use: half of the groups should take half of its time, so the share of the ideal
+speed-up is a row's ratio to it, divided by 2.
 """
 
 from __future__ import annotations

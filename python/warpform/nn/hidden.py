@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -184,8 +183,3 @@ class GroupFusion(nn.Module):
     def extra_repr(self) -> str:
         groups, width, _ = self.within.shape
         return f"hidden_size={groups * width}, num_groups={groups}"
-
-
-def active_share(num_groups: int, num_shared: int, top_k: int) -> float:
-    """The share of hidden dimensions that a token uses."""
-    return (num_shared + top_k) / num_groups if num_groups else math.nan
