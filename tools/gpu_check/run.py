@@ -1,0 +1,201 @@
+"""One invocation of the check: its time, its commands, and everything it found."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gpu_check import ROOT, processes
+from gpu_check.processes import Done
+
+if TYPE_CHECKING:
+    from gpu_check.machine import Machine
+    from gpu_check.stages import Stage
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage ended. `ok` is None where nothing could be judged; `text` is one sentence."""
+
+    ok: bool | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds that pieces of the work may take."""
+
+    test: float = 60.0
+    huge_test: float = 100.0
+    smoke_op: float = 40.0
+    # From the start of a process to its first sign of life: importing torch, making a CUDA context.
+    startup: float = 90.0
+
+
+class Run:
+    """One invocation of the check.
+
+    Attributes:
+        output: the folder that comes back. Only report.py writes there, and rows.csv by its own stage.
+        scratch: everything else: raw logs in scratch/logs, reports of children.
+        python: the interpreter of every child.
+        dry: whether this is a dry run without a GPU.
+        jobs: how many test processes run at once.
+        results: what results.json will hold.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        output: Path,
+        *,
+        budget: float | None = None,
+        jobs: int = 4,
+        only: Sequence[str] | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.machine = machine
+        self.output = output
+        self.dry = machine.dry
+        self.jobs = jobs
+        self.limits = limits or Limits()
+        self.python = sys.executable
+        self.scratch = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+        self.logs = self.scratch / "logs"
+        self.logs.mkdir()
+        self.live = processes.Live()
+        self.results: dict[str, Any] = {"facts": {}, "stages": {}}
+        self.changed: Callable[[], None] = lambda: None
+        self._only = None if only is None else list(only)
+        self._lock = threading.RLock()
+        self._begin = time.monotonic()
+        self._budget = float("inf") if budget is None else budget
+        self._deadline = self._begin + self._budget
+
+    # ---- time ----
+
+    def seconds(self) -> float:
+        """Since the check began."""
+        return time.monotonic() - self._begin
+
+    def budget_left(self) -> float:
+        """Seconds left of --budget."""
+        return self._begin + self._budget - time.monotonic()
+
+    def left(self) -> float:
+        """Seconds left of --budget, within the limit of the stage that has begun."""
+        return min(self.budget_left(), self._deadline - time.monotonic())
+
+    def begin(self, stage: Stage, seconds: float | None = None) -> None:
+        """Starts a stage that may take `seconds` (default: its own limit)."""
+        self._deadline = time.monotonic() + (stage.seconds if seconds is None else seconds)
+        self.say(f"{stage.number} {stage.name}: at most {self.left():.0f} s")
+
+    # ---- work ----
+
+    def environment(self) -> dict[str, str]:
+        """For every child: this tree's package, nothing written into the tree, nothing from the network."""
+        paths = [str(ROOT / "python"), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
+        return {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONFAULTHANDLER": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "HYPOTHESIS_STORAGE_DIRECTORY": str(self.scratch / "hypothesis"),
+        }
+
+    def command(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        seconds: float,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        stalled: Callable[[], bool] | None = None,
+    ) -> Done:
+        """Runs a command in a process group of its own, its output in scratch/logs/NAME.txt.
+
+        It is stopped after `seconds`, or when the stage's time is over. env: the whole environment (default:
+        `environment()`). stalled: asked ten times a second; where it says True the command is stopped too.
+        """
+        limit = min(seconds, self.left())
+        if limit <= 0:
+            return Done(None, 0.0, True, "no time was left")
+        environment = self.environment() if env is None else env
+        log = self.logs / f"{name}.txt"
+        return processes.execute(
+            self.live, argv, log, seconds=limit, env=environment, cwd=cwd or ROOT, stalled=stalled
+        )
+
+    def parallel(self, items: Iterable[Item], work: Callable[[Item], None], jobs: int | None = None) -> None:
+        """Calls work(item) for all items, `jobs` at a time (default: self.jobs). The first exception is raised at the end."""
+        waiting = list(items)
+        errors: list[BaseException] = []
+
+        def worker() -> None:
+            while True:
+                with self._lock:
+                    if not waiting:
+                        return
+                    item = waiting.pop(0)
+                try:
+                    work(item)
+                except BaseException as error:
+                    errors.append(error)
+
+        threads = [threading.Thread(target=worker, daemon=True) for _ in range(min(jobs or self.jobs, len(waiting)))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.2)  # with a limit, so that a signal is handled
+        if errors:
+            raise errors[0]
+
+    # ---- what was found ----
+
+    def record(self, stage: str, key: str, data: Any) -> None:
+        """Merges JSON-able data into results.json's stages[stage][key]; dicts are updated and lists extended.
+
+        The output folder is rewritten, at most every few seconds.
+        """
+        with self._lock:
+            found = self.results["stages"].setdefault(stage, {})
+            old = found.get(key)
+            if isinstance(old, dict) and isinstance(data, dict):
+                old.update(data)
+            elif isinstance(old, list) and isinstance(data, list):
+                old.extend(data)
+            else:
+                found[key] = data
+        self.changed()
+
+    def failed(self, stage: str, identifier: str, text: str) -> None:
+        """Records one failure. `identifier` is a line of failed.txt: a pytest node id, `smoke::OP`, `bench::FAMILY`..."""
+        self.record(stage, "failures", {identifier: text})
+
+    def not_reached(self, stage: str, identifier: str, why: str) -> None:
+        """Records work that did not run; `identifier` is a line of failed.txt too, so that --failed runs it."""
+        self.record(stage, "not_run", {identifier: why})
+
+    def wanted(self, prefix: str) -> list[str] | None:
+        """The identifiers of --failed that begin with `prefix`; None where everything is to run."""
+        if self._only is None:
+            return None
+        return [identifier for identifier in self._only if identifier.startswith(prefix)]
+
+    def say(self, line: str) -> None:
+        print(f"[{self.seconds():5.0f} s] {line}", flush=True)
