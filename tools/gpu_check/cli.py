@@ -17,10 +17,9 @@ from typing import Any, NoReturn
 from gpu_check import ROOT
 from gpu_check.emulated import EmulatedMachine
 from gpu_check.machine import Machine, Unfit
-from gpu_check.report import Report, all_cases
+from gpu_check.report import Report, all_cases, brief
 from gpu_check.run import Outcome, Run, identifiers_of
 from gpu_check.stages import STAGES, Stage
-
 
 # Without --budget a stage may take so many times its limit.
 PATIENCE = 4.0
@@ -115,8 +114,7 @@ def check(run: Run, stages: Sequence[Stage]) -> int:
     if status == 2:
         print(f"gpu-check: {run.results['verdict'].removeprefix('did not run: ')}", file=sys.stderr)
     else:
-        print((run.output / "summary.txt").read_text(), flush=True)
-        print(f"gpu-check: {run.results['verdict']}; {run.output / 'summary.txt'}", flush=True)
+        print(f"\n{brief(run.snapshot())}\n\nall of it: {run.output / 'summary.txt'}", flush=True)
     return status
 
 

@@ -78,7 +78,10 @@ class Machine:
 
     def families(self, run: Run) -> dict[str, tuple[str, ...]]:
         """The ops of the self-test by family."""
-        return {name: tuple(ops) for name, ops in run.results["facts"].get("families", {}).items()}
+        found = run.results["facts"].get("families", "the library is not loaded")
+        if not isinstance(found, dict):
+            raise RuntimeError(f"the self-test has no families: {found}")
+        return {name: tuple(ops) for name, ops in found.items()}
 
     def nvidia_smi(self) -> dict[str, str]:
         """Driver, clocks, memory of the first GPU, as nvidia-smi prints them; {} without it."""

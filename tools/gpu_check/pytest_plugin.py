@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from gpu_check.events import Writer
-from gpu_check.faults import POISONED, Watchdog, context_is_dead, is_sticky
+from gpu_check.faults import POISONED, Watchdog, context_is_dead, give_memory_back, is_sticky
 
 # Of a failure's text so much is kept: its end holds the error.
 TEXT = 8000
@@ -93,6 +93,7 @@ class Checked:
         if poisoned:
             # Every test that follows in this process would fail; its other ends (fixtures, reports) would, too.
             os._exit(POISONED)
+        give_memory_back()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.verdict["seconds"] += report.duration

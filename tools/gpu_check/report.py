@@ -31,6 +31,8 @@ LOG_SECONDS = 15.0
 LOG_BYTES = 15_000_000
 # Of a failure in the summary: lines, and characters of a line.
 LINES, WIDTH = 12, 200
+# Failures that are printed at the end of the check.
+MOST = 40
 # Characters that XML cannot hold.
 _UNPRINTABLE = {number: "?" for number in range(32) if chr(number) not in "\t\n\r"}
 
@@ -85,7 +87,7 @@ def pack(folder: Path) -> bytes:
     while True:
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w:gz", compresslevel=4) as tar:
-            for path in sorted(folder.glob("*.txt")):
+            for path in sorted(path for path in folder.iterdir() if path.is_file()):
                 content = edges(path, size).encode()
                 entry = tarfile.TarInfo(path.name)
                 entry.size, entry.mtime = len(content), int(path.stat().st_mtime)
@@ -151,6 +153,17 @@ def summary(results: Mapping[str, Any]) -> str:
         lines += ["", f"== {len(left)} not run =="]
         lines += [f"{name}: {case['text'].partition(chr(10))[0]}" for name, case in left.items()]
     return "\n".join(lines) + "\n"
+
+
+def brief(results: Mapping[str, Any]) -> str:
+    """What is printed last: the summary without the stages' own lines, and one line a failure."""
+    text = summary({**results, "stages": {name: {**stage, "summary": []} for name, stage in results["stages"].items()}})
+    lines = text.partition("\n== ")[0].splitlines()
+    bad = {name: case for name, case in all_cases(results).items() if case["outcome"] == "failed"}
+    lines += [f"FAILED {name}: {case['text'].strip().partition(chr(10))[0][:WIDTH]}" for name, case in bad.items()][
+        :MOST
+    ]
+    return "\n".join([*lines, *([f"... and {len(bad) - MOST} more"] if len(bad) > MOST else [])])
 
 
 def excerpt(text: str) -> list[str]:

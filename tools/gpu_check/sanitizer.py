@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from gpu_check.op_processes import OpProcesses, chosen
 from gpu_check.processes import Done
 from gpu_check.run import Outcome, Run
-from gpu_check.sanitizer_report import Report, parse
+from gpu_check.sanitizer_report import PREFIX, Report, parse
 
 STAGE = "sanitizer"
 # In the order in which they run while there is time: what makes results wrong first.
@@ -99,7 +99,8 @@ class _Sanitized(OpProcesses):
         self.report.add(parse(done.text))
 
     def lost(self, op: str, dtype: str, text: str) -> None:
-        self.problems.append(text)
+        # What the tool printed is in the report.
+        self.problems.append("\n".join(line for line in text.splitlines() if not line.startswith(PREFIX)))
 
     def broken(self, text: str) -> None:
         # The tool's own way of saying that it found errors.
@@ -113,7 +114,7 @@ class _Sanitized(OpProcesses):
 def table(run: Run) -> list[str]:
     """One line a tool and family, then the first error of every kernel."""
     lines, blocks = [], []
-    reports = run.results["stages"].get(STAGE, {}).get("reports", {})
+    reports = run.found(STAGE, "reports")
     for identifier, case in sorted(run.cases(STAGE).items()):
         _, tool, family = identifier.split("::")
         verdict = "FAILED" if case["outcome"] == "failed" else case["outcome"]
