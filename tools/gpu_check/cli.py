@@ -21,6 +21,7 @@ from gpu_check.report import Report, all_cases, brief
 from gpu_check.run import Outcome, Run, identifiers_of
 from gpu_check.stages import STAGES, Stage
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Without --budget a stage may take so many times its limit.
 PATIENCE = 4.0
 
@@ -88,8 +89,7 @@ def main(argv: Sequence[str]) -> NoReturn:
 def check(run: Run, stages: Sequence[Stage]) -> int:
     """Runs the stages, whatever happens in them; returns the exit status."""
     report = Report(run)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    before = {number: signal.signal(number, _interrupt) for number in SIGNALS}
     status = 1
     try:
         run.machine.require(run)
@@ -106,11 +106,13 @@ def check(run: Run, stages: Sequence[Stage]) -> int:
         run.settle(3.0)
         status = 128 + interrupted.number
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         run.live.stop()
         _name_the_rest(run, stages)
         report.write()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if status == 2:
         print(f"gpu-check: {run.results['verdict'].removeprefix('did not run: ')}", file=sys.stderr)
     else:

@@ -46,6 +46,11 @@ TESTS = {
         "def test_poisons():\n    raise RuntimeError('CUDA error: an illegal memory access was encountered')\n\n"
         "def test_after(): pass\n"
     ),
+    # Beside others it lacks memory, alone it does not: see TestFile.crowded.
+    "test_crowded.py": (
+        "def test_large():\n    known = __file__ + '.known'\n    if not os.path.exists(known):\n"
+        "        open(known, 'w').close()\n        raise RuntimeError('CUDA out of memory.')\n"
+    ),
     "test_huge.py": "@pytest.mark.huge\ndef test_huge(): pass\n\ndef test_small(): pass\n",
 }
 SETTINGS = "[pytest]\nmarkers =\n    gpu\n    huge\n"
