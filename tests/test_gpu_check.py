@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import tarfile
 import threading
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,13 @@ class Quick(emulated.EmulatedMachine):
 
 
 def check(
-    output: Path, stages: Sequence[Stage], quick: emulated.EmulatedMachine | None = None, **options: Any
+    output: Path, stages: Sequence[Stage], quick: machine.Machine | None = None, **options: Any
 ) -> tuple[int, dict[str, Any]]:
     """Exit status and results of a check in this process."""
     quick = quick or Quick()
     run = Run(quick, output, jobs=2, limits=quick.limits, **options)
     status = cli.check(run, stages)
+    shutil.rmtree(run.scratch)
     return status, json.loads((output / "results.json").read_text())
 
 
@@ -135,7 +137,7 @@ def test_one_that_broke_its_process_runs_again_alone(dry):
 
 
 def test_failed_runs_exactly_those(tmp_path):
-    asked = [*PLANTED_TESTS, *PLANTED_OPS]
+    asked = [list(PLANTED_TESTS)[0], list(PLANTED_TESTS)[1], list(PLANTED_OPS)[0], list(PLANTED_OPS)[1]]
     status, results = check(tmp_path, named("smoke", "tests"), only=asked)
     assert status == 1
     assert report.all_cases(results).keys() == set(asked)
@@ -239,8 +241,7 @@ def test_broken_file_is_one_failure(tmp_path, monkeypatch):
 def test_without_pytest_it_is_one_sentence(tmp_path, monkeypatch, capsys):
     found = machine.importlib.util.find_spec
     monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None if name == "hypothesis" else found(name))
-    run = Run(machine.Machine(), tmp_path)
-    assert cli.check(run, STAGES) == 2
+    assert check(tmp_path, STAGES, machine.Machine())[0] == 2
     assert capsys.readouterr().err.startswith("gpu-check: hypothesis is missing in ")
 
 
@@ -248,8 +249,10 @@ def test_without_pytest_it_is_one_sentence(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(Quick(), tmp_path)
+def run(tmp_path: Path) -> Iterator[Run]:
+    made = Run(Quick(), tmp_path)
+    yield made
+    shutil.rmtree(made.scratch)
 
 
 def test_command_that_ignores_signals_is_killed_with_its_children(run, tmp_path):

@@ -72,7 +72,10 @@ def main(argv: Sequence[str]) -> NoReturn:
     """Runs the check and exits: 0 where all that ran passed, 1 where something failed, 2 where it could not run."""
     options = parser().parse_args(argv)
     output = options.output or Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check")
-    only = read_failed(options.failed) if options.failed else None
+    try:
+        only = read_failed(options.failed) if options.failed else None
+    except OSError as error:
+        parser().error(f"--failed: {error}")
     stages = options.stages or STAGES
     if only is not None and options.stages is None:
         stages = tuple(s for s in STAGES if s.number == 1 or identifiers_of(s.name, only) or f"stage::{s.name}" in only)
@@ -100,6 +103,9 @@ def check(run: Run, stages: Sequence[Stage]) -> int:
     except Unfit as why:
         run.results["verdict"] = f"did not run: {why}"
         status = 2
+    except Exception as error:
+        run.failed("machine", "stage::machine", traceback.format_exc())
+        run.results["verdict"] = f"ERROR: {type(error).__name__}: {error}"
     except Interrupted as interrupted:
         run.live.stop()
         run.results["verdict"] = f"interrupted by {signal.Signals(interrupted.number).name}"

@@ -81,7 +81,7 @@ class EmulatedMachine(Machine):
 
     dry = True
     device = "cpu"
-    limits = Limits(test=1.5, huge_test=1.5, smoke_op=20.0, startup=60.0)
+    limits = Limits(test=1.5, huge_test=1.5, smoke_op=20.0, startup=60.0, least=0.5)
     # A dry run shows that the stages work, not that all ops do: tests/simt does.
     real_families = 2
     planted_seconds = 1.0

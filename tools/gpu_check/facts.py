@@ -58,6 +58,7 @@ def probe(device: str) -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {
+        "commit": _guarded(lambda: _bench().commit()),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
@@ -89,12 +90,16 @@ def probe(device: str) -> dict[str, Any]:
 
 def ceilings(device: str) -> dict[str, Any]:
     """By the benchmarks' own measure."""
-    sys.path.insert(0, str(ROOT / "bench"))
     import torch
 
-    harness = importlib.import_module("harness")
-    tflops, gbs = harness.ceilings(device, torch.bfloat16, device == "cpu")
+    tflops, gbs = _bench().ceilings(device, torch.bfloat16, device == "cpu")
     return {"tflops": tflops, "gbs": gbs, "dtype": "bfloat16"}
+
+
+def _bench() -> Any:
+    """What the benchmarks share."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    return importlib.import_module("harness")
 
 
 def _version(name: str) -> str | None:

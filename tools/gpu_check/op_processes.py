@@ -74,6 +74,7 @@ class OpProcesses:
         done = run.command(name, self.wrap(command), seconds=limit, env=self.environment(), stalled=follower.stalled)
         follower.read()
         self.ended(done)
+        run.say(f"{name}: {done.how()}")
         self._go_on(done, stacks)
 
     def _go_on(self, done: Done, stacks: Path) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Checked:
         self.only = settings.get("GPU_CHECK_ONLY")
         stacks = open(settings["GPU_CHECK_STACKS"], "w")  # noqa: SIM115 (open as long as the process lives)
         self.watchdog = Watchdog(float(settings["GPU_CHECK_SECONDS"]), stacks)
+        self.huge: list[str] = []
         self.verdict: dict[str, Any] = {}
         self.sticky = False
 
@@ -54,6 +55,11 @@ class Checked:
             config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in wanted])
             items[:] = [item for item in items if item.nodeid in wanted]
 
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        """Tests of the other size: what a later process will run."""
+        chosen = [item for item in items if item.get_closest_marker("gpu") and item.get_closest_marker("huge")]
+        self.huge += [item.nodeid for item in chosen]
+
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.events.write(event="broken", id=report.nodeid, text=str(report.longrepr)[-TEXT:])
@@ -61,7 +67,7 @@ class Checked:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """pytest's own loop, over the tests that this process can claim."""
-        self.events.write(event="collected", ids=[item.nodeid for item in session.items])
+        self.events.write(event="collected", ids=[item.nodeid for item in session.items], huge=self.huge)
         claimed = self._claimed(session.items)
         item = next(claimed, None)
         while item is not None:

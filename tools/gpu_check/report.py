@@ -31,6 +31,8 @@ LOG_SECONDS = 15.0
 LOG_BYTES = 15_000_000
 # Of a failure in the summary: lines, and characters of a line.
 LINES, WIDTH = 12, 200
+# Facts that are for programs only.
+LONG = ("families",)
 # Failures that are printed at the end of the check.
 MOST = 40
 # Characters that XML cannot hold.
@@ -175,9 +177,16 @@ def excerpt(text: str) -> list[str]:
 def facts(found: Mapping[str, Any]) -> list[str]:
     """The machine in a few lines."""
     plain = {name: value for name, value in found.items() if isinstance(value, (str, int, float, bool))}
-    lines = [", ".join(f"{name} {value}" for name, value in plain.items())] if plain else []
-    return lines + [
-        f"{name}: " + ", ".join(f"{key} {value}" for key, value in values.items())
-        for name, values in found.items()
-        if isinstance(values, dict) and values
+    parts = {
+        "": plain,
+        **{name: value for name, value in found.items() if isinstance(value, dict) and name not in LONG},
+    }
+    return [
+        (f"{name}: " if name else "") + ", ".join(f"{key} {_short(value)}" for key, value in values.items())
+        for name, values in parts.items()
+        if values
     ]
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

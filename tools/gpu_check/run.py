@@ -43,6 +43,9 @@ class Limits:
     smoke_op: float = 40.0
     # From the start of a process to its first sign of life: importing torch, making a CUDA context.
     startup: float = 90.0
+    # With less left no further process starts: torch alone takes some seconds, and far more under a sanitizer.
+    least: float = 12.0
+    least_sanitized: float = 25.0
 
 
 class Run:

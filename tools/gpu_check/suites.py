@@ -24,8 +24,6 @@ HANG_WEIGHT = 2
 # A second process joins a file once so many of its tests are unclaimed: fewer end sooner than it starts.
 JOIN = 12
 FOREIGN = re.compile(r"/_pytest/|/pluggy/|/pytest/__main__|<frozen runpy>|/gpu_check/pytest_plugin")
-# With less time left no further process starts.
-LEAST = 5.0
 
 
 def suites(run: Run) -> Outcome:
@@ -38,9 +36,10 @@ def suites(run: Run) -> Outcome:
     _share(run, crowded, jobs=1)
     poisoned = [(file, identifier) for file in files for identifier in file.poisoned]
     run.parallel(poisoned[: 2 * run.jobs], lambda one: _diagnose(run, *one), run.jobs)
-    huge = [TestFile(run, file.path, wanted, kind="huge") for file in files if "mark.huge" in file.path.read_text()]
-    for file in huge:
-        _share(run, [file], jobs=1)
+    for file in files:
+        huge = [test for test in file.huge if wanted is None or file.name in wanted or test in wanted]
+        if huge:
+            _share(run, [TestFile(run, file.path, huge, kind="huge")], jobs=1)
     run.describe(STAGE, table(run))
     return run.judge(STAGE)
 
@@ -64,9 +63,8 @@ class TestFile:
         self.run = run
         self.path = path
         self.name = path.relative_to(run.machine.test_root(run)).as_posix()
-        self.huge = kind == "huge"
-        self.alone = bool(kind)
-        self.seconds = run.limits.huge_test if self.huge else run.limits.test
+        self.kind = kind
+        self.seconds = run.limits.huge_test if kind == "huge" else run.limits.test
         parts = [*self.name.removesuffix(".py").split("/"), *([kind] if kind else [])]
         self.folder = run.scratch / "tests" / "-".join(parts)
         self.claims = self.folder / "claims"
@@ -75,7 +73,9 @@ class TestFile:
         if wanted is not None and self.name not in wanted:
             self.only = self.folder / "only.txt"
             self.only.write_text("\n".join(wanted))
-        self.collected: list[str] | None = None
+        # Known from the start where they are called by name, else from the first process.
+        self.collected = list(wanted) if kind and wanted else None
+        self.huge: list[str] = []
         self.ended: set[str] = set()
         self.poisoned: list[str] = []
         self.crowded: list[str] = []
@@ -100,7 +100,7 @@ class TestFile:
         if not self.running:
             return 2, 0
         left = self.unclaimed()
-        return (1, left) if left >= JOIN and not self.alone else (0, 0)
+        return (1, left) if left >= JOIN and not self.kind else (0, 0)
 
     # ---- one process ----
 
@@ -119,16 +119,21 @@ class TestFile:
             with self.lock:
                 self.running -= 1
             self.run.describe(STAGE, table(self.run))
+            self.run.say(f"{name}: {self.counts()}")
+
+    def counts(self) -> str:
+        """How its tests ended so far."""
+        cases = [case for case in self.run.cases(STAGE).values() if case["group"] == self.name]
+        return ", ".join(f"{number} {outcome}" for outcome, number in count(cases).items()) or "no tests"
 
     def close(self, why: str) -> None:
         """Gives up what is left."""
         with self.lock:
             self.closed = True
-            for test in self.collected or ():
-                if test not in self.ended:
+            known = self.run.cases(STAGE)
+            for test in [self.name] if self.collected is None else self.collected:
+                if test not in known:
                     self.run.not_run(STAGE, test, why, self.name)
-            if self.collected is None and not self.started and not self.alone:
-                self.run.not_run(STAGE, self.name, why, self.name)
 
 
 class _Process:
@@ -149,7 +154,7 @@ class _Process:
         follower = Follower(events, self._event, startup=run.limits.startup, step=file.seconds)
         done = run.command(
             self.name,
-            pytest_command(run, [str(file.path)], huge=file.huge),
+            pytest_command(run, [str(file.path)], huge=file.kind == "huge"),
             seconds=run.left(),
             env=self._environment(events, stacks),
             stalled=follower.stalled,
@@ -176,6 +181,7 @@ class _Process:
         if kind == "collected":
             with file.lock:
                 file.collected = event["ids"]
+                file.huge = event["huge"]
         elif kind == "broken":
             self.broken = True
             self.run.failed(STAGE, file.name, f"not collected\n{event['text']}", file.name)
@@ -266,7 +272,7 @@ def _share(run: Run, files: list[TestFile], jobs: int | None = None) -> None:
                 urgent = file.wants() > (0, 0)
                 if not urgent and not any(one.running for one in files):
                     return
-                name = file.enter() if urgent and run.left() >= LEAST else None
+                name = file.enter() if urgent and run.left() >= run.limits.least else None
             if name is not None:
                 file.process(name)
             elif urgent:
@@ -285,11 +291,11 @@ def _diagnose(run: Run, file: TestFile, identifier: str) -> None:
     alone = [*pytest_command(run, ["--tb=long", str(run.machine.test_root(run) / identifier)])]
     found = {}
     blocking = {**environment(run), "CUDA_LAUNCH_BLOCKING": "1"}
-    if run.left() > LEAST:
+    if run.left() > run.limits.least:
         done = run.command(f"{name}-blocking", alone, seconds=min(60.0, run.left()), env=blocking)
         found["blocking"] = f"{done.how()}\n{tail(done.text)}"
     program = run.machine.sanitizer()
-    if program is not None and run.left() > LEAST:
+    if program is not None and run.left() > run.limits.least:
         command = [*invocation(program, "memcheck"), *alone]
         done = run.command(f"{name}-memcheck", command, seconds=min(90.0, run.left()), env={**blocking, **ENVIRONMENT})
         found["memcheck"] = "\n".join(line for line in done.text.splitlines() if line.startswith("====="))[:4000]
