@@ -25,7 +25,7 @@ PLANTED_OPS = ("well", "wrong", "crashing", "hanging", "poisoning", "last")
 SELF_TEST = """
 import os, time
 
-def run(names, *, device, library=None):
+def run(names, *, device, library=None, dtypes=None):
     for op in names:
         yield {"op": op, "dtype": "bfloat16", "starting": True}
         if op == "crashing":
