@@ -215,8 +215,8 @@ class _Process:
     def _judge(self, done: Done, stacks: str) -> None:
         file, run = self.file, self.run
         if self.done:
-            # Status 1 is pytest's for failed tests, 5 for none.
-            if done.status not in (0, 1, 5) and not self.broken:
+            # Status 1 is pytest's for failed tests, 5 for none; without time left the process was stopped by us.
+            if done.status not in (0, 1, 5) and not self.broken and run.left() > 0:
                 run.failed(STAGE, file.name, f"after its last test: {done.how()}\n{tail(done.text)}", file.name)
             if not file.unclaimed():
                 file.closed = True
