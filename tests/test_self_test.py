@@ -18,7 +18,7 @@ from warpform.ops._example import Call, Draw
 OPS = _register.ops()
 ROOT = Path(__file__).resolve().parent.parent
 CALLS = [(name, call) for name, op in OPS.items() for call in op.calls(torch.float32)]
-FIRST = {name: call for name, call in reversed(CALLS)}
+FIRST = dict(reversed(CALLS))
 
 
 def rows_of(*names: str, **how: Any) -> list[dict[str, Any]]:

@@ -170,9 +170,9 @@ def _tuple(value: Any) -> tuple[Any, ...]:
 
 
 def _compare(what: str, results: tuple[tuple[Any, ...], ...], dtype: Any, factor: int) -> str | None:
-    """The first difference of the three results' tensors, or None; the arguments of `_difference`."""
-    for index, tensors in enumerate(zip(*results, strict=True)):
-        problem = _difference(*tensors, dtype, factor)
+    """The first difference between the tensors of three results, or None; they and the rest are `_difference`'s."""
+    for index, (ours, same, exact) in enumerate(zip(*results, strict=True)):
+        problem = _difference(ours, same, exact, dtype, factor)
         if problem:
             return f"{what} {index} {problem}"
     return None
