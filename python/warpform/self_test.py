@@ -36,7 +36,14 @@ def families() -> dict[str, tuple[str, ...]]:
     return found
 
 
-def run(names: Sequence[str], *, device: str = "cuda", library: Any = None, kernels: bool = True) -> Iterator[Row]:
+def run(
+    names: Sequence[str],
+    *,
+    device: str = "cuda",
+    library: Any = None,
+    kernels: bool = True,
+    dtypes: Sequence[str] | None = None,
+) -> Iterator[Row]:
     """Tests ops one by one, and yields rows as they are done, so that a crash loses nothing but what was running.
 
     Args:
@@ -45,6 +52,7 @@ def run(names: Sequence[str], *, device: str = "cuda", library: Any = None, kern
         library: the ops' namespace, torch.ops.warpform by default; or torch.ops.warpform_simt, which has no autograd.
         kernels: whether kernels are expected on the device: then each dtype that has some is tested, and the reference
             may not stand in for them.
+        dtypes: only these, where an op has one of them.
 
     Yields:
         {"op", "dtype", "starting": True} before an op is tested in a dtype, then for each direction
@@ -64,7 +72,8 @@ def run(names: Sequence[str], *, device: str = "cuda", library: Any = None, kern
     table = json.loads(library._kernel_table()) if on_kernels else []
     for name in names:
         op = registry[name]
-        for dtype in _dtypes(name, table):
+        found = _dtypes(name, table)
+        for dtype in [dtype for dtype in found if dtypes is None or dtype in dtypes] or found:
             yield {"op": name, "dtype": dtype, "starting": True}
             how = (op, getattr(torch, dtype), device, getattr(library, name))
             with _strict(on_kernels and library is torch.ops.warpform and any(row["op"] == name for row in table)):
