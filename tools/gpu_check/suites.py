@@ -16,6 +16,7 @@ from gpu_check.processes import Done, edges
 from gpu_check.pytest_plugin import claim_path
 from gpu_check.run import Outcome, Run, count
 from gpu_check.sanitizer import ENVIRONMENT, invocation
+from gpu_check.sanitizer_report import PREFIX
 
 STAGE = "tests"
 # A file that keeps dying: a hang costs its whole limit, so it weighs more than a crash.
@@ -298,7 +299,7 @@ def _diagnose(run: Run, file: TestFile, identifier: str) -> None:
     if program is not None and run.left() > run.limits.least:
         command = [*invocation(program, "memcheck"), *alone]
         done = run.command(f"{name}-memcheck", command, seconds=min(90.0, run.left()), env={**blocking, **ENVIRONMENT})
-        found["memcheck"] = "\n".join(line for line in done.text.splitlines() if line.startswith("====="))[:4000]
+        found["memcheck"] = "\n".join(line for line in done.text.splitlines() if line.startswith(PREFIX + " "))[:4000]
     if found:
         run.record(STAGE, "diagnoses", {identifier: found})
 
