@@ -81,6 +81,8 @@ OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(ATTENTION, r"HMMA\.16816\.F32"),  # tensor cores, accumulating in float32
     OpcodeRule(ATTENTION, r"LDSM\."),  # ldmatrix
     OpcodeRule(ATTENTION, r"LDGSTS\."),  # cp.async
+    OpcodeRule(r"column_sum_(whole|split)<true>", r"LDG\..*128"),
+    OpcodeRule(r"column_sum_(whole|split)<true>", r"STG\..*128"),
     OpcodeRule(MONARCH, r"HMMA\.16816\.F32"),
     OpcodeRule(MONARCH, r"LDSM\."),
     OpcodeRule(MONARCH, r"LDGSTS\."),
