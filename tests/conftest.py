@@ -44,9 +44,19 @@ def pytest_configure() -> None:
         raise pytest.UsageError("the tests draw their cases with hypothesis, which is not installed")
 
 
-def pytest_report_header(config: pytest.Config) -> list[str]:
+def _order(config: pytest.Config) -> list[str]:
     seed = config.getoption("shuffle_files")
     return [] if seed is None else [f"files shuffled: --shuffle-files={seed} repeats this order"]
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return _order(config)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    # With -q there is no header.
+    for line in _order(config):
+        terminalreporter.write_line(line)
 
 
 @functools.cache

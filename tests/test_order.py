@@ -55,7 +55,7 @@ def test_the_seed_is_printed(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"test_{name}.py").write_text("def test(): pass\n")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "--shuffle-files"],
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "--shuffle-files"],
         cwd=tmp_path,
         env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
