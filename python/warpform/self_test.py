@@ -1,0 +1,212 @@
+"""The self-test: the example of every op, forward and backward, in every dtype that has kernels, against the reference.
+
+doctor runs all of it; the GPU check runs one family a process, and the emulator's ops (`library`) in its dry run.
+
+A result passes by the rule of docs/numerics.md for largest errors: at most twice the error of the reference in the same
+dtype (three times for gradients) plus one unit, eps(dtype) times the largest exact value of that output; exact is the
+reference in float64, on the same inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from . import _env, _library
+
+# Examples of ops without a kernel for a floating-point dtype (plans, say) need one to be drawn in.
+_ANY = ("float32",)
+_FLOATING = ("float16", "bfloat16", "float32")
+
+Row = dict[str, Any]
+
+
+def families() -> dict[str, tuple[str, ...]]:
+    """The names of all ops by family, as the files of `ops.reference` are called.
+
+    Raises ImportError where torch cannot be imported.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for op in _registry().values():
+        found[op.family] = (*found.get(op.family, ()), op.name)
+    return found
+
+
+def run(
+    names: Sequence[str],
+    *,
+    device: str = "cuda",
+    library: Any = None,
+    kernels: bool = True,
+    dtypes: Sequence[str] | None = None,
+) -> Iterator[Row]:
+    """Tests ops one by one, and yields rows as they are done, so that a crash loses nothing but what was running.
+
+    Args:
+        names: ops of `families()`.
+        device: of the tensors, "cpu" or "cuda".
+        library: the ops' namespace, torch.ops.warpform by default; or torch.ops.warpform_simt, which has no autograd.
+        kernels: whether kernels are expected on the device: then each dtype that has some is tested, and the reference
+            may not stand in for them.
+        dtypes: only these, where an op has one of them.
+
+    Yields:
+        {"op", "dtype", "starting": True} before an op is tested in a dtype, then for each direction
+        {"op", "device", "dtype", "direction", "ok", "problem", "ms"}: "forward" is the op itself, "backward" is
+        autograd through a differentiable op. `problem` is None, or what is wrong, with the example's label.
+
+    Raises:
+        ImportError: the library is not loaded. KeyError: an unknown op.
+    """
+    import torch
+
+    _library.require()
+    registry = _registry()
+    if library is None:
+        library = torch.ops.warpform
+    on_kernels = kernels and (device != "cpu" or library is not torch.ops.warpform)
+    table = json.loads(library._kernel_table()) if on_kernels else []
+    for name in names:
+        op = registry[name]
+        found = _dtypes(name, table)
+        for dtype in [dtype for dtype in found if dtypes is None or dtype in dtypes] or found:
+            yield {"op": name, "dtype": dtype, "starting": True}
+            how = (op, getattr(torch, dtype), device, getattr(library, name))
+            with _strict(on_kernels and library is torch.ops.warpform and any(row["op"] == name for row in table)):
+                yield _timed(name, device, dtype, "forward", lambda how=how: _forward(*how))  # type: ignore[misc]
+                if op.differentiable and library is torch.ops.warpform:
+                    yield _timed(name, device, dtype, "backward", lambda how=how: _backward(*how))  # type: ignore[misc]
+
+
+def _registry() -> dict[str, Any]:
+    import importlib
+
+    # Also where the library is not loaded, when `warpform.ops` as an attribute would raise.
+    importlib.import_module("warpform.ops")
+    return dict(importlib.import_module("warpform.ops._register").ops())
+
+
+def _dtypes(name: str, table: list[Row]) -> tuple[str, ...]:
+    """Floating-point dtypes that an op has kernels for, or the one that it is tested in without."""
+    found = {str(row["dtype"]) for row in table if row["op"] == name and "dtype" in row}
+    if "any" in found:
+        return _FLOATING
+    return tuple(dtype for dtype in _FLOATING if dtype in found) or _ANY
+
+
+@contextlib.contextmanager
+def _strict(on: bool) -> Iterator[None]:
+    """WARPFORM_STRICT=1: a reference in place of a kernel is an error. Not where the user asked for references."""
+    before = os.environ.get("WARPFORM_STRICT")
+    if on and _env.backend() != "reference":
+        os.environ["WARPFORM_STRICT"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("WARPFORM_STRICT", None)
+        else:
+            os.environ["WARPFORM_STRICT"] = before
+
+
+def _timed(name: str, device: str, dtype: str, direction: str, test: Callable[[], str | None]) -> Row:
+    start = time.perf_counter()
+    try:
+        problem = test()
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        problem = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return {
+        "op": name,
+        "device": device,
+        "dtype": dtype,
+        "direction": direction,
+        "ok": problem is None,
+        "problem": problem,
+        "ms": round((time.perf_counter() - start) * 1e3, 1),
+    }
+
+
+def _forward(op: Any, dtype: Any, device: str, function: Callable[..., Any]) -> str | None:
+    """The op on every call of its example; the first problem, or None."""
+    factor = 3 if op.name.endswith(("_backward", "_grad")) else 2
+    for call in op.calls(dtype):
+        here, exact = call.to(device), call.double()
+        outputs = (
+            _tuple(function(*here.args, **here.kwargs)),
+            _tuple(op.reference(*call.args, **call.kwargs)),
+            _tuple(op.reference(*exact.args, **exact.kwargs)),
+        )
+        problem = _compare(f"{call.label}: output", outputs, dtype, factor)
+        if problem:
+            return problem
+    return None
+
+
+def _backward(op: Any, dtype: Any, device: str, function: Callable[..., Any]) -> str | None:
+    """Autograd through the op on every call of its example; the first problem, or None."""
+    for call in op.calls(dtype):
+        gradients = tuple(_gradients(function, c) for c in (call.to(device), call, call.double()))
+        problem = _compare(f"{call.label}: gradient", gradients, dtype, 3)
+        if problem:
+            return problem
+    return None
+
+
+def _gradients(function: Callable[..., Any], call: Any) -> tuple[Any, ...]:
+    """Of every floating-point argument that has one, for the sum of all outputs with weights from -1 to 1."""
+    import torch
+
+    args = [
+        a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in call.args
+    ]
+    leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    loss = torch.zeros((), dtype=torch.float64, device=leaves[0].device)
+    for out in _tuple(function(*args, **call.kwargs)):
+        if out.requires_grad and out.numel():
+            weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device).view_as(out)
+            # A row that sees no key has lse -inf, and no gradient.
+            loss = loss + torch.where(out.isfinite(), out.double() * weights, 0).sum()
+    return torch.autograd.grad(loss, leaves, allow_unused=True)
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _compare(what: str, results: tuple[tuple[Any, ...], ...], dtype: Any, factor: int) -> str | None:
+    """The first difference between the tensors of three results, or None; they and the rest are `_difference`'s."""
+    for index, (ours, same, exact) in enumerate(zip(*results, strict=True)):
+        problem = _difference(ours, same, exact, dtype, factor)
+        if problem:
+            return f"{what} {index} {problem}"
+    return None
+
+
+def _difference(ours: Any, same: Any, exact: Any, dtype: Any, factor: int) -> str | None:
+    """What is wrong with `ours`, or None. same, exact: from the reference in `dtype` and in float64."""
+    import torch
+
+    if ours is None or same is None:
+        return None if ours is same else f"is {type(ours).__name__}, expected {type(same).__name__}"
+    if ours.shape != same.shape or ours.dtype != same.dtype:
+        return f"is {ours.dtype} of shape {list(ours.shape)}, expected {same.dtype} of shape {list(same.shape)}"
+    ours = ours.detach().cpu()
+    if not ours.is_floating_point():
+        return None if torch.equal(ours, same) else f"differs in {int((ours != same).sum())} of {ours.numel()} elements"
+    # A float32 result of float16 inputs carries the rounding of what was made of them.
+    eps = max(torch.finfo(dtype).eps, torch.finfo(same.dtype).eps)
+    ours, same, exact = (t.detach().double() for t in (ours, same, exact))
+    infinite = exact.isinf()
+    if not torch.equal(ours[infinite], exact[infinite]):
+        return "has infinities in other places"
+    ours, same, exact = (t[~infinite] for t in (ours, same, exact))
+    if not exact.numel():
+        return None
+    error = (ours - exact).abs().max().item()
+    allowed = factor * (same - exact).abs().max().item() + eps * exact.abs().max().item()
+    return None if error <= allowed else f"is off by {error:.3g}, allowed are {allowed:.3g}"
