@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,6 +128,16 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Ten
     return torch.softmax(score, -1) @ v
 
 
+def varlen_options(varlen_attn: Callable[..., Tensor], causal: bool, gqa: dict[str, bool]) -> dict[str, Any]:
+    """The keywords that this torch's varlen_attn has for a causal mask and for fewer key heads.
+
+    Before it had enable_gqa it took fewer key heads without being asked; before it had window_size, is_causal.
+    """
+    known = inspect.signature(varlen_attn).parameters
+    mask = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return (mask if causal else {}) | (gqa if "enable_gqa" in known else {})
+
+
 class AttentionCase(Case):
     """q, k, v: [T, heads, D]. Backward is timed alone, over a forward that was done before."""
 
@@ -190,11 +201,11 @@ class AttentionCase(Case):
         self.session.need_gpu()
         from torch.nn.attention.varlen import varlen_attn
 
-        window = (-1, 0) if self.spec.causal else (-1, -1)
+        options = varlen_options(varlen_attn, self.spec.causal, self.gqa)
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             offsets, longest = self.offsets, self.longest
-            return varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=window, **self.gqa)
+            return varlen_attn(q, k, v, offsets, offsets, longest, longest, **options)
 
         return self.calls(attention, _same, _same)
 

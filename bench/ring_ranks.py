@@ -24,10 +24,10 @@ _prepared: Callable[[], tuple[Tensor, ...]] | None = None
 
 
 def draw(seqlen: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """q, k, v and the gradient of the output, [1, L, H, D], the same in every process."""
-    made = torch.Generator().manual_seed(seqlen + heads)
+    """q, k, v and the gradient of the output, [1, L, H, D], the same in every process; drawn on the device."""
+    made = torch.Generator(device).manual_seed(seqlen + heads)
     shapes = [(1, seqlen, h, head_dim) for h in (heads, kv_heads, kv_heads, heads)]
-    return [torch.randn(shape, generator=made).to(device, dtype) for shape in shapes]
+    return [torch.randn(shape, generator=made, device=device).to(dtype) for shape in shapes]
 
 
 def step(attention: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor, backward: bool) -> tuple[Tensor, ...]:

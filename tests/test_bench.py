@@ -255,6 +255,21 @@ def test_only_what_agrees_is_timed() -> None:
     assert states["absent"] == "missing: needs a GPU" and states["broken"] == "failed: RuntimeError: no kernel"
 
 
+def test_torch_varlen_is_called_as_this_torch_has_it() -> None:
+    gqa = {"enable_gqa": True}
+
+    def today(q: None, *, window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False) -> None: ...
+
+    def without_gqa(q: None, *, window_size: tuple[int, int] = (-1, -1)) -> None: ...
+
+    def without_window(q: None, is_causal: bool = False) -> None: ...
+
+    options = load("attention").varlen_options
+    assert options(today, True, gqa) == {"window_size": (-1, 0), "enable_gqa": True} and options(today, False, {}) == {}
+    assert options(without_gqa, True, gqa) == {"window_size": (-1, 0)} and options(without_gqa, False, gqa) == {}
+    assert options(without_window, True, gqa) == {"is_causal": True} and options(without_window, False, gqa) == {}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_check_can_fail(family: str) -> None:
     """Outputs that are a little off are refused, of peers and of warpform alike."""

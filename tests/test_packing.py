@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import warpform
 from helpers import cases, oracle
+from helpers.drawn import drawn
 from warpform import Packing
 from warpform.ops import encoder
 
@@ -28,8 +28,8 @@ def test_from_mask(case: cases.MaskCase, dtype: torch.dtype) -> None:
     assert packing.indices.dtype == packing.position_ids.dtype == torch.int64
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
-@given(
+@drawn(
+    60,
     lengths=st.lists(st.integers(0, 9), max_size=6),
     extra=st.none() | st.integers(0, 3),
     spare=st.none() | st.integers(0, 5),

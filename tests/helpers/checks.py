@@ -39,7 +39,7 @@ def check_pack(library: Any, case: cases.MaskCase, rows: cases.RowCase, device: 
     plan = oracle.packing_plan(mask.tolist(), capacity)
     indices = torch.tensor(plan["indices"], dtype=torch.int64, device=device)
     ranks = torch.tensor(plan["ranks"], dtype=torch.int32, device=device).view(mask.shape)
-    x = (100 * torch.randn(*mask.shape, *rows.trailing)).to(device, rows.dtype)
+    x = (100 * cases.random(*mask.shape, *rows.trailing, dtype=torch.float32, device=device)).to(rows.dtype)
     if rows.dtype.is_floating_point:
         x[mask == 0] = float("nan")
 

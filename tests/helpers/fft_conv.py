@@ -236,7 +236,7 @@ def fft_conv_inputs(case: FftConvCase, dtype: torch.dtype, device: str = "cpu") 
 
     def filters(taps: int) -> Tensor:
         decay = torch.linspace(0, 3, taps).neg().exp() * (1 + taps) ** -0.5
-        return torch.randn(case.channels, taps).mul_(decay).to(device, wide)
+        return random(case.channels, taps, dtype=torch.float32, device=device).mul_(decay.to(device)).to(wide)
 
     k = filters(case.seqlen if case.taps is None else case.taps)
     k_reverse = None if case.reverse_taps is None else filters(case.reverse_taps)
@@ -260,13 +260,12 @@ def fft_conv_inputs(case: FftConvCase, dtype: torch.dtype, device: str = "cpu") 
 
 
 def spectrum_of(k: Tensor, k_reverse: Tensor | None, seqlen: int) -> Tensor:
-    """[channels, n / 2 + 1, 2] in k's dtype, from a complex FFT in float64 of taps placed one by one."""
+    """[channels, n / 2 + 1, 2] in k's dtype, from a complex FFT in float64: tap j of k_reverse sits at n - 1 - j."""
     points = points_of(seqlen)
     circle = k.new_zeros(k.size(0), points, dtype=torch.float64)
-    for j in range(k.size(1)):
-        circle[:, j] = k[:, j]
-    for j in range(0 if k_reverse is None else k_reverse.size(1)):
-        circle[:, points - 1 - j] = k_reverse[:, j]
+    circle[:, : k.size(1)] = k
+    if k_reverse is not None:
+        circle[:, points - k_reverse.size(1) :] = k_reverse.flip(1)
     if circle.numel() == 0:
         return k.new_zeros(0, points // 2 + 1, 2)
     transformed = torch.fft.fft(circle.to(torch.complex128))[:, : points // 2 + 1]

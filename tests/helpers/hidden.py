@@ -136,7 +136,7 @@ def choose(case: HiddenCase) -> Tensor:
 
 def bits(selected: Tensor) -> Tensor:
     """int64 [...], bit by bit."""
-    mask = torch.zeros(selected.shape[:-1], dtype=torch.int64)
+    mask = torch.zeros(selected.shape[:-1], dtype=torch.int64, device=selected.device)
     for g in range(selected.size(-1)):
         mask |= selected[..., g].long() << g
     return mask
@@ -148,7 +148,7 @@ def hidden_inputs(case: HiddenCase, dtype: torch.dtype, device: str = "cpu", *, 
     size_in, size_out = (case.other, routed) if routed_out else (routed, case.other)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     classes = [case.num_classes] if case.num_classes > 1 else []
-    selected = choose(case)
+    selected = choose(case).to(device)
     token_class = None
     if classes:
         # The second class stays empty.
@@ -161,7 +161,7 @@ def hidden_inputs(case: HiddenCase, dtype: torch.dtype, device: str = "cpu", *, 
 
     x = random(case.tokens, size_in, dtype=dtype, device=device)
     dout = random(case.tokens, size_out, dtype=dtype, device=device)
-    hidden = ~selected.repeat_interleave(case.width, 1).to(device)
+    hidden = ~selected.repeat_interleave(case.width, 1)
     (dout if routed_out else x)[hidden] = float("nan")
     w = random(*classes, size_out, size_in, dtype=dtype, device=device)
     if case.layout == "transposed":
@@ -173,15 +173,15 @@ def hidden_inputs(case: HiddenCase, dtype: torch.dtype, device: str = "cpu", *, 
     gates = None
     if case.gates:
         gates = random(case.tokens, case.num_groups, dtype=wide, device=device)
-        gates[~selected.to(device)] = float("nan")
+        gates[~selected] = float("nan")
         if case.tokens:
             gates[0] = 0.0
     bias = random(*classes, size_out, dtype=dtype, device=device) if case.bias else None
     return HiddenInputs(
         case,
-        selected.to(device),
+        selected,
         None if token_class is None else token_class.to(device),
-        bits(selected).to(device),
+        bits(selected),
         out_mask,
         x,
         w,

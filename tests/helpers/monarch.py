@@ -276,10 +276,16 @@ def glu_inputs(case: GluCase, dtype: torch.dtype, device: str = "cpu") -> Inputs
 # ---- oracles ----
 
 
+def _places(w: Tensor) -> list[Tensor]:
+    """The three indices of every entry of w, in order."""
+    axes = (torch.arange(n, device=w.device) for n in w.shape)
+    return [t.flatten() for t in torch.meshgrid(*axes, indexing="ij")]
+
+
 def dense_blockdiag(w: Tensor) -> Tensor:
     """The matrix [nb q, nb p]: entry (b q + i, b p + j) is w[b, i, j], all others are 0."""
     nb, q, p = w.shape
-    b, i, j = (t.flatten().to(w.device) for t in torch.meshgrid(*map(torch.arange, (nb, q, p)), indexing="ij"))
+    b, i, j = _places(w)
     return w.new_zeros(nb * q, nb * p).index_put((b * q + i, b * p + j), w.flatten())
 
 
@@ -287,7 +293,7 @@ def dense_strided(w: Tensor) -> Tensor:
     """The matrix [l s, l r] of a Monarch matrix's second factor: entry (sigma l + lambda, rho l + lambda) is
     w[lambda, sigma, rho], all others are 0."""
     count, s, r = w.shape
-    lam, sigma, rho = (t.flatten().to(w.device) for t in torch.meshgrid(*map(torch.arange, w.shape), indexing="ij"))
+    lam, sigma, rho = _places(w)
     return w.new_zeros(count * s, count * r).index_put((sigma * count + lam, rho * count + lam), w.flatten())
 
 

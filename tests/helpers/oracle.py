@@ -351,18 +351,18 @@ def window_attention(
         factor = logit_scale.clamp(max=math.log(100.0)).exp().to(q.dtype)
         score = unit_rows(q) @ unit_rows(k).mT * (factor[:, None, None] if factor.dim() == 1 else factor)
     if table is not None:
-        places = torch.cartesian_prod(*(torch.arange(w) for w in window_size)).view(tokens, axes)
-        index = torch.zeros(tokens, tokens, dtype=torch.int64)
+        places = torch.cartesian_prod(*(torch.arange(w, device=qkv.device) for w in window_size)).view(tokens, axes)
+        index = torch.zeros(tokens, tokens, dtype=torch.int64, device=qkv.device)
         for axis, w in enumerate(window_size):
             index = index * (2 * w - 1) + places[:, None, axis] - places[None, :, axis] + w - 1
-        bias = table.to(q.dtype)[index.flatten().to(table.device)].view(tokens, tokens, heads)
+        bias = table.to(q.dtype)[index.flatten()].view(tokens, tokens, heads)
         score = score + bias.permute(2, 0, 1)
-    region = torch.zeros(1, *[1] * axes, 1, dtype=torch.int64)
+    region = torch.zeros(1, *[1] * axes, 1, dtype=torch.int64, device=qkv.device)
     for axis, (p, w, s) in enumerate(zip(padded, window_size, shift_size, strict=True)):
-        place = torch.arange(p)
-        of_axis = (place >= p - w).long() + (place >= p - s).long() if s else torch.zeros(p, dtype=torch.int64)
+        place = torch.arange(p, device=qkv.device)
+        of_axis = (place >= p - w).long() + (place >= p - s).long() if s else torch.zeros_like(place)
         region = 3 * region + of_axis.view([1, *(-1 if i == axis else 1 for i in range(axes)), 1])
-    region = partition(region.expand(1, *padded, 1))[0, :, :, 0].to(q.device)  # [windows, N]
+    region = partition(region.expand(1, *padded, 1))[0, :, :, 0]  # [windows, N]
     apart = region[:, :, None] != region[:, None, :]
     score = score.where(~apart[:, None], score + mask_value)
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
+
 # What one call may take on a machine that does other things too.
 LIMIT_S = 120.0
 # ... and how long others may go on when one has failed, for which they may be waiting.
@@ -34,7 +36,6 @@ class Failed:
 
 
 def _serve(rank: int, size: int, store: str, connection: Connection, timeout_s: float) -> None:
-    import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
@@ -67,7 +68,6 @@ class Processes:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_IMPORTED)
         self._folder = tempfile.TemporaryDirectory()
-        self._seed = 0
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(size):
@@ -81,7 +81,9 @@ class Processes:
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Calls a function of an importable module on every rank; random numbers are the same on all. Their results.
+        """Calls a function of an importable module on every rank. Their results.
+
+        Random numbers are the same on all ranks and follow from this process's seed of torch, whatever ran before.
 
         Raises:
             AssertionError: with the traceback, where one raised.
@@ -95,9 +97,9 @@ class Processes:
         self, function: Callable[..., Any], *arguments: Any, without: tuple[int, ...] = (), limit_s: float = LIMIT_S
     ) -> list[Any]:
         """The same, with Failed for ranks that raised, and None for those of `without`, which are not waited for."""
-        self._seed += 1
+        seed = int(torch.randint(2**31, ()))
         for connection in self.connections:
-            connection.send((function, arguments, self._seed))
+            connection.send((function, arguments, seed))
         results: list[Any] = [None] * len(self.connections)
         waiting = {c: r for r, c in enumerate(self.connections) if r not in without}
         end = time.monotonic() + limit_s

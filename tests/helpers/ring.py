@@ -131,11 +131,11 @@ def _slice_of_a_larger(case: StepCase, t: Tensor) -> Tensor:
 # ---- the oracle ----
 
 
-def seen_pairs(case: StepCase, sq: int, sk: int) -> Tensor:
+def seen_pairs(case: StepCase, sq: int, sk: int, device: torch.device | None = None) -> Tensor:
     """Bool [sq, sk]: which keys a query of the case sees, by positions."""
-    query = case.q_offset + case.q_stride * torch.arange(sq)[:, None]
-    key = case.k_offset + case.k_stride * torch.arange(sk)[None]
-    seen = torch.ones(sq, sk, dtype=torch.bool)
+    query = case.q_offset + case.q_stride * torch.arange(sq, device=device)[:, None]
+    key = case.k_offset + case.k_stride * torch.arange(sk, device=device)[None]
+    seen = torch.ones(sq, sk, dtype=torch.bool, device=device)
     if case.causal:
         seen &= key <= query
     if case.window[0] >= 0:
@@ -151,7 +151,7 @@ def attend(
     """q [sq, H, D], k, v [sk, Hkv, D], out as q, lse [H, sq], all of one dtype, in which all is computed."""
     group = q.size(1) // k.size(1)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    score = (torch.einsum("ihd,jhd->hij", q, k) * scale).masked_fill(~seen.to(q.device), -math.inf)
+    score = (torch.einsum("ihd,jhd->hij", q, k) * scale).masked_fill(~seen, -math.inf)
     score = torch.cat([score, lse.unsqueeze(-1)], -1)
     alive = (score > -math.inf).any(-1, keepdim=True)
     p = torch.softmax(score.masked_fill(~alive, 0.0), -1) * alive
@@ -166,7 +166,7 @@ def attend_gradients(
     group, dtype = q.size(1) // k.size(1), q.dtype
     keys, values = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     score = (torch.einsum("ihd,jhd->hij", q, keys) * scale).to(lse.dtype)
-    counts = seen.to(q.device) & (lse > -math.inf).unsqueeze(-1)
+    counts = seen & (lse > -math.inf).unsqueeze(-1)
     p = torch.where(counts, torch.exp(score - lse.unsqueeze(-1)), 0.0)
     dscore = torch.einsum("ihd,jhd->hij", dout, values).to(lse.dtype) - delta.unsqueeze(-1)
     dscore = (torch.where(counts, p * dscore, 0.0) * scale).to(dtype)
@@ -204,7 +204,7 @@ def step_oracle(case: StepCase, x: StepInputs, dtype: torch.dtype) -> tuple[Tens
     for rows, keys, at, sq, sk in _sequences(case):
         out[rows], lse[at] = attend(
             *(t.to(dtype) for t in (x.q[rows], x.k[keys], x.v[keys])),
-            out[rows].clone(), lse[at].clone(), seen_pairs(case, sq, sk), _scale(case),
+            out[rows].clone(), lse[at].clone(), seen_pairs(case, sq, sk, x.q.device), _scale(case),
         )  # fmt: skip
     return out, lse
 
@@ -220,7 +220,7 @@ def step_gradients(
         parts = attend_gradients(
             x.dout[rows].to(dtype), delta[at].to(rows_dtype),
             *(t.to(dtype) for t in (x.q[rows], x.k[keys], x.v[keys])),
-            lse[at].to(rows_dtype), seen_pairs(case, sq, sk), _scale(case),
+            lse[at].to(rows_dtype), seen_pairs(case, sq, sk, x.q.device), _scale(case),
         )  # fmt: skip
         for target, where, part in zip((dq, dk, dv), (rows, keys, keys), parts, strict=True):
             target[where] += part

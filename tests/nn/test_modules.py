@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import warpform
 from helpers.compare import assert_close
+from helpers.drawn import drawn
 from warpform.models import BertConfig, BertModel
 from warpform.nn import Embeddings, Encoder, EncoderLayer, FeedForward, SelfAttention, first_tokens, mean_pool
 from warpform.nn._product import CPU_ROWS
@@ -27,8 +27,7 @@ def layer(**options) -> EncoderLayer:
     return module
 
 
-@given(lengths=st.lists(st.integers(0, 20), max_size=6), capacity=st.none() | st.integers(0, 9))
-@settings(max_examples=40, deadline=None)
+@drawn(40, lengths=st.lists(st.integers(0, 20), max_size=6), capacity=st.none() | st.integers(0, 9))
 def test_mean_pool_and_first_tokens(lengths: list[int], capacity: int | None) -> None:
     total = sum(lengths)
     packing = warpform.Packing.from_lengths(lengths, capacity=None if capacity is None else total + capacity)

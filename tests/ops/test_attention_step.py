@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers import cases, oracle, ring
 from helpers.compare import assert_close, poisoned
 from helpers.compilations import Compilations
+from helpers.drawn import drawn
 from helpers.ring import StepCase, step_inputs
 from warpform import ops
 from warpform.ops.reference import attention as attention_reference
@@ -48,8 +48,7 @@ def test_cases_without_fused_attention(case: StepCase, monkeypatch: pytest.Monke
     ring.check_attention_step(OPS, case, torch.float32)
 
 
-@settings(max_examples=150, deadline=None)
-@given(case=ring.step_cases(), dtype=st.sampled_from(cases.FLOATS))
+@drawn(150, case=ring.step_cases(), dtype=st.sampled_from(cases.FLOATS))
 def test_drawn(case: StepCase, dtype: torch.dtype) -> None:
     ring.check_attention_step(OPS, case, dtype)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -17,11 +16,11 @@ from helpers import cases
 from helpers import fft_conv as helpers
 from helpers.compare import assert_close, poisoned
 from helpers.compilations import Compilations
+from helpers.drawn import drawn
 from warpform import ops
 from warpform.ops.reference import fft_conv as reference
 
 OPS = torch.ops.warpform
-DRAWN = settings(deadline=None, derandomize=True, max_examples=40, suppress_health_check=list(HealthCheck))
 floats = pytest.mark.parametrize("dtype", cases.FLOATS, ids=lambda d: str(d).removeprefix("torch."))
 
 
@@ -97,18 +96,14 @@ def test_short_conv_gate(case: helpers.ShortConvCase, dtype: torch.dtype) -> Non
         helpers.check_short_conv_gate(OPS, case, dtype)
 
 
-@DRAWN
-@given(case=helpers.fft_conv_cases(), dtype=st.sampled_from(cases.FLOATS), seed=st.integers(0, 1 << 30))
-def test_spectral_conv_on_drawn_cases(case: helpers.FftConvCase, dtype: torch.dtype, seed: int) -> None:
-    torch.manual_seed(seed)
+@drawn(40, case=helpers.fft_conv_cases(), dtype=st.sampled_from(cases.FLOATS))
+def test_spectral_conv_on_drawn_cases(case: helpers.FftConvCase, dtype: torch.dtype) -> None:
     with poisoned():
         helpers.check_spectral_conv(OPS, case, dtype)
 
 
-@DRAWN
-@given(case=helpers.short_conv_cases(), dtype=st.sampled_from(cases.FLOATS), seed=st.integers(0, 1 << 30))
-def test_short_conv_gate_on_drawn_cases(case: helpers.ShortConvCase, dtype: torch.dtype, seed: int) -> None:
-    torch.manual_seed(seed)
+@drawn(40, case=helpers.short_conv_cases(), dtype=st.sampled_from(cases.FLOATS))
+def test_short_conv_gate_on_drawn_cases(case: helpers.ShortConvCase, dtype: torch.dtype) -> None:
     with poisoned():
         helpers.check_short_conv_gate(OPS, case, dtype)
 

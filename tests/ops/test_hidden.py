@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from helpers import hidden
 from helpers.cases import FLOATS
 from helpers.compare import poisoned
 from helpers.compilations import Compilations
+from helpers.drawn import drawn
 from helpers.hidden import HIDDEN_CASES, HiddenCase
 from warpform import ops
 from warpform.ops import RoutingPlan
@@ -48,8 +48,7 @@ def test_cases(case: HiddenCase, dtype: torch.dtype, routed_out: bool) -> None:
         hidden.check_hidden(OPS, case, dtype, routed_out=routed_out)
 
 
-@settings(max_examples=60, deadline=None)
-@given(case=hidden.hidden_cases(), dtype=st.sampled_from(FLOATS), routed_out=st.booleans())
+@drawn(60, case=hidden.hidden_cases(), dtype=st.sampled_from(FLOATS), routed_out=st.booleans())
 def test_drawn(case: HiddenCase, dtype: torch.dtype, routed_out: bool) -> None:
     hidden.check_routing_plan(OPS, case)
     hidden.check_hidden(OPS, case, dtype, routed_out=routed_out)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -16,10 +15,10 @@ from helpers import cases
 from helpers import monarch as helpers
 from helpers.compare import poisoned
 from helpers.compilations import Compilations
+from helpers.drawn import drawn
 from warpform import ops
 
 OPS = torch.ops.warpform
-DRAWN = settings(deadline=None, derandomize=True, max_examples=40, suppress_health_check=list(HealthCheck))
 floats = pytest.mark.parametrize("dtype", cases.FLOATS, ids=lambda d: str(d).removeprefix("torch."))
 
 
@@ -51,26 +50,20 @@ def test_blockdiag_glu(case: helpers.GluCase, dtype: torch.dtype) -> None:
         helpers.check_blockdiag_glu(OPS, case, dtype)
 
 
-@DRAWN
-@given(case=helpers.blockdiag_cases(), dtype=st.sampled_from(cases.FLOATS), seed=st.integers(0, 1 << 30))
-def test_blockdiag_multiply_on_drawn_cases(case: helpers.BlockdiagCase, dtype: torch.dtype, seed: int) -> None:
-    torch.manual_seed(seed)
+@drawn(40, case=helpers.blockdiag_cases(), dtype=st.sampled_from(cases.FLOATS))
+def test_blockdiag_multiply_on_drawn_cases(case: helpers.BlockdiagCase, dtype: torch.dtype) -> None:
     with poisoned():
         helpers.check_blockdiag_multiply(OPS, case, dtype)
 
 
-@DRAWN
-@given(case=helpers.monarch_cases(), dtype=st.sampled_from(cases.FLOATS), seed=st.integers(0, 1 << 30))
-def test_monarch_multiply_on_drawn_cases(case: helpers.MonarchCase, dtype: torch.dtype, seed: int) -> None:
-    torch.manual_seed(seed)
+@drawn(40, case=helpers.monarch_cases(), dtype=st.sampled_from(cases.FLOATS))
+def test_monarch_multiply_on_drawn_cases(case: helpers.MonarchCase, dtype: torch.dtype) -> None:
     with poisoned():
         helpers.check_monarch_multiply(OPS, case, dtype)
 
 
-@DRAWN
-@given(case=helpers.glu_cases(), dtype=st.sampled_from(cases.FLOATS), seed=st.integers(0, 1 << 30))
-def test_blockdiag_glu_on_drawn_cases(case: helpers.GluCase, dtype: torch.dtype, seed: int) -> None:
-    torch.manual_seed(seed)
+@drawn(40, case=helpers.glu_cases(), dtype=st.sampled_from(cases.FLOATS))
+def test_blockdiag_glu_on_drawn_cases(case: helpers.GluCase, dtype: torch.dtype) -> None:
     with poisoned():
         helpers.check_blockdiag_glu(OPS, case, dtype)
 
@@ -180,10 +173,8 @@ def test_projection_is_exact_on_monarch_matrices(case: helpers.MonarchCase) -> N
     assert (helpers.dense_monarch(w1, w2) - dense).abs().max() < 1e-13
 
 
-@DRAWN
-@given(case=helpers.monarch_cases(), seed=st.integers(0, 1 << 30))
-def test_projection_of_drawn_monarch_matrices(case: helpers.MonarchCase, seed: int) -> None:
-    torch.manual_seed(seed)
+@drawn(40, case=helpers.monarch_cases())
+def test_projection_of_drawn_monarch_matrices(case: helpers.MonarchCase) -> None:
     dense = helpers.dense_monarch(*helpers.monarch_inputs(case, torch.float64).weights)
     w1, w2 = ops.project_to_monarch(dense, k=case.first[0], q=case.first[1], l=case.second[0])
     assert (helpers.dense_monarch(w1, w2) - dense).abs().max() < 1e-13

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers import cases, checks
 from helpers.compare import poisoned
+from helpers.drawn import drawn
 from warpform.ops.reference import attention
 from warpform.ops.reference import window as window_reference
 
 OPS = torch.ops.warpform
-DRAWN = settings(deadline=None, derandomize=True, max_examples=40, suppress_health_check=list(HealthCheck))
 
 
 def dtype_id(dtype: torch.dtype) -> str:
@@ -37,8 +36,8 @@ def test_pack_and_unpack(case: cases.MaskCase, rows: cases.RowCase) -> None:
         checks.check_pack(OPS, case, rows)
 
 
-@DRAWN
-@given(
+@drawn(
+    40,
     rows=st.integers(0, 12).flatmap(lambda n: st.lists(st.text("01", min_size=n, max_size=n), min_size=1, max_size=6)),
     capacity=st.none() | st.integers(0, 40),
 )
@@ -55,10 +54,8 @@ def test_varlen_attention(case: cases.AttentionCase, dtype: torch.dtype) -> None
         checks.check_attention(OPS, case, dtype)
 
 
-@DRAWN
-@given(case=cases.attention_cases(), dtype=st.sampled_from(cases.FLOATS), seed=st.integers(0, 1 << 30))
-def test_varlen_attention_on_drawn_cases(case: cases.AttentionCase, dtype: torch.dtype, seed: int) -> None:
-    torch.manual_seed(seed)
+@drawn(40, case=cases.attention_cases(), dtype=st.sampled_from(cases.FLOATS))
+def test_varlen_attention_on_drawn_cases(case: cases.AttentionCase, dtype: torch.dtype) -> None:
     with poisoned():
         checks.check_attention(OPS, case, dtype)
 
@@ -82,10 +79,8 @@ def test_disentangled_attention_in_blocks(
         checks.check_disentangled_attention(OPS, case, dtype)
 
 
-@DRAWN
-@given(case=cases.disentangled_cases(), dtype=st.sampled_from(cases.FLOATS), seed=st.integers(0, 1 << 30))
-def test_disentangled_attention_on_drawn_cases(case: cases.DisentangledCase, dtype: torch.dtype, seed: int) -> None:
-    torch.manual_seed(seed)
+@drawn(40, case=cases.disentangled_cases(), dtype=st.sampled_from(cases.FLOATS))
+def test_disentangled_attention_on_drawn_cases(case: cases.DisentangledCase, dtype: torch.dtype) -> None:
     with poisoned():
         checks.check_disentangled_attention(OPS, case, dtype)
 
@@ -106,10 +101,8 @@ def test_window_attention_where_it_is_not_a_cpus(
     checks.check_window_attention(OPS, case, dtype)
 
 
-@DRAWN
-@given(case=cases.window_cases(), dtype=st.sampled_from(cases.FLOATS), seed=st.integers(0, 1 << 30))
-def test_window_attention_on_drawn_cases(case: cases.WindowCase, dtype: torch.dtype, seed: int) -> None:
-    torch.manual_seed(seed)
+@drawn(40, case=cases.window_cases(), dtype=st.sampled_from(cases.FLOATS))
+def test_window_attention_on_drawn_cases(case: cases.WindowCase, dtype: torch.dtype) -> None:
     with poisoned():
         checks.check_window_attention(OPS, case, dtype)
 
@@ -129,8 +122,8 @@ def test_bias_gelu(case: cases.GeluCase, approximate: str, dtype: torch.dtype) -
         checks.check_gelu(OPS, case, approximate, dtype)
 
 
-@DRAWN
-@given(
+@drawn(
+    40,
     # Of a single row all errors are one, and may be ten times another's by chance: the rule wants a few.
     shape=st.tuples(st.sampled_from(((0,), (3, 0), (17,), (5, 7), (2, 3, 4), (41,))), st.integers(8, 130)).map(
         lambda drawn: (*drawn[0], drawn[1])
@@ -138,11 +131,7 @@ def test_bias_gelu(case: cases.GeluCase, approximate: str, dtype: torch.dtype) -
     bias=st.booleans(),
     residual=st.booleans(),
     dtype=st.sampled_from(cases.FLOATS),
-    seed=st.integers(0, 1 << 30),
 )
-def test_rowwise_ops_on_drawn_shapes(
-    shape: tuple[int, ...], bias: bool, residual: bool, dtype: torch.dtype, seed: int
-) -> None:
-    torch.manual_seed(seed)
+def test_rowwise_ops_on_drawn_shapes(shape: tuple[int, ...], bias: bool, residual: bool, dtype: torch.dtype) -> None:
     checks.check_layer_norm(OPS, cases.LayerNormCase("drawn", shape, bias, residual), dtype)
     checks.check_gelu(OPS, cases.GeluCase("drawn", shape, bias), "tanh" if residual else "none", dtype)

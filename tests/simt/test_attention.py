@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import cases, checks, oracle
 from helpers.cases import AttentionCase, attention_inputs
 from helpers.compare import assert_close
+from helpers.drawn import drawn
 
 DTYPES = (torch.float16, torch.bfloat16)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -80,11 +80,10 @@ def test_backward_with_little_shared_memory(simt: Any, case: AttentionCase) -> N
     checks.check_attention(simt, case, torch.bfloat16)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
+@drawn(
+    60,
     case=cases.attention_cases(),
     dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 1000),
     sm_count=st.sampled_from((FEW_SMS, MANY_SMS)),
     deterministic=st.booleans(),
 )

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import oracle, ring
 from helpers.cases import misaligned
 from helpers.compare import assert_close
+from helpers.drawn import drawn
 from helpers.ring import StepCase, check_attention_step, step_inputs
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -55,8 +55,7 @@ def test_with_little_shared_memory(simt: Any, case: StepCase) -> None:
     check_attention_step(simt, case, torch.float16)
 
 
-@settings(max_examples=60, deadline=None)
-@given(case=ring.step_cases(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000))
+@drawn(60, case=ring.step_cases(), dtype=st.sampled_from(DTYPES))
 def test_drawn(simt: Any, case: StepCase, dtype: torch.dtype, seed: int) -> None:
     simt._configure(seed)
     check_attention_step(simt, case, dtype)

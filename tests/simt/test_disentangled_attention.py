@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import cases, checks
 from helpers.cases import DisentangledCase, disentangled_inputs
+from helpers.drawn import drawn
 
 DTYPES = (torch.float16, torch.bfloat16)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -48,8 +48,7 @@ def test_several_tiles(simt: Any, head_dim: int, options: dict[str, Any]) -> Non
     checks.check_disentangled_attention(simt, case, torch.bfloat16)
 
 
-@settings(max_examples=60, deadline=None)
-@given(case=cases.disentangled_cases(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000))
+@drawn(60, case=cases.disentangled_cases(), dtype=st.sampled_from(DTYPES))
 def test_drawn(simt: Any, case: DisentangledCase, dtype: torch.dtype, seed: int) -> None:
     simt._configure(seed)
     checks.check_disentangled_attention(simt, case, dtype)

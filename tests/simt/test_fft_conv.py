@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import fft_conv as helpers
 from helpers import staged_fft
+from helpers.drawn import drawn
 from helpers.fft_conv import FftConvCase, FftConvInputs, fft_conv_inputs
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -62,11 +62,10 @@ def test_long_cases(simt: Any, case: FftConvCase) -> None:
     _check(simt, case, DTYPES[len(case.name) % 2])
 
 
-@settings(max_examples=40, deadline=None)
-@given(
+@drawn(
+    40,
     case=helpers.fft_conv_cases(),
     dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 1000),
     sm_count=st.sampled_from((FEW_SMS, 4, MANY_SMS)),
 )
 def test_drawn(simt: Any, case: FftConvCase, dtype: torch.dtype, seed: int, sm_count: int) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import cases, checks, oracle
 from helpers.compare import assert_close
+from helpers.drawn import drawn
+from helpers.gelu import check_gelu_everywhere
 
 by_dtype = pytest.mark.parametrize("dtype", cases.KERNEL_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 by_parameters = pytest.mark.parametrize(("dtype", "wide"), cases.KERNEL_PARAMETERS, ids=cases.KERNEL_PARAMETER_IDS)
@@ -35,18 +36,16 @@ def test_widths(simt: Any, width: int, dtype: torch.dtype, wide: bool) -> None:
             checks.check_gelu(simt, case, approximate, dtype)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
+@drawn(
+    60,
     case=cases.gelu_cases(),
     dtype=st.sampled_from(cases.KERNEL_DTYPES),
     approximate=st.sampled_from(("none", "tanh")),
     sm_count=st.integers(1, 4),
-    seed=st.integers(0, 2**16),
 )
 def test_drawn_shapes(
     simt: Any, case: cases.GeluCase, dtype: torch.dtype, approximate: str, sm_count: int, seed: int
 ) -> None:
-    torch.manual_seed(seed)
     simt._configure(seed, sm_count)
     checks.check_gelu(simt, case, approximate, dtype)
 
@@ -59,16 +58,7 @@ def test_many_blocks(simt: Any) -> None:
 
 @by_form
 def test_everywhere(simt: Any, approximate: str) -> None:
-    # Fine steps through both tails: within a few units of float32 of what torch computes in float64.
-    x = torch.linspace(-14, 14, 4001)
-    leaf = x.double().requires_grad_()
-    expected = torch.nn.functional.gelu(leaf, approximate=approximate)
-    (derivative,) = torch.autograd.grad(expected.sum(), leaf)
-    out = simt.bias_gelu(x, None, approximate)
-    dx, _ = simt.bias_gelu_backward(torch.ones_like(x), x, None, approximate)
-    eps = torch.finfo(torch.float32).eps
-    assert ((out - expected).abs() <= 2 * eps * x.abs().clamp(min=1)).all()
-    assert ((dx - derivative).abs() <= 4 * eps).all()
+    check_gelu_everywhere(simt, approximate, 4001)
 
 
 @by_form

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import hidden
+from helpers.drawn import drawn
 from helpers.hidden import HIDDEN_CASES, HiddenCase, hidden_inputs
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -65,8 +65,7 @@ def test_cases(simt: Any, case: HiddenCase, dtype: torch.dtype, routed_out: bool
     hidden.check_hidden(simt, case, dtype, routed_out=routed_out)
 
 
-@settings(max_examples=12, deadline=None)
-@given(case=hidden.hidden_cases(), routed_out=st.booleans())
+@drawn(12, case=hidden.hidden_cases(), routed_out=st.booleans())
 def test_drawn(simt: Any, case: HiddenCase, routed_out: bool) -> None:
     parts = max(case.num_out, 1)
     case = replace(case, width=-(-case.width // 8) * 8, other=-(-case.other // (8 * parts)) * 8 * parts)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import cases, checks, oracle
 from helpers.compare import assert_close
+from helpers.drawn import drawn
 
 by_dtype = pytest.mark.parametrize("dtype", cases.KERNEL_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 by_parameters = pytest.mark.parametrize(("dtype", "wide"), cases.KERNEL_PARAMETERS, ids=cases.KERNEL_PARAMETER_IDS)
@@ -32,15 +32,13 @@ def test_widths(simt: Any, width: int, dtype: torch.dtype, wide: bool) -> None:
         checks.check_layer_norm(simt, case, dtype, backward=width > 2)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
+@drawn(
+    60,
     case=cases.layer_norm_cases(),
     dtype=st.sampled_from(cases.KERNEL_DTYPES),
     sm_count=st.integers(1, 4),
-    seed=st.integers(0, 2**16),
 )
 def test_drawn_shapes(simt: Any, case: cases.LayerNormCase, dtype: torch.dtype, sm_count: int, seed: int) -> None:
-    torch.manual_seed(seed)
     simt._configure(seed, sm_count)
     checks.check_layer_norm(simt, case, dtype)
 

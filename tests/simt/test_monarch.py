@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import monarch
 from helpers.compare import assert_close
+from helpers.drawn import drawn
 from helpers.monarch import BlockdiagCase, GluCase, MonarchCase
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -97,26 +97,22 @@ def test_glu_with_less_shared_memory(simt: Any, dtype: torch.dtype) -> None:
         monarch.check_blockdiag_glu(simt, case, dtype, backward=False)
 
 
-drawn = settings(max_examples=40, deadline=None)
-machine = {"dtype": st.sampled_from(DTYPES), "seed": st.integers(0, 1000), "sm_count": st.sampled_from((1, 4, 1024))}
+machine = {"dtype": st.sampled_from(DTYPES), "sm_count": st.sampled_from((1, 4, 1024))}
 
 
-@drawn
-@given(case=monarch.blockdiag_cases(aligned=True), **machine)
+@drawn(40, case=monarch.blockdiag_cases(aligned=True), **machine)
 def test_drawn_blockdiag(simt: Any, case: BlockdiagCase, dtype: torch.dtype, seed: int, sm_count: int) -> None:
     simt._configure(seed, sm_count, H200_SHARED)
     monarch.check_blockdiag_multiply(simt, case, dtype)
 
 
-@drawn
-@given(case=monarch.monarch_cases(aligned=True), shared=st.sampled_from((AD102_SHARED, H200_SHARED)), **machine)
+@drawn(40, case=monarch.monarch_cases(aligned=True), shared=st.sampled_from((AD102_SHARED, H200_SHARED)), **machine)
 def test_drawn_monarch(simt: Any, case: MonarchCase, dtype: torch.dtype, shared: int, seed: int, sm_count: int) -> None:
     simt._configure(seed, sm_count, shared)
     monarch.check_monarch_multiply(simt, case, dtype, backward=_backward_aligned(case))
 
 
-@drawn
-@given(case=monarch.glu_cases(aligned=True), **machine)
+@drawn(40, case=monarch.glu_cases(aligned=True), **machine)
 def test_drawn_glu(simt: Any, case: GluCase, dtype: torch.dtype, seed: int, sm_count: int) -> None:
     simt._configure(seed, sm_count, H200_SHARED)
     monarch.check_blockdiag_glu(simt, case, dtype)

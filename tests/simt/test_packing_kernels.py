@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import cases, checks
+from helpers.drawn import drawn
 
 
 def plain_plan(mask: Tensor, capacity: int) -> tuple[Tensor, ...]:
@@ -158,8 +158,7 @@ def test_bad_indices_read_nothing(simt: Any) -> None:
     assert torch.equal(restored[[0, 5]], packed[[0, 5]]) and not restored[1:5].any()
 
 
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
+@drawn(40, data=st.data())
 def test_drawn_masks(simt: Any, data: st.DataObject) -> None:
     simt._configure(data.draw(st.integers(0, 1000), label="seed"), data.draw(st.integers(1, 9), label="sm_count"))
     batch = data.draw(st.integers(0, 6), label="batch")

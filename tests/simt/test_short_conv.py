@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import cases
 from helpers import fft_conv as convolutions
+from helpers.drawn import drawn
 from helpers.fft_conv import ShortConvCase, ShortConvInputs, short_conv_inputs
 
 by_dtype = pytest.mark.parametrize("dtype", cases.KERNEL_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -45,15 +45,13 @@ def test_edges_of_tiles(simt: Any, case: ShortConvCase, dtype: torch.dtype) -> N
     convolutions.check_short_conv_gate(simt, case, dtype)
 
 
-@settings(max_examples=30, deadline=None)
-@given(
+@drawn(
+    30,
     case=convolutions.short_conv_cases(),
     dtype=st.sampled_from(cases.KERNEL_DTYPES),
     sm_count=st.sampled_from((FEW_SMS, 4, MANY_SMS)),
-    seed=st.integers(0, 2**16),
 )
 def test_drawn(simt: Any, case: ShortConvCase, dtype: torch.dtype, sm_count: int, seed: int) -> None:
-    torch.manual_seed(seed)
     simt._configure(seed, sm_count)
     convolutions.check_short_conv_gate(simt, case, dtype)
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import cases, checks
 from helpers.cases import WindowCase, WindowInputs, window_inputs
 from helpers.compare import assert_close
+from helpers.drawn import drawn
 
 DTYPES = (torch.float16, torch.bfloat16)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -35,11 +35,10 @@ def test_cases(simt: Any, case: WindowCase, dtype: torch.dtype) -> None:
         checks.check_window_attention(simt, case, dtype)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
+@drawn(
+    60,
     case=cases.window_cases(),
     dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 1000),
     sm_count=st.sampled_from((FEW_SMS, 4, MANY_SMS)),
 )
 def test_drawn(simt: Any, case: WindowCase, dtype: torch.dtype, seed: int, sm_count: int) -> None:

@@ -1,0 +1,39 @@
+"""Tests on drawn cases: hypothesis chooses the case, and the seed of the random tensors with it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+SEEDS = st.integers(0, 2**16)
+
+
+def drawn(max_examples: int, **strategies: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """@given, with a seed of torch in every example.
+
+    Inputs come from torch's global generator, so without it an example would not determine them: a failure could be
+    neither repeated nor shrunk. A test that has a parameter `seed` is told it too.
+    """
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(test)
+        wants_seed = "seed" in signature.parameters
+
+        @functools.wraps(test)
+        def seeded(*args: Any, seed: int, **kwargs: Any) -> None:
+            torch.manual_seed(seed)
+            test(*args, **kwargs, **({"seed": seed} if wants_seed else {}))
+
+        if not wants_seed:
+            parameter = inspect.Parameter("seed", inspect.Parameter.KEYWORD_ONLY, annotation=int)
+            signature = signature.replace(parameters=[*signature.parameters.values(), parameter])
+        seeded.__signature__ = signature  # type: ignore[attr-defined]  # what hypothesis and pytest read
+        return settings(max_examples=max_examples)(given(seed=SEEDS, **strategies)(seeded))
+
+    return decorate
