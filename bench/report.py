@@ -166,6 +166,7 @@ TITLES = {
     "models": "Models end to end",
     "monarch": "Monarch products",
     "ring": "Ring attention over N ranks",
+    "short_conv": "Short convolutions with a gate",
     "swin": "Swin end to end",
     "window": "Window attention",
 }
