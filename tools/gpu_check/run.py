@@ -141,7 +141,7 @@ class Run:
         )
 
     def parallel(self, items: Iterable[Item], work: Callable[[Item], None], jobs: int | None = None) -> None:
-        """Calls work(item) for all items, `jobs` at a time (default: self.jobs). The first exception is raised at the end."""
+        """Calls work(item) for all items, `jobs` at a time (default: self.jobs); raises the first exception at the end."""
         waiting = list(items)
         errors: list[BaseException] = []
 
@@ -183,19 +183,52 @@ class Run:
                 found[key] = data
         self.changed()
 
-    def failed(self, stage: str, identifier: str, text: str) -> None:
-        """Records one failure. `identifier` is a line of failed.txt: a pytest node id, `smoke::OP`, `bench::FAMILY`..."""
-        self.record(stage, "failures", {identifier: text})
+    def case(
+        self, stage: str, identifier: str, outcome: str, *, seconds: float = 0.0, text: str = "", group: str = ""
+    ) -> None:
+        """Records the verdict on one piece of work; a later verdict on the same identifier replaces it.
 
-    def not_reached(self, stage: str, identifier: str, why: str) -> None:
-        """Records work that did not run; `identifier` is a line of failed.txt too, so that --failed runs it."""
-        self.record(stage, "not_run", {identifier: why})
+        identifier: a line of failed.txt, so that --failed can name it: a pytest node id, or STAGE::PART.
+        outcome: passed, failed, skipped, or "not run".
+        group: what the summary counts together, a test file for one.
+        """
+        verdict = {"outcome": outcome, "seconds": round(seconds, 3), "text": text, "group": group or stage}
+        self.record(stage, "cases", {identifier: verdict})
 
-    def wanted(self, prefix: str) -> list[str] | None:
-        """The identifiers of --failed that begin with `prefix`; None where everything is to run."""
-        if self._only is None:
+    def failed(self, stage: str, identifier: str, text: str, group: str = "") -> None:
+        """Records one failure."""
+        self.case(stage, identifier, "failed", text=text, group=group)
+
+    def not_run(self, stage: str, identifier: str, why: str, group: str = "") -> None:
+        """Records work that was not reached. --failed runs it, too."""
+        self.case(stage, identifier, "not run", text=why, group=group)
+
+    def describe(self, stage: str, lines: Sequence[str]) -> None:
+        """The stage's part of summary.txt; replaces what an earlier call gave."""
+        with self._lock:
+            self.results["stages"].setdefault(stage, {})["summary"] = list(lines)
+        self.changed()
+
+    def wanted(self, stage: str) -> list[str] | None:
+        """The identifiers of --failed that belong to a stage; None where all of the stage is to run.
+
+        Stages 1 to 4 run only what failed; a later one that is asked for without a failure of its own runs whole.
+        """
+        if self._only is None or f"stage::{stage}" in self._only:
             return None
-        return [identifier for identifier in self._only if identifier.startswith(prefix)]
+        found = identifiers_of(stage, self._only)
+        return found if found or stage in RESTRICTED else None
 
     def say(self, line: str) -> None:
+        """Prints one line of progress."""
         print(f"[{self.seconds():5.0f} s] {line}", flush=True)
+
+
+# With --failed these run nothing but what failed.
+RESTRICTED = ("smoke", "sanitizer", "tests")
+
+
+def identifiers_of(stage: str, identifiers: Iterable[str]) -> list[str]:
+    """Those that belong to a stage: node ids to the tests, STAGE::PART to any other."""
+    prefix = "tests/" if stage == "tests" else f"{stage}::"
+    return [identifier for identifier in identifiers if identifier.startswith(prefix)]
