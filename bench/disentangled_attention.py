@@ -92,7 +92,9 @@ def specs(session: Session) -> list[Spec]:
         for direction in ("forward", "backward"):
             shape = (lengths, heads, head_dim, buckets, farthest)
             main = harness.is_main(session, lengths in (harness.draw_lengths(*MAIN), (MAIN[1],) * MAIN[0]))
-            found.append(Spec("disentangled_attention", direction, tuple(columns.items()), PROVIDERS, *shape, main=main))
+            found.append(
+                Spec("disentangled_attention", direction, tuple(columns.items()), PROVIDERS, *shape, main=main)
+            )
     return found
 
 

@@ -239,7 +239,7 @@ def ceilings(device: str, dtype: torch.dtype, tiny: bool) -> tuple[float, float]
 
 
 def stopwatch(call: Callable[[], Any], rounds: int, iterations: int, device: str) -> list[float]:
-    """The clock where no other one is given; on a GPU each round starts with it idle, and ends when the call returns."""
+    """The clock where no other is given; on a GPU each round starts with it idle and ends when the call returns."""
     found = []
     for _ in range(rounds):
         synchronize(device)
@@ -348,7 +348,12 @@ class Session:
         if self.tiny and not self.everything:
             raise Missing("nothing is compiled in a tiny run")
         if self._spec is not None and self._late(self._spec.family, COMPILE_SHARE):
-            raise Missing("no time left to compile in this run (--budget 0 lifts the limit)")
+            raise Missing(f"no time left to compile in this run ({self._limit} 0 lifts the limit)")
+
+    @property
+    def _limit(self) -> str:
+        """The option that sets it."""
+        return "--budget" if self.stop_at is None else "--seconds"
 
     def _late(self, family: str, share: float = 1.0) -> bool:
         now = time.monotonic()
@@ -359,9 +364,7 @@ class Session:
         deadline = begin + self.budget * DEADLINES[family]
         return bool(self.budget) and now > start + share * (deadline - start)
 
-    def measure(
-        self, spec: Spec, provider: str, clock: Clock = stopwatch
-    ) -> tuple[dict[str, Any], Exception | None]:
+    def measure(self, spec: Spec, provider: str, clock: Clock = stopwatch) -> tuple[dict[str, Any], Exception | None]:
         """Checks one provider and times it. Returns its row, which says in `status` what came of it, and the error.
 
         status: "ok", "missing: " and why there is no such provider here, "disagrees: " and what is wrong with what it
@@ -383,7 +386,7 @@ class Session:
         self._group.append(row)
         try:
             if self._late(spec.family):
-                raise Missing("no time left in this run (--budget 0 lifts the limit)")
+                raise Missing(f"no time left in this run ({self._limit} 0 lifts the limit)")
             if self._case is None:
                 torch.manual_seed(0)
                 self._case = spec.build(self)
@@ -458,7 +461,6 @@ class Session:
         self.rows += group
         if self.results is not None:
             append(self.results / f"{group[0]['family']}.csv", group)
-
 
     def compared(self, row: dict[str, Any]) -> dict[str, Any]:
         """The last row of `measure` with its ratios to what was timed before it in the group."""

@@ -75,9 +75,7 @@ def specs(session: Session) -> list[Spec]:
                 found.append(Spec(kernel, direction, tuple(columns.items()), PROVIDERS, tokens, width, main=main))
         if tokens > 4:
             kernel = "hidden_weight_grad"
-            found.append(
-                Spec(kernel, "forward", tuple(columns.items()), GRADIENT_PROVIDERS, tokens, width, main=main)
-            )
+            found.append(Spec(kernel, "forward", tuple(columns.items()), GRADIENT_PROVIDERS, tokens, width, main=main))
     for tokens in sorted({tokens for tokens, _ in sizes}):
         columns = {"tokens": tokens, "grid": f"{SHARED} and {CHOSEN} of {GROUPS} groups"}
         main = harness.is_main(session, any(tokens == t for t, _ in MAIN))

@@ -31,7 +31,7 @@ def used_groups(chosen: Tensor) -> Tensor:
 
 
 class PlanCase(Case):
-    """Choices [tokens, CHOSEN] in; each token's mask of groups, and the tokens in an order that brings like together."""
+    """Choices [tokens, CHOSEN] in; out come the masks of groups, and an order of tokens that brings like together."""
 
     def __init__(self, spec: Any, session: Session) -> None:
         self.tokens, self.device = spec.tokens, session.device

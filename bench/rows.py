@@ -1,12 +1,12 @@
 """The benchmarks without pytest: one row after another, each written when it is done.
 
-    python bench/rows.py --main --results FOLDER                      warpform's own main workloads
-    python bench/rows.py --main --providers peers --family window     beside peers that need no compiling
-    python bench/rows.py --list --main --device cuda                  what a GPU would measure, without one
+    python bench/rows.py --main --providers warpform --results FOLDER     warpform's own main workloads
+    python bench/rows.py --main --providers peers --table FILE            beside peers that need no compiling
+    python bench/rows.py --list --main --device cuda                      what a GPU would measure, without one
 
 A process that a faulty kernel ends loses one row: with --journal FILE the same command goes on after it. Exit status:
-0 where every row of warpform was timed, 1 where one was not, 3 where the GPU answers no more and the rest has to be
-measured by another process, 4 where a row took longer than --row-limit.
+0 where every row of warpform was timed, 1 where one was not (or the process was ended by --row-limit), 3 where the GPU
+answers no more and the rest has to be measured by another process.
 """
 
 from __future__ import annotations
@@ -39,7 +39,21 @@ CHOICES = {
 }
 # Processes that a family may end before the rest of it is left out.
 MOST_ENDED = 2
-LOST, STUCK = 3, 4
+LOST = 3
+# What the journal keeps of a row.
+KEPT = (
+    "family",
+    "kernel",
+    "direction",
+    "workload",
+    "provider",
+    "status",
+    "p50_us",
+    "tflops",
+    "gbs",
+    "roofline",
+    "ratios",
+)
 
 
 @dataclass
@@ -60,24 +74,22 @@ class Journal:
                 entry = json.loads(line)
             except ValueError:
                 continue  # cut off in the middle
-            key = entry["workload"], entry["provider"]
-            if entry["event"] == "begun":
-                journal.open = entry
-            else:
-                journal.done.add(key)
-                journal.open = None
-                if entry["event"] == "ended":
-                    journal.ended[entry["family"]] = journal.ended.get(entry["family"], 0) + 1
+            journal.open = entry if entry["event"] == "begun" else None
+            journal.count(entry["event"], entry)
         return journal
+
+    def count(self, event: str, row: dict[str, Any]) -> None:
+        if event != "begun":
+            self.done.add((row["workload"], row["provider"]))
+        if event == "ended":
+            self.ended[row["family"]] = self.ended.get(row["family"], 0) + 1
 
     def write(self, event: str, row: dict[str, Any]) -> None:
         """event: "begun", "done", or "ended": the process did, while it measured that row."""
-        if event != "begun":
-            self.done.add((row["workload"], row["provider"]))
+        self.count(event, row)
         if self.path is not None:
-            entry = {"event": event, **{name: row[name] for name in ("family", "workload", "provider")}}
             with self.path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(json.dumps({"event": event, **{name: row[name] for name in KEPT if name in row}}) + "\n")
 
 
 def chosen(spec: harness.Spec, choice: str) -> list[str]:
@@ -99,11 +111,8 @@ def selected(given: argparse.Namespace, session: harness.Session) -> Iterator[tu
         except Exception as error:
             yield family, f"failed: {type(error).__name__}: {error}"[:200]
             continue
-        yield family, [
-            spec
-            for spec in specs
-            if (spec.main or not given.main) and (not given.only or str(spec) in given.only)
-        ]
+        wanted = (spec for spec in specs if spec.main or not given.main)
+        yield family, [spec for spec in wanted if not given.only or str(spec) in given.only]
 
 
 class Runner:
@@ -114,11 +123,13 @@ class Runner:
         self.journal = Journal.read(given.journal)
         self.failed = 0
 
-    def keep(self, row: dict[str, Any]) -> None:
-        harness.append(self.given.results / f"{row['family']}.csv", [row])
+    def keep(self, row: dict[str, Any], event: str = "done") -> None:
+        harness.append(self.given.table or self.given.results / f"{row['family']}.csv", [row])
+        self.journal.write(event, row)
         if row["provider"] == "warpform" and row["status"] != "ok":
             self.failed += 1
-        rates = [f"{row[name]} {unit}" for name, unit in (("p50_us", "us"), ("tflops", "TFLOP/s"), ("gbs", "GB/s")) if name in row]
+        units = {"p50_us": "us", "tflops": "TFLOP/s", "gbs": "GB/s"}
+        rates = [f"{row[name]} {unit}" for name, unit in units.items() if name in row]
         print(row["workload"], row["provider"], row["status"], *rates, sep="  ", flush=True)
 
     def plain(self, family: str, spec: harness.Spec | None, provider: str, status: str) -> dict[str, Any]:
@@ -142,7 +153,6 @@ class Runner:
                 row = self.plain(family, None, "warpform", specs)
                 if (row["workload"], row["provider"]) not in self.journal.done:
                     self.keep(row)
-                    self.journal.write("done", row)
                 continue
             for spec in specs:
                 for provider in chosen(spec, self.given.providers):
@@ -157,25 +167,20 @@ class Runner:
         """Measures a row; 0, or the status with which this process has to end."""
         journal, opened = self.journal, self.journal.open
         if opened is not None and (opened["workload"], opened["provider"]) == (str(spec), provider):
-            row = self.plain(family, spec, provider, "failed: it ended the process that measured it")
-            self.keep(row)
-            journal.write("ended", row)
-            journal.ended[family] = journal.ended.get(family, 0) + 1
+            self.keep(self.plain(family, spec, provider, "failed: it ended the process that measured it"), "ended")
             return 0
         if journal.ended.get(family, 0) >= MOST_ENDED:
-            row = self.plain(family, spec, provider, f"missing: {family} ended {MOST_ENDED} processes before it")
-            self.keep(row)
-            journal.write("done", row)
+            status = f"missing: {family} ended {MOST_ENDED} processes before it"
+            self.keep(self.plain(family, spec, provider, status))
             return 0
         journal.write("begun", self.plain(family, spec, provider, ""))
         if self.given.row_limit:
             faulthandler.dump_traceback_later(self.given.row_limit, exit=True)
         row, error = self.session.measure(spec, provider)
         faulthandler.cancel_dump_traceback_later()
-        row = self.session.compared(row)
-        self.keep(row)
-        journal.write("done", row)
-        return LOST if error is not None and self.lost() else 0
+        lost = error is not None and self.lost()
+        self.keep(self.session.compared(row), "ended" if lost else "done")
+        return LOST if lost else 0
 
     def lost(self) -> bool:
         """Whether the GPU answers no more: after an illegal access every later call of the process fails."""
@@ -189,14 +194,19 @@ class Runner:
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rows.py", description="the benchmarks without pytest")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--family", type=lambda text: text.split(","), default=list(FAMILIES), help="of these, with commas")
-    parser.add_argument("--providers", choices=tuple(CHOICES), default="all", help="which besides warpform's plain call")
+    parser.add_argument(
+        "--family", type=lambda text: text.split(","), default=list(FAMILIES), help="these, with commas, in this order"
+    )
+    parser.add_argument(
+        "--providers", choices=tuple(CHOICES), default="all", help="which others besides warpform's plain call"
+    )
     parser.add_argument("--main", action="store_true", help="main workloads alone")
     parser.add_argument("--only", nargs="*", default=[], metavar="WORKLOAD", help="these workloads alone, by name")
     parser.add_argument("--tiny", action="store_true", help="sizes that say nothing")
-    parser.add_argument("--results", type=Path, help="folder that rows are appended to")
+    parser.add_argument("--results", type=Path, help="a folder: rows are appended to FAMILY.csv in it")
+    parser.add_argument("--table", type=Path, help="a file that all rows are appended to instead")
     parser.add_argument("--seconds", type=float, default=0.0, help="after so many nothing is measured; 0 is no limit")
-    parser.add_argument("--row-seconds", type=float, help="that a row is timed for (default 0.1 on a GPU, 0.4 on a CPU)")
+    parser.add_argument("--row-seconds", type=float, help="a row is timed for so many (default 0.1 on a GPU, else 0.4)")
     parser.add_argument("--row-limit", type=float, default=0.0, help="a row that takes longer ends the process")
     parser.add_argument("--date", default="", help="of the rows (default now)")
     parser.add_argument("--journal", type=Path, help="what was done so far; the same command goes on from there")
@@ -224,8 +234,8 @@ def main(words: list[str]) -> int:
             for spec in [] if isinstance(specs, str) else specs:
                 print(spec, *chosen(spec, given.providers), sep="  ")
         return 0
-    if given.results is None:
-        parser.error("--results says where the rows go")
+    if given.results is None and given.table is None:
+        parser.error("--results or --table says where the rows go")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     if given.tiny and "OMP_NUM_THREADS" not in os.environ:
