@@ -237,10 +237,8 @@ def _profiled(
     run: Run, program: str, family: str, workloads: Sequence[str], sections: Sequence[str]
 ) -> tuple[list[ncu.Kernel], str]:
     """The kernels of a family's workloads, and what the tool said."""
-    log = run.logs / f"ncu-{family}.csv"
     device = ("--device=cpu", "--tiny") if run.dry else ("--device=cuda",)
     driver = [run.python, str(ROOT / "bench" / "profiled.py"), f"--family={family}", *device, *workloads]
-    argv = ncu.command(program, log, driver, sections)
+    argv = ncu.command(program, driver, sections)
     done = run.command(f"profile-{family}", argv, seconds=PROFILE_LIMIT, env=_environment(run))
-    text = log.read_text(errors="replace") if log.exists() else ""
-    return ncu.parse(text, workloads), f"{done.how()}, no kernel in its table\n{(text + done.text)[-1500:]}"
+    return ncu.parse(done.text, workloads), f"{done.how()}, no kernel in its table\n{done.text[-1500:]}"

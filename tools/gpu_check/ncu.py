@@ -6,7 +6,6 @@ import csv
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 # Whole sections: the names of single metrics differ from version to version, and an unknown one ends the run.
 SECTIONS = (
@@ -32,20 +31,18 @@ class Kernel:
     values: dict[str, str] = field(default_factory=dict)
 
 
-def command(program: str, log: Path, argv: Sequence[str], sections: Sequence[str] = SECTIONS) -> list[str]:
-    """Profiles this library's kernels, and the marker, between the profiler's start and stop; a table goes to `log`."""
+def command(program: str, argv: Sequence[str], sections: Sequence[str] = SECTIONS) -> list[str]:
+    """Profiles this library's kernels, and the marker, between the profiler's start and stop; a table is printed."""
     return [
         program,
         "--csv",
-        *("--page", "raw"),
-        *("--log-file", str(log)),
-        # The card's clocks stay as they are.
-        *("--clock-control", "none"),
-        *("--profile-from-start", "off"),
-        *("--target-processes", "all"),
-        *("--kernel-name-base", "demangled"),
-        *("--kernel-name", f"regex:warpform|{MARKER}"),
-        *(word for section in sections for word in ("--section", section)),
+        "--page=raw",
+        "--clock-control=none",  # the card's clocks stay as they are
+        "--profile-from-start=off",
+        "--target-processes=all",
+        "--kernel-name-base=demangled",
+        f"--kernel-name=regex:warpform|{MARKER}",
+        *(f"--section={section}" for section in sections),
         *argv,
     ]
 
