@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +39,30 @@ class Reader:
         self._offset += len(new)
         *lines, self._rest = (self._rest + new).split(b"\n")
         return [json.loads(line) for line in lines if line.strip()]
+
+
+class Follower:
+    """Hands on a child's events while it runs, and knows when the child has been silent for too long.
+
+    The child ends itself where one step takes too long; this is for one that cannot even do that.
+    """
+
+    GRACE = 15.0
+
+    def __init__(self, path: Path, each: Callable[[dict[str, Any]], None], *, startup: float, step: float) -> None:
+        self._reader = Reader(path)
+        self._each = each
+        self._limit = startup
+        self._step = step
+        self._last = time.monotonic()
+
+    def read(self) -> None:
+        """Hands on what is new."""
+        for event in self._reader.read():
+            self._last, self._limit = time.monotonic(), self._step + self.GRACE
+            self._each(event)
+
+    def stalled(self) -> bool:
+        """Reads, and says whether the child has been silent for too long."""
+        self.read()
+        return time.monotonic() - self._last > self._limit

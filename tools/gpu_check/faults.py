@@ -6,6 +6,9 @@ import faulthandler
 import sys
 from typing import IO
 
+# Exit status of a process that one of its steps left without a working GPU.
+POISONED = 71
+
 # Texts of CUDA errors that stay with the process (the runtime's own words, and those of its error codes).
 STICKY = (
     "illegal memory access",

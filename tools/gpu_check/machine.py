@@ -9,12 +9,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gpu_check import ROOT
-
-if TYPE_CHECKING:
-    from gpu_check.run import Run
+from gpu_check import ROOT, facts
+from gpu_check.run import Limits, Run
 
 # What the stages import, beyond the standard library.
 PACKAGES = ("torch", "numpy", "pytest", "hypothesis")
@@ -47,22 +45,45 @@ class Machine:
 
     dry = False
     device = "cuda"
+    limits = Limits()
 
-    def require(self) -> None:
-        """Raises Unfit, with one sentence, where the check cannot run at all. Touches no GPU in this process."""
+    def require(self, run: Run) -> None:
+        """Gathers the facts. Raises Unfit, with one sentence, where the check cannot run at all."""
         missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
         if missing:
-            named = " and ".join(missing)
-            raise Unfit(f"{named} missing in {sys.executable}; install, or choose another: make gpu-check PYTHON=...")
+            verb = "is" if len(missing) == 1 else "are"
+            raise Unfit(
+                f"{' and '.join(missing)} {verb} missing in {sys.executable}; install them, or choose another Python: "
+                "make gpu-check PYTHON=..."
+            )
+        run.results["facts"].update(self.facts(run))
+        found = run.results["facts"]
+        if "error" in found:
+            raise Unfit(f"{sys.executable} cannot say what torch and the GPU are ({found['error']}).")
+        self.judge(found)
 
-    def facts(self) -> dict[str, Any]:
-        """What is known of the machine without a child that uses the GPU."""
-        return {"nvidia_smi": self.nvidia_smi()}
+    def judge(self, found: dict[str, Any]) -> None:
+        """Raises Unfit by the facts."""
+        if found["gpu"] is None:
+            seen = "is built without CUDA" if found["cuda"] is None else "sees no GPU"
+            raise Unfit(f"needs a machine with a CUDA GPU; torch {found['torch']} of {sys.executable} {seen}.")
+        if not found["loaded"]:
+            raise Unfit(f"the library does not load ({found['load_error']}).")
+        if not found["build"].get("cuda"):
+            raise Unfit("the library was built without CUDA kernels; build it where nvcc is (make build).")
+
+    def facts(self, run: Run) -> dict[str, Any]:
+        """Commit, versions, GPU, library, and what nvidia-smi says; or {"error": why}."""
+        return {"commit": commit(), **facts.ask(run, "probe", 90.0), "nvidia_smi": self.nvidia_smi()}
+
+    def families(self, run: Run) -> dict[str, tuple[str, ...]]:
+        """The ops of the self-test by family."""
+        return {name: tuple(ops) for name, ops in run.results["facts"].get("families", {}).items()}
 
     def nvidia_smi(self) -> dict[str, str]:
-        """Name, driver, clocks and memory of the first GPU, as nvidia-smi prints them; {} without it."""
+        """Driver, clocks, memory of the first GPU, as nvidia-smi prints them; {} without it."""
         fields = (
-            "name", "driver_version", "memory.total", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
+            "driver_version", "memory.total", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
             "power.limit", "temperature.gpu", "mig.mode.current", "compute_mode",
         )  # fmt: skip
         lines = output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader").splitlines()
@@ -73,20 +94,45 @@ class Machine:
         """The path of compute-sanitizer."""
         return find_tool("compute-sanitizer", "compute-sanitizer")
 
+    def to_sanitize(self, run: Run, tools: Sequence[str]) -> dict[str, dict[str, tuple[str, ...]]]:
+        """Which families each of compute-sanitizer's tools runs."""
+        return dict.fromkeys(tools, self.families(run))
+
     def ncu(self) -> str | None:
         """The path of Nsight Compute's command line."""
         return find_tool("ncu", "nsight-compute")
 
-    def smoke_command(self, run: Run, names: Sequence[str], report: Path, dtypes: Sequence[str] = ()) -> list[str]:
-        """The child that runs these ops of the self-test and appends its rows to `report`."""
-        options = [f"--dtype={dtype}" for dtype in dtypes]
-        return [run.python, "-m", "gpu_check.smoke", "--device=cuda", f"--report={report}", *options, *names]
+    def smoke_command(
+        self, run: Run, names: Sequence[str], report: Path, *, stacks: Path, seconds: float, dtypes: Sequence[str] = ()
+    ) -> list[str]:
+        """The child that runs these ops of the self-test: see smoke.py."""
+        command = [run.python, "-m", "gpu_check.smoke", f"--report={report}", f"--stacks={stacks}"]
+        command += [f"--seconds={seconds}", *(f"--dtype={dtype}" for dtype in dtypes), *self.smoke_options(names)]
+        return [*command, *names]
+
+    def smoke_options(self, names: Sequence[str]) -> list[str]:
+        """Where the ops run."""
+        return ["--device=cuda"]
+
+    def test_root(self, run: Run) -> Path:
+        """The folder that node ids begin at."""
+        return ROOT
 
     def test_files(self, run: Run) -> list[Path]:
         """Every file that holds tests marked gpu."""
         files = sorted((ROOT / "tests").rglob("test_*.py"))
-        return [path for path in files if "mark.gpu" in path.read_text() and path.name != "test_gpu_check.py"]
+        return [path for path in files if "pytest.mark.gpu" in path.read_text() and path.name != "test_gpu_check.py"]
 
     def pytest_arguments(self, run: Run) -> list[str]:
         """Where pytest finds its settings."""
         return ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
+
+
+def commit() -> str:
+    """What is tested: WARPFORM_COMMIT where git cannot say."""
+    named = os.environ.get("WARPFORM_COMMIT")
+    if named:
+        return named
+    head = output("git", "rev-parse", "--short=12", "HEAD")
+    dirty = bool(output("git", "status", "--porcelain"))
+    return (head + (" (changed)" if dirty else "")) if head else "unknown"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from gpu_check.stages import Stage
 
 Item = TypeVar("Item")
+
+OUTCOMES = ("passed", "failed", "skipped", "not run")
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,11 @@ class Run:
         self.logs = self.scratch / "logs"
         self.logs.mkdir()
         self.live = processes.Live()
-        self.results: dict[str, Any] = {"facts": {}, "stages": {}}
+        self.results: dict[str, Any] = {"verdict": "running", "seconds": 0.0, "facts": {}, "stages": {}}
         self.changed: Callable[[], None] = lambda: None
         self._only = None if only is None else list(only)
         self._lock = threading.RLock()
+        self._threads: list[threading.Thread] = []
         self._begin = time.monotonic()
         self._budget = float("inf") if budget is None else budget
         self._deadline = self._begin + self._budget
@@ -92,7 +97,9 @@ class Run:
         return self._begin + self._budget - time.monotonic()
 
     def left(self) -> float:
-        """Seconds left of --budget, within the limit of the stage that has begun."""
+        """Seconds left of --budget, within the limit of the stage that has begun; 0 once the check is interrupted."""
+        if self.live.stopped:
+            return 0.0
         return min(self.budget_left(), self._deadline - time.monotonic())
 
     def begin(self, stage: Stage, seconds: float | None = None) -> None:
@@ -157,6 +164,7 @@ class Run:
                     errors.append(error)
 
         threads = [threading.Thread(target=worker, daemon=True) for _ in range(min(jobs or self.jobs, len(waiting)))]
+        self._threads += threads
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -164,6 +172,12 @@ class Run:
                 thread.join(0.2)  # with a limit, so that a signal is handled
         if errors:
             raise errors[0]
+
+    def settle(self, seconds: float) -> None:
+        """Gives threads whose commands were stopped a moment to record how those ended."""
+        until = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
     # ---- what was found ----
 
@@ -182,6 +196,13 @@ class Run:
             else:
                 found[key] = data
         self.changed()
+
+    def snapshot(self) -> dict[str, Any]:
+        """A copy of the results that no other thread changes."""
+        with self._lock:
+            self.results["seconds"] = round(self.seconds(), 1)
+            copied: dict[str, Any] = copy.deepcopy(self.results)
+        return copied
 
     def case(
         self, stage: str, identifier: str, outcome: str, *, seconds: float = 0.0, text: str = "", group: str = ""
@@ -203,6 +224,17 @@ class Run:
         """Records work that was not reached. --failed runs it, too."""
         self.case(stage, identifier, "not run", text=why, group=group)
 
+    def cases(self, stage: str) -> dict[str, dict[str, Any]]:
+        """The verdicts of a stage so far, by identifier."""
+        with self._lock:
+            return dict(self.results["stages"].get(stage, {}).get("cases", {}))
+
+    def judge(self, stage: str) -> Outcome:
+        """A stage's outcome by its cases: False where one failed, None where none was reached."""
+        counts = count(self.cases(stage).values())
+        text = ", ".join(f"{number} {outcome}" for outcome, number in counts.items()) or "nothing to run"
+        return Outcome(False if counts.get("failed") else True if counts.get("passed") else None, text)
+
     def describe(self, stage: str, lines: Sequence[str]) -> None:
         """The stage's part of summary.txt; replaces what an earlier call gave."""
         with self._lock:
@@ -222,6 +254,12 @@ class Run:
     def say(self, line: str) -> None:
         """Prints one line of progress."""
         print(f"[{self.seconds():5.0f} s] {line}", flush=True)
+
+
+def count(cases: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """How many cases ended in which outcome, in the order of OUTCOMES."""
+    found = Counter(case["outcome"] for case in cases)
+    return {outcome: found[outcome] for outcome in OUTCOMES if found[outcome]}
 
 
 # With --failed these run nothing but what failed.
