@@ -1,5 +1,5 @@
 # make demo, make test: everything from nothing, in .venv; a second call reuses what is there. make help lists the rest.
-# PYTHON chooses the interpreter that .venv is made from; ARGS goes to the demo, PYTEST_ARGS to pytest.
+# PYTHON chooses the interpreter that .venv is made from; ARGS goes to the demo and to the checks, PYTEST_ARGS to pytest.
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 SETUP := $(PYTHON) tools/environment.py
@@ -17,7 +17,7 @@ help:
 	@echo "make build      set up and compile what changed"
 	@echo "make lint       formatters, linter and type checker; make format applies the formatters"
 	@echo "make gates      reads the built binary: architectures, stack, tensor-core instructions"
-	@echo "make gpu-check  on a machine with a GPU, from a built tree: gpu tests, benchmarks, record in docs/hardware.md"
+	@echo "make gpu-check  on a machine with a GPU, from a built tree: every op, test and benchmark (ARGS='--budget 270')"
 	@echo "make bench      times every op and model beside its peers, rows to bench/results (ARGS='-k attention')"
 	@echo "make clean      removes what was built; make distclean removes .venv too"
 
@@ -51,7 +51,7 @@ gates:
 	@$(VENV_PYTHON) tools/gates.py
 
 gpu-check:
-	@$(GPU_PYTHON) tools/gpu_check.py
+	@$(GPU_PYTHON) tools/gpu_check $(ARGS)
 
 bench:
 	@$(SETUP) run bench build

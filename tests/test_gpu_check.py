@@ -1,9 +1,21 @@
-"""`make gpu-check` without the GPU: its record, its table and its exit status."""
+"""`make gpu-check` without the GPU: a dry run of every stage, and what hangs, crashes or is cut short on the way."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
+import tarfile
+import threading
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,68 +24,324 @@ if not TOOLS.is_dir():
     pytest.skip("needs a checkout", allow_module_level=True)
 sys.path.insert(0, str(TOOLS))
 
-import gpu_check  # noqa: E402
-from gpu_check import Result  # noqa: E402
+from gpu_check import cli, emulated, machine, report, sanitizer_report, suites  # noqa: E402
+from gpu_check.run import Outcome, Run  # noqa: E402
+from gpu_check.stages import STAGES, Stage  # noqa: E402
 
-FACTS = {"gpu": "Some GPU", "driver": "580.1", "torch": "2.13.0+cu130", "python": "3.12.3"}
+# What the planted faults are called, and how each is told.
+PLANTED_TESTS = {
+    "tests/gpu/test_wrong.py::test_fails": "assert 1 == 2",
+    "tests/gpu/test_hanging.py::test_hangs": "hung",
+    "tests/gpu/test_crashing.py::test_dies": "killed by SIGKILL",
+    "tests/gpu/test_poisoned.py::test_poisons": "illegal memory access",
+}
+PLANTED_OPS = {
+    "smoke::planted::wrong::bfloat16::forward": "off by 3",
+    "smoke::planted::crashing::bfloat16": "killed by SIGABRT in crashing",
+    "smoke::planted::hanging::bfloat16": "hung in hanging",
+    "smoke::planted::poisoning::bfloat16::forward": "illegal memory access",
+}
+SANITIZED = "sanitizer::memcheck::planted"
+
+
+class Quick(emulated.EmulatedMachine):
+    """Without the two processes that import torch."""
+
+    limits = replace(emulated.EmulatedMachine.limits, test=1.0)
+    planted_seconds = 0.5
+
+    def facts(self, run: Run) -> dict[str, Any]:
+        return {"loaded": False}
+
+
+def check(
+    output: Path, stages: Sequence[Stage], quick: machine.Machine | None = None, **options: Any
+) -> tuple[int, dict[str, Any]]:
+    """Exit status and results of a check in this process."""
+    quick = quick or Quick()
+    run = Run(quick, output, jobs=2, limits=quick.limits, **options)
+    status = cli.check(run, stages)
+    shutil.rmtree(run.scratch)
+    return status, json.loads((output / "results.json").read_text())
+
+
+def named(*names: str) -> list[Stage]:
+    return [stage for stage in STAGES if stage.name in names]
+
+
+def outcomes(results: dict[str, Any], outcome: str) -> dict[str, str]:
+    """The texts of the cases that ended so."""
+    return {name: case["text"] for name, case in report.all_cases(results).items() if case["outcome"] == outcome}
+
+
+# ---- all of it ----
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """A dry run of every stage, as it is called on the command line; away from the checkout, without git."""
+    output = tmp_path_factory.mktemp("dry") / "output"
+    env = {**os.environ, "WARPFORM_COMMIT": "abc123", "OUT": str(output)}
+    command = [sys.executable, str(TOOLS / "gpu_check"), "--dry-run", "--jobs", "2"]
+    return subprocess.run(command, cwd=output.parent, env=env, capture_output=True, text=True, timeout=300), output
+
+
+def test_dry_run_finds_the_planted_faults_and_nothing_else(dry):
+    done, output = dry
+    results = json.loads((output / "results.json").read_text())
+    failures = outcomes(results, "failed")
+    assert set(failures) == {*PLANTED_TESTS, *PLANTED_OPS, SANITIZED}, done.stdout + done.stderr
+    for name, words in {**PLANTED_TESTS, **PLANTED_OPS, SANITIZED: "warpform::planted_kernel"}.items():
+        assert words in failures[name], name
+    assert done.returncode == 1
+    assert not outcomes(results, "not run")
+    assert results["facts"]["commit"] == "abc123"
+    assert [stage["status"] for stage in results["stages"].values()].count("ERROR") == 0
+    assert list(results["stages"]) == [stage.name for stage in STAGES]
+
+
+def test_what_comes_after_a_fault_runs(dry):
+    passed = outcomes(json.loads((dry[1] / "results.json").read_text()), "passed")
+    for file in ("wrong", "hanging", "crashing", "poisoned"):
+        assert f"tests/gpu/test_{file}.py::test_after" in passed
+    assert "tests/gpu/test_crowded.py::test_large" in passed and "tests/gpu/test_huge.py::test_huge" in passed
+    assert "smoke::planted::last::bfloat16::forward" in passed
+    real = {name.split("::")[1] for name in passed if name.startswith("smoke::")} - {"planted"}
+    assert len(real) == emulated.EmulatedMachine.real_families
+
+
+def test_the_files_agree(dry):
+    _, output = dry
+    assert {path.name for path in output.iterdir()} <= set(report.FILES)
+    cases = report.all_cases(json.loads((output / "results.json").read_text()))
+    bad = {name for name, case in cases.items() if case["outcome"] == "failed"}
+    junit = {case.get("name"): case for case in ET.parse(output / "junit.xml").getroot().iter("testcase")}
+    assert junit.keys() == cases.keys()
+    assert {name for name, case in junit.items() if case.find("failure") is not None} == bad
+    assert set(cli.read_failed(output / "failed.txt")) == bad == set(cli.read_failed(output / "results.json"))
+    text = (output / "summary.txt").read_text()
+    assert all(name in text for name in bad) and "warpform::planted_kernel" in text
+    with tarfile.open(output / "logs.tar.gz") as logs:
+        assert any("hanging" in name for name in logs.getnames())
+
+
+def test_one_that_broke_its_process_runs_again_alone(dry):
+    results = json.loads((dry[1] / "results.json").read_text())
+    found = results["stages"]["tests"]["diagnoses"]
+    assert found.keys() == {"tests/gpu/test_crashing.py::test_dies", "tests/gpu/test_poisoned.py::test_poisons"}
+    for texts in found.values():
+        assert texts.keys() == {"blocking", "memcheck"}
+
+
+# ---- parts ----
+
+
+def test_failed_runs_exactly_those(tmp_path):
+    asked = [*list(PLANTED_TESTS)[:2], *list(PLANTED_OPS)[:2]]
+    status, results = check(tmp_path, named("smoke", "tests"), only=asked)
+    assert status == 1
+    assert report.all_cases(results).keys() == set(asked)
+
+
+def test_failed_passes_once_it_is_mended(tmp_path, monkeypatch):
+    monkeypatch.setitem(emulated.TESTS, "test_wrong.py", "def test_fails(): pass\n\ndef test_after(): assert False\n")
+    status, results = check(tmp_path, named("smoke", "tests"), only=["tests/gpu/test_wrong.py::test_fails"])
+    assert status == 0
+    assert outcomes(results, "passed").keys() == {"tests/gpu/test_wrong.py::test_fails"}
+    assert (tmp_path / "failed.txt").read_text() == ""
+
+
+def test_budget_skips_and_says_so(tmp_path):
+    status, results = check(tmp_path, named("smoke", "tests", "profile"), budget=5.0)
+    assert status == 0 and not outcomes(results, "failed")
+    assert outcomes(results, "not run").keys() == {"stage::smoke", "stage::tests", "stage::profile"}
+    assert "without a verdict: smoke, tests, profile" in results["verdict"]
+    assert cli.read_failed(tmp_path / "failed.txt") == ["stage::smoke", "stage::tests", "stage::profile"]
+
+
+def test_stage_without_time_leaves_the_rest_unrun(tmp_path, monkeypatch):
+    for name in set(emulated.TESTS) - {"test_hanging.py"}:
+        monkeypatch.delitem(emulated.TESTS, name)
+    quick = Quick()
+    quick.limits = replace(quick.limits, test=60.0)
+    _, results = check(tmp_path, [replace(named("tests")[0], needs=0.1)], quick, budget=5.5)
+    left = outcomes(results, "not run")
+    assert left.keys() <= {
+        "tests/gpu/test_hanging.py",
+        *(f"tests/gpu/test_hanging.py::test_{name}" for name in ("hangs", "after", "before")),
+    }
+    assert left and not outcomes(results, "failed")
+
+
+def test_signal_in_the_middle_leaves_complete_files(tmp_path, monkeypatch):
+    for name in set(emulated.TESTS) - {"test_hanging.py", "test_well.py"}:
+        monkeypatch.delitem(emulated.TESTS, name)
+    quick = Quick()
+    quick.limits = replace(quick.limits, test=60.0)
+
+    def terminate() -> None:
+        until = time.monotonic() + 30
+        while time.monotonic() < until and not list(tmp_path.glob("*/begun")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    begun = f"def test_before(): pass\n\ndef test_hangs():\n    open({str(tmp_path / 'a' / 'begun')!r}, 'w').close()\n"
+    monkeypatch.setitem(emulated.TESTS, "test_hanging.py", begun + "    time.sleep(600)\n\ndef test_after(): pass\n")
+    (tmp_path / "a").mkdir()
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    begin = time.monotonic()
+    status, results = check(tmp_path / "output", named("tests", "profile"), quick)
+    thread.join()
+    assert status == 128 + signal.SIGTERM and time.monotonic() - begin < 40
+    assert "interrupted by SIGTERM" in results["verdict"]
+    assert "tests/gpu/test_hanging.py::test_before" in outcomes(results, "passed")
+    assert not outcomes(results, "failed")
+    left = outcomes(results, "not run")
+    assert {"tests/gpu/test_hanging.py::test_hangs", "stage::tests", "stage::profile"} <= left.keys()
+    ET.parse(tmp_path / "output" / "junit.xml")
+    with tarfile.open(tmp_path / "output" / "logs.tar.gz") as logs:
+        assert logs.getnames()
+
+
+def test_exception_in_a_stage_ends_that_stage_only(tmp_path):
+    def broken(run: Run) -> Outcome:
+        run.case("first", "first::part", "passed")
+        raise ValueError("nobody thought of this")
+
+    def well(run: Run) -> Outcome:
+        run.case("second", "second::part", "passed")
+        return run.judge("second")
+
+    stages = [Stage(1, "first", 10, broken, 0), Stage(2, "second", 10, well, 0)]
+    status, results = check(tmp_path, stages)
+    assert status == 1
+    assert "nobody thought of this" in outcomes(results, "failed")["stage::first"]
+    assert results["stages"]["second"]["status"] == "ok"
+
+
+def test_long_file_is_shared_by_processes(tmp_path, monkeypatch):
+    for name in list(emulated.TESTS):
+        monkeypatch.delitem(emulated.TESTS, name)
+    many = "@pytest.mark.parametrize('i', range(40))\ndef test_one(i): time.sleep(0.1)\n"
+    monkeypatch.setitem(emulated.TESTS, "test_long.py", many)
+    status, results = check(tmp_path, named("tests"))
+    assert status == 0 and len(outcomes(results, "passed")) == 40
+    with tarfile.open(tmp_path / "logs.tar.gz") as logs:
+        assert sorted(logs.getnames()) == ["tests-gpu-test_long-1.txt", "tests-gpu-test_long-2.txt"]
+
+
+def test_broken_file_is_one_failure(tmp_path, monkeypatch):
+    monkeypatch.setitem(emulated.TESTS, "test_wrong.py", "import no_such_module\n")
+    _, results = check(tmp_path, named("tests"), only=["tests/gpu/test_wrong.py"])
+    assert outcomes(results, "failed").keys() == {"tests/gpu/test_wrong.py"}
+    assert "no_such_module" in outcomes(results, "failed")["tests/gpu/test_wrong.py"]
+
+
+def test_without_pytest_it_is_one_sentence(tmp_path, monkeypatch, capsys):
+    found = machine.importlib.util.find_spec
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None if name == "hypothesis" else found(name))
+    assert check(tmp_path, STAGES, machine.Machine())[0] == 2
+    assert capsys.readouterr().err.startswith("gpu-check: hypothesis is missing in ")
+
+
+# ---- pieces ----
 
 
 @pytest.fixture
-def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "hardware.md"
-    path.write_text(f"# What ran\n\nWhy.\n\n{gpu_check.NOTHING_YET}\n")
-    monkeypatch.setattr(gpu_check, "RECORD", path)
-    monkeypatch.setattr(gpu_check, "require_gpu", lambda: FACTS)
-    monkeypatch.setenv("WARPFORM_COMMIT", "abc123")
-    return path
+def run(tmp_path: Path) -> Iterator[Run]:
+    made = Run(Quick(), tmp_path)
+    yield made
+    shutil.rmtree(made.scratch)
 
 
-def outcome(monkeypatch: pytest.MonkeyPatch, **changed: Result) -> int:
-    parts = {
-        "gpu_tests": Result("gpu tests", True, "12 / 0 / 1"),
-        "self_test": Result("doctor", True, "passed"),
-        "sanitizer": Result("compute-sanitizer", None, "not installed"),
-        "benchmarks": Result("benchmarks", None, "none yet"),
-    }
-    for name, result in {**parts, **changed}.items():
-        monkeypatch.setattr(gpu_check, name, lambda result=result: result)
-    return gpu_check.main()
-
-
-def test_rows_are_appended(page, monkeypatch, capsys):
-    assert outcome(monkeypatch) == 0
-    assert outcome(monkeypatch) == 0
-    text = page.read_text()
-    assert gpu_check.NOTHING_YET not in text
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == 4 and text.startswith("# What ran\n\nWhy.\n")
-    assert "| abc123 | Some GPU | 580.1 | 2.13.0+cu130 | 12 / 0 / 1 | not installed | none yet |" in rows[-1]
-    assert len({row.count("|") for row in rows}) == 1
-    assert capsys.readouterr().out.splitlines()[-1].startswith("benchmarks")
-
-
-@pytest.mark.parametrize("part", ["gpu_tests", "self_test", "sanitizer", "benchmarks"])
-def test_any_failure_fails_and_is_recorded(page, monkeypatch, capsys, part):
-    names = {
-        "gpu_tests": "gpu tests",
-        "self_test": "doctor",
-        "sanitizer": "compute-sanitizer",
-        "benchmarks": "benchmarks",
-    }
-    assert outcome(monkeypatch, **{part: Result(names[part], False, "11 / 1 / 1")}) == 1
-    assert "FAILED" in capsys.readouterr().out
-    assert page.read_text().count("Some GPU") == 1
-
-
-def test_counts_of_a_run(tmp_path):
-    (tmp_path / "test_three.py").write_text(
-        "import pytest\ndef test_a(): pass\ndef test_b(): assert False\n@pytest.mark.skip\ndef test_c(): pass\n"
+def test_command_that_ignores_signals_is_killed_with_its_children(run, tmp_path):
+    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    parent = (
+        "import signal, subprocess, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        f"subprocess.run([sys.executable, '-c', {child!r}])"
     )
-    status, counts = gpu_check.pytest_run(str(tmp_path))
-    assert status == 1
-    assert (counts["passed"], counts["failed"], counts["skipped"]) == (1, 1, 1)
+    done = run.command("stubborn", [sys.executable, "-c", parent], seconds=1.5)
+    assert done.timed_out and done.status == -signal.SIGKILL and done.seconds < 20
+    pid = int((tmp_path / "pid").read_text())
+    assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()
 
 
-def test_page_is_the_one_that_the_script_changes():
-    text = (TOOLS.parent / "docs" / "hardware.md").read_text()
-    assert gpu_check.NOTHING_YET in text or gpu_check.HEADER.splitlines()[0] in text
+def test_command_that_does_not_exist(run):
+    done = run.command("missing", ["/no/such/command"], seconds=1)
+    assert not done.ok and done.status is None and "No such file" in done.text
+
+
+def test_logs_are_cut_and_packed_below_the_limit(run, monkeypatch):
+    monkeypatch.setattr(report, "LOG_BYTES", 50_000)
+    (run.logs / "long.txt").write_bytes(b"first line\n" + os.urandom(300_000) + b"\nlast line")
+    packed = report.pack(run.logs)
+    assert len(packed) < 50_000
+
+
+def test_shares_of_a_budget(run):
+    run._budget = 255.0
+    first = STAGES[:4]
+    machine_share, smoke, sanitizer, tests = (cli.share(run, stage, first[i + 1 :]) for i, stage in enumerate(first))
+    assert machine_share == pytest.approx(STAGES[0].needs, abs=30)
+    assert smoke >= STAGES[1].needs and sanitizer < tests <= 255
+    # The last of the stages may have all that is left, up to its own limit.
+    assert tests == pytest.approx(255, abs=2)
+
+
+MEMCHECK = """torch says something
+========= COMPUTE-SANITIZER
+========= Invalid __shared__ write of size 4 bytes
+=========     at void warpform::window_attention_forward<warpform::bf16_t, (int)32>(warpform::WindowParams)+0xa10
+=========     by thread (3,0,0) in block (0,1,0)
+=========     Address 0x1400 is out of bounds
+=========         Device Frame: a frame
+=========
+========= Invalid __shared__ write of size 4 bytes
+=========     at void warpform::window_attention_forward<warpform::f16_t, (int)32>(warpform::WindowParams)+0xa10
+=========     by thread (3,0,0) in block (0,1,0)
+=========
+========= Program hit cudaErrorLaunchFailure (error 719) due to "unspecified launch failure" on CUDA API call.
+=========
+========= ERROR SUMMARY: 3 errors
+"""
+RACECHECK = """========= COMPUTE-SANITIZER
+========= Error: Race reported between Read access at warpform::(anonymous namespace)::scan_lengths(P)+0x280
+=========     and Write access at warpform::(anonymous namespace)::scan_lengths(P)+0xa0 [508 hazards]
+=========
+========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)
+"""
+
+
+def test_sanitizer_report():
+    found = sanitizer_report.parse(MEMCHECK)
+    assert found.errors == 3
+    assert list(found.kernels) == ["warpform::window_attention_forward", "(no kernel of warpform)"]
+    assert "bf16_t" in found.kernels["warpform::window_attention_forward"]
+    races = sanitizer_report.parse(RACECHECK)
+    assert (races.errors, races.warnings) == (1, 2)
+    (kernel, block), *others = races.kernels.items()
+    assert not others and kernel == "warpform::(anonymous namespace)::scan_lengths" and "508 hazards" in block
+    found.add(races)
+    assert (found.errors, found.warnings, len(found.kernels)) == (4, 2, 3)
+    nothing = sanitizer_report.parse("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n")
+    assert nothing.errors == 0 and not nothing.kernels
+    assert sanitizer_report.parse("Segmentation fault").errors is None
+
+
+def test_every_gpu_test_is_found(run):
+    files = {path.relative_to(TOOLS.parent / "tests").as_posix() for path in machine.Machine().test_files(run)}
+    assert {f"gpu/{path.name}" for path in (TOOLS.parent / "tests" / "gpu").glob("test_*.py")} <= files
+    assert {"test_packing.py", "models/test_bert.py"} <= files and "test_gpu_check.py" not in files
+
+
+def test_own_frames():
+    stacks = 'Thread 1:\n  File "/x/_pytest/python.py", line 1 in f\n  File "/tests/gpu/test_a.py", line 2 in test_b\n'
+    assert suites.own_frames(stacks) == 'Thread 1:\n  File "/tests/gpu/test_a.py", line 2 in test_b'
+
+
+def test_stages_by_number_and_name():
+    options = cli.parser().parse_args(["--stages", "4,smoke"])
+    assert [stage.name for stage in options.stages] == ["smoke", "tests"]
+    with pytest.raises(SystemExit):
+        cli.parser().parse_args(["--stages", "9"])

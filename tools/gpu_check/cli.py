@@ -17,11 +17,11 @@ from typing import Any, NoReturn
 from gpu_check import ROOT
 from gpu_check.emulated import EmulatedMachine
 from gpu_check.machine import Machine, Unfit
-from gpu_check.report import Report, all_cases
+from gpu_check.report import Report, all_cases, brief
 from gpu_check.run import Outcome, Run, identifiers_of
 from gpu_check.stages import STAGES, Stage
 
-
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Without --budget a stage may take so many times its limit.
 PATIENCE = 4.0
 
@@ -72,7 +72,10 @@ def main(argv: Sequence[str]) -> NoReturn:
     """Runs the check and exits: 0 where all that ran passed, 1 where something failed, 2 where it could not run."""
     options = parser().parse_args(argv)
     output = options.output or Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check")
-    only = read_failed(options.failed) if options.failed else None
+    try:
+        only = read_failed(options.failed) if options.failed else None
+    except OSError as error:
+        parser().error(f"--failed: {error}")
     stages = options.stages or STAGES
     if only is not None and options.stages is None:
         stages = tuple(s for s in STAGES if s.number == 1 or identifiers_of(s.name, only) or f"stage::{s.name}" in only)
@@ -89,8 +92,7 @@ def main(argv: Sequence[str]) -> NoReturn:
 def check(run: Run, stages: Sequence[Stage]) -> int:
     """Runs the stages, whatever happens in them; returns the exit status."""
     report = Report(run)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    before = {number: signal.signal(number, _interrupt) for number in SIGNALS}
     status = 1
     try:
         run.machine.require(run)
@@ -101,22 +103,26 @@ def check(run: Run, stages: Sequence[Stage]) -> int:
     except Unfit as why:
         run.results["verdict"] = f"did not run: {why}"
         status = 2
+    except Exception as error:
+        run.failed("machine", "stage::machine", traceback.format_exc())
+        run.results["verdict"] = f"ERROR: {type(error).__name__}: {error}"
     except Interrupted as interrupted:
         run.live.stop()
         run.results["verdict"] = f"interrupted by {signal.Signals(interrupted.number).name}"
         run.settle(3.0)
         status = 128 + interrupted.number
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         run.live.stop()
         _name_the_rest(run, stages)
         report.write()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if status == 2:
         print(f"gpu-check: {run.results['verdict'].removeprefix('did not run: ')}", file=sys.stderr)
     else:
-        print((run.output / "summary.txt").read_text(), flush=True)
-        print(f"gpu-check: {run.results['verdict']}; {run.output / 'summary.txt'}", flush=True)
+        print(f"\n{brief(run.snapshot())}\n\nall of it: {run.output / 'summary.txt'}", flush=True)
     return status
 
 

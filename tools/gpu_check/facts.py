@@ -58,6 +58,7 @@ def probe(device: str) -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {
+        "commit": _guarded(lambda: _bench().commit()),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
@@ -83,18 +84,22 @@ def probe(device: str) -> dict[str, Any]:
     found["build"] = _library.build_info()
     if hasattr(_library, "stale_sources"):
         found["stale_sources"] = _guarded(_library.stale_sources)
-    found["families"] = {name: list(ops) for name, ops in importlib.import_module("warpform.self_test").families().items()}
+    found["families"] = _guarded(lambda: importlib.import_module("warpform.self_test").families())
     return found
 
 
 def ceilings(device: str) -> dict[str, Any]:
     """By the benchmarks' own measure."""
-    sys.path.insert(0, str(ROOT / "bench"))
     import torch
 
-    harness = importlib.import_module("harness")
-    tflops, gbs = harness.ceilings(device, torch.bfloat16, device == "cpu")
+    tflops, gbs = _bench().ceilings(device, torch.bfloat16, device == "cpu")
     return {"tflops": tflops, "gbs": gbs, "dtype": "bfloat16"}
+
+
+def _bench() -> Any:
+    """What the benchmarks share."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    return importlib.import_module("harness")
 
 
 def _version(name: str) -> str | None:

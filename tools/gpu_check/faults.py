@@ -9,6 +9,9 @@ from typing import IO
 # Exit status of a process that one of its steps left without a working GPU.
 POISONED = 71
 
+# Of the GPU's memory a process may keep so much between steps.
+KEPT_BYTES = 2 << 30
+
 # Texts of CUDA errors that stay with the process (the runtime's own words, and those of its error codes).
 STICKY = (
     "illegal memory access",
@@ -41,6 +44,13 @@ def context_is_dead() -> bool:
     except Exception:
         return True
     return False
+
+
+def give_memory_back() -> None:
+    """What torch's allocator keeps for later is missing elsewhere: other processes use the GPU, too."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized() and torch.cuda.memory_reserved() > KEPT_BYTES:
+        torch.cuda.empty_cache()
 
 
 class Watchdog:

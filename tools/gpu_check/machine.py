@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import os
 import shutil
@@ -35,8 +36,11 @@ def output(*command: str, seconds: float = 20.0) -> str:
 
 def find_tool(name: str, *parts: str) -> str | None:
     """A tool of the CUDA toolkit: on the path, or in one of the toolkit's folders."""
+    nvcc = shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    homes += [str(Path(nvcc).resolve().parent.parent)] if nvcc else []
     folders = [os.path.join(home, part) for home in homes if home for part in ("bin", *parts)]
+    folders += [os.path.dirname(path) for path in sorted(glob.glob(f"/opt/nvidia/*/*/{name}"), reverse=True)]
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
 
@@ -74,11 +78,14 @@ class Machine:
 
     def facts(self, run: Run) -> dict[str, Any]:
         """Commit, versions, GPU, library, and what nvidia-smi says; or {"error": why}."""
-        return {"commit": commit(), **facts.ask(run, "probe", 90.0), "nvidia_smi": self.nvidia_smi()}
+        return {**facts.ask(run, "probe", 90.0), "nvidia_smi": self.nvidia_smi()}
 
     def families(self, run: Run) -> dict[str, tuple[str, ...]]:
         """The ops of the self-test by family."""
-        return {name: tuple(ops) for name, ops in run.results["facts"].get("families", {}).items()}
+        found = run.results["facts"].get("families", "the library is not loaded")
+        if not isinstance(found, dict):
+            raise RuntimeError(f"the self-test has no families: {found}")
+        return {name: tuple(ops) for name, ops in found.items()}
 
     def nvidia_smi(self) -> dict[str, str]:
         """Driver, clocks, memory of the first GPU, as nvidia-smi prints them; {} without it."""
@@ -126,13 +133,3 @@ class Machine:
     def pytest_arguments(self, run: Run) -> list[str]:
         """Where pytest finds its settings."""
         return ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
-
-
-def commit() -> str:
-    """What is tested: WARPFORM_COMMIT where git cannot say."""
-    named = os.environ.get("WARPFORM_COMMIT")
-    if named:
-        return named
-    head = output("git", "rev-parse", "--short=12", "HEAD")
-    dirty = bool(output("git", "status", "--porcelain"))
-    return (head + (" (changed)" if dirty else "")) if head else "unknown"

@@ -71,11 +71,10 @@ class OpProcesses:
             run, self.remaining, report, stacks=stacks, seconds=self.seconds, dtypes=self.dtypes
         )
         limit = run.left()
-        done = run.command(
-            name, self.wrap(command), seconds=limit, env=self.environment(), stalled=follower.stalled
-        )
+        done = run.command(name, self.wrap(command), seconds=limit, env=self.environment(), stalled=follower.stalled)
         follower.read()
         self.ended(done)
+        run.say(f"{name}: {done.how()}")
         self._go_on(done, stacks)
 
     def _go_on(self, done: Done, stacks: Path) -> None:
@@ -119,7 +118,7 @@ def tail(text: str) -> str:
 def chosen(
     families: Mapping[str, tuple[str, ...]], prefix: str, wanted: Sequence[str] | None
 ) -> dict[str, tuple[str, ...]]:
-    """The families and ops that `wanted` names as PREFIX::FAMILY or PREFIX::FAMILY::OP and more; all where it is None."""
+    """What `wanted` names as PREFIX::FAMILY or PREFIX::FAMILY::OP and more; everything where it is None."""
     if wanted is None:
         return dict(families)
     parts = [name.removeprefix(f"{prefix}::").split("::") for name in wanted if name.startswith(f"{prefix}::")]

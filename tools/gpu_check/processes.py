@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -96,7 +97,7 @@ def execute(
     cwd: Path,
     stalled: Callable[[], bool] | None = None,
 ) -> Done:
-    """Runs a command with its output in `log`; stops it and its children after `seconds`, or where `stalled()` holds."""
+    """Runs a command, its output in `log`; stops it and its children after `seconds`, or where `stalled()` holds."""
     begin = time.monotonic()
     try:
         process = live.start(argv, log, env, cwd)
@@ -130,10 +131,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def edges(path: Path, size: int = EDGE_BYTES) -> str:

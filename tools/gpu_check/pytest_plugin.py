@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpu_check.events import Writer
-from gpu_check.faults import POISONED, Watchdog, context_is_dead, is_sticky
+from gpu_check.faults import POISONED, Watchdog, context_is_dead, give_memory_back, is_sticky
 
 # Of a failure's text so much is kept: its end holds the error.
 TEXT = 8000
@@ -44,6 +44,7 @@ class Checked:
         self.only = settings.get("GPU_CHECK_ONLY")
         stacks = open(settings["GPU_CHECK_STACKS"], "w")  # noqa: SIM115 (open as long as the process lives)
         self.watchdog = Watchdog(float(settings["GPU_CHECK_SECONDS"]), stacks)
+        self.huge: list[str] = []
         self.verdict: dict[str, Any] = {}
         self.sticky = False
 
@@ -54,6 +55,11 @@ class Checked:
             config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in wanted])
             items[:] = [item for item in items if item.nodeid in wanted]
 
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        """Tests of the other size: what a later process will run."""
+        chosen = [item for item in items if item.get_closest_marker("gpu") and item.get_closest_marker("huge")]
+        self.huge += [item.nodeid for item in chosen]
+
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.events.write(event="broken", id=report.nodeid, text=str(report.longrepr)[-TEXT:])
@@ -61,7 +67,7 @@ class Checked:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """pytest's own loop, over the tests that this process can claim."""
-        self.events.write(event="collected", ids=[item.nodeid for item in session.items])
+        self.events.write(event="collected", ids=[item.nodeid for item in session.items], huge=self.huge)
         claimed = self._claimed(session.items)
         item = next(claimed, None)
         while item is not None:
@@ -93,6 +99,7 @@ class Checked:
         if poisoned:
             # Every test that follows in this process would fail; its other ends (fixtures, reports) would, too.
             os._exit(POISONED)
+        give_memory_back()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.verdict["seconds"] += report.duration

@@ -31,6 +31,10 @@ LOG_SECONDS = 15.0
 LOG_BYTES = 15_000_000
 # Of a failure in the summary: lines, and characters of a line.
 LINES, WIDTH = 12, 200
+# Facts that are for programs only.
+LONG = ("families",)
+# Failures that are printed at the end of the check.
+MOST = 40
 # Characters that XML cannot hold.
 _UNPRINTABLE = {number: "?" for number in range(32) if chr(number) not in "\t\n\r"}
 
@@ -85,7 +89,7 @@ def pack(folder: Path) -> bytes:
     while True:
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w:gz", compresslevel=4) as tar:
-            for path in sorted(folder.glob("*.txt")):
+            for path in sorted(path for path in folder.iterdir() if path.is_file()):
                 content = edges(path, size).encode()
                 entry = tarfile.TarInfo(path.name)
                 entry.size, entry.mtime = len(content), int(path.stat().st_mtime)
@@ -153,6 +157,17 @@ def summary(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def brief(results: Mapping[str, Any]) -> str:
+    """What is printed last: the summary without the stages' own lines, and one line a failure."""
+    text = summary({**results, "stages": {name: {**stage, "summary": []} for name, stage in results["stages"].items()}})
+    lines = text.partition("\n== ")[0].splitlines()
+    bad = {name: case for name, case in all_cases(results).items() if case["outcome"] == "failed"}
+    lines += [f"FAILED {name}: {case['text'].strip().partition(chr(10))[0][:WIDTH]}" for name, case in bad.items()][
+        :MOST
+    ]
+    return "\n".join([*lines, *([f"... and {len(bad) - MOST} more"] if len(bad) > MOST else [])])
+
+
 def excerpt(text: str) -> list[str]:
     """The first lines of a failure and its last ones: what was done, and the error."""
     lines = [line for line in text.splitlines() if line.strip()]
@@ -162,9 +177,16 @@ def excerpt(text: str) -> list[str]:
 def facts(found: Mapping[str, Any]) -> list[str]:
     """The machine in a few lines."""
     plain = {name: value for name, value in found.items() if isinstance(value, (str, int, float, bool))}
-    lines = [", ".join(f"{name} {value}" for name, value in plain.items())] if plain else []
-    return lines + [
-        f"{name}: " + ", ".join(f"{key} {value}" for key, value in values.items())
-        for name, values in found.items()
-        if isinstance(values, dict) and values
+    parts = {
+        "": plain,
+        **{name: value for name, value in found.items() if isinstance(value, dict) and name not in LONG},
+    }
+    return [
+        (f"{name}: " if name else "") + ", ".join(f"{key} {_short(value)}" for key, value in values.items())
+        for name, values in parts.items()
+        if values
     ]
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

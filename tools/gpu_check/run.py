@@ -43,6 +43,9 @@ class Limits:
     smoke_op: float = 40.0
     # From the start of a process to its first sign of life: importing torch, making a CUDA context.
     startup: float = 90.0
+    # With less left no further process starts: torch alone takes some seconds, and far more under a sanitizer.
+    least: float = 12.0
+    least_sanitized: float = 25.0
 
 
 class Run:
@@ -143,12 +146,10 @@ class Run:
             return Done(None, 0.0, True, "no time was left")
         environment = self.environment() if env is None else env
         log = self.logs / f"{name}.txt"
-        return processes.execute(
-            self.live, argv, log, seconds=limit, env=environment, cwd=cwd or ROOT, stalled=stalled
-        )
+        return processes.execute(self.live, argv, log, seconds=limit, env=environment, cwd=cwd or ROOT, stalled=stalled)
 
     def parallel(self, items: Iterable[Item], work: Callable[[Item], None], jobs: int | None = None) -> None:
-        """Calls work(item) for all items, `jobs` at a time (default: self.jobs); raises the first exception at the end."""
+        """Calls work(item) for all items, `jobs` at a time (default: self.jobs); raises the first exception last."""
         waiting = list(items)
         errors: list[BaseException] = []
 
@@ -226,8 +227,12 @@ class Run:
 
     def cases(self, stage: str) -> dict[str, dict[str, Any]]:
         """The verdicts of a stage so far, by identifier."""
+        return self.found(stage, "cases")
+
+    def found(self, stage: str, key: str) -> dict[str, Any]:
+        """A copy of a dict that `record` made; {} where there is none."""
         with self._lock:
-            return dict(self.results["stages"].get(stage, {}).get("cases", {}))
+            return dict(self.results["stages"].get(stage, {}).get(key, {}))
 
     def judge(self, stage: str) -> Outcome:
         """A stage's outcome by its cases: False where one failed, None where none was reached."""

@@ -8,14 +8,12 @@ from collections.abc import Mapping
 from gpu_check.op_processes import OpProcesses, chosen
 from gpu_check.processes import Done
 from gpu_check.run import Outcome, Run
-from gpu_check.sanitizer_report import Report, parse
+from gpu_check.sanitizer_report import PREFIX, Report, parse
 
 STAGE = "sanitizer"
 # In the order in which they run while there is time: what makes results wrong first.
 TOOLS = ("memcheck", "racecheck", "synccheck")
 ERRORS_FOUND = 9
-# With less time left no further process starts: torch loads in some tens of seconds under these tools.
-LEAST = 20.0
 # Without a caching allocator every tensor is an allocation of its own, and memcheck sees reads past its end.
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 _PORTS = itertools.count()
@@ -54,6 +52,10 @@ def sanitizer(run: Run) -> Outcome:
         for tool, families in run.machine.to_sanitize(run, TOOLS).items()
         for family, ops in chosen(families, f"{STAGE}::{tool}", wanted).items()
     ]
+    hung = {name.split("::")[2] for name, case in run.cases("smoke").items() if case["text"].startswith("hung")}
+    for one in work:
+        # They would hang here, too, and take the time of what follows.
+        one.remaining.sort(key=hung.__contains__)
     run.parallel(work, lambda one: one.check(), 2 * run.jobs)
     return run.judge(STAGE)
 
@@ -73,7 +75,7 @@ class _Sanitized(OpProcesses):
 
     def check(self) -> None:
         """Runs the tool and records one case."""
-        if self.run.left() < LEAST:
+        if self.run.left() < self.run.limits.least_sanitized:
             self.run.not_run(STAGE, self.identifier, "no time was left", self.tool)
             return
         begin = self.run.seconds()
@@ -99,7 +101,8 @@ class _Sanitized(OpProcesses):
         self.report.add(parse(done.text))
 
     def lost(self, op: str, dtype: str, text: str) -> None:
-        self.problems.append(text)
+        # What the tool printed is in the report.
+        self.problems.append("\n".join(line for line in text.splitlines() if not line.startswith(PREFIX)))
 
     def broken(self, text: str) -> None:
         # The tool's own way of saying that it found errors.
@@ -113,7 +116,7 @@ class _Sanitized(OpProcesses):
 def table(run: Run) -> list[str]:
     """One line a tool and family, then the first error of every kernel."""
     lines, blocks = [], []
-    reports = run.results["stages"].get(STAGE, {}).get("reports", {})
+    reports = run.found(STAGE, "reports")
     for identifier, case in sorted(run.cases(STAGE).items()):
         _, tool, family = identifier.split("::")
         verdict = "FAILED" if case["outcome"] == "failed" else case["outcome"]

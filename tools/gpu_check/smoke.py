@@ -24,7 +24,7 @@ def library(name: str, path: str | None) -> Any:
         return None
     import torch
 
-    torch.ops.load_library(path)
+    torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     return getattr(torch.ops, name)
 
 

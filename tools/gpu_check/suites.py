@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterable
@@ -22,8 +23,7 @@ MOST_RESTARTS = 6
 HANG_WEIGHT = 2
 # A second process joins a file once so many of its tests are unclaimed: fewer end sooner than it starts.
 JOIN = 12
-# With less time left no further process starts.
-LEAST = 5.0
+FOREIGN = re.compile(r"/_pytest/|/pluggy/|/pytest/__main__|<frozen runpy>|/gpu_check/pytest_plugin")
 
 
 def suites(run: Run) -> Outcome:
@@ -31,11 +31,15 @@ def suites(run: Run) -> Outcome:
     wanted = run.wanted(STAGE)
     files = [TestFile(run, path, wanted) for path in by_size(run.machine.test_files(run)) if _named(run, path, wanted)]
     _share(run, files)
+    # Tests beside each other share the GPU's memory; those for which it did not suffice run again, one at a time.
+    crowded = [TestFile(run, file.path, file.crowded, kind="again") for file in files if file.crowded]
+    _share(run, crowded, jobs=1)
     poisoned = [(file, identifier) for file in files for identifier in file.poisoned]
     run.parallel(poisoned[: 2 * run.jobs], lambda one: _diagnose(run, *one), run.jobs)
-    huge = [TestFile(run, file.path, wanted, huge=True) for file in files if "mark.huge" in file.path.read_text()]
-    for file in huge:
-        _share(run, [file], jobs=1)
+    for file in files:
+        huge = [test for test in file.huge if wanted is None or file.name in wanted or test in wanted]
+        if huge:
+            _share(run, [TestFile(run, file.path, huge, kind="huge")], jobs=1)
     run.describe(STAGE, table(run))
     return run.judge(STAGE)
 
@@ -55,22 +59,26 @@ class TestFile:
 
     __test__ = False  # to pytest
 
-    def __init__(self, run: Run, path: Path, wanted: list[str] | None, *, huge: bool = False) -> None:
+    def __init__(self, run: Run, path: Path, wanted: list[str] | None, *, kind: str = "") -> None:
         self.run = run
         self.path = path
         self.name = path.relative_to(run.machine.test_root(run)).as_posix()
-        self.huge = huge
-        self.seconds = run.limits.huge_test if huge else run.limits.test
-        self.folder = run.scratch / "tests" / (self.name.replace("/", "-").removesuffix(".py") + "-huge" * huge)
+        self.kind = kind
+        self.seconds = run.limits.huge_test if kind == "huge" else run.limits.test
+        parts = [*self.name.removesuffix(".py").split("/"), *([kind] if kind else [])]
+        self.folder = run.scratch / "tests" / "-".join(parts)
         self.claims = self.folder / "claims"
         self.claims.mkdir(parents=True, exist_ok=True)
         self.only: Path | None = None
         if wanted is not None and self.name not in wanted:
             self.only = self.folder / "only.txt"
             self.only.write_text("\n".join(wanted))
-        self.collected: list[str] | None = None
+        # Known from the start where they are called by name, else from the first process.
+        self.collected = list(wanted) if kind and wanted else None
+        self.huge: list[str] = []
         self.ended: set[str] = set()
         self.poisoned: list[str] = []
+        self.crowded: list[str] = []
         self.started = 0
         self.running = 0
         self.restarts = 0
@@ -92,7 +100,7 @@ class TestFile:
         if not self.running:
             return 2, 0
         left = self.unclaimed()
-        return (1, left) if left >= JOIN and not self.huge else (0, 0)
+        return (1, left) if left >= JOIN and not self.kind else (0, 0)
 
     # ---- one process ----
 
@@ -111,16 +119,21 @@ class TestFile:
             with self.lock:
                 self.running -= 1
             self.run.describe(STAGE, table(self.run))
+            self.run.say(f"{name}: {self.counts()}")
+
+    def counts(self) -> str:
+        """How its tests ended so far."""
+        cases = [case for case in self.run.cases(STAGE).values() if case["group"] == self.name]
+        return ", ".join(f"{number} {outcome}" for outcome, number in count(cases).items()) or "no tests"
 
     def close(self, why: str) -> None:
         """Gives up what is left."""
         with self.lock:
             self.closed = True
-            for test in self.collected or ():
-                if test not in self.ended:
+            known = self.run.cases(STAGE)
+            for test in [self.name] if self.collected is None else self.collected:
+                if test not in known:
                     self.run.not_run(STAGE, test, why, self.name)
-            if self.collected is None and not self.started and not self.huge:
-                self.run.not_run(STAGE, self.name, why, self.name)
 
 
 class _Process:
@@ -141,7 +154,7 @@ class _Process:
         follower = Follower(events, self._event, startup=run.limits.startup, step=file.seconds)
         done = run.command(
             self.name,
-            pytest_command(run, [str(file.path)], huge=file.huge),
+            pytest_command(run, [str(file.path)], huge=file.kind == "huge"),
             seconds=run.left(),
             env=self._environment(events, stacks),
             stalled=follower.stalled,
@@ -161,13 +174,14 @@ class _Process:
         }
         if self.file.only is not None:
             settings["GPU_CHECK_ONLY"] = str(self.file.only)
-        return {**self.run.environment(), **settings}
+        return {**environment(self.run), **settings}
 
     def _event(self, event: dict[str, Any]) -> None:
         file, kind = self.file, event["event"]
         if kind == "collected":
             with file.lock:
                 file.collected = event["ids"]
+                file.huge = event["huge"]
         elif kind == "broken":
             self.broken = True
             self.run.failed(STAGE, file.name, f"not collected\n{event['text']}", file.name)
@@ -178,6 +192,8 @@ class _Process:
             self.current = None
             file.ended.add(event["id"])
             text = event["text"]
+            if event["outcome"] == "failed" and "out of memory" in text:
+                file.crowded.append(event["id"])
             if event["poisoned"]:
                 file.poisoned.append(event["id"])
                 text = f"{text}\n(the GPU refused the process everything after this test)"
@@ -217,7 +233,7 @@ class _Process:
         if self.current is not None:
             file.ended.add(self.current)
             how = f"hung: no end after {file.seconds:.0f} s" if hung else f"crashed: {done.how()}"
-            text = f"{how}\n{stacks[-6000:]}\n{tail(done.text)}"
+            text = f"{how}\n{own_frames(stacks)}\n{tail(own_frames(done.text))}"
             run.case(STAGE, self.current, "failed", seconds=file.seconds if hung else 0.0, text=text, group=file.name)
             if not hung:
                 file.poisoned.append(self.current)
@@ -228,11 +244,21 @@ class _Process:
             file.closed = True
 
 
+def own_frames(stacks: str) -> str:
+    """Stacks without the frames of pytest and of Python's start."""
+    return "\n".join(line for line in stacks.splitlines() if not FOREIGN.search(line))
+
+
 def pytest_command(run: Run, arguments: list[str], *, huge: bool = False) -> list[str]:
     """pytest with the check's plugin, over tests of one size."""
     markers = "gpu and huge" if huge else "gpu and not huge"
     options = ["-q", "-p", "gpu_check.pytest_plugin", "-p", "no:cacheprovider", "--tb=short", "-m", markers]
     return [run.python, "-m", "pytest", *options, *run.machine.pytest_arguments(run), *arguments]
+
+
+def environment(run: Run) -> dict[str, str]:
+    """For pytest: plugins that happen to be installed are left out."""
+    return {**run.environment(), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
 def _share(run: Run, files: list[TestFile], jobs: int | None = None) -> None:
@@ -246,7 +272,7 @@ def _share(run: Run, files: list[TestFile], jobs: int | None = None) -> None:
                 urgent = file.wants() > (0, 0)
                 if not urgent and not any(one.running for one in files):
                     return
-                name = file.enter() if urgent and run.left() >= LEAST else None
+                name = file.enter() if urgent and run.left() >= run.limits.least else None
             if name is not None:
                 file.process(name)
             elif urgent:
@@ -264,12 +290,12 @@ def _diagnose(run: Run, file: TestFile, identifier: str) -> None:
     name = f"alone-{claim_path(file.claims, identifier).name}"
     alone = [*pytest_command(run, ["--tb=long", str(run.machine.test_root(run) / identifier)])]
     found = {}
-    blocking = {**run.environment(), "CUDA_LAUNCH_BLOCKING": "1"}
-    if run.left() > LEAST:
+    blocking = {**environment(run), "CUDA_LAUNCH_BLOCKING": "1"}
+    if run.left() > run.limits.least:
         done = run.command(f"{name}-blocking", alone, seconds=min(60.0, run.left()), env=blocking)
         found["blocking"] = f"{done.how()}\n{tail(done.text)}"
     program = run.machine.sanitizer()
-    if program is not None and run.left() > LEAST:
+    if program is not None and run.left() > run.limits.least:
         command = [*invocation(program, "memcheck"), *alone]
         done = run.command(f"{name}-memcheck", command, seconds=min(90.0, run.left()), env={**blocking, **ENVIRONMENT})
         found["memcheck"] = "\n".join(line for line in done.text.splitlines() if line.startswith("====="))[:4000]
@@ -291,7 +317,7 @@ def table(run: Run) -> list[str]:
         lines.append(f"{name:44} {verdict:7} {seconds:6.1f} s  {counts}")
     slowest = sorted(cases.items(), key=lambda item: -item[1]["seconds"])[:10]
     lines += ["", "slowest:", *(f"  {case['seconds']:6.1f} s  {name}" for name, case in slowest)]
-    for identifier, found in run.results["stages"].get(STAGE, {}).get("diagnoses", {}).items():
+    for identifier, found in run.found(STAGE, "diagnoses").items():
         lines += ["", f"alone: {identifier}"]
         lines += [f"  {how}: {line}" for how, text in found.items() for line in text.splitlines()[-15:]]
     return lines

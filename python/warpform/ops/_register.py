@@ -1,10 +1,11 @@
-"""Registers everything Python knows about an op in one call: reference, fake, autograd and autocast."""
+"""Registers everything Python knows about an op in one call: reference, fake, autograd, autocast and example."""
 
 from __future__ import annotations
 
 import functools
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
 from .. import _env, _library
+from ._example import Call, Draw, Example
 
 NAMESPACE = "warpform"
 # The reason that the bindings give where the user asked for the reference: that needs no warning.
@@ -23,11 +25,45 @@ _libraries: list[torch.library.Library] = []
 _warned: set[tuple[str, str]] = set()
 
 
+@dataclass(frozen=True)
+class RegisteredOp:
+    """What a registration says of an op, for everyone who goes through all of them: `ops()`."""
+
+    name: str
+    reference: Callable[..., Any]
+    example: Example
+    differentiable: bool
+
+    @property
+    def family(self) -> str:
+        """The file of `ops.reference` that defines it."""
+        return self.reference.__module__.rpartition(".")[2]
+
+    def calls(self, dtype: torch.dtype) -> list[Call]:
+        """The example's calls, tensors under test in `dtype`, on the CPU; the same in every run."""
+        return list(self.example(Draw(self.name, dtype)))
+
+
+_ops: dict[str, RegisteredOp] = {}
+
+
+def ops() -> dict[str, RegisteredOp]:
+    """Every op by its name, each followed by its backward; also where the library is not loaded."""
+    ordered: dict[str, RegisteredOp] = {}
+    for name, op in _ops.items():
+        if name.removesuffix("_backward") == name or name.removesuffix("_backward") not in _ops:
+            ordered[name] = op
+            if f"{name}_backward" in _ops:
+                ordered[f"{name}_backward"] = _ops[f"{name}_backward"]
+    return ordered
+
+
 def register_op(
     name: str,
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
+    example: Example,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     autocast: Sequence[str] = (),
@@ -38,6 +74,8 @@ def register_op(
         name: the op's name, without a namespace.
         reference: the definition in PyTorch, called with the op's arguments.
         fake: the same with outputs of the right shapes and dtypes and no values; sizes may be symbolic.
+        example: a generator of small calls that between them reach every kernel of the op. doctor, the GPU check and
+            opcheck make them.
         backward: (ctx, *gradients of the outputs) -> one gradient for each positional argument. None for an op that is
             not differentiable: differentiating through it raises.
         setup_context: (ctx, inputs, output) or (ctx, inputs, keyword_only_inputs, output), saves what backward needs.
@@ -45,6 +83,7 @@ def register_op(
 
     Where the library is not loaded nothing is registered, and what is returned raises the load error when it is called.
     """
+    _ops[name] = RegisteredOp(name, reference, example, backward is not None)
     if not _library.loaded():
 
         @functools.wraps(reference)

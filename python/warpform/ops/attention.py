@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _env
 from . import _check
 from ._register import register_op
+from .examples import attention as examples
 from .reference import attention as reference
 
 
@@ -60,12 +61,16 @@ def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
 
 
 _varlen_attention_backward = register_op(
-    "varlen_attention_backward", reference=reference.varlen_attention_backward, fake=_backward_fake
+    "varlen_attention_backward",
+    reference=reference.varlen_attention_backward,
+    fake=_backward_fake,
+    example=examples.varlen_attention_backward,
 )
 _varlen_attention = register_op(
     "varlen_attention",
     reference=reference.varlen_attention,
     fake=_fake,
+    example=examples.varlen_attention,
     backward=_gradient,
     setup_context=_setup,
     autocast=("q", "k", "v"),

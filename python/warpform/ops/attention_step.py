@@ -11,6 +11,7 @@ from .. import _env
 from . import _check
 from ._register import register_op
 from .attention import _window
+from .examples import attention_step as examples
 from .reference import attention as attention_reference
 from .reference import attention_step as reference
 
@@ -39,9 +40,14 @@ def _backward_fake(
 
 
 # Neither is differentiable: what the steps add up to is, and whoever takes them writes its backward out of the second.
-_attention_step = register_op("attention_step", reference=reference.attention_step, fake=_fake)
+_attention_step = register_op(
+    "attention_step", reference=reference.attention_step, fake=_fake, example=examples.attention_step
+)
 _attention_step_backward = register_op(
-    "attention_step_backward", reference=reference.attention_step_backward, fake=_backward_fake
+    "attention_step_backward",
+    reference=reference.attention_step_backward,
+    fake=_backward_fake,
+    example=examples.attention_step_backward,
 )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _env
 from . import _check
 from ._register import register_op
+from .examples import disentangled_attention as examples
 from .reference import attention as attention_reference
 from .reference import disentangled_attention as reference
 
@@ -58,12 +59,16 @@ def _gradient(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | Non
 
 
 _disentangled_attention_backward = register_op(
-    "disentangled_attention_backward", reference=reference.disentangled_attention_backward, fake=_backward_fake
+    "disentangled_attention_backward",
+    reference=reference.disentangled_attention_backward,
+    fake=_backward_fake,
+    example=examples.disentangled_attention_backward,
 )
 _disentangled_attention = register_op(
     "disentangled_attention",
     reference=reference.disentangled_attention,
     fake=_fake,
+    example=examples.disentangled_attention,
     backward=_gradient,
     setup_context=_setup,
     autocast=("q", "k", "v", "pos_key", "pos_query"),

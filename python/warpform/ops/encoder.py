@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _check
 from ._register import register_op
+from .examples import encoder as examples
 from .reference import encoder as reference
 
 # ---- packing ----
@@ -26,7 +27,9 @@ def _packing_plan_fake(mask: Tensor, capacity: int) -> tuple[Tensor, ...]:
     )
 
 
-_packing_plan = register_op("packing_plan", reference=reference.packing_plan, fake=_packing_plan_fake)
+_packing_plan = register_op(
+    "packing_plan", reference=reference.packing_plan, fake=_packing_plan_fake, example=examples.packing_plan
+)
 
 
 def packing_plan(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -81,10 +84,20 @@ def _unpack_gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _pack = register_op(
-    "pack", reference=reference.pack, fake=_pack_fake, backward=_pack_gradient, setup_context=_save_packing
+    "pack",
+    reference=reference.pack,
+    fake=_pack_fake,
+    example=examples.pack,
+    backward=_pack_gradient,
+    setup_context=_save_packing,
 )
 _unpack = register_op(
-    "unpack", reference=reference.unpack, fake=_unpack_fake, backward=_unpack_gradient, setup_context=_save_packing
+    "unpack",
+    reference=reference.unpack,
+    fake=_unpack_fake,
+    example=examples.unpack,
+    backward=_unpack_gradient,
+    setup_context=_save_packing,
 )
 
 
@@ -219,11 +232,13 @@ _layer_norm_backward = register_op(
     "add_bias_residual_layer_norm_backward",
     reference=reference.add_bias_residual_layer_norm_backward,
     fake=_layer_norm_backward_fake,
+    example=examples.add_bias_residual_layer_norm_backward,
 )
 _layer_norm = register_op(
     "add_bias_residual_layer_norm",
     reference=reference.add_bias_residual_layer_norm,
     fake=_layer_norm_fake,
+    example=examples.add_bias_residual_layer_norm,
     backward=_layer_norm_gradient,
     setup_context=_layer_norm_setup,
     autocast=("x", "residual"),
@@ -330,11 +345,17 @@ def _gelu_gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return dx if ctx.needs_input_grad[0] else None, dbias if ctx.needs_input_grad[1] else None, None
 
 
-_gelu_backward = register_op("bias_gelu_backward", reference=reference.bias_gelu_backward, fake=_gelu_backward_fake)
+_gelu_backward = register_op(
+    "bias_gelu_backward",
+    reference=reference.bias_gelu_backward,
+    fake=_gelu_backward_fake,
+    example=examples.bias_gelu_backward,
+)
 _gelu = register_op(
     "bias_gelu",
     reference=reference.bias_gelu,
     fake=_gelu_fake,
+    example=examples.bias_gelu,
     backward=_gelu_gradient,
     setup_context=_gelu_setup,
     autocast=("x",),

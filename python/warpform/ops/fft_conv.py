@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _library
 from . import _check
 from ._register import NAMESPACE, register_op
+from .examples import fft_conv as examples
 from .reference import fft_conv as reference
 
 # Shorter sequences are transformed as if they were so long, the least that kernels transform.
@@ -42,12 +43,16 @@ def _gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _spectral_conv_backward = register_op(
-    "spectral_conv_backward", reference=reference.spectral_conv_backward, fake=_backward_fake
+    "spectral_conv_backward",
+    reference=reference.spectral_conv_backward,
+    fake=_backward_fake,
+    example=examples.spectral_conv_backward,
 )
 _spectral_conv = register_op(
     "spectral_conv",
     reference=reference.spectral_conv,
     fake=_fake,
+    example=examples.spectral_conv,
     backward=_gradient,
     setup_context=_setup,
     autocast=("u", "pregate", "postgate"),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _check
 from ._register import register_op
+from .examples import hidden as examples
 from .reference import hidden as reference
 from .routing import RoutingPlan
 
@@ -107,16 +108,25 @@ def _sum_of_tokens(t: Tensor, dim: int, plan: tuple[Any, ...]) -> Tensor:
 
 
 _gather_backward = register_op(
-    "hidden_gather_linear_backward", reference=reference.hidden_gather_linear_backward, fake=_gather_backward_fake
+    "hidden_gather_linear_backward",
+    reference=reference.hidden_gather_linear_backward,
+    fake=_gather_backward_fake,
+    example=examples.hidden_gather_linear_backward,
 )
 _scatter_backward = register_op(
-    "hidden_scatter_linear_backward", reference=reference.hidden_scatter_linear_backward, fake=_scatter_backward_fake
+    "hidden_scatter_linear_backward",
+    reference=reference.hidden_scatter_linear_backward,
+    fake=_scatter_backward_fake,
+    example=examples.hidden_scatter_linear_backward,
 )
-_weight_grad = register_op("hidden_weight_grad", reference=reference.hidden_weight_grad, fake=_weight_fake)
+_weight_grad = register_op(
+    "hidden_weight_grad", reference=reference.hidden_weight_grad, fake=_weight_fake, example=examples.hidden_weight_grad
+)
 _gather = register_op(
     "hidden_gather_linear",
     reference=reference.hidden_gather_linear,
     fake=_gather_fake,
+    example=examples.hidden_gather_linear,
     backward=_gather_gradient,
     setup_context=_save_gather,
     autocast=("x", "w", "bias"),
@@ -125,6 +135,7 @@ _scatter = register_op(
     "hidden_scatter_linear",
     reference=reference.hidden_scatter_linear,
     fake=_scatter_fake,
+    example=examples.hidden_scatter_linear,
     backward=_scatter_gradient,
     setup_context=_save_scatter,
     autocast=("x", "w", "bias"),

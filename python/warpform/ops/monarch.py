@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _check
 from ._register import register_op
+from .examples import monarch as examples
 from .reference import monarch as reference
 
 
@@ -58,12 +59,16 @@ def _blockdiag_gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _blockdiag_multiply_backward = register_op(
-    "blockdiag_multiply_backward", reference=reference.blockdiag_multiply_backward, fake=_blockdiag_backward_fake
+    "blockdiag_multiply_backward",
+    reference=reference.blockdiag_multiply_backward,
+    fake=_blockdiag_backward_fake,
+    example=examples.blockdiag_multiply_backward,
 )
 _blockdiag_multiply = register_op(
     "blockdiag_multiply",
     reference=reference.blockdiag_multiply,
     fake=_blockdiag_fake,
+    example=examples.blockdiag_multiply,
     backward=_blockdiag_gradient,
     setup_context=_blockdiag_setup,
     autocast=("x", "w", "bias"),
@@ -113,12 +118,16 @@ def _monarch_gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _monarch_multiply_backward = register_op(
-    "monarch_multiply_backward", reference=reference.monarch_multiply_backward, fake=_monarch_backward_fake
+    "monarch_multiply_backward",
+    reference=reference.monarch_multiply_backward,
+    fake=_monarch_backward_fake,
+    example=examples.monarch_multiply_backward,
 )
 _monarch_multiply = register_op(
     "monarch_multiply",
     reference=reference.monarch_multiply,
     fake=_monarch_fake,
+    example=examples.monarch_multiply,
     backward=_monarch_gradient,
     setup_context=_monarch_setup,
     autocast=("x", "w1", "w2"),
@@ -183,12 +192,16 @@ def _glu_gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _blockdiag_glu_backward = register_op(
-    "blockdiag_glu_backward", reference=reference.blockdiag_glu_backward, fake=_glu_backward_fake
+    "blockdiag_glu_backward",
+    reference=reference.blockdiag_glu_backward,
+    fake=_glu_backward_fake,
+    example=examples.blockdiag_glu_backward,
 )
 _blockdiag_glu = register_op(
     "blockdiag_glu",
     reference=reference.blockdiag_glu,
     fake=_glu_fake,
+    example=examples.blockdiag_glu,
     backward=_glu_gradient,
     setup_context=_glu_setup,
     autocast=("x", "w_up", "w_down", "bias"),

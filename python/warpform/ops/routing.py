@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _env
 from . import _check
 from ._register import register_op
+from .examples import hidden as examples
 from .reference import hidden as reference
 
 MAX_GROUPS = 64  # bits of a mask
@@ -31,8 +32,12 @@ def _plan_fake(
     )
 
 
-_routing_mask = register_op("routing_mask", reference=reference.routing_mask, fake=_mask_fake)
-_routing_plan = register_op("routing_plan", reference=reference.routing_plan, fake=_plan_fake)
+_routing_mask = register_op(
+    "routing_mask", reference=reference.routing_mask, fake=_mask_fake, example=examples.routing_mask
+)
+_routing_plan = register_op(
+    "routing_plan", reference=reference.routing_plan, fake=_plan_fake, example=examples.routing_plan
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _check
 from ._register import register_op
+from .examples import short_conv as examples
 from .reference import short_conv as reference
 
 
@@ -34,12 +35,16 @@ def _gradient(ctx: Any, dgated: Tensor, dgate: Tensor) -> tuple[Tensor | None, .
 
 
 _short_conv_gate_backward = register_op(
-    "short_conv_gate_backward", reference=reference.short_conv_gate_backward, fake=_backward_fake
+    "short_conv_gate_backward",
+    reference=reference.short_conv_gate_backward,
+    fake=_backward_fake,
+    example=examples.short_conv_gate_backward,
 )
 _short_conv_gate = register_op(
     "short_conv_gate",
     reference=reference.short_conv_gate,
     fake=_fake,
+    example=examples.short_conv_gate,
     backward=_gradient,
     setup_context=_setup,
     autocast=("x", "weight", "bias"),

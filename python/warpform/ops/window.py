@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _check
 from ._register import register_op
+from .examples import window as examples
 from .reference import window as reference
 
 
@@ -60,12 +61,16 @@ def _gradient(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None,
 
 
 _window_attention_backward = register_op(
-    "window_attention_backward", reference=reference.window_attention_backward, fake=_backward_fake
+    "window_attention_backward",
+    reference=reference.window_attention_backward,
+    fake=_backward_fake,
+    example=examples.window_attention_backward,
 )
 _window_attention = register_op(
     "window_attention",
     reference=reference.window_attention,
     fake=_fake,
+    example=examples.window_attention,
     backward=_gradient,
     setup_context=_setup,
     autocast=("qkv", "qkv_bias"),

@@ -1,0 +1,151 @@
+"""The self-test and the registry that it, doctor, the GPU check, opcheck and README's table go through."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from warpform import _library, self_test
+from warpform.ops import _register
+from warpform.ops._example import Call, Draw
+
+OPS = _register.ops()
+ROOT = Path(__file__).resolve().parent.parent
+CALLS = [(name, call) for name, op in OPS.items() for call in op.calls(torch.float32)]
+
+
+def rows_of(*names: str, **how: Any) -> list[dict[str, Any]]:
+    return [row for row in self_test.run(names, **{"device": "cpu", **how}) if "starting" not in row]
+
+
+def test_every_op_of_the_library_is_registered_with_an_example() -> None:
+    schemas = (schema.name for schema in torch._C._jit_get_all_schemas())
+    defined = {name.removeprefix("warpform::") for name in schemas if name.startswith("warpform::")}
+    # Each op of the library has its reference beside it; what is composed of ops in Python has none.
+    assert {name for name in defined if f"{name}_reference" in defined} == set(OPS)
+    assert {str(row["op"]) for row in _library.kernel_table()} <= set(OPS)
+    assert sum(len(names) for names in self_test.families().values()) == len(OPS)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_example_is_the_same_in_every_run(name: str) -> None:
+    calls = OPS[name].calls(torch.bfloat16)
+    assert calls and len({call.label for call in calls}) == len(calls)
+    again = OPS[name].calls(torch.bfloat16)
+    assert all(_same(a.args, b.args) and _same(a.kwargs, b.kwargs) for a, b in zip(calls, again, strict=True))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return bool(a == b)
+
+
+@pytest.mark.parametrize(("name", "call"), CALLS, ids=[f"{name}-{call.label}" for name, call in CALLS])
+def test_opcheck(name: str, call: Call) -> None:
+    function = getattr(torch.ops.warpform, name).default
+    opcheck(function, call.args, call.kwargs)
+    if OPS[name].differentiable:
+        args = tuple(
+            a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+            for a in call.args
+        )
+        opcheck(function, args, call.kwargs)
+
+
+def test_rows() -> None:
+    rows = list(self_test.run(["bias_gelu", "packing_plan"], device="cpu"))
+    assert [row.get("direction", "starting") for row in rows] == [
+        "starting", "forward", "backward", "starting", "forward",
+    ]  # fmt: skip
+    assert all(row.get("ok", True) and row["dtype"] == "float32" for row in rows)
+
+
+@pytest.mark.parametrize(("name", "direction"), [("bias_gelu", "forward"), ("window_attention_backward", "forward")])
+def test_a_wrong_op_is_found(name: str, direction: str) -> None:
+    right = getattr(torch.ops.warpform, name)
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        outputs = right(*args, **kwargs)
+        first = (outputs if isinstance(outputs, torch.Tensor) else outputs[0]) * (1 + 2**-18)
+        return first if isinstance(outputs, torch.Tensor) else (first, *outputs[1:])
+
+    library = type("Library", (), {name: staticmethod(wrong), "_kernel_table": staticmethod(lambda: "[]")})
+    (row,) = rows_of(name, library=library)
+    assert not row["ok"] and row["direction"] == direction and "is off by" in row["problem"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda plan: (plan[0] + 1, *plan[1:]), "output 0 differs in 6 of 6 elements"),
+        (lambda plan: (plan[0].long(), *plan[1:]), "output 0 is torch.int64 of shape"),
+        (lambda plan: (plan[0][1:], *plan[1:]), "output 0 is torch.int32 of shape"),
+    ],
+)
+def test_wrong_integers_are_found(change: Any, problem: str) -> None:
+    class Library:
+        _kernel_table = staticmethod(lambda: "[]")
+
+        @staticmethod
+        def packing_plan(mask: torch.Tensor, capacity: int) -> Any:
+            return change(torch.ops.warpform.packing_plan(mask, capacity))
+
+    (row,) = rows_of("packing_plan", library=Library)
+    assert row["problem"].startswith("bool: ") and problem in row["problem"]
+
+
+def test_an_op_that_raises_or_gives_nan_is_found() -> None:
+    class Library:
+        _kernel_table = staticmethod(lambda: "[]")
+
+        @staticmethod
+        def pack(*args: Any) -> Any:
+            raise RuntimeError("broken on purpose\nand more")
+
+        @staticmethod
+        def unpack(*args: Any) -> Any:
+            return torch.ops.warpform.unpack(*args) * float("nan")
+
+    pack, unpack = rows_of("pack", "unpack", library=Library)
+    assert pack["problem"] == "RuntimeError: broken on purpose"
+    assert "is off by nan" in unpack["problem"]
+
+
+def test_strict_only_while_a_kernel_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setenv("WARPFORM_STRICT", "0")
+    with self_test._strict(True):
+        seen.append(_register._env.strict())
+    seen.append(_register._env.strict())
+    monkeypatch.setenv("WARPFORM_BACKEND", "reference")
+    with self_test._strict(True):
+        seen.append(_register._env.strict())
+    assert seen == [True, False, False]
+
+
+def test_draw_rounds_the_same_values() -> None:
+    half, double = (Draw("x", dtype)(40, 3) for dtype in (torch.float16, torch.float64))
+    assert torch.equal(half, double.half()) and not torch.equal(half, Draw("y", torch.float16)(40, 3))
+
+
+def test_readme_has_the_table_of_ops() -> None:
+    if not (ROOT / "tools").is_dir() or not _library.kernel_table():
+        pytest.skip("needs a checkout, and a library with kernels")
+    sys.path.insert(0, str(ROOT / "tools"))
+    import ops_table
+
+    assert ops_table.main(["--check"]) == 0
+    lines = ops_table.table(OPS.values(), json.loads(torch.ops.warpform._kernel_table()))
+    forward = [name for name in OPS if not name.endswith("_backward")]
+    assert [line.split("`")[1] for line in lines[2:]] == forward

@@ -1,0 +1,94 @@
+"""Writes README's table of ops from the registry of ops and the library's table of kernels.
+
+    python tools/ops_table.py          writes it in place
+    python tools/ops_table.py --check  exits 1 where it would change something
+
+The library must have been built with kernels.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+
+from readme import replace  # noqa: E402
+
+HEADER = [
+    "| op | CPU | CUDA float16, bfloat16 | CUDA float32 | CUDA float64 | what the kernels take |",
+    "|---|---|---|---|---|---|",
+]
+KERNEL, REFERENCE = "kernel", "reference, with a warning"
+NAMES = {"block_sizes": "sizes of blocks", "max_taps": "taps", "max_cols": "columns", "num_groups": "groups"}
+
+
+def table(ops: Iterable[Any], kernels: list[dict[str, Any]]) -> list[str]:
+    """Lines of the table: a row for each op that is not the backward of another.
+
+    ops: `RegisteredOp`s. kernels: rows of `_kernel_table`.
+    """
+    ops = list(ops)
+    names = {op.name for op in ops}
+    lines = list(HEADER)
+    for op in ops:
+        if op.name.endswith("_backward"):
+            continue
+        rows = [row for row in kernels if row["op"] == op.name]
+        backward = f"{op.name}_backward" in names
+        if backward and {str(row.get("dtype")) for row in rows} != {
+            str(row.get("dtype")) for row in kernels if row["op"] == f"{op.name}_backward"
+        }:
+            raise ValueError(f"{op.name} has kernels for other dtypes than its backward: the table needs two rows")
+        cells = [_backend(rows, dtypes) for dtypes in (("float16", "bfloat16"), ("float32",), ("float64",))]
+        label = f"`{op.name}`" + (", `_backward`" if backward else "")
+        lines.append(f"| {' | '.join([label, 'reference', *cells, _limits(rows)])} |")
+    return lines
+
+
+def _backend(rows: list[dict[str, Any]], dtypes: tuple[str, ...]) -> str:
+    """What runs for tensors of these dtypes; rows without a floating-point dtype serve an op that has none."""
+    found = {str(row.get("dtype", "any")) for row in rows}
+    floating = any(dtype.startswith(("float", "bfloat")) for dtype in found)
+    return KERNEL if rows and (not floating or set(dtypes) <= found) else REFERENCE
+
+
+def _limits(rows: list[dict[str, Any]]) -> str:
+    """The sizes that the kernels take, in words."""
+    parts: list[str] = []
+    for key, value in (rows[0] if rows else {}).items():
+        if key in ("op", "dtype", "parameter_dtypes", "approximate", "tile"):
+            continue
+        name = NAMES.get(key, key)
+        value = value if isinstance(value, dict) else {"max": value}
+        words = [f"a multiple of {value['multiple_of']}"] if "multiple_of" in value else []
+        most = value.get("max", value.get("most"))
+        words += [f"up to {most}"] if most is not None else []
+        parts.append(f"{name} {', '.join(words)}")
+    return "; ".join(parts) or "any size"
+
+
+def main(arguments: list[str]) -> int:
+    sys.path.insert(0, str(ROOT / "python"))
+    from warpform import _library
+    from warpform.ops import _register
+
+    page = ROOT / "README.md"
+    kernels = _library.kernel_table()
+    if not kernels:
+        print("ops_table: the library has no kernels; build it where nvcc is (make build)", file=sys.stderr)
+        return 2
+    text = page.read_text(encoding="utf-8")
+    new = replace(text, "ops", table(_register.ops().values(), kernels))
+    if "--check" in arguments:
+        print("ops_table: README's table is current" if new == text else "ops_table: run python tools/ops_table.py")
+        return int(new != text)
+    page.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
