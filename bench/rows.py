@@ -175,7 +175,7 @@ class Runner:
             return 0
         journal.write("begun", self.plain(family, spec, provider, ""))
         if self.given.row_limit:
-            faulthandler.dump_traceback_later(self.given.row_limit, exit=True)
+            faulthandler.dump_traceback_later(self.given.row_limit, exit=True, file=sys.__stderr__)
         row, error = self.session.measure(spec, provider)
         faulthandler.cancel_dump_traceback_later()
         lost = error is not None and self.lost()

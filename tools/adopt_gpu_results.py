@@ -18,10 +18,10 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "bench")]
 
-import harness
-import readme
+import harness  # noqa: E402
+import readme  # noqa: E402
 
-import hardware_page
+import hardware_page  # noqa: E402
 
 
 class Unusable(Exception):

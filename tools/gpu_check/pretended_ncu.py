@@ -1,6 +1,10 @@
-"""What Nsight Compute prints, made up: for the dry run, and for tests of what reads it."""
+#!/usr/bin/env python3
+"""Stands in for Nsight Compute in a dry run: runs the command that it is given, then prints a table as that does."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 _ABOUT = (
     "ID", "Process ID", "Process Name", "Host Name", "Kernel Name", "Context", "Stream", "Block Size", "Grid Size",
@@ -44,3 +48,15 @@ SAMPLE = "\n".join(
         ),
     ]
 )
+
+
+def main(words: list[str]) -> int:
+    while words and words[0].startswith("--"):
+        del words[0]
+    status = subprocess.run(words).returncode
+    print(SAMPLE)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
