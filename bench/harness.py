@@ -355,6 +355,11 @@ class Session:
         """The option that sets it."""
         return "--budget" if self.stop_at is None else "--seconds"
 
+    @property
+    def over(self) -> bool:
+        """Whether `stop_at` has passed."""
+        return self.stop_at is not None and time.monotonic() > self.stop_at
+
     def _late(self, family: str, share: float = 1.0) -> bool:
         now = time.monotonic()
         if self.stop_at is not None:

@@ -79,13 +79,13 @@ class Journal:
         return journal
 
     def count(self, event: str, row: dict[str, Any]) -> None:
-        if event != "begun":
+        if event in ("done", "ended"):
             self.done.add((row["workload"], row["provider"]))
         if event == "ended":
             self.ended[row["family"]] = self.ended.get(row["family"], 0) + 1
 
     def write(self, event: str, row: dict[str, Any]) -> None:
-        """event: "begun", "done", or "ended": the process did, while it measured that row."""
+        """event: "begun", "done", "ended": the process did, while it measured that row; or "late": no time was left."""
         self.count(event, row)
         if self.path is not None:
             with self.path.open("a") as file:
@@ -172,6 +172,12 @@ class Runner:
         if journal.ended.get(family, 0) >= MOST_ENDED:
             status = f"missing: {family} ended {MOST_ENDED} processes before it"
             self.keep(self.plain(family, spec, provider, status))
+            return 0
+        if self.session.over:
+            # Not a row: nothing is known of it, and an earlier one may be.
+            journal.write("late", self.plain(family, spec, provider, "no time left"))
+            print(spec, provider, "no time left", sep="  ", flush=True)
+            self.failed += 1
             return 0
         journal.write("begun", self.plain(family, spec, provider, ""))
         if self.given.row_limit:

@@ -126,6 +126,14 @@ def test_findings_and_their_reasons(brought: Path, page: Path) -> None:
     assert lines_of(page, CONVOLUTION)[0][7:] == ["FINDING", "its gates are read twice"]
 
 
+def test_of_one_run_the_row_that_was_timed_counts(tmp_path: Path) -> None:
+    """A run measures a workload several times; that one of them fails does not hide the others."""
+    rows = [row(FORWARD, 7000), row(FORWARD), row(WINDOW), row(FORWARD, date="2026-11-26T10:00Z")]
+    found = hardware_page.newest(rows)[GPU]
+    assert found[FORWARD]["p50_us"] == "7000" and found[WINDOW]["status"].startswith("failed")
+    assert report.newest(rows)[GPU]["attention", "varlen_attention", "forward"][FORWARD]["warpform"]["p50_us"] == "7000"
+
+
 @pytest.mark.parametrize(
     ("low", "high", "value", "missed"),
     [(100, 200, 71, False), (100, 200, 69, True), (100, 200, 259, False), (100, 200, 261, True)],

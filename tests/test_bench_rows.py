@@ -113,7 +113,7 @@ def test_a_gpu_that_answers_no_more_ends_the_process(tmp_path: Path, monkeypatch
 def test_time_runs_out_and_a_family_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*TINY, "--providers", "warpform", "--results", str(tmp_path)]
     assert rows.main([*words, "--family", "short_conv", "--seconds", "1e-9"]) == 1
-    assert all("no time left" in row["status"] for row in read(tmp_path / "short_conv.csv"))
+    assert not list(tmp_path.iterdir()), "nothing is known of what was not begun"
     monkeypatch.setitem(sys.modules, "window", None)
     assert rows.main([*words, "--family", "window"]) == 1
     (row,) = read(tmp_path / "window.csv")

@@ -109,6 +109,15 @@ def test_a_crash_costs_one_row(run: InProcess) -> None:
     assert case["outcome"] == "failed" and "SIGSEGV" in case["text"] and "Segmentation fault" in case["text"]
 
 
+def test_no_time_left(run: InProcess) -> None:
+    """What was not begun leaves no row, which would stand for one of an earlier stage, but is listed."""
+    run.children = [lambda words: Done(rows.main([*words[2:], "--seconds=1e-9"]), 1.0, False, "")]
+    assert measure.own_rows(run).ok is None
+    case = run.results["stages"]["own_rows"]["cases"]["own_rows::short_conv"]
+    assert case["outcome"] == "not run" and case["text"] == "no time left for 2 rows"
+    assert not (run.output / "rows.csv").exists()
+
+
 def test_a_child_that_comes_to_no_row_is_not_called_again(run: InProcess) -> None:
     run.children = [lambda words: Done(-9, 1.0, False, "no torch")] * 5
     outcome = measure.own_rows(run)

@@ -154,11 +154,14 @@ def workloads() -> list[Workload]:
 
 
 def newest(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
-    """device -> workload -> warpform's last row on a GPU."""
+    """device -> workload -> warpform's last row on a GPU, of one run the last that was timed."""
     found: dict[str, dict[str, Row]] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
         if row["kind"] == "cuda" and row["provider"] == "warpform":
-            found.setdefault(row["device"], {})[row["workload"]] = row
+            last = found.setdefault(row["device"], {})
+            old = last.get(row["workload"])
+            if row["p50_us"] or old is None or old["date"] != row["date"] or not old["p50_us"]:
+                last[row["workload"]] = row
     return found
 
 

@@ -114,6 +114,7 @@ class _Rows:
         self.journal = run.scratch / f"{stage}.jsonl"
         self.events = Reader(self.journal)
         self.rows: list[dict[str, Any]] = []
+        self.late: dict[str, int] = {}  # rows of a family for which no time was left
         self.begun: dict[str, Any] | None = None  # the row that is measured now
         self.heard = 0.0  # when the last event came
 
@@ -139,7 +140,9 @@ class _Rows:
             self.heard = time.monotonic()
             kind = event.pop("event")
             self.begun = event if kind == "begun" else None
-            if kind != "begun":
+            if kind == "late":
+                self.late[event["family"]] = self.late.get(event["family"], 0) + 1
+            elif kind != "begun":
                 self.rows.append(event)
                 self.run.record(self.stage, "rows", [event])
         return self.begun is None and time.monotonic() - self.heard > self.run.limits.startup
@@ -181,12 +184,13 @@ class _Rows:
                 if row["status"].startswith("disagrees")
                 or (row["provider"] == "warpform" and row["status"].startswith("failed"))
             ]
-            late = any("no time left" in row["status"] for row in rows if row["provider"] == "warpform")
+            late = self.late.get(family, 0)
             if bad:
                 ended = any("ended the process" in line for line in bad)
                 self.run.failed(self.stage, name, "\n".join([*bad, *([problem] if ended else [])]))
             elif late or not rows:
-                self.run.not_run(self.stage, name, problem or "no time left")
+                left = f"no time left for {late} rows" if late else "no time left"
+                self.run.not_run(self.stage, name, problem or left)
             else:
                 self.run.case(self.stage, name, "passed", text=f"{len(rows)} rows")
 
