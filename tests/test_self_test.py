@@ -18,6 +18,7 @@ from warpform.ops._example import Call, Draw
 OPS = _register.ops()
 ROOT = Path(__file__).resolve().parent.parent
 CALLS = [(name, call) for name, op in OPS.items() for call in op.calls(torch.float32)]
+FIRST = dict(reversed(CALLS))
 
 
 def rows_of(*names: str, **how: Any) -> list[dict[str, Any]]:
@@ -54,7 +55,8 @@ def _same(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize(("name", "call"), CALLS, ids=[f"{name}-{call.label}" for name, call in CALLS])
 def test_opcheck(name: str, call: Call) -> None:
     function = getattr(torch.ops.warpform, name).default
-    opcheck(function, call.args, call.kwargs)
+    if not OPS[name].differentiable or call is FIRST[name]:
+        opcheck(function, call.args, call.kwargs)
     if OPS[name].differentiable:
         args = tuple(
             a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import cases, oracle, ring
@@ -311,33 +310,7 @@ def test_the_op_itself_refuses_what_would_be_unsafe() -> None:
         OPS.attention_step(q, q, q, q)
 
 
-# ---- opcheck, compile, export ----
-
-CHECKED = [
-    StepCase("dense", (9, 9), (7, 7), causal=True, q_offset=3, q_stride=2, k_stride=2, heads=4, heads_k=2, head_dim=8),
-    StepCase("first", (9,), (7,), carried=False, head_dim=8, window=(2, 1)),
-    StepCase("varlen", (4, 0, 3), (2, 5, 1), varlen=True, causal=True, head_dim=8),
-]
-
-
-def _arguments(case: StepCase, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of the op and of its backward."""
-    x = step_inputs(case, dtype)
-    forward = {"q": x.q, "k": x.k, "v": x.v, "out": x.out, "lse": x.lse, **x.options}
-    _, lse = OPS.attention_step(**forward)
-    backward = {
-        "dout": x.dout, "delta": torch.randn_like(lse), "q": x.q, "k": x.k, "v": x.v, "lse": lse, "dq": x.dq,
-        "dk": x.dk, "dv": x.dv, **x.options, "deterministic": True,
-    }  # fmt: skip
-    return forward, backward
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
-@pytest.mark.parametrize("case", CHECKED, ids=str)
-def test_opcheck(case: StepCase, dtype: torch.dtype) -> None:
-    forward, backward = _arguments(case, dtype)
-    opcheck(OPS.attention_step.default, (), forward)
-    opcheck(OPS.attention_step_backward.default, (), backward)
+# ---- compile, export ----
 
 
 def _two_steps(q: Tensor, k: Tensor, v: Tensor, offset: int) -> tuple[Tensor, ...]:

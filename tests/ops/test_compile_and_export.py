@@ -1,4 +1,4 @@
-"""opcheck, torch.compile without breaks or recompilation, torch.export with dynamic sizes."""
+"""torch.compile without breaks or recompilation, torch.export with dynamic sizes."""
 
 from __future__ import annotations
 
@@ -7,87 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.library import opcheck
 
 import warpform
-from helpers import cases
 from helpers.compilations import Compilations
 from warpform import Packing, ops
 
-OPS = torch.ops.warpform
-CU = cases.offsets([3, 0, 4])
-
-
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-
-def op_calls(grad: bool) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Arguments for every differentiable op."""
-
-    def tensor(*shape: int) -> Tensor:
-        return torch.randn(*shape, requires_grad=grad)
-
-    _, _, indices, _, ranks, _ = ops.packing_plan(torch.tensor([[1, 0, 1], [0, 1, 1]]), 5)
-    qkv = torch.randn(7, 3, 2, 8)
-    slices = [t.requires_grad_(grad) for t in qkv.unbind(1)]
-    attention = (*slices, CU, CU, 4, 4)
-    return {
-        "pack": ((tensor(2, 3, 4), indices, ranks), {}),
-        "unpack": ((tensor(5, 4), indices, ranks), {}),
-        "varlen_attention": (attention, {}),
-        "varlen_attention ": (
-            attention,
-            {
-                "causal": True,
-                "window_size_left": 2,
-                "softcap": 2.0,
-                "softmax_scale": 0.2,
-                "alibi_slopes": torch.rand(2),
-            },
-        ),
-        "disentangled_attention": ((*slices, tensor(6, 2, 8), tensor(6, 2, 8), CU, 4), {}),
-        "disentangled_attention ": (
-            (*slices, None, tensor(6, 2, 8), CU, 4),
-            {
-                "positions": torch.tensor([0, 2, 5, 1, 2, 6, 7]),
-                "softmax_scale": 0.2,
-                "position_buckets": 4,
-                "max_relative_positions": 5,
-            },
-        ),
-        "disentangled_attention  ": ((*slices, tensor(6, 2, 8), None, CU, 4), {}),
-        "disentangled_attention   ": ((*slices, None, None, CU, 4), {}),
-        "add_bias_residual_layer_norm": ((tensor(3, 8), tensor(8), tensor(3, 8), tensor(8), tensor(8)), {}),
-        "add_bias_residual_layer_norm ": ((tensor(3, 8), None, None, tensor(8), tensor(8), 1e-3), {"return_sum": True}),
-        "bias_gelu": ((tensor(3, 8), tensor(8)), {}),
-        "bias_gelu ": ((tensor(3, 8), None, "tanh"), {}),
-    }
-
-
-@pytest.mark.parametrize("grad", (False, True), ids=("", "grad"))
-@pytest.mark.parametrize("name", op_calls(False))
-def test_opcheck(name: str, grad: bool) -> None:
-    arguments, how = op_calls(grad)[name]
-    opcheck(getattr(OPS, name.strip()).default, arguments, how)
-
-
-def test_opcheck_of_backward_ops() -> None:
-    q, k, v, *rest = op_calls(False)["varlen_attention"][0]
-    out, lse = OPS.varlen_attention(q, k, v, *rest)
-    for dlse in (None, torch.randn_like(lse)):
-        opcheck(OPS.varlen_attention_backward.default, (torch.randn_like(out), dlse, q, k, v, out, lse, *rest))
-    for name, (arguments, how) in op_calls(False).items():
-        if name.startswith("disentangled_attention"):
-            out, lse = OPS.disentangled_attention(*arguments, **how)
-            arguments = (torch.randn_like(out), *arguments[:5], out, lse, *arguments[5:])
-            opcheck(OPS.disentangled_attention_backward.default, arguments, how)
-    x, weight = torch.randn(3, 8), torch.randn(8)
-    _, total, mean, rstd = OPS.add_bias_residual_layer_norm(x, None, x, weight, weight, return_sum=True)
-    for dsum in (None, x):
-        opcheck(OPS.add_bias_residual_layer_norm_backward.default, (x, dsum, total, weight, mean, rstd))
-    for bias in (None, weight):
-        opcheck(OPS.bias_gelu_backward.default, (x, x, bias))
-    opcheck(OPS.packing_plan.default, (torch.rand(2, 3) > 0.5, 6))
 
 
 def encode(x: Tensor, weight: Tensor, packing: Packing) -> Tensor:

@@ -355,17 +355,6 @@ def test_opcheck(call: str, grad: bool) -> None:
     opcheck(op, tuple(tensors(call, torch.float32, grad)))
 
 
-def test_opcheck_of_the_backward_ops() -> None:
-    for call in ("spectral_conv", "spectral_conv_everything", "spectral_conv_postgate"):
-        inputs = tensors(call, torch.float32, grad=False)
-        inputs += [None] * (5 - len(inputs))
-        opcheck(OPS.spectral_conv_backward.default, (torch.randn(2, 3, 7), *inputs))
-    for call in ("short_conv_gate", "short_conv_gate_bias"):
-        x, weight, *bias = tensors(call, torch.float32, grad=False)
-        gradients = [torch.randn(x.size(0), x.size(2) // 3, x.size(1)) for _ in range(2)]
-        opcheck(OPS.short_conv_gate_backward.default, (*gradients, x, weight, *(bias or [None])))
-
-
 class Layer(torch.nn.Module):
     """A projection's short convolution, and the long one."""
 

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 
 from helpers import hidden
 from helpers.cases import FLOATS
@@ -169,42 +168,7 @@ def test_autocast_casts_products_and_not_gates(routed_out: bool) -> None:
     assert torch.equal(out, layer(routed_out)(*cast, plan, gates, bias.bfloat16()))
 
 
-# ---- opcheck, compilation, export ----
-
-
-def calls(grad: bool) -> dict[str, tuple[Any, ...]]:
-    """Arguments for each op."""
-
-    def tensor(*shape: int) -> Tensor:
-        return torch.randn(*shape, requires_grad=grad)
-
-    plan = RoutingPlan.by_class(torch.tensor([0, 1, 1, 0, 1]), 2, torch.rand(5, 3) < 0.6, tile=2).arguments()
-    triangle = RoutingPlan.lower_triangular(5, 3, 2, tile=4).arguments()
-    gates = torch.rand(5, 3, requires_grad=grad)
-    return {
-        "hidden_gather_linear": (tensor(5, 6), tensor(2, 4, 6), gates, tensor(2, 4), *plan),
-        "hidden_gather_linear ": (tensor(5, 6), tensor(4, 6), None, None, *triangle),
-        "hidden_scatter_linear": (tensor(5, 4), tensor(2, 6, 4), gates, tensor(2, 6), grad, *plan),
-        "hidden_scatter_linear ": (tensor(5, 4), tensor(6, 4), None, None, False, *triangle),
-    }
-
-
-@pytest.mark.parametrize("grad", (False, True), ids=("", "grad"))
-@pytest.mark.parametrize("name", calls(False))
-def test_opcheck(name: str, grad: bool) -> None:
-    opcheck(getattr(OPS, name.strip()).default, calls(grad)[name])
-
-
-def test_opcheck_of_what_has_no_gradient() -> None:
-    x, w, gates, _, _, *plan = calls(False)["hidden_scatter_linear"]
-    opcheck(OPS.hidden_weight_grad.default, (x, torch.randn(5, 6), gates, True, *plan))
-    opcheck(OPS.hidden_weight_grad.default, (torch.randn(5, 6), x, None, False, *plan))
-    y = torch.randn(5, 6)
-    for kept, factor in ((y, gates), (None, gates), (None, None)):
-        opcheck(OPS.hidden_scatter_linear_backward.default, (y, kept, w, factor, *plan))
-        opcheck(OPS.hidden_gather_linear_backward.default, (x, y, w.transpose(1, 2), factor, *plan))
-    opcheck(OPS.routing_mask.default, (torch.tensor([[0, 2], [1, 1]]), 3, 1))
-    opcheck(OPS.routing_plan.default, (torch.tensor([5, 3, 3]), torch.tensor([0, 1, 0]), 3, 2, 2))
+# ---- compilation, export ----
 
 
 class Layer(torch.nn.Module):

@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.library import opcheck
 
 from helpers import cases
 from helpers import monarch as helpers
@@ -303,7 +302,7 @@ def test_ops_called_directly_check_shapes() -> None:
             call()
 
 
-# ---- opcheck, compile, export ----
+# ---- compile, export ----
 
 
 @pytest.fixture
@@ -311,25 +310,6 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("grad", (False, True), ids=("", "grad"))
-@by_call
-def test_opcheck(call: str, grad: bool) -> None:
-    function, shapes = CALLS[call]
-    inputs = tuple(torch.randn(*shape, requires_grad=grad) for shape in shapes)
-    opcheck(getattr(OPS, function.__name__).default, inputs)
-
-
-@by_call
-def test_opcheck_of_the_backward(call: str) -> None:
-    function, shapes = CALLS[call]
-    inputs = [torch.randn(*shape) for shape in shapes]
-    dout = torch.randn_like(function(*inputs))
-    if function is not ops.monarch_multiply:
-        weights = 1 if function is ops.blockdiag_multiply else 2
-        inputs = [*inputs[: 1 + weights], len(inputs) > 1 + weights]
-    opcheck(getattr(OPS, f"{function.__name__}_backward").default, (dout, *inputs))
 
 
 class Layer(torch.nn.Module):

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import cases, oracle
+from helpers import oracle
 from helpers.compilations import Compilations
 from warpform import ops
 
@@ -305,29 +304,7 @@ def test_op_called_directly_checks_shapes() -> None:
         OPS.window_attention_backward(out, QKV, torch.ones(8, 2), None, None, out, lse, [2, 2], [0, 0])
 
 
-# ---- opcheck, compile, export ----
-
-
-CASES = [
-    case
-    for case in cases.WINDOW_CASES
-    if case.name in ("w7_padded", "w8_plain", "w7_cosine_padded", "volume", "n65", "no_batch")
-]
-
-
-@pytest.mark.parametrize("grad", (False, True), ids=("", "grad"))
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck(case: cases.WindowCase, grad: bool) -> None:
-    inputs = cases.window_inputs(case, torch.float32)
-    tensors = [None if t is None else t.requires_grad_(grad) for t in inputs.tensors]
-    opcheck(OPS.window_attention.default, tuple(tensors), inputs.options)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck_of_the_backward(case: cases.WindowCase) -> None:
-    inputs = cases.window_inputs(case, torch.float32)
-    out, lse = OPS.window_attention(*inputs.tensors, **inputs.options)
-    opcheck(OPS.window_attention_backward.default, (inputs.dout, *inputs.tensors, out, lse), inputs.options)
+# ---- compile, export ----
 
 
 class Layer(torch.nn.Module):

@@ -81,7 +81,7 @@ class OpProcesses:
         """Judges how the process ended, and leaves in `remaining` what the next one is for."""
         remaining, self.remaining = self.remaining, []
         if self._finished:
-            if done.status:
+            if done.status and self.run.left() > 0:
                 self.broken(f"after its last op: {done.how()}\n{tail(done.text)}")
         elif self.run.left() <= 0:
             first = self._current[0] if self._current else remaining[0]

@@ -127,7 +127,7 @@ def junit(results: Mapping[str, Any]) -> bytes:
             element = ET.SubElement(suite, "testcase", classname=case["group"], name=name, time=str(case["seconds"]))
             text = case["text"].translate(_UNPRINTABLE)
             if case["outcome"] == "failed":
-                ET.SubElement(element, "failure", message=text.partition("\n")[0][:WIDTH]).text = text
+                ET.SubElement(element, "failure", message=headline(text)[:WIDTH]).text = text
             elif case["outcome"] != "passed":
                 ET.SubElement(element, "skipped", message=f"{case['outcome']}: {text}"[:WIDTH])
     return b'<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root)
@@ -162,10 +162,14 @@ def brief(results: Mapping[str, Any]) -> str:
     text = summary({**results, "stages": {name: {**stage, "summary": []} for name, stage in results["stages"].items()}})
     lines = text.partition("\n== ")[0].splitlines()
     bad = {name: case for name, case in all_cases(results).items() if case["outcome"] == "failed"}
-    lines += [f"FAILED {name}: {case['text'].strip().partition(chr(10))[0][:WIDTH]}" for name, case in bad.items()][
-        :MOST
-    ]
+    lines += [f"FAILED {name}: {headline(case['text'])[:WIDTH]}" for name, case in bad.items()][:MOST]
     return "\n".join([*lines, *([f"... and {len(bad) - MOST} more"] if len(bad) > MOST else [])])
+
+
+def headline(text: str) -> str:
+    """The line of a failure that says most: pytest's first error line, or the first of all."""
+    lines = text.strip().splitlines() or [""]
+    return next((line.removeprefix("E").strip() for line in lines if line.startswith("E  ")), lines[0])
 
 
 def excerpt(text: str) -> list[str]:

@@ -36,7 +36,8 @@ def parse(text: str) -> Report:
     report = Report()
     block: list[str] = []
     for line in [*text.splitlines(), PREFIX]:
-        if not line.startswith(PREFIX):
+        # Others (pytest for one) draw lines of the same sign.
+        if line.rstrip() != PREFIX and not line.startswith(PREFIX + " "):
             continue
         content = line.removeprefix(PREFIX)
         if errors := ERRORS.search(content):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import inspect
 import os
 import sys
 from pathlib import Path
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> int:
         settings: dict[str, Any] = {"device": options.device}
         if options.library:
             settings["library"] = library(*options.library)
-        if options.dtype and "dtypes" in inspect.signature(self_test.run).parameters:
+        if options.dtype:
             settings["dtypes"] = tuple(options.dtype)
         watchdog.feed()
         for row in self_test.run(tuple(options.names), **settings):

@@ -16,6 +16,7 @@ from gpu_check.processes import Done, edges
 from gpu_check.pytest_plugin import claim_path
 from gpu_check.run import Outcome, Run, count
 from gpu_check.sanitizer import ENVIRONMENT, invocation
+from gpu_check.sanitizer_report import PREFIX
 
 STAGE = "tests"
 # A file that keeps dying: a hang costs its whole limit, so it weighs more than a crash.
@@ -215,8 +216,8 @@ class _Process:
     def _judge(self, done: Done, stacks: str) -> None:
         file, run = self.file, self.run
         if self.done:
-            # Status 1 is pytest's for failed tests, 5 for none.
-            if done.status not in (0, 1, 5) and not self.broken:
+            # Status 1 is pytest's for failed tests, 5 for none; without time left the process was stopped by us.
+            if done.status not in (0, 1, 5) and not self.broken and run.left() > 0:
                 run.failed(STAGE, file.name, f"after its last test: {done.how()}\n{tail(done.text)}", file.name)
             if not file.unclaimed():
                 file.closed = True
@@ -298,7 +299,7 @@ def _diagnose(run: Run, file: TestFile, identifier: str) -> None:
     if program is not None and run.left() > run.limits.least:
         command = [*invocation(program, "memcheck"), *alone]
         done = run.command(f"{name}-memcheck", command, seconds=min(90.0, run.left()), env={**blocking, **ENVIRONMENT})
-        found["memcheck"] = "\n".join(line for line in done.text.splitlines() if line.startswith("====="))[:4000]
+        found["memcheck"] = "\n".join(line for line in done.text.splitlines() if line.startswith(PREFIX + " "))[:4000]
     if found:
         run.record(STAGE, "diagnoses", {identifier: found})
 

@@ -47,7 +47,7 @@ def add_bias_residual_layer_norm(draw: Draw) -> Iterator[Call]:
         ("77", 77, draw.dtype),
         ("5000", 5000, draw.dtype),
     ):
-        x, residual = draw(37, width), draw(37, width)
+        x, residual = draw(37, width) + 1, draw(37, width)
         bias, weight, ln_bias = (draw(width, dtype=dtype) for _ in range(3))
         yield Call(label, (x, bias, residual, weight, ln_bias, 1e-5), {"return_sum": True})
     x, weight, ln_bias = draw(3, 5, 96), draw(96), draw(96)

@@ -38,7 +38,7 @@ def _routed(draw: Draw) -> Iterator[_Routed]:
     """More tokens than a tile holds, as few as decoding has, weights by class, and a triangle of weights."""
     for label, tokens, gated in (("300 tokens", 300, True), ("5 tokens", 5, False)):
         mask = _mask(draw, tokens)
-        plan = (mask, *reference.routing_plan(mask, None, _GROUPS, 1, _TILE), None, _GROUPS, 1)
+        plan: tuple[Any, ...] = (mask, *reference.routing_plan(mask, None, _GROUPS, 1, _TILE), None, _GROUPS, 1)
         yield _Routed(label, tokens, plan, draw(tokens, _GROUPS, dtype=draw.wide) if gated else None, 1)
     mask = _mask(draw, 150)
     plan = (mask, *reference.routing_plan(mask, draw.integers(2, 150), _GROUPS, 2, _TILE), None, _GROUPS, 2)
