@@ -24,7 +24,7 @@ if not TOOLS.is_dir():
     pytest.skip("needs a checkout", allow_module_level=True)
 sys.path.insert(0, str(TOOLS))
 
-from gpu_check import cli, emulated, machine, report, sanitizer_report, suites  # noqa: E402
+from gpu_check import cli, emulated, machine, report, sanitizer_report, suites, summary  # noqa: E402
 from gpu_check.run import Outcome, Run  # noqa: E402
 from gpu_check.stages import STAGES, Stage  # noqa: E402
 
@@ -71,7 +71,7 @@ def named(*names: str) -> list[Stage]:
 
 def outcomes(results: dict[str, Any], outcome: str) -> dict[str, str]:
     """The texts of the cases that ended so."""
-    return {name: case["text"] for name, case in report.all_cases(results).items() if case["outcome"] == outcome}
+    return {name: case["text"] for name, case in summary.all_cases(results).items() if case["outcome"] == outcome}
 
 
 # ---- all of it ----
@@ -113,7 +113,7 @@ def test_what_comes_after_a_fault_runs(dry):
 def test_the_files_agree(dry):
     _, output = dry
     assert {path.name for path in output.iterdir()} <= set(report.FILES)
-    cases = report.all_cases(json.loads((output / "results.json").read_text()))
+    cases = summary.all_cases(json.loads((output / "results.json").read_text()))
     bad = {name for name, case in cases.items() if case["outcome"] == "failed"}
     junit = {case.get("name"): case for case in ET.parse(output / "junit.xml").getroot().iter("testcase")}
     assert junit.keys() == cases.keys()
@@ -140,7 +140,7 @@ def test_failed_runs_exactly_those(tmp_path):
     asked = [*list(PLANTED_TESTS)[:2], *list(PLANTED_OPS)[:2]]
     status, results = check(tmp_path, named("smoke", "tests"), only=asked)
     assert status == 1
-    assert report.all_cases(results).keys() == set(asked)
+    assert summary.all_cases(results).keys() == set(asked)
 
 
 def test_failed_passes_once_it_is_mended(tmp_path, monkeypatch):
@@ -339,6 +339,22 @@ def test_every_gpu_test_is_found(run):
 def test_own_frames():
     stacks = 'Thread 1:\n  File "/x/_pytest/python.py", line 1 in f\n  File "/tests/gpu/test_a.py", line 2 in test_b\n'
     assert suites.own_frames(stacks) == 'Thread 1:\n  File "/tests/gpu/test_a.py", line 2 in test_b'
+
+
+def test_failures_that_are_alike_are_told_once():
+    cases = {
+        f"tests/a.py::test_{i}": {
+            "outcome": "failed",
+            "group": "tests/a.py",
+            "text": f"tests/a.py:{i}: in f\nE   off by {i}e-3",
+        }
+        for i in range(9)
+    }
+    results = {"verdict": "FAILED", "seconds": 1.0, "facts": {}, "stages": {"tests": {"cases": cases}}}
+    last = summary.brief(results).splitlines()[-1]
+    assert last == "FAILED tests/a.py::test_0: off by 0e-3 (and 8 like it)"
+    text = summary.summary(results)
+    assert text.count("in f") == 1 and all(name in text for name in cases)
 
 
 def test_stages_by_number_and_name():

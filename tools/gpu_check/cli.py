@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 from gpu_check import ROOT
 from gpu_check.emulated import EmulatedMachine
 from gpu_check.machine import Machine, Unfit
-from gpu_check.report import Report, all_cases, brief
+from gpu_check.report import Report
 from gpu_check.run import Outcome, Run, identifiers_of
 from gpu_check.stages import STAGES, Stage
+from gpu_check.summary import all_cases, brief
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Without --budget a stage may take so many times its limit.

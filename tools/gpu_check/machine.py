@@ -78,7 +78,7 @@ class Machine:
 
     def facts(self, run: Run) -> dict[str, Any]:
         """Commit, versions, GPU, library, and what nvidia-smi says; or {"error": why}."""
-        return {**facts.ask(run, "probe", 90.0), "nvidia_smi": self.nvidia_smi()}
+        return {**facts.ask(run, "probe", 120.0), "nvidia_smi": self.nvidia_smi()}
 
     def families(self, run: Run) -> dict[str, tuple[str, ...]]:
         """The ops of the self-test by family."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,16 @@ class Checked:
         self.huge: list[str] = []
         self.verdict: dict[str, Any] = {}
         self.sticky = False
+
+    def pytest_sessionstart(self) -> None:
+        """A drawn test that fails says with which example, and does not spend its time on a smaller one."""
+        hypothesis = sys.modules.get("hypothesis")
+        if hypothesis is not None:
+            phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+            hypothesis.settings.register_profile(
+                "gpu-check", hypothesis.settings(), phases=phases, report_multiple_bugs=False
+            )
+            hypothesis.settings.load_profile("gpu-check")
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -23,18 +23,13 @@ from typing import Any
 
 from gpu_check.processes import edges
 from gpu_check.run import Run, count
+from gpu_check.summary import WIDTH, all_cases, headline, summary
 
 FILES = ("results.json", "summary.txt", "junit.xml", "failed.txt", "rows.csv", "logs.tar.gz")
 # Between two writings while a stage runs; packing the logs takes longer than all else.
 SECONDS = 3.0
 LOG_SECONDS = 15.0
 LOG_BYTES = 15_000_000
-# Of a failure in the summary: lines, and characters of a line.
-LINES, WIDTH = 12, 200
-# Facts that are for programs only.
-LONG = ("families",)
-# Failures that are printed at the end of the check.
-MOST = 40
 # Characters that XML cannot hold.
 _UNPRINTABLE = {number: "?" for number in range(32) if chr(number) not in "\t\n\r"}
 
@@ -99,11 +94,6 @@ def pack(folder: Path) -> bytes:
         size //= 2
 
 
-def all_cases(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The cases of all stages by identifier."""
-    return {name: case for stage in results["stages"].values() for name, case in stage.get("cases", {}).items()}
-
-
 def failed(results: Mapping[str, Any]) -> str:
     """One identifier a line; lines that begin with # are remarks."""
     cases = all_cases(results)
@@ -131,66 +121,3 @@ def junit(results: Mapping[str, Any]) -> bytes:
             elif case["outcome"] != "passed":
                 ET.SubElement(element, "skipped", message=f"{case['outcome']}: {text}"[:WIDTH])
     return b'<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root)
-
-
-def summary(results: Mapping[str, Any]) -> str:
-    """For people: the verdict, the stages, each stage's own lines, the failures, and what was not run."""
-    cases = all_cases(results)
-    counts = ", ".join(f"{number} {outcome}" for outcome, number in count(cases.values()).items()) or "nothing ran"
-    lines = [f"gpu-check: {results['verdict']}; {counts}; {results['seconds']:.0f} s", *facts(results["facts"]), ""]
-    lines.append(f"{'stage':18} {'verdict':10} {'seconds':>7}")
-    for name, stage in results["stages"].items():
-        seconds = f"{stage.get('seconds', 0):7.0f}"
-        lines.append(f"{name:18} {stage.get('status', 'running'):10} {seconds}  {stage.get('text', '')}")
-    for name, stage in results["stages"].items():
-        if stage.get("summary"):
-            lines += ["", f"== {name} ==", *stage["summary"]]
-    bad = {name: case for name, case in cases.items() if case["outcome"] == "failed"}
-    if bad:
-        lines += ["", f"== {len(bad)} failed =="]
-        for name, case in bad.items():
-            lines += [name, *(f"    {line[:WIDTH]}" for line in excerpt(case["text"]))]
-    left = {name: case for name, case in cases.items() if case["outcome"] == "not run"}
-    if left:
-        lines += ["", f"== {len(left)} not run =="]
-        lines += [f"{name}: {case['text'].partition(chr(10))[0]}" for name, case in left.items()]
-    return "\n".join(lines) + "\n"
-
-
-def brief(results: Mapping[str, Any]) -> str:
-    """What is printed last: the summary without the stages' own lines, and one line a failure."""
-    text = summary({**results, "stages": {name: {**stage, "summary": []} for name, stage in results["stages"].items()}})
-    lines = text.partition("\n== ")[0].splitlines()
-    bad = {name: case for name, case in all_cases(results).items() if case["outcome"] == "failed"}
-    lines += [f"FAILED {name}: {headline(case['text'])[:WIDTH]}" for name, case in bad.items()][:MOST]
-    return "\n".join([*lines, *([f"... and {len(bad) - MOST} more"] if len(bad) > MOST else [])])
-
-
-def headline(text: str) -> str:
-    """The line of a failure that says most: pytest's first error line, or the first of all."""
-    lines = text.strip().splitlines() or [""]
-    return next((line.removeprefix("E").strip() for line in lines if line.startswith("E  ")), lines[0])
-
-
-def excerpt(text: str) -> list[str]:
-    """The first lines of a failure and its last ones: what was done, and the error."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines if len(lines) <= 2 * LINES else [*lines[:LINES], "...", *lines[-LINES:]]
-
-
-def facts(found: Mapping[str, Any]) -> list[str]:
-    """The machine in a few lines."""
-    plain = {name: value for name, value in found.items() if isinstance(value, (str, int, float, bool))}
-    parts = {
-        "": plain,
-        **{name: value for name, value in found.items() if isinstance(value, dict) and name not in LONG},
-    }
-    return [
-        (f"{name}: " if name else "") + ", ".join(f"{key} {_short(value)}" for key, value in values.items())
-        for name, values in parts.items()
-        if values
-    ]
-
-
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -23,7 +23,7 @@ def library(name: str, path: str | None) -> Any:
         return None
     import torch
 
-    torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    torch.ops.load_library(path)
     return getattr(torch.ops, name)
 
 
