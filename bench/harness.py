@@ -221,7 +221,7 @@ def ceilings(device: str, dtype: torch.dtype, tiny: bool) -> tuple[float, float]
     width = 128 if tiny else 8192 if device == "cuda" else 1536
     length = 1 << (16 if tiny else 30 if device == "cuda" else 28)  # bytes
     a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
-    source = torch.ones(length, dtype=torch.uint8, device=device)
+    source = torch.randint(0, 256, (length,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
     def fastest(call: Callable[[], Any]) -> float:

@@ -216,7 +216,7 @@ def profile(run: Run) -> Outcome:
         return Outcome(None, "ncu is not installed")
     workloads = DRY_PROFILED if run.dry else PROFILED
     kernels: list[ncu.Kernel] = []
-    sections = ncu.SECTIONS
+    sections: Sequence[str] = ncu.SECTIONS
     for family in _wanted(run, stage, tuple(workloads)):
         name = f"{stage}::{family}"
         if run.left() < LEAST:
