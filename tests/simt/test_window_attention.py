@@ -150,7 +150,7 @@ def test_zero_rows_have_no_gradient(simt: Any, case: WindowCase) -> None:
 
 
 def test_the_saved_output_is_in_dq_alone(simt: Any) -> None:
-    """An output that is off moves dq by what it makes delta off, and no other gradient: those have a corrected delta."""
+    """An output that is off moves dq by what it makes delta off; for the other gradients delta is corrected."""
     x = window_inputs(replace(LONG, grid=(9, 12), batch=1), torch.float16)
     out, lse = simt.window_attention(*x.tensors, **x.options)
     rough = (out + 0.1 * torch.randn_like(out)).half()
