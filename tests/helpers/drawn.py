@@ -24,15 +24,18 @@ def drawn(max_examples: int, **strategies: Any) -> Callable[[Callable[..., None]
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(test)
         wants_seed = "seed" in signature.parameters
-
-        @functools.wraps(test)
-        def seeded(*args: Any, seed: int, **kwargs: Any) -> None:
-            torch.manual_seed(seed)
-            test(*args, **kwargs, **({"seed": seed} if wants_seed else {}))
-
         if not wants_seed:
             parameter = inspect.Parameter("seed", inspect.Parameter.KEYWORD_ONLY, annotation=int)
             signature = signature.replace(parameters=[*signature.parameters.values(), parameter])
+
+        @functools.wraps(test)
+        def seeded(*args: Any, **kwargs: Any) -> None:
+            values = signature.bind(*args, **kwargs).arguments
+            torch.manual_seed(values["seed"])
+            if not wants_seed:
+                del values["seed"]
+            test(**values)
+
         seeded.__signature__ = signature  # type: ignore[attr-defined]  # what hypothesis and pytest read
         return settings(max_examples=max_examples)(given(seed=SEEDS, **strategies)(seeded))
 
