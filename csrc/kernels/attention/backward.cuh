@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(256) varlen_attention_round_dq(
 
 // A warp's accumulators of 16 rows of dQ, scaled and rounded, where dst points, as far as `rows` and `cols` reach.
 template <class T, int kN>
-__device__ __forceinline__ void write_dq(T* dst, int64_t stride, int rows, int cols, const float (&acc)[kN][4],
+__device__ __forceinline__ void write_dq(T* dst, int stride, int rows, int cols, const float (&acc)[kN][4],
                                          float scale) {
   const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
@@ -291,13 +291,13 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
                                                   packed_ds[0], warp_key, block_key + warp_key, block_row);
     }
 
-    if (params.dq_mode != DqMode::kSeparate) {
+    if (Score::kDqFromKeys && params.dq_mode != DqMode::kSeparate) {
       // dS^T, keys as rows; a warp without keys writes zeros.
       store_packed(tile_ds, warp_key, packed_ds[0]);
       block_sync();
       const uint32_t lane = opaque(lane_offset_quarters<kBlockM>());
       const int dq_row = warp_id() % (kBlockM / 16) * 16;
-#pragma unroll
+#pragma unroll 1  // with a score bias there are no registers for the addresses of two parts of 256 columns
       for (int part = 0; part < kDqParts; ++part) {
         const int dq_col = out_col + (warp_id() / (kBlockM / 16) * kDqParts + part) * (kDq * 8);
         float dq[1][kDq][4] = {};
@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
             dq_col, p.head_dim);
         const int row = block_row + dq_row;
         const int64_t at = ((static_cast<int64_t>(q_begin) + row) * p.heads_q + head) * p.head_dim + dq_col;
-        const int64_t stride = static_cast<int64_t>(p.heads_q) * p.head_dim;
+        const int stride = p.heads_q * p.head_dim;
         if constexpr (Extent::kStoresDq) {
           if (params.dq_mode == DqMode::kDirect) {
             write_dq(static_cast<T*>(params.dq) + at, stride, q_length - row, p.head_dim - dq_col, dq[0],
