@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
                                                   packed_ds[0], warp_key, block_key + warp_key, block_row);
     }
 
-    if (params.dq_mode != DqMode::kSeparate) {
+    if (Score::kDqFromKeys && params.dq_mode != DqMode::kSeparate) {
       // dS^T, keys as rows; a warp without keys writes zeros.
       store_packed(tile_ds, warp_key, packed_ds[0]);
       block_sync();
