@@ -242,6 +242,7 @@ class BuildLibrary(build_ext):
         settings = {
             "CMAKE_BUILD_TYPE": "None",
             "CMAKE_MAKE_PROGRAM": ninja,
+            "WARPFORM_PYTHON": sys.executable,
             "CMAKE_CXX_COMPILER": compiler,
             "WARPFORM_VERSION": version(),
             "WARPFORM_TORCH_VERSION": torch.version,

@@ -66,6 +66,9 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Main ones, of "equal": (sequence length, head size); with them ByteTransformer's lengths and fewer key heads.
+MAIN = ((2048, 64), (16384, 128))
+
 
 @dataclass(frozen=True)
 class Spec(harness.Spec):
@@ -81,6 +84,15 @@ class Spec(harness.Spec):
         name = f"{self.kernel}-{self.direction}-B{len(self.lengths)}-S{max(self.lengths)}-T{sum(self.lengths)}"
         return f"{name}-H{self.heads}-{self.kv_heads}-D{self.head_dim}{'-causal' if self.causal else ''}"
 
+    def work(self, itemsize: int) -> tuple[float, float]:
+        """Two products forward, five backward, as in the FlashAttention papers; every tensor moves once."""
+        total = sum(self.lengths)
+        tensors = 2 * total * (self.heads + self.kv_heads) * self.head_dim  # q, k, v, out
+        pairs = sum(s * (s + 1) // 2 if self.causal else s * s for s in self.lengths) * self.heads
+        backward = self.direction == "backward"
+        lse = 4 * total * self.heads
+        return (10 if backward else 4) * pairs * self.head_dim, (2 if backward else 1) * tensors * itemsize + lse
+
     def build(self, session: Session) -> AttentionCase:
         return AttentionCase(self, session)
 
@@ -89,21 +101,24 @@ def specs(session: Session) -> list[Spec]:
     everything = session.everything and session.device == "cuda"
     sizes = SIZES["tiny" if session.tiny else "cuda everything" if everything else session.device]
     draw = random.Random(0)
-    shapes: list[tuple[tuple[int, ...], int, int, int, tuple[bool, ...]]] = []
+    shapes: list[tuple[tuple[int, ...], int, int, int, tuple[bool, ...], bool]] = []
     batch, longest, heads, head_dim = sizes["bytetransformer"]
     lengths = tuple(draw.randint(round(0.2 * longest), longest) for _ in range(batch))
-    shapes.append((lengths, heads, heads, head_dim, (False,)))
+    shapes.append((lengths, heads, heads, head_dim, (False,), True))
     batch, shortest, longest, heads, head_dim = sizes["short"]
-    shapes.append((tuple(draw.randint(shortest, longest) for _ in range(batch)), heads, heads, head_dim, (False,)))
+    lengths = tuple(draw.randint(shortest, longest) for _ in range(batch))
+    shapes.append((lengths, heads, heads, head_dim, (False,), False))
     total, seqlen, heads, kv_heads, head_dim = sizes["gqa"]
-    shapes.append(((seqlen,) * (total // seqlen), heads, kv_heads, head_dim, (True,)))
+    shapes.append(((seqlen,) * (total // seqlen), heads, kv_heads, head_dim, (True,), True))
     total, seqlens, head_dims, width = sizes["equal"]
     for head_dim in head_dims:
         for seqlen in seqlens:
             heads = width // head_dim
-            shapes.append(((seqlen,) * (total // seqlen), heads, heads, head_dim, (False, True)))
+            main = (seqlen, head_dim) in MAIN
+            shapes.append(((seqlen,) * (total // seqlen), heads, heads, head_dim, (False, True), main))
     found = []
-    for lengths, heads, kv_heads, head_dim, causals in shapes:
+    for lengths, heads, kv_heads, head_dim, causals, main in shapes:
+        main = harness.is_main(session, main)
         for causal in causals:
             columns = {
                 "batch": len(lengths),
@@ -116,7 +131,7 @@ def specs(session: Session) -> list[Spec]:
             }
             shape = (lengths, heads, kv_heads, head_dim, causal)
             for direction in ("forward", "backward"):
-                found.append(Spec("varlen_attention", direction, tuple(columns.items()), PROVIDERS, *shape))
+                found.append(Spec("varlen_attention", direction, tuple(columns.items()), PROVIDERS, *shape, main=main))
     return found
 
 
@@ -149,11 +164,7 @@ class AttentionCase(Case):
         size = session.dtype.itemsize
         queries = self.total * spec.heads * spec.head_dim
         keys = self.total * spec.kv_heads * spec.head_dim
-        pairs = sum(s * (s + 1) // 2 if spec.causal else s * s for s in spec.lengths) * spec.heads
-        lse = 4 * self.total * spec.heads
-        # Two products forward, five backward, as in the FlashAttention papers; every tensor moves once.
-        self.flops = (10 if self.backward else 4) * pairs * spec.head_dim
-        self.bytes = (4 * queries + 4 * keys) * size + lse if self.backward else (2 * queries + 2 * keys) * size + lse
+        self.flops, self.bytes = spec.work(size)
         self.inputs = []
         for _ in range(harness.copies(self.device, (2 * queries + 2 * keys) * size)):
             shapes = [spec.heads, spec.kv_heads, spec.kv_heads, spec.heads]

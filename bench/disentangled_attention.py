@@ -35,6 +35,9 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 
+# The main ones' (sequences, longest), with lengths that differ and equal ones.
+MAIN = (32, 512)
+
 
 @dataclass(frozen=True)
 class Spec(harness.Spec):
@@ -50,6 +53,25 @@ class Spec(harness.Spec):
         equal = "-equal" if len(set(self.lengths)) == 1 else ""
         name = f"{self.kernel}-{self.direction}-B{len(self.lengths)}-S{max(self.lengths)}-T{sum(self.lengths)}"
         return f"{name}-H{self.heads}-D{self.head_dim}{equal}"
+
+    @property
+    def rows(self) -> int:
+        """Of a table of relative positions: here as many buckets as a side has rows."""
+        return 2 * self.buckets
+
+    def work(self, itemsize: int) -> tuple[float, float]:
+        """Of the scores' content terms two products forward and five backward, as in any attention.
+
+        Each relative term needs a product of every token with the rows it meets, or with the tokens, whichever are
+        fewer; backward that product again, and one for each of its two gradients.
+        """
+        width, total = self.heads * self.head_dim, sum(self.lengths)
+        pairs = sum(s * s for s in self.lengths)
+        met = sum(s * min(s, self.rows) for s in self.lengths)
+        tables, lse = 2 * self.rows * width, 4 * total * self.heads
+        if self.direction == "backward":
+            return (10 * pairs + 12 * met) * width, (8 * total * width + 2 * tables) * itemsize + lse
+        return (4 * pairs + 4 * met) * width, (4 * total * width + tables) * itemsize + lse
 
     def build(self, session: Session) -> DisentangledCase:
         return DisentangledCase(self, session)
@@ -69,7 +91,10 @@ def specs(session: Session) -> list[Spec]:
         }  # fmt: skip
         for direction in ("forward", "backward"):
             shape = (lengths, heads, head_dim, buckets, farthest)
-            found.append(Spec("disentangled_attention", direction, tuple(columns.items()), PROVIDERS, *shape))
+            main = harness.is_main(session, lengths in (harness.draw_lengths(*MAIN), (MAIN[1],) * MAIN[0]))
+            found.append(
+                Spec("disentangled_attention", direction, tuple(columns.items()), PROVIDERS, *shape, main=main)
+            )
     return found
 
 
@@ -93,17 +118,10 @@ class DisentangledCase(Case):
         self.lengths, self.longest, self.total = spec.lengths, max(spec.lengths), sum(spec.lengths)
         self.backward = spec.direction == "backward"
         self.equal = len(set(spec.lengths)) == 1
-        self.rows = 2 * spec.buckets  # of a table of relative positions; here as many buckets as a side has rows
+        self.rows = spec.rows
         size, width = session.dtype.itemsize, spec.heads * spec.head_dim
-        # Of the scores' content terms two products forward and five backward, as in any attention. Each relative term
-        # needs a product of every token with the rows it meets, or with the tokens, whichever are fewer; backward that
-        # product again, and one for each of its two gradients.
-        pairs = sum(s * s for s in spec.lengths)
-        met = sum(s * min(s, self.rows) for s in spec.lengths)
-        self.flops = (10 * pairs + 12 * met if self.backward else 4 * pairs + 4 * met) * width
-        tables, lse = 2 * self.rows * width, 4 * self.total * spec.heads
-        tensors = 8 * self.total * width + 2 * tables if self.backward else 4 * self.total * width + tables
-        self.bytes = tensors * size + lse
+        self.flops, self.bytes = spec.work(size)
+        tables = 2 * self.rows * width
         make = functools.partial(torch.randn, device=self.device, dtype=session.dtype)
         token, row = (self.total, spec.heads, spec.head_dim), (self.rows, spec.heads, spec.head_dim)
         count = harness.copies(self.device, (4 * self.total * width + tables) * size)

@@ -32,6 +32,20 @@ class Spec(harness.Spec):
 
     family = "encoder"
 
+    def work(self, itemsize: int) -> tuple[float, float]:
+        """Elementwise work is a handful of operations a value; these workloads are bound by bytes."""
+        tokens, slots = sum(self.lengths), len(self.lengths) * self.seqlen
+        row = dict(self.sizes)["hidden"] * itemsize
+        packed, padded, backward = tokens * row, slots * row, self.direction == "backward"
+        moved = {
+            "packing_plan": slots * 5 + tokens * 16,
+            "pack": (packed + padded if backward else 2 * packed) + tokens * 8,
+            "unpack": (2 * packed if backward else packed + padded) + tokens * 8,
+            "add_bias_residual_layer_norm": 3 * packed,
+            "bias_gelu": 3 * packed if backward else 2 * packed,
+        }
+        return 0.0, moved[self.kernel]
+
     def build(self, session: Session) -> OpCase:
         return OpCase(self, session)
 
@@ -44,7 +58,7 @@ def specs(session: Session) -> list[Spec]:
         width = intermediate if op == "bias_gelu" else hidden
         columns = {"batch": batch, "seqlen": seqlen, "tokens": sum(lengths), "hidden": width}
         for direction in ("forward", "backward") if op in DIFFERENTIABLE else ("forward",):
-            found.append(Spec(op, direction, tuple(columns.items()), PROVIDERS, lengths, seqlen))
+            found.append(Spec(op, direction, tuple(columns.items()), PROVIDERS, lengths, seqlen, main=True))
     return found
 
 
@@ -87,16 +101,8 @@ class OpCase(Case):
         batch, seqlen, width = len(spec.lengths), spec.seqlen, dict(spec.sizes)["hidden"]
         self.batch, self.tokens = batch, sum(spec.lengths)
         self.packing = warpform.Packing.from_lengths(spec.lengths, seqlen, device=self.device)
-        row = width * session.dtype.itemsize
-        packed, padded, op = self.tokens * row, batch * seqlen * row, spec.kernel
-        # Elementwise work is a handful of operations a value; these workloads are bound by bytes.
-        self.bytes = {
-            "packing_plan": batch * seqlen * 5 + self.tokens * 16,
-            "pack": (packed + padded if self.backward else 2 * packed) + self.tokens * 8,
-            "unpack": (2 * packed if self.backward else packed + padded) + self.tokens * 8,
-            "add_bias_residual_layer_norm": 3 * packed,
-            "bias_gelu": 3 * packed if self.backward else 2 * packed,
-        }[op]
+        op = spec.kernel
+        self.flops, self.bytes = spec.work(session.dtype.itemsize)
         rows, grid, line = (self.tokens, width), (batch, seqlen, width), (width,)
         shapes = {
             "packing_plan": (),

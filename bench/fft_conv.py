@@ -29,12 +29,33 @@ SIZES: dict[str, tuple[tuple[int, int, int], ...]] = {
     "cuda": tuple((64, 768, seqlen) for seqlen in (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)),
 }
 
+# Main ones: lengths of a forward; both ways the second alone, which is the FlashFFTConv paper's shape.
+MAIN = (256, 4096, 32768)
+
 
 @dataclass(frozen=True)
 class Spec(harness.Spec):
     shape: tuple[int, int, int] = (1, 1, 1)
 
     family = "fft_conv"
+
+    def work(self, itemsize: int) -> tuple[float, float]:
+        """Every tensor once, and the transforms."""
+        batch, channels, seqlen = self.shape
+        gates = 2 if self.kernel == "gated_fft_conv" else 0
+        both = self.direction == "forward+backward"
+        elements, points = batch * channels * seqlen, 2 * seqlen
+        # The spectrum, float32, is read once; both ways write and read it and its gradient, and the taps, once more.
+        spectrum = 8 * channels * (points // 2 + 1)
+        # Forward reads u and gates and writes y; backward reads those and dout and writes gradients of u and gates.
+        moved = (2 + gates) * elements * itemsize + spectrum
+        # A real FFT of n points takes some 2.5 n log2 n operations; a bin's complex product six.
+        transforms = 2
+        if both:
+            moved += (3 + 2 * gates) * elements * itemsize + 3 * spectrum + 8 * channels * seqlen
+            transforms = 5 + (1 if gates else 0)  # of v and d, and back; with a gate after it, the output again
+        each = points * (transforms * 2.5 * math.log2(points) + 3 * (3 if both else 1))
+        return batch * channels * each, moved
 
     def build(self, session: Session) -> ConvCase:
         return ConvCase(self, session)
@@ -47,7 +68,8 @@ def specs(session: Session) -> list[Spec]:
             for shape in SIZES["tiny" if session.tiny else session.device]:
                 batch, channels, seqlen = shape
                 columns = {"batch": batch, "seqlen": seqlen, "tokens": batch * seqlen, "hidden": channels}
-                found.append(Spec(kernel, direction, tuple(columns.items()), PROVIDERS, shape))
+                main = harness.is_main(session, seqlen in (MAIN if direction == "forward" else MAIN[1:2]))
+                found.append(Spec(kernel, direction, tuple(columns.items()), PROVIDERS, shape, main=main))
     return found
 
 
@@ -74,19 +96,7 @@ class ConvCase(Case):
         batch, channels, seqlen = spec.shape
         gates = 2 if spec.kernel == "gated_fft_conv" else 0
         elements, size = batch * channels * seqlen, session.dtype.itemsize
-        points = 2 * seqlen
-        # The spectrum, float32, is read once; both ways write and read it and its gradient, and the taps, once more.
-        spectrum = 8 * channels * (points // 2 + 1)
-        # Forward reads u and gates and writes y; backward reads those and dout and writes gradients of u and gates.
-        self.bytes = (2 + gates) * elements * size + spectrum
-        # A real FFT of n points takes some 2.5 n log2 n operations; a bin's complex product six.
-        transforms = 2
-        if self.backward:
-            self.bytes += (3 + 2 * gates) * elements * size + 3 * spectrum + 8 * channels * seqlen
-            transforms = 5 + (1 if gates else 0)  # of v and d, and back; with a gate after it, the output again
-        self.flops = (
-            batch * channels * points * (transforms * 2.5 * math.log2(points) + 3 * (3 if self.backward else 1))
-        )
+        self.flops, self.bytes = spec.work(size)
         make = functools.partial(torch.randn, device=self.device, dtype=session.dtype)
         self.inputs = []
         for _ in range(harness.copies(self.device, (2 + gates) * elements * size)):

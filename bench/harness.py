@@ -1,12 +1,13 @@
 """What every benchmark shares: cases and their providers, clocks, ceilings, and the rows that are appended to results.
 
 A `Spec` names a workload and its providers; `Spec.build` makes a `Case`, whose `with_NAME` methods each prepare one
-provider. `Session.measure` runs a provider once, lets the case check the outputs, and only then times it.
+provider. `Session.measure` runs a provider once, lets the case check the outputs, and only then times it. It knows
+nothing of pytest: conftest.py calls it under pytest-benchmark, rows.py without both.
 
-Timing. On a CPU pytest-benchmark's clock. On a GPU CUDA events around several launches that walk through copies of the
-inputs larger together than the L2 cache; a short sleep is put on the stream first, so that the host enqueues ahead and
-the gaps it would leave do not count (except where `Case.end_to_end`: there they do). pytest-benchmark's clock then
-times the host.
+Timing. On a CPU the host's clock: pytest-benchmark's where it is there. On a GPU CUDA events around several launches
+that walk through copies of the inputs larger together than the L2 cache; a short sleep is put on the stream first, so
+that the host enqueues ahead and the gaps it would leave do not count (except where `Case.end_to_end`: there they do).
+The host's clock then times the host.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import csv
 import datetime
 import functools
+import gc
 import os
 import platform
 import random
@@ -25,7 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -49,7 +50,7 @@ COLUMNS = (
 BUDGET = 660.0
 DEADLINES = {
     "attention": 0.14, "disentangled_attention": 0.18, "encoder": 0.21, "fft_conv": 0.3, "hidden": 0.37, "host": 0.4,
-    "m2": 0.54, "models": 0.66, "monarch": 0.75, "ring": 0.83, "swin": 0.94, "window": 1.0,
+    "m2": 0.54, "models": 0.66, "monarch": 0.75, "ring": 0.83, "short_conv": 0.84, "swin": 0.94, "window": 1.0,
 }  # fmt: skip
 COMPILE_SHARE = 0.7
 # Inputs together exceed the largest L2 cache there is about three times over.
@@ -57,8 +58,16 @@ ROTATE_BYTES = 160e6
 MOST_COPIES = 64
 
 
+# What a compilation may take, in seconds: with less left in a run none is begun.
+COMPILE_SECONDS = 20.0
+
+
 class Missing(Exception):
     """A provider that this machine, or this run, cannot have; the text says why."""
+
+
+# A clock for calls: (call, rounds, iterations, device) -> microseconds of a call, round by round.
+Clock = Callable[[Callable[[], Any], int, int, str], list[float]]
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,8 @@ class Spec:
     direction: str  # forward, backward, forward+backward or training step
     sizes: tuple[tuple[str, Any], ...]  # of SIZE_COLUMNS
     providers: tuple[str, ...]
+    # Of those that a reader asks for first: what a short run measures, and what docs/hardware.md lists.
+    main: bool = field(default=False, kw_only=True)
 
     family = ""
 
@@ -76,12 +87,19 @@ class Spec:
         sizes = "-".join(f"{name}{value}" for name, value in self.sizes if name != "dtype")
         return f"{self.kernel}-{self.direction.replace(' ', '_')}-{sizes}"
 
+    def work(self, itemsize: int) -> tuple[float, float]:
+        """(FLOPs, bytes): the least that any implementation has to do and to move, in a dtype of `itemsize` bytes.
+
+        (0, 0) where only the built case can count them.
+        """
+        return 0.0, 0.0
+
     def build(self, session: Session) -> Case:
         raise NotImplementedError
 
 
 class Case:
-    """A workload with its inputs. `flops` and `bytes` are the least that any implementation has to do and move."""
+    """A workload with its inputs. `flops` and `bytes` are what `Spec.work` counts."""
 
     flops = 0.0
     bytes = 0.0
@@ -97,6 +115,11 @@ class Case:
     def check(self, provider: str, output: Any) -> None:
         """Raises AssertionError where the output of a provider's first call is wrong."""
         raise NotImplementedError
+
+
+def is_main(session: Session, condition: bool) -> bool:
+    """`Spec.main` of a workload that a file lists among its main ones on a GPU; elsewhere all of them are."""
+    return condition or session.tiny or session.device != "cuda"
 
 
 def draw_lengths(batch: int, seqlen: int) -> tuple[int, ...]:
@@ -147,6 +170,11 @@ def compiled(function: Callable[..., Any], dynamic: bool | None = True) -> Calla
     return torch.compile(function, dynamic=dynamic)
 
 
+def needs_compiling(provider: str) -> bool:
+    """Whether torch.compile stands behind a provider: its name says so."""
+    return "compiled" in provider
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -193,7 +221,7 @@ def ceilings(device: str, dtype: torch.dtype, tiny: bool) -> tuple[float, float]
     width = 128 if tiny else 8192 if device == "cuda" else 1536
     length = 1 << (16 if tiny else 30 if device == "cuda" else 28)  # bytes
     a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
-    source = torch.ones(length, dtype=torch.uint8, device=device)
+    source = torch.randint(0, 256, (length,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
     def fastest(call: Callable[[], Any]) -> float:
@@ -208,6 +236,18 @@ def ceilings(device: str, dtype: torch.dtype, tiny: bool) -> tuple[float, float]
         return statistics.median(times)
 
     return 2 * width**3 / fastest(lambda: a @ b) / 1e6, 2 * length / fastest(lambda: target.copy_(source)) / 1e3
+
+
+def stopwatch(call: Callable[[], Any], rounds: int, iterations: int, device: str) -> list[float]:
+    """The clock where no other is given; on a GPU each round starts with it idle and ends when the call returns."""
+    found = []
+    for _ in range(rounds):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(iterations):
+            call()
+        found.append((time.perf_counter() - start) * 1e6 / iterations)
+    return found
 
 
 def _output(*command: str) -> str:
@@ -281,6 +321,9 @@ class Session:
     everything: bool = False  # all sizes, not only those that fit the budget
     results: Path | None = None  # the folder that rows are appended to
     budget: float = BUDGET  # seconds; 0 is no limit
+    seconds: float | None = None  # that a row is timed for; None: 0.1 on a GPU and 0.4 on a CPU
+    stop_at: float | None = None  # of time.monotonic(); takes the place of the budget and its deadlines
+    date: str = ""  # of the rows; "": now
     rows: list[dict[str, Any]] = field(default_factory=list)
     _group: list[dict[str, Any]] = field(default_factory=list)
     _spec: Spec | None = None
@@ -294,7 +337,7 @@ class Session:
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
-        return machine(self.device)
+        return {**machine(self.device), **({"date": self.date} if self.date else {})}
 
     def need_gpu(self) -> None:
         if self.device != "cuda":
@@ -305,17 +348,33 @@ class Session:
         if self.tiny and not self.everything:
             raise Missing("nothing is compiled in a tiny run")
         if self._spec is not None and self._late(self._spec.family, COMPILE_SHARE):
-            raise Missing("no time left to compile in this run (--budget 0 lifts the limit)")
+            raise Missing(f"no time left to compile in this run ({self._limit} 0 lifts the limit)")
+
+    @property
+    def _limit(self) -> str:
+        """The option that sets it."""
+        return "--budget" if self.stop_at is None else "--seconds"
+
+    @property
+    def over(self) -> bool:
+        """Whether `stop_at` has passed."""
+        return self.stop_at is not None and time.monotonic() > self.stop_at
 
     def _late(self, family: str, share: float = 1.0) -> bool:
         now = time.monotonic()
+        if self.stop_at is not None:
+            return now > self.stop_at - (COMPILE_SECONDS if share < 1 else 0)
         begin = self._started.setdefault("", now)
         start = self._started.setdefault(family, now)
         deadline = begin + self.budget * DEADLINES[family]
         return bool(self.budget) and now > start + share * (deadline - start)
 
-    def measure(self, spec: Spec, provider: str, benchmark: Any) -> None:
-        """Checks one provider and times it; a peer that is missing or fails leaves a row that says so, and a skip."""
+    def measure(self, spec: Spec, provider: str, clock: Clock = stopwatch) -> tuple[dict[str, Any], Exception | None]:
+        """Checks one provider and times it. Returns its row, which says in `status` what came of it, and the error.
+
+        status: "ok", "missing: " and why there is no such provider here, "disagrees: " and what is wrong with what it
+        computes, or "failed: " and the error.
+        """
         if self._spec is not spec:
             self.flush()
             self._spec = spec
@@ -330,10 +389,9 @@ class Session:
             **dict(spec.sizes),
         }
         self._group.append(row)
-        benchmark.group = str(spec)
         try:
             if self._late(spec.family):
-                raise Missing("no time left in this run (--budget 0 lifts the limit)")
+                raise Missing(f"no time left in this run ({self._limit} 0 lifts the limit)")
             if self._case is None:
                 torch.manual_seed(0)
                 self._case = spec.build(self)
@@ -347,36 +405,34 @@ class Session:
                 row["status"] = f"disagrees: {_line(wrong)}"
                 raise
             del output
-            self._time(case, calls, row, benchmark)
+            self._time(case, calls, row, clock)
             row["status"] = "ok"
             if provider.startswith("warpform"):
                 row["backend"] = backend(self.device) + case.where
         except Missing as missing:
             row["status"] = f"missing: {missing}"
-            pytest.skip(row["status"])
+            return row, missing
         except Exception as error:
             row.setdefault("status", f"failed: {_line(error)}")
-            # One that computes something else, and warpform itself, must not go unnoticed.
-            if provider == "warpform" or row["status"].startswith("disagrees"):
-                raise
-            pytest.skip(row["status"])
+            return row, error
+        return row, None
 
-    def _time(self, case: Case, calls: list[Callable[[], Any]], row: dict[str, Any], benchmark: Any) -> None:
-        seconds = 0.1 if self.device == "cuda" else 0.4
+    def _time(self, case: Case, calls: list[Callable[[], Any]], row: dict[str, Any], clock: Clock) -> None:
+        seconds = self.seconds or (0.1 if self.device == "cuda" else 0.4)
         samples: list[float] = []
         if self.tiny:
-            host = clock(benchmark, calls[0], 1, 1, self.device)
+            host = clock(calls[0], 1, 1, self.device)
             samples = host
         elif self.device == "cuda":
             samples = device_samples(calls, seconds, hide_host=not case.end_to_end)
-            host = clock(benchmark, calls[0], 10, 1, self.device)
+            host = clock(calls[0], 10, 1, self.device)
             row["host_us"] = f"{statistics.median(host):.3f}" if host else ""
         else:
             start = time.perf_counter()
             calls[0]()
             once = time.perf_counter() - start
             rounds = max(3 if once > 0.5 else 5, min(400, int(seconds / once)))
-            samples = clock(benchmark, calls[0], rounds, max(1, int(1e-4 / once)), self.device)
+            samples = clock(calls[0], rounds, max(1, int(1e-4 / once)), self.device)
         if not samples:
             return
         p20, p50, p80 = (quantile(samples, q) for q in (0.2, 0.5, 0.8))
@@ -396,7 +452,6 @@ class Session:
         }
         # A workload that counts nothing (a host call) has no rate.
         row.update({name: f"{value:.4g}" for name, value in values.items() if value})
-        benchmark.extra_info.update({name: row[name] for name in values if name in row})
 
     def flush(self) -> None:
         """Ends a group: fills in the ratios, keeps its rows, appends them to the results."""
@@ -404,30 +459,31 @@ class Session:
         if not group:
             return
         if self.device == "cuda":
+            gc.collect()  # cases and their calls refer to each other
             torch.cuda.empty_cache()
-        times = {row["provider"]: float(row["p50_us"]) for row in group if "p50_us" in row}
         for row in group:
-            own = times.get(row["provider"])
-            if own and row["provider"].startswith("warpform"):
-                peers = ((p, t) for p, t in times.items() if p != row["provider"])
-                row["ratios"] = " ".join(f"{peer}={other / own:.3g}" for peer, other in peers)
+            row.update(_ratios(row, group))
         self.rows += group
         if self.results is not None:
             append(self.results / f"{group[0]['family']}.csv", group)
+
+    def compared(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The last row of `measure` with its ratios to what was timed before it in the group."""
+        return {**row, **_ratios(row, self._group)}
+
+
+def _ratios(row: dict[str, Any], group: list[dict[str, Any]]) -> dict[str, str]:
+    """The column `ratios` of one of warpform's rows, where it was timed; else nothing."""
+    if not row["provider"].startswith("warpform") or "p50_us" not in row:
+        return {}
+    own = float(row["p50_us"])
+    peers = (other for other in group if other is not row and "p50_us" in other)
+    return {"ratios": " ".join(f"{peer['provider']}={float(peer['p50_us']) / own:.3g}" for peer in peers)}
 
 
 def _line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:200].removeprefix("AssertionError: ")
-
-
-def clock(benchmark: Any, call: Callable[[], Any], rounds: int, iterations: int, device: str) -> list[float]:
-    """Microseconds of a call by pytest-benchmark's clock, round by round; on a GPU each starts with it idle."""
-    if device == "cuda":
-        benchmark.pedantic(call, setup=torch.cuda.synchronize, rounds=rounds, iterations=1)
-    else:
-        benchmark.pedantic(call, rounds=rounds, iterations=iterations)
-    return [] if benchmark.stats is None else [seconds * 1e6 for seconds in benchmark.stats.stats.data]
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ import harness
 import torch
 import torch.nn.functional as F
 from harness import Case, Missing, Session
+from hidden_parts import CHOSEN, GROUPS, SHARED, PlanCase, WeightGradientCase
 from torch import Tensor
 
 import warpform
@@ -23,7 +24,8 @@ from helpers.compare import assert_close
 from warpform.ops import RoutingPlan
 
 PROVIDERS = ("warpform", "warpform_all_on", "dense", "masked_dense", "index_select", "grouped_mm")
-GROUPS, SHARED, CHOSEN = 16, 6, 2
+GRADIENT_PROVIDERS = ("warpform", "dense", "masked_dense")
+PLAN_PROVIDERS = ("warpform", "torch_sort")
 
 # (tokens, width), square weights.
 SIZES: dict[str, tuple[tuple[int, int], ...]] = {
@@ -32,28 +34,52 @@ SIZES: dict[str, tuple[tuple[int, int], ...]] = {
     "cuda": tuple((tokens, width) for width in (1024, 2048, 4096) for tokens in (1, 4, 2048, 8192, 32768, 131072)),
 }
 
+MAIN = ((4, 2048), (8192, 2048))
+
 
 @dataclass(frozen=True)
 class Spec(harness.Spec):
     tokens: int = 1
-    width: int = 1
+    width: int = 0  # of a plan none
 
     family = "hidden"
 
     def __str__(self) -> str:
-        return f"{self.kernel}-{self.direction}-T{self.tokens}-d{self.width}"
+        return f"{self.kernel}-{self.direction}-T{self.tokens}{f'-d{self.width}' if self.width else ''}"
 
-    def build(self, session: Session) -> HiddenCase:
-        return HiddenCase(self, session)
+    def work(self, itemsize: int) -> tuple[float, float]:
+        """The products of the groups in use; half of one activation, all of the other, the weights in use (for few
+        tokens: what any of them uses is not less). Of the weights' gradient alone its product, and it is float32. Of a
+        plan the choices in, each token's mask and places out."""
+        tokens, width, share = self.tokens, self.width, (SHARED + CHOSEN) / GROUPS
+        if self.kernel == "RoutingPlan":
+            return 0.0, tokens * (8 * CHOSEN + 8 + 2 * 4)
+        both = self.direction == "forward+backward"
+        flops = (6 if both else 2) * tokens * width * width * share
+        weights = width * width * share * (4 if self.kernel == "hidden_weight_grad" else itemsize)
+        return flops, (tokens * width * (1 + share) * itemsize + weights) * (3 if both else 1)
+
+    def build(self, session: Session) -> Case:
+        kinds = {"hidden_weight_grad": WeightGradientCase, "RoutingPlan": PlanCase}
+        return kinds.get(self.kernel, HiddenCase)(self, session)
 
 
 def specs(session: Session) -> list[Spec]:
     found = []
-    for tokens, width in SIZES["tiny" if session.tiny else session.device]:
+    sizes = SIZES["tiny" if session.tiny else session.device]
+    for tokens, width in sizes:
+        main = harness.is_main(session, (tokens, width) in MAIN)
         columns = {"tokens": tokens, "hidden": width, "grid": f"{SHARED} and {CHOSEN} of {GROUPS} groups"}
         for kernel in ("hidden_gather_linear", "hidden_scatter_linear"):
             for direction in ("forward", "forward+backward")[: 1 if tokens <= 4 else 2]:
-                found.append(Spec(kernel, direction, tuple(columns.items()), PROVIDERS, tokens, width))
+                found.append(Spec(kernel, direction, tuple(columns.items()), PROVIDERS, tokens, width, main=main))
+        if tokens > 4:
+            kernel = "hidden_weight_grad"
+            found.append(Spec(kernel, "forward", tuple(columns.items()), GRADIENT_PROVIDERS, tokens, width, main=main))
+    for tokens in sorted({tokens for tokens, _ in sizes}):
+        columns = {"tokens": tokens, "grid": f"{SHARED} and {CHOSEN} of {GROUPS} groups"}
+        main = harness.is_main(session, tokens == MAIN[-1][0])
+        found.append(Spec("RoutingPlan", "forward", tuple(columns.items()), PLAN_PROVIDERS, tokens, main=main))
     return found
 
 
@@ -65,10 +91,7 @@ class HiddenCase(Case):
         self.backward = spec.direction == "forward+backward"
         self.routed_out = spec.kernel == "hidden_scatter_linear"
         tokens, width, size = spec.tokens, spec.width, session.dtype.itemsize
-        share = (SHARED + CHOSEN) / GROUPS
-        self.flops = (6 if self.backward else 2) * tokens * width * width * share
-        # Half of one activation, all of the other, the weight (for few tokens: what any of them uses is not less).
-        self.bytes = (tokens * width * (1 + share) + width * width * share) * size * (3 if self.backward else 1)
+        self.flops, self.bytes = spec.work(size)
         make = functools.partial(torch.randn, device=self.device, dtype=session.dtype)
         self.inputs = []
         for _ in range(harness.copies(self.device, (2 * tokens * width + width * width) * size)):

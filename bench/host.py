@@ -55,7 +55,7 @@ class Spec(harness.Spec):
 
 def specs(session: Session) -> list[Spec]:
     sizes = {"batch": 2, "seqlen": 4, "tokens": 6, "heads": 2, "kv_heads": 2, "head_dim": 64, "hidden": 128}
-    return [Spec(op, "host call", tuple(sizes.items()), MODES) for op in OPS]
+    return [Spec(op, "host call", tuple(sizes.items()), MODES, main=True) for op in OPS]
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

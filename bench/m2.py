@@ -31,6 +31,7 @@ SIZES: dict[str, tuple[tuple[tuple[int, int], ...], int, int]] = {
     "cpu": (((8, 128), (2, 512), (1, 2048), (1, 4096)), 12, 768),
     "cuda": (tuple((32768 // seqlen, seqlen) for seqlen in (128, 256, 512, 1024, 2048, 4096, 8192)), 12, 768),
 }
+MAIN = (512, 4096)  # lengths
 # Past this length, on a CPU, attention that keeps all scores takes minutes.
 LONGEST_EAGER_ON_CPU = 2048
 
@@ -53,7 +54,9 @@ def specs(session: Session) -> list[Spec]:
     found = []
     for batch, seqlen in shapes:
         columns = {"batch": batch, "seqlen": seqlen, "tokens": batch * seqlen, "hidden": width}
-        found.append(Spec("m2_bert_80m", "forward", tuple(columns.items()), PROVIDERS, batch, seqlen, layers, width))
+        main = harness.is_main(session, seqlen in MAIN)
+        shape = (batch, seqlen, layers, width)
+        found.append(Spec("m2_bert_80m", "forward", tuple(columns.items()), PROVIDERS, *shape, main=main))
     return found
 
 

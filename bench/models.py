@@ -65,6 +65,12 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 
+MAIN = {
+    ("bert_base", "forward"): (16, 1024),
+    ("bert_base", "training step"): (16, 256),
+    ("deberta_v3_base", "forward"): (16, 512),
+}
+
 
 @dataclass(frozen=True)
 class Spec(harness.Spec):
@@ -93,7 +99,9 @@ def specs(session: Session) -> list[Spec]:
                     "batch": batch, "seqlen": seqlen, "tokens": sum(lengths), "heads": heads,
                     "head_dim": width // heads, "hidden": width,
                 }  # fmt: skip
-                found.append(Spec(name, direction, tuple(columns.items()), providers, lengths, seqlen, layers, width))
+                main = harness.is_main(session, MAIN.get((name, direction)) == (batch, seqlen))
+                shape = (lengths, seqlen, layers, width)
+                found.append(Spec(name, direction, tuple(columns.items()), providers, *shape, main=main))
     return found
 
 

@@ -20,11 +20,12 @@ from helpers.compare import assert_close
 # "dense" multiplies by the whole matrix, which holds more weights than the factors do.
 PROVIDERS = ("warpform", "dense", "dense_compiled", "two_bmm", "two_bmm_compiled")
 GLU_PROVIDERS = ("warpform", "two_bmm", "two_bmm_compiled")
+BLOCK_PROVIDERS = ("warpform", "bmm", "bmm_compiled")
 
-# The table of sizes. "monarch": (tokens, in, out, blocks), of equal blocks as nn.MonarchLinear makes them; "glu":
-# (tokens, width, blocks), four times as wide inside.
+# The table of sizes. "monarch": (tokens, in, out, blocks), of equal blocks as nn.MonarchLinear makes them; "blocks":
+# the same of one block-diagonal matrix; "glu": (tokens, width, blocks), four times as wide inside.
 SIZES: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
-    "tiny": {"monarch": ((5, 16, 32, 4), (6, 16, 16, 4)), "glu": ((5, 16, 4),)},
+    "tiny": {"monarch": ((5, 16, 32, 4), (6, 16, 16, 4)), "blocks": ((5, 16, 32, 4),), "glu": ((5, 16, 4),)},
     "cpu": {
         "monarch": (
             (1024, 768, 3072, 4),
@@ -34,6 +35,7 @@ SIZES: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
             (1024, 4096, 4096, 4),
             (1024, 4096, 4096, 64),
         ),
+        "blocks": ((1024, 4096, 4096, 4),),
         "glu": ((1024, 768, 4),),
     },
     "cuda": {
@@ -45,8 +47,15 @@ SIZES: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
             (16384, 4096, 4096, 4),
             (16384, 4096, 4096, 64),
         ),
+        "blocks": ((16384, 4096, 4096, 4), (16384, 1024, 1024, 4)),
         "glu": ((16384, 768, 4), (16384, 1792, 4)),
     },
+}
+# The main ones on a GPU, of each kernel what stands behind the tokens in the table.
+MAIN: dict[str, tuple[tuple[int, ...], ...]] = {
+    "monarch": ((768, 3072, 4), (1024, 1024, 4), (1024, 1024, 32)),
+    "blocks": ((4096, 4096, 4),),
+    "glu": ((768, 4),),
 }
 
 
@@ -61,6 +70,18 @@ class Spec(harness.Spec):
         shapes = "-".join("x".join(map(str, shape)) for shape in self.shapes)
         return f"{self.kernel}-{self.direction}-T{self.tokens}-{shapes}"
 
+    def work(self, itemsize: int) -> tuple[float, float]:
+        """The products of both factors. What lies between them stays on the chip, and is made again for the gradients:
+        that product counts. Forward reads x and the weights and writes out; backward reads x, dout and the weights,
+        writes dx and theirs."""
+        weights = sum(math.prod(shape) for shape in self.shapes)
+        n, m = (self.shapes[i][0] * self.shapes[i][j] for i, j in ((0, 2), (-1, 1)))
+        if self.direction == "forward":
+            return 2 * self.tokens * weights, (self.tokens * (n + m) + weights) * itemsize
+        again = math.prod(self.shapes[0]) if len(self.shapes) > 1 else 0
+        moved = self.tokens * (3 * n + 2 * m) + 3 * weights
+        return 2 * self.tokens * (3 * weights + again), moved * itemsize
+
     def build(self, session: Session) -> MonarchCase:
         return MonarchCase(self, session)
 
@@ -73,18 +94,35 @@ def specs(session: Session) -> list[Spec]:
             inner = min(n, m) // blocks
             shapes = ((blocks, inner, n // blocks), (blocks, m // blocks, inner))
             columns = {"tokens": tokens, "hidden": n, "grid": f"{n} to {m} in {blocks} blocks"}
-            found.append(Spec("monarch_multiply", direction, tuple(columns.items()), PROVIDERS, tokens, shapes))
+            main = harness.is_main(session, (n, m, blocks) in MAIN["monarch"])
+            found.append(
+                Spec("monarch_multiply", direction, tuple(columns.items()), PROVIDERS, tokens, shapes, main=main)
+            )
+        for tokens, n, m, blocks in sizes["blocks"]:
+            columns = {"tokens": tokens, "hidden": n, "grid": f"{n} to {m} in {blocks} blocks"}
+            block = ((blocks, m // blocks, n // blocks),)
+            main = harness.is_main(session, (n, m, blocks) in MAIN["blocks"])
+            found.append(
+                Spec("blockdiag_multiply", direction, tuple(columns.items()), BLOCK_PROVIDERS, tokens, block, main=main)
+            )
         for tokens, width, blocks in sizes["glu"]:
             part = width // blocks
             columns = {"tokens": tokens, "hidden": width, "grid": f"{width} to {8 * width} and back in {blocks} blocks"}
             shapes = ((blocks, 8 * part, part), (blocks, part, 4 * part))
-            found.append(Spec("blockdiag_glu", direction, tuple(columns.items()), GLU_PROVIDERS, tokens, shapes))
+            main = harness.is_main(session, (width, blocks) in MAIN["glu"])
+            found.append(
+                Spec("blockdiag_glu", direction, tuple(columns.items()), GLU_PROVIDERS, tokens, shapes, main=main)
+            )
     return found
 
 
 def _blockdiag(x: Tensor, w: Tensor) -> Tensor:
     """x [tokens, n] times w [blocks, q, p]: [blocks, tokens, q]."""
     return torch.bmm(x.view(x.size(0), w.size(0), w.size(2)).transpose(0, 1), w.mT)
+
+
+def one_bmm(x: Tensor, w: Tensor) -> Tensor:
+    return _blockdiag(x, w).transpose(0, 1).reshape(x.size(0), -1)
 
 
 def two_bmm(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -104,23 +142,18 @@ def dense(x: Tensor, w: Tensor) -> Tensor:
 
 
 class MonarchCase(Case):
-    """x [tokens, n] and both weights. With backward, the gradients of all, and the forward before them."""
+    """x [tokens, n] and the weights. With backward, the gradients of all, and the forward before them."""
 
     def __init__(self, spec: Spec, session: Session) -> None:
         self.spec, self.session, self.device = spec, session, session.device
         self.backward = spec.direction == "forward+backward"
-        self.glu = spec.kernel == "blockdiag_glu"
-        self.ours = warpform.ops.blockdiag_glu if self.glu else warpform.ops.monarch_multiply
-        self.theirs = two_bmm_glu if self.glu else two_bmm
-        (k, _, p), (blocks, s, _) = spec.shapes
+        self.ours = getattr(warpform.ops, spec.kernel)
+        self.theirs = {"blockdiag_multiply": one_bmm, "blockdiag_glu": two_bmm_glu}.get(spec.kernel, two_bmm)
+        (k, _, p), (blocks, s, _) = spec.shapes[0], spec.shapes[-1]
         tokens, n, m = spec.tokens, k * p, blocks * s
         weights = sum(math.prod(shape) for shape in spec.shapes)
         size = session.dtype.itemsize
-        # What lies between the factors stays on the chip, and is made again for the gradients: that product counts.
-        self.flops = (2 if not self.backward else 6) * tokens * weights
-        self.flops += 2 * tokens * math.prod(spec.shapes[0]) if self.backward else 0
-        # Forward reads x and the weights and writes out; backward reads x, dout and the weights, writes dx and theirs.
-        self.bytes = (tokens * (n + m) + weights + (tokens * (2 * n + m) + 2 * weights if self.backward else 0)) * size
+        self.flops, self.bytes = spec.work(size)
         make = functools.partial(torch.randn, device=self.device, dtype=session.dtype)
         self.inputs = []
         for _ in range(harness.copies(self.device, (tokens * (n + m) + weights) * size)):
@@ -153,6 +186,8 @@ class MonarchCase(Case):
     def with_two_bmm_compiled(self) -> list[Callable[[], Any]]:
         self.session.allow_compile()
         return self.calls(harness.compiled(self.theirs, False))  # at its best: code for each shape
+
+    with_bmm, with_bmm_compiled = with_two_bmm, with_two_bmm_compiled  # of one factor
 
     def with_dense(self) -> list[Callable[[], Any]]:
         return self.calls(dense, whole=True)

@@ -54,7 +54,10 @@ def newest(rows: Iterable[Row]) -> dict[str, Kernels]:
     runs: dict[tuple[str, str], dict[str, dict[str, Row]]] = {}
     for row in rows:
         key = row["device"], row["workload"]
-        runs.setdefault(key, {}).setdefault(row["date"], {})[row["provider"]] = row
+        run = runs.setdefault(key, {}).setdefault(row["date"], {})
+        # A run may measure a workload several times, each time beside other peers.
+        if row["p50_us"] or not run.get(row["provider"], {}).get("p50_us"):
+            run[row["provider"]] = row
     found: dict[str, Kernels] = {}
     for (device, workload), dates in runs.items():
         timed = [date for date, providers in dates.items() if providers.get("warpform", {}).get("p50_us")]
@@ -166,6 +169,7 @@ TITLES = {
     "models": "Models end to end",
     "monarch": "Monarch products",
     "ring": "Ring attention over N ranks",
+    "short_conv": "Short convolutions with a gate",
     "swin": "Swin end to end",
     "window": "Window attention",
 }

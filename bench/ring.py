@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from harness import Case, Missing, Session
 from torch import Tensor
 
 import warpform
+from helpers import oracle
 from helpers.compare import assert_close
 from warpform.distributed import LocalGroup, ring_attention, shard_sequence, unshard_sequence
 
@@ -33,6 +34,7 @@ PROVIDERS = (
     "torch_context_parallel",
 )
 STEP_PROVIDERS = ("warpform", "warpform_without_state", "warpform_varlen_attention", "sdpa")
+STEP_BACKWARD_PROVIDERS = ("warpform", "warpform_varlen_attention", "sdpa")
 LAYOUTS = {"warpform": "zigzag", "warpform_striped": "striped", "warpform_contiguous": "contiguous"}
 
 # The table of sizes: tokens of all ranks together, heads, key heads, head_dim.
@@ -41,6 +43,7 @@ SIZES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     "cpu": ((4096, 4, 2, 64),),
     "cuda": ((65536, 16, 4, 128), (16384, 32, 32, 64)),
 }
+MAIN = (16384, 2)  # tokens and ranks of whole rings; steps are main all of them
 TRUTH_ROWS = 512  # rows of scores that the oracle holds at a time
 
 
@@ -54,8 +57,31 @@ class Spec(harness.Spec):
         sizes = "-".join(f"{name}{value}" for name, value in self.sizes)
         return f"{self.kernel}-{self.direction}-{sizes}"
 
+    def work(self, itemsize: int) -> tuple[float, float]:
+        """Of a step its two products, backward five; of a causal ring half of them, on all ranks together."""
+        length, heads, kv_heads, head_dim = _sizes_of(self)
+        one = length * head_dim * itemsize
+        forward, both = float(one * (2 * heads + 2 * kv_heads)), self.direction == "forward+backward"
+        if self.kernel == "attention_step":
+            # What any needs: q, k, v in and the output out. The state adds 2 * 4 * heads * (head_dim + 1) a row.
+            return 4.0 * head_dim * heads * length**2, forward
+        if self.kernel == "attention_step_backward":
+            # q, k, v, dout, lse and delta in; three gradients out, float32.
+            gradients = 4 * length * head_dim * (heads + 2 * kv_heads)
+            return 10.0 * head_dim * heads * length**2, forward + gradients + 8 * length * heads
+        # q, k, v in and the output out; backward: these and the output's gradient in, three gradients out.
+        flops = (14 if both else 4) * head_dim * heads * length * (length + 1) / 2
+        return flops, forward + both * one * (4 * heads + 4 * kv_heads)
+
     def build(self, session: Session) -> Case:
-        return StepCase(self, session) if self.kernel == "attention_step" else RingCase(self, session)
+        kinds = {"attention_step": StepCase, "attention_step_backward": StepBackwardCase}
+        return kinds.get(self.kernel, RingCase)(self, session)
+
+
+def _sizes_of(spec: harness.Spec) -> tuple[int, int, int, int]:
+    """Positions, heads, key heads, head_dim."""
+    size = dict(spec.sizes)
+    return size["seqlen"], size["heads"], size["kv_heads"], size["head_dim"]
 
 
 def specs(session: Session) -> list[Spec]:
@@ -68,12 +94,17 @@ def specs(session: Session) -> list[Spec]:
                     "head_dim": head_dim, "causal": 1,
                 }  # fmt: skip
                 kernel = f"ring_attention_{ranks}_ranks"
-                found.append(Spec(kernel, direction, tuple(columns.items()), PROVIDERS, ranks))
+                main = harness.is_main(session, (seqlen, ranks) == MAIN)
+                found.append(Spec(kernel, direction, tuple(columns.items()), PROVIDERS, ranks, main=main))
         chunk = seqlen // RANKS[-1]
         columns = {
             "batch": 1, "seqlen": chunk, "tokens": chunk, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim,
         }  # fmt: skip
-        found.append(Spec("attention_step", "forward", tuple(columns.items()), STEP_PROVIDERS, 1))
+        for kernel, direction, providers in (
+            ("attention_step", "forward", STEP_PROVIDERS),
+            ("attention_step_backward", "backward", STEP_BACKWARD_PROVIDERS),
+        ):
+            found.append(Spec(kernel, direction, tuple(columns.items()), providers, 1, main=True))
     return found
 
 
@@ -115,13 +146,8 @@ class RingCase(Case):
     def __init__(self, spec: Spec, session: Session) -> None:
         self.spec, self.session, self.device = spec, session, session.device
         self.backward = spec.direction != "forward"
-        size = dict(spec.sizes)
-        self.sizes = (size["seqlen"], size["heads"], size["kv_heads"], size["head_dim"])
-        length, heads, kv_heads, head_dim = self.sizes
-        self.flops = (14 if self.backward else 4) * head_dim * heads * length * (length + 1) / 2
-        # q, k, v in and the output out; backward: these and the output's gradient in, three gradients out.
-        one = length * head_dim * session.dtype.itemsize
-        self.bytes = float(one * (2 * heads + 2 * kv_heads)) + self.backward * one * (4 * heads + 4 * kv_heads)
+        self.sizes = _sizes_of(spec)
+        self.flops, self.bytes = spec.work(session.dtype.itemsize)
 
     def over_processes(self, provider: str, layout: str, purpose: str = "") -> list[Callable[[], Any]]:
         """A call runs it on all processes; the first one brings the outputs back, whole."""
@@ -226,12 +252,8 @@ class StepCase(Case):
 
     def __init__(self, spec: Spec, session: Session) -> None:
         self.device = session.device
-        size = dict(spec.sizes)
-        length, heads, kv_heads, head_dim = (size[n] for n in ("seqlen", "heads", "kv_heads", "head_dim"))
-        one = length * head_dim * session.dtype.itemsize
-        self.flops = 4.0 * head_dim * heads * length**2
-        # What any needs: q, k, v in and the output out. The state adds 2 * 4 * heads * (head_dim + 1) a row.
-        self.bytes = float(one * (2 * heads + 2 * kv_heads))
+        length, heads, kv_heads, head_dim = _sizes_of(spec)
+        self.flops, self.bytes = spec.work(session.dtype.itemsize)
         number = harness.copies(self.device, self.bytes)
         made = [ring_ranks.draw(length, heads, kv_heads, head_dim, session.dtype, self.device) for _ in range(number)]
         self.inputs = [tensors[:3] for tensors in made]
@@ -280,6 +302,77 @@ class StepCase(Case):
             assert_close("out", rows, exact, eager)
         else:
             harness.assert_near("out", rows, exact, eager)
+
+
+class StepBackwardCase(Case):
+    """The gradients of one step, all rows with all keys, timed alone over a forward that was done before.
+
+    They are float32 for steps, of the inputs' dtype for the others.
+    """
+
+    def __init__(self, spec: Spec, session: Session) -> None:
+        self.device, self.session = session.device, session
+        length, heads, self.kv_heads, head_dim = _sizes_of(spec)
+        self.group, self.length = heads // self.kv_heads, length
+        self.flops, self.bytes = spec.work(session.dtype.itemsize)
+        draw = functools.partial(ring_ranks.draw, length, heads, self.kv_heads, head_dim, session.dtype, self.device)
+        self.inputs = [draw() for _ in range(harness.copies(self.device, self.bytes))]
+        self.offsets = torch.tensor([0, length], dtype=torch.int32, device=self.device)
+
+    def with_warpform(self) -> list[Callable[[], Any]]:
+        calls = []
+        for q, k, v, dout in self.inputs:
+            out, lse = warpform.ops.attention_step(q, k, v)
+            delta = (dout.float() * out).sum(-1).transpose(1, 2).contiguous()
+            calls.append(functools.partial(warpform.ops.attention_step_backward, dout, delta, q, k, v, lse))
+        return calls
+
+    def by_autograd(self, attention: Callable[..., Tensor]) -> list[Callable[[], Any]]:
+        calls = []
+        for *inputs, dout in self.inputs:
+            leaves = [t.detach().requires_grad_() for t in inputs]
+            out = attention(*leaves)
+            calls.append(functools.partial(torch.autograd.grad, out, leaves, dout, retain_graph=True))
+        return calls
+
+    def with_warpform_varlen_attention(self) -> list[Callable[[], Any]]:
+        sizes = self.offsets, self.offsets, self.length, self.length
+        return self.by_autograd(lambda q, k, v: warpform.ops.varlen_attention(q[0], k[0], v[0], *sizes)[None])
+
+    def with_sdpa(self) -> list[Callable[[], Any]]:
+        def call(*tensors: Tensor) -> Tensor:
+            q, k, v = (t.transpose(1, 2) for t in tensors)
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+
+        return self.by_autograd(call)
+
+    @functools.cached_property
+    def truth(self) -> list[tuple[slice, slice, list[Tensor], list[Tensor]]]:
+        """Of the first and the last key head, which depend on no others: heads, key heads, the gradients in float64
+        and in the inputs' dtype."""
+        found = []
+        for head in sorted({0, self.kv_heads - 1}):
+            heads, keys = slice(head * self.group, (head + 1) * self.group), slice(head, head + 1)
+            parts = [t[0][:, h] for t, h in zip(self.inputs[0], (heads, keys, keys, heads), strict=True)]
+            results = []
+            for dtype in (torch.float64, self.session.dtype):
+                q, k, v, dout = (t.to(dtype) for t in parts)
+                lengths = [self.length]
+                results.append(list(oracle.varlen_attention_gradients(dout, None, q, k, v, lengths, lengths)))
+            found.append((heads, keys, *results))
+        return found
+
+    def check(self, provider: str, output: Sequence[Tensor]) -> None:
+        names = ("dq", "dk", "dv")
+        for name, tensor in zip(names, output, strict=True):
+            assert torch.isfinite(tensor).all(), f"{name}: not finite"
+        for heads, keys, exact, eager in self.truth:
+            for name, tensor, wanted, plain in zip(names, output, exact, eager, strict=True):
+                actual = tensor[0][:, heads if name == "dq" else keys]
+                if provider.startswith("warpform"):
+                    assert_close(name, actual, wanted, plain, gradient=True)
+                else:
+                    harness.assert_near(name, actual, wanted, plain)
 
 
 def test_ring(spec: Spec, provider: str, measure: Callable[[harness.Spec, str], None]) -> None:

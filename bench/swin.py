@@ -75,7 +75,8 @@ def specs(session: Session) -> list[Spec]:
                 "window": f"{window}x{window}",
             }  # fmt: skip
             shape = (batch, image, window, width, depths, heads)
-            found.append(Spec(name, direction, tuple(columns.items()), PROVIDERS, *shape))
+            main = harness.is_main(session, name == SWIN_T[0])
+            found.append(Spec(name, direction, tuple(columns.items()), PROVIDERS, *shape, main=main))
     return found
 
 

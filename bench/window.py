@@ -53,6 +53,9 @@ SIZES: dict[str, tuple[tuple[int, Sizes, Sizes, Sizes, int, int], ...]] = {
     ),
 }
 
+# The windows of main workloads; of each the one with the most tokens.
+MAIN = ((7, 7), (16, 16), (8, 7, 7))
+
 
 @dataclass(frozen=True)
 class Spec(harness.Spec):
@@ -68,6 +71,19 @@ class Spec(harness.Spec):
     def __str__(self) -> str:
         where = f"B{self.batch}-{_by(self.grid)}-W{_by(self.window)}-S{_by(self.shift)}"
         return f"{self.kernel}-{self.direction}-{where}-H{self.heads}-D{self.head_dim}"
+
+    def work(self, itemsize: int) -> tuple[float, float]:
+        """Two products forward and five backward, of 2 operations for each of N keys of a token.
+
+        A token has heads * head_dim values in each of q, k, v and out. Forward reads three and writes one; backward
+        reads q, k, v and dout and writes dq, dk and dv, for the rows of a window fit on the chip and are made again.
+        The table is read twice, its gradient written once.
+        """
+        width, tokens = self.heads * self.head_dim, self.batch * math.prod(self.grid)
+        entries = math.prod(2 * w - 1 for w in self.window)
+        products, values, tables = (7, 4 + 7, 3) if self.direction == "forward+backward" else (2, 4, 1)
+        flops = 2 * products * tokens * math.prod(self.window) * width
+        return flops, (values * tokens * width + tables * entries * self.heads) * itemsize
 
     def build(self, session: Session) -> WindowCase:
         return WindowCase(self, session)
@@ -88,8 +104,10 @@ def specs(session: Session) -> list[Spec]:
             "grid": _by(grid), "window": _by(window), "shift": _by(shift),
         }  # fmt: skip
         shape = (batch, grid, window, shift, heads, head_dim)
+        main = window in MAIN and any(shift) and not any(s.window == window for s in found)
+        main = harness.is_main(session, main)
         for direction in ("forward", "forward+backward"):
-            found.append(Spec("window_attention", direction, tuple(columns.items()), PROVIDERS, *shape))
+            found.append(Spec("window_attention", direction, tuple(columns.items()), PROVIDERS, *shape, main=main))
     return found
 
 
@@ -106,15 +124,7 @@ class WindowCase(Case):
         self.tokens = math.prod(spec.window)
         entries = math.prod(2 * w - 1 for w in spec.window)
         size = session.dtype.itemsize
-        # A token has `width` values in each of q, k, v and out. Forward reads three and writes one; backward reads q,
-        # k, v and dout and writes dq, dk and dv, for the rows of a window fit on the chip and are made again. The table
-        # is read twice, its gradient written once.
-        self.bytes = ((4 + 7) * tokens * width + 3 * entries * spec.heads) * size
-        # Two products forward and five backward, of 2 operations for each of N keys of a token.
-        self.flops = 2 * 7 * tokens * self.tokens * width
-        if not self.backward:
-            self.bytes = (4 * tokens * width + entries * spec.heads) * size
-            self.flops = 2 * 2 * tokens * self.tokens * width
+        self.flops, self.bytes = spec.work(size)
         make = functools.partial(torch.randn, device=self.device, dtype=session.dtype)
         self.inputs = []
         for _ in range(harness.copies(self.device, 4 * tokens * width * size)):

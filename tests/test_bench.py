@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
 FAMILIES = (
     "attention", "disentangled_attention", "encoder", "fft_conv", "hidden", "host", "m2", "models", "monarch", "ring",
-    "swin", "window",
+    "short_conv", "swin", "window",
 )  # fmt: skip
 if not BENCH.is_dir():
     pytest.skip("needs a checkout", allow_module_level=True)
@@ -46,7 +46,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-harness, report = load("harness"), load("report")
+harness, report, conftest = load("harness"), load("report"), load("conftest")
 
 
 @pytest.fixture(scope="module")
@@ -243,12 +243,12 @@ def test_only_what_agrees_is_timed() -> None:
     session._spec, session._case = spec, _Case()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(harness.DEADLINES, "", 1.0)
-        session.measure(spec, "warpform", _Benchmark())
+        conftest.measure_one(session, spec, "warpform", _Benchmark())
         with pytest.raises(AssertionError, match="got 2"):
-            session.measure(spec, "wrong", _Benchmark())
+            conftest.measure_one(session, spec, "wrong", _Benchmark())
         for provider in ("absent", "broken"):
             with pytest.raises(pytest.skip.Exception):
-                session.measure(spec, provider, _Benchmark())
+                conftest.measure_one(session, spec, provider, _Benchmark())
     session.flush()
     states = {row["provider"]: row["status"] for row in session.rows}
     assert states["warpform"] == "ok" and states["wrong"].startswith("disagrees: got 2")

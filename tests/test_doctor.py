@@ -175,11 +175,18 @@ def test_backend_of_each_op(monkeypatch):
         ("12.8", "", None),
     ],
 )
-def test_what_an_old_driver_needs(driver, built, says):
+def test_what_an_old_driver_needs(monkeypatch, driver, built, says):
+    monkeypatch.setattr(_library, "stale_sources", lambda: None)
     sentence = doctor._old_driver(driver, built)
     assert sentence is None if says is None else says in sentence
     machine = {"driver_cuda": driver, "gpus": [{"name": "GPU"}]}
     assert doctor._advice({"binary": {"cuda": built}, "machine": machine}) == ([sentence] if sentence else [])
+
+
+def test_a_library_of_other_sources_is_told(monkeypatch, capsys, quick):
+    monkeypatch.setattr(_library, "stale_sources", lambda: "the library was built from other sources")
+    assert doctor.main([]) == 0
+    assert "advice    the library was built from other sources" in capsys.readouterr().out.splitlines()
 
 
 def test_commands(capsys):

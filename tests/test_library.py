@@ -1,19 +1,23 @@
-"""Loading: importing never fails, and the first use says in one sentence what is wrong."""
+"""Loading: importing never fails, and the first use says what is wrong, with every reason that is known."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 import warpform
-from warpform import _env, _library
+from helpers import elf
+from warpform import _elf, _env, _library
+from warpform._sources import sources_hash
 
 PACKAGE = Path(warpform.__file__).resolve().parent
 
@@ -108,11 +112,141 @@ def test_library_missing(copy):
     assert f"{copy}/warpform/libwarpform.so does not exist" in found["ops"] and "pip install" in found["ops"]
 
 
-def test_library_corrupt(copy):
-    (copy / "warpform" / "libwarpform.so").write_bytes(b"\x7fELF" + bytes(100))
+def test_library_that_torch_cannot_load(copy):
+    """torch says no more than that it failed; what the dynamic loader said is the cause of its error."""
+    library = copy / "warpform" / "libwarpform.so"
+    wanted = [s.name for s in elf.read(library).symbols if not s.defined and not s.weak and s.name.startswith("aoti_")]
+    name = wanted[0].encode()
+    library.write_bytes(library.read_bytes().replace(b"\0" + name + b"\0", b"\0" + name[:-1] + b"?\0"))
     found = report(copy)
     assert not found["loaded"]
-    assert "could not be loaded with torch" in found["ops"] and "rebuild it" in found["ops"]
+    first, *rest = found["ops"].splitlines()
+    assert f"{library} could not be loaded with torch {torch.__version__}" in first and "rebuild it" in first
+    assert any("undefined symbol" in line and name[:-1].decode() + "?" in line for line in rest)
+
+
+def _patched(content: bytes, at: int, value: bytes) -> bytes:
+    return content[:at] + value + content[at + len(value) :]
+
+
+def _cuts(content: bytes) -> dict[str, int]:
+    """Lengths that a truncated copy of an ELF file may have, by the part in which it ends."""
+    segments, sections = struct.unpack_from("<QQ", content, 32)
+    count = struct.unpack_from("<H", content, 56)[0]
+    of_segments = [struct.unpack_from("<IIQQQQ", content, segments + 56 * i) for i in range(count)]
+    loaded = [(s[2], s[5]) for s in of_segments if s[0] == 1]
+    cuts = {"magic": 3, "header": 40, "table of segments": segments + 56, "first page": 4096}
+    cuts |= {"sections": sections + 100}
+    cuts |= {f"segment {i}": offset + length // 2 for i, (offset, length) in enumerate(loaded)}
+    return cuts | {"last byte": len(content) - 1}
+
+
+# Loads every library that it is given; a loader that trusts one of them does not live to tell.
+LOAD_EACH = """
+import json, pathlib, sys
+from warpform import _library
+errors = []
+for path in map(pathlib.Path, sys.argv[1:]):
+    _library.library_path = lambda path=path: path
+    assert not _library.load()
+    errors.append(str(_library.load_error()))
+print(json.dumps(errors))
+"""
+
+
+def test_library_cut_off(copy):
+    """Loaded without a look at its length, it would end Python with SIGBUS."""
+    library = copy / "warpform" / "libwarpform.so"
+    content = library.read_bytes()
+    assert _elf.fault(library) is None
+    cuts = _cuts(content)
+    paths = [copy / f"{length}.so" for length in (len(content) // 2, *cuts.values())]
+    for path in (library, *paths):
+        path.write_bytes(content[: int(path.stem) if path != library else 4096])
+    env = {**os.environ, "PYTHONPATH": str(copy)}
+    command = [sys.executable, "-c", LOAD_EACH, *map(str, paths)]
+    done = subprocess.run(command, env=env, cwd=copy, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    for path, error in zip(paths, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        assert error.startswith(f"warpform: {path} is cut off: it has {path.stem} of "), error
+        assert error.endswith(f"; rebuild it with {_library.REBUILD}, or copy it again")
+
+
+def test_library_without_sections_is_judged_by_its_segments(copy):
+    """The table of sections, which stands last, may be stripped."""
+    library = copy / "warpform" / "libwarpform.so"
+    content = library.read_bytes()
+    segments, sections = struct.unpack_from("<QQ", content, 32)
+    count = struct.unpack_from("<H", content, 56)[0]
+    of_segments = [struct.unpack_from("<IIQQQQ", content, segments + 56 * i) for i in range(count)]
+    end = max(s[2] + s[5] for s in of_segments if s[0] == 1)
+    assert end < sections
+    stripped = _patched(_patched(content[:end], 40, bytes(8)), 60, bytes(2))
+    library.write_bytes(stripped)
+    assert _elf.fault(library) is None
+    library.write_bytes(stripped[:-1])
+    assert _elf.fault(library) == f"is cut off: it has {end - 1} of {end} bytes"
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda _: b"", "is empty"),
+        (lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a pointer of Git LFS"),
+        (lambda _: b"\n<!DOCTYPE html><html>404</html>", "is a web page"),
+        (lambda _: b"PK\x03\x04 a wheel", "is no shared library"),
+        (lambda c: _patched(c, 4, b"\1"), "is no shared library of a 64-bit little-endian machine"),
+        (lambda c: _patched(c, 18, struct.pack("<H", 62 if c[18] == 183 else 183)), "is for "),
+        (lambda c: _patched(c, 18, struct.pack("<H", 243)), "is for ELF machine 243, this machine is "),
+        (lambda c: _patched(c, 32, b"\xff" * 8), "is cut off"),
+    ],
+    ids=("empty", "lfs", "html", "zip", "32-bit", "other-machine", "unknown-machine", "nonsense"),
+)
+def test_library_that_is_none(tmp_path: Path, change: Callable[[bytes], bytes], fault: str):
+    path = tmp_path / "libwarpform.so"
+    path.write_bytes(change((PACKAGE / "libwarpform.so").read_bytes()))
+    assert (_elf.fault(path) or "").startswith(fault)
+
+
+def test_every_reason_is_told():
+    try:
+        try:
+            raise OSError("libx.so: undefined symbol: y\nand a second line")
+        except OSError as cause:
+            raise RuntimeError("it failed\nException raised from f at g.cpp:1\nframe #0: h") from cause
+    except RuntimeError as error:
+        lines = str(_library._failure("loading failed", error, "rebuild it")).splitlines()
+    assert lines == [
+        "warpform: loading failed (RuntimeError: it failed); rebuild it",
+        "  OSError: libx.so: undefined symbol: y",
+        "  and a second line",
+    ]
+
+
+def test_stale_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The library's own hash against that of the checkout around it."""
+    built: dict[str, str] = {}
+    monkeypatch.setattr(_library, "library_path", lambda: tmp_path / "python" / "warpform" / "libwarpform.so")
+    monkeypatch.setattr(_library, "build_info", lambda: built)
+    monkeypatch.setattr(_library, "_loaded", True)
+    csrc = tmp_path / "csrc"
+    built["sources"] = "0" * 64
+    assert _library.stale_sources() is None  # no checkout, as where a wheel is installed
+    (csrc / "simt").mkdir(parents=True)
+    (csrc / "a.cu").write_text("one")
+    stale = _library.stale_sources()
+    assert stale is not None and str(csrc) in stale and "rebuild it" in stale
+    built["sources"] = sources_hash(csrc)
+    assert _library.stale_sources() is None
+    (csrc / "simt" / "host.cpp").write_text("no part of the library")
+    assert _library.stale_sources() is None
+    (csrc / "a.cu").rename(csrc / "b.cu")
+    assert _library.stale_sources() is not None
+    del built["sources"]
+    assert _library.stale_sources() is None  # a library that does not say
+    built["sources"] = "0" * 64
+    monkeypatch.setattr(_library, "_loaded", False)
+    assert _library.stale_sources() is None
 
 
 def test_second_copy_of_the_library(copy, tmp_path):

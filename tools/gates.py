@@ -81,6 +81,10 @@ OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(ATTENTION, r"HMMA\.16816\.F32"),  # tensor cores, accumulating in float32
     OpcodeRule(ATTENTION, r"LDSM\."),  # ldmatrix
     OpcodeRule(ATTENTION, r"LDGSTS\."),  # cp.async
+    # The sums of dQ: two floats at once, where the machine has it.
+    OpcodeRule(r"varlen_attention_backward_keys<.*(PlainScore|BiasedScore)", r"REDG?\.E\.ADD\.F32x2", ("sm_90a",)),
+    OpcodeRule(r"column_sum_(whole|split)<true>", r"LDG\..*128"),
+    OpcodeRule(r"column_sum_(whole|split)<true>", r"STG\..*128"),
     OpcodeRule(MONARCH, r"HMMA\.16816\.F32"),
     OpcodeRule(MONARCH, r"LDSM\."),
     OpcodeRule(MONARCH, r"LDGSTS\."),

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "device/accumulate.cuh"
 #include "device/launch.cuh"
 #include "device/memory.cuh"
 #include "device/ptx.cuh"
@@ -207,6 +208,21 @@ __global__ void atomics_add(const __grid_constant__ InstructionParams p) {
   atomic_add_global(reinterpret_cast<int*>(out) + 1, 1);
 }
 
+// out [18, 24] = 1, + what a warp with the accumulators a [16, 16] adds, times 2, from row 1, column 2 on; b: rows and
+// columns that it may reach
+__global__ void ones(const __grid_constant__ InstructionParams p) {
+  for (int i = static_cast<int>(threadIdx.x); i < 18 * 24; i += 32) put(p.out, i, 1.0f);
+}
+template <bool kPaired>
+__global__ void add_accumulators(const __grid_constant__ InstructionParams p) {
+  float acc[2][4];
+  for_each_accumulator<1, 2>([&](int, int n, int e) {
+    acc[n][e] = at<float>(p.a, (lane_id() / 4 + e / 2 * 8) * 16 + 8 * n + lane_id() % 4 * 2 + e % 2);
+  });
+  add_accumulators_global<kPaired>(static_cast<float*>(p.out) + 24 + 2, 24, at<int32_t>(p.b, 0), at<int32_t>(p.b, 1),
+                                   acc, 2.0f);
+}
+
 // out int32 [blocks * threads]: the order in which threads came, to see that the seed decides it; a counts the arrivals
 __global__ void order(const __grid_constant__ InstructionParams p) {
   int* counter = static_cast<int*>(p.out);
@@ -268,6 +284,7 @@ std::vector<int64_t> accumulator(const Tensor&) { return {16, 8}; }
 std::vector<int64_t> registers(const Tensor&) { return {32, 4, 2}; }
 std::vector<int64_t> as_a(const Tensor& a) { return {a.numel()}; }
 std::vector<int64_t> two_values(const Tensor&) { return {2}; }
+std::vector<int64_t> sums(const Tensor&) { return {18, 24}; }
 std::vector<int64_t> arrivals(const Tensor&) { return {1 + 8 * 64}; }
 
 constexpr int kSharedBytes = 3 * 128 * 16;
@@ -282,6 +299,11 @@ void run_atomics(const InstructionParams& p) {
 void run_order(const InstructionParams& p) {
   *static_cast<int*>(p.out) = 0;
   run<order, 64, 8>(p);
+}
+template <bool kPaired>
+void run_add_accumulators(const InstructionParams& p) {
+  run<ones, 32>(p);
+  run<add_accumulators<kPaired>, 32, 3>(p);
 }
 template <class Function>
 constexpr Instruction lanes() {
@@ -314,6 +336,8 @@ const std::map<std::string, Instruction> kInstructions = {
     {"producer_consumer", {run<producer_consumer, 128>, as_a, ScalarType::Float}},
     {"copy_pipeline", {run<copy_pipeline, 128>, as_a, ScalarType::Float}},
     {"atomics", {run_atomics, two_values, ScalarType::Float}},
+    {"add_accumulators", {run_add_accumulators<false>, sums, ScalarType::Float}},
+    {"add_accumulators_paired", {run_add_accumulators<true>, sums, ScalarType::Float}},
     {"order", {run_order, arrivals, ScalarType::Int}},
     {"exit_before_barrier", {run<exit_before_barrier, 128>, as_a, ScalarType::Float}},
     {"half_words", {run<half_words, 128>, as_a, ScalarType::Int}},

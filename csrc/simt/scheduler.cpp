@@ -422,6 +422,8 @@ void configure(uint64_t new_seed, const Device& device) {
   device_properties = device;
 }
 
+void claim(const DeviceFacts& facts) { device_properties.facts = facts; }
+
 const Device& device() { return device_properties; }
 
 uint32_t draw(uint32_t n) { return seed == 0 ? 0 : next_random() % n; }

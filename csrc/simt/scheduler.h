@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/device_facts.h"
 #include "simt/builtins.h"
 #include "simt/copies.h"
 #include "simt/fibre.h"
@@ -131,12 +132,16 @@ struct Kernel {
 void begin_op(const char* op);
 void run_grid(const Kernel& kernel, dim3 grid, int threads, int shared_bytes);
 
+constexpr int kRuntimeVersion = 13000;  // of CUDA, as cuda_runtime_version() has it
+
 // What kernels find when they ask for the device's properties.
 struct Device {
   int sm_count = 4;
   int shared_memory_limit = 227 * 1024;
+  DeviceFacts facts = {.driver = kRuntimeVersion, .capability = 90, .code = DeviceCode::kFound};
 };
 void configure(uint64_t seed, const Device& device);
+void claim(const DeviceFacts& facts);
 const Device& device();
 
 // A random number below n, from the seed; 0 with seed 0.

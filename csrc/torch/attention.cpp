@@ -55,7 +55,8 @@ void check_arguments(const char* op, const Arguments& a) {
 }
 
 // Why no kernel serves the call, or null.
-const char* no_kernel(const Arguments& a, bool backward) {
+const char* no_kernel(const Launch& launch, const Arguments& a, bool backward) {
+  if (const char* reason = launch.unusable()) return reason;
   if (const char* reason = no_attention_kernel(a.q, a.k, a.softmax_scale)) return reason;
   return attention_unsupported(static_cast<int>(std::min<int64_t>(a.q.size(2), INT32_MAX)), backward);
 }
@@ -109,9 +110,8 @@ ForwardResult varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q
               alibi_slopes,
               deterministic};
   check_arguments(kOp, a);
-  const Launch launch(kOp, q);  // what a kernel needs is asked of the tensors' own GPU
-  const char* reason = reference_requested() ? kReferenceRequested : no_kernel(a, /*backward=*/false);
-  if (reason != nullptr) {
+  const Launch launch(kOp, q);
+  if (const char* reason = no_kernel(launch, a, /*backward=*/false)) {
     return call_reference<Tensor, Tensor>(kOp, reason, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                                           softmax_scale, causal, window_left, window_right, softcap, alibi_slopes,
                                           deterministic);
@@ -158,9 +158,8 @@ BackwardResult varlen_attention_backward(Tensor dout, std::optional<Tensor> dlse
           kOp, ": ", name, " must have the shape and dtype of q, ", Got{q}, ", got ", Got{t});
     check_same_device(kOp, name, t, q);
   }
-  const Launch launch(kOp, q);  // what a kernel needs is asked of the tensors' own GPU
-  const char* reason = reference_requested() ? kReferenceRequested : no_kernel(a, /*backward=*/true);
-  if (reason != nullptr) {
+  const Launch launch(kOp, q);
+  if (const char* reason = no_kernel(launch, a, /*backward=*/true)) {
     return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dout, dlse, q, k, v, out, lse, cu_seqlens_q,
                                                   cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
                                                   window_left, window_right, softcap, alibi_slopes, deterministic);

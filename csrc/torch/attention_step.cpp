@@ -76,9 +76,11 @@ void check_state(const char* op, const char* name, const Tensor& t, const std::v
 bool steps_too_far(int64_t rows, int64_t stride) { return rows > 1 && stride > kMaxStepSpan / (rows - 1); }
 
 // Why no kernel serves the call, or null.
-const char* no_kernel(const Arguments& a, bool backward) {
-  const char* reason =
-      no_attention_kernel(a.q.scalar_type(), a.tokens(a.q), a.tokens(a.k), a.heads(a.q), a.softmax_scale);
+const char* no_kernel(const Launch& launch, const Arguments& a, bool backward) {
+  const char* reason = launch.unusable();
+  if (reason == nullptr) {
+    reason = no_attention_kernel(a.q.scalar_type(), a.tokens(a.q), a.tokens(a.k), a.heads(a.q), a.softmax_scale);
+  }
   if (reason != nullptr) return reason;
   if (a.batch() > kMaxTokens) return "more than 2^30 sequences";
   if (steps_too_far(a.rows(a.q), a.q_stride) || steps_too_far(a.rows(a.k), a.k_stride)) {
@@ -183,9 +185,8 @@ ForwardResult attention_step(Tensor q, Tensor k, Tensor v, std::optional<Tensor>
                     q_offset, k_offset, q_stride, k_stride,      cu_seqlens_q, cu_seqlens_k};
   check_arguments(kOp, a);
   check(out.has_value() == lse.has_value(), kOp, ": out and lse must both be given, or neither");
-  const Launch launch(kOp, q);  // what a kernel needs is asked of the tensors' own GPU
-  const char* reason = reference_requested() ? kReferenceRequested : no_kernel(a, /*backward=*/false);
-  if (reason != nullptr) {
+  const Launch launch(kOp, q);
+  if (const char* reason = no_kernel(launch, a, /*backward=*/false)) {
     return call_reference<Tensor, Tensor>(kOp, reason, q, k, v, out, lse, softmax_scale, causal, window_left,
                                           window_right, q_offset, k_offset, q_stride, k_stride, cu_seqlens_q,
                                           cu_seqlens_k);
@@ -225,9 +226,8 @@ BackwardResult attention_step_backward(Tensor dout, Tensor delta, Tensor q, Tens
   check(same_sizes(dout, q) && dout.scalar_type() == q.scalar_type(), kOp,
         ": dout must have the shape and dtype of q, ", Got{q}, ", got ", Got{dout});
   check_same_device(kOp, "dout", dout, q);
-  const Launch launch(kOp, q);  // what a kernel needs is asked of the tensors' own GPU
-  const char* reason = reference_requested() ? kReferenceRequested : no_kernel(a, /*backward=*/true);
-  if (reason != nullptr) {
+  const Launch launch(kOp, q);
+  if (const char* reason = no_kernel(launch, a, /*backward=*/true)) {
     return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dout, delta, q, k, v, lse, dq, dk, dv, softmax_scale,
                                                   causal, window_left, window_right, q_offset, k_offset, q_stride,
                                                   k_stride, cu_seqlens_q, cu_seqlens_k, deterministic);

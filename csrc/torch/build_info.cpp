@@ -1,6 +1,7 @@
 #include "build_info.h"
 
 #include "kernels/attention/launch.h"
+#include "kernels/device_facts.h"
 #include "kernels/encoder/launch.h"
 #include "kernels/fft_conv/launch.h"
 #include "kernels/hidden/launch.h"
@@ -9,6 +10,11 @@
 #include "kernels/window/launch.h"
 
 // The build defines these; the defaults serve a compile by hand.
+#if __has_include("sources_hash.h")
+#include "sources_hash.h"
+#else
+#define WARPFORM_SOURCES ""
+#endif
 #ifndef WARPFORM_VERSION
 #define WARPFORM_VERSION "unknown"
 #endif
@@ -24,10 +30,37 @@
 
 namespace warpform {
 
+std::string built_architectures() { return WARPFORM_CUDA_ARCHS; }
+
+std::string cuda_version(int number) {
+  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+}
+
+#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
+namespace {
+std::string runtime() { return cuda_version(cuda_runtime_version()); }
+}  // namespace
+#else
+namespace {
+std::string runtime() { return ""; }
+}  // namespace
+#endif
+
+// cuda: the compiler's version; cuda_runtime: that of the runtime in the library, which the driver must serve; sources:
+// the hash of csrc that python/warpform/_sources.py defines.
 std::string build_info() {
-  return std::string("{\"version\": \"") + WARPFORM_VERSION + "\", \"cuda\": \"" + WARPFORM_CUDA_VERSION +
-         "\", \"cuda_archs\": \"" + WARPFORM_CUDA_ARCHS + "\", \"torch_headers\": \"" + WARPFORM_TORCH_VERSION +
-         "\", \"compiler\": \"" + __VERSION__ + "\"}";
+  std::string text = "{";
+  const auto add = [&](const char* name, const std::string& value) {
+    text += std::string(text.size() > 1 ? ", \"" : "\"") + name + "\": \"" + value + "\"";
+  };
+  add("version", WARPFORM_VERSION);
+  add("cuda", WARPFORM_CUDA_VERSION);
+  add("cuda_runtime", runtime());
+  add("cuda_archs", WARPFORM_CUDA_ARCHS);
+  add("torch_headers", WARPFORM_TORCH_VERSION);
+  add("compiler", __VERSION__);
+  add("sources", WARPFORM_SOURCES);
+  return text + "}";
 }
 
 #if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)

@@ -6,6 +6,10 @@
 namespace warpform {
 
 std::string build_info();
+// The architectures that the kernels were built for, in CMake's notation, such as "80 90a-real".
+std::string built_architectures();
+// A version of CUDA, 1000 * major + 10 * minor, as "13.0".
+std::string cuda_version(int number);
 std::string kernel_table();
 
 }  // namespace warpform

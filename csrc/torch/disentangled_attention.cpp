@@ -93,7 +93,8 @@ Columns columns_of(const Arguments& a) {
 }
 
 // Why no kernel serves the call, or null.
-const char* no_kernel(const Arguments& a, const Columns& columns, bool backward) {
+const char* no_kernel(const Launch& launch, const Arguments& a, const Columns& columns, bool backward) {
+  if (const char* reason = launch.unusable()) return reason;
   const auto head_dim = static_cast<int>(std::min<int64_t>(a.q.size(2), INT32_MAX));
   if (const char* reason = no_attention_kernel(a.q, a.q, a.softmax_scale)) return reason;
   if (!a.has_terms()) return attention_unsupported(head_dim, backward);
@@ -180,10 +181,9 @@ ForwardResult disentangled_attention(Tensor q, Tensor k, Tensor v, std::optional
                     position_buckets,
                     max_relative_positions};
   check_arguments(kOp, a);
-  const Launch launch(kOp, q);  // what a kernel needs is asked of the tensors' own GPU
+  const Launch launch(kOp, q);
   const Columns columns = columns_of(a);
-  const char* reason = reference_requested() ? kReferenceRequested : no_kernel(a, columns, /*backward=*/false);
-  if (reason != nullptr) {
+  if (const char* reason = no_kernel(launch, a, columns, /*backward=*/false)) {
     return call_reference<Tensor, Tensor>(kOp, reason, q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, positions,
                                           softmax_scale, position_buckets, max_relative_positions);
   }
@@ -256,10 +256,9 @@ BackwardResult disentangled_attention_backward(Tensor dout, Tensor q, Tensor k, 
           " must have the shape and dtype of q, ", Got{q}, ", got ", Got{t});
     check_same_device(kOp, name, t, q);
   }
-  const Launch launch(kOp, q);  // what a kernel needs is asked of the tensors' own GPU
+  const Launch launch(kOp, q);
   const Columns columns = columns_of(a);
-  const char* reason = reference_requested() ? kReferenceRequested : no_kernel(a, columns, /*backward=*/true);
-  if (reason != nullptr) {
+  if (const char* reason = no_kernel(launch, a, columns, /*backward=*/true)) {
     return call_reference<Tensor, Tensor, Tensor, Tensor, Tensor>(kOp, reason, dout, q, k, v, pos_key, pos_query, out,
                                                                   lse, cu_seqlens, max_seqlen, positions, softmax_scale,
                                                                   position_buckets, max_relative_positions);

@@ -21,17 +21,17 @@ Plan packing_plan(Tensor mask, int64_t capacity) {
         ": mask and capacity must count at most 2^31 - 1 tokens, since cu_seqlens is int32; got ", Got{mask},
         " and capacity ", capacity);
   const int mask_bytes = static_cast<int>(mask.element_size());
-  if (reference_requested()) {
-    return call_reference<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(kOp, kReferenceRequested, mask, capacity);
+  const Launch launch(kOp, mask);
+  const char* reason = launch.unusable();
+  if (reason == nullptr && (mask_bytes == 2 || (seqlen > 1 && mask.stride(1) != 1))) {
+    reason = "the mask is int16 or its last dimension is not contiguous";
   }
-  if (mask_bytes == 2 || (seqlen > 1 && mask.stride(1) != 1)) {
-    return call_reference<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
-        kOp, "the mask is int16 or its last dimension is not contiguous", mask, capacity);
+  if (reason != nullptr) {
+    return call_reference<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(kOp, reason, mask, capacity);
   }
   Plan plan{empty(kOp, {batch + 1}, ScalarType::Int, mask),     empty(kOp, {batch}, ScalarType::Int, mask),
             empty(kOp, {capacity}, ScalarType::Long, mask),     empty(kOp, {capacity}, ScalarType::Long, mask),
             empty(kOp, {batch, seqlen}, ScalarType::Int, mask), empty(kOp, {2}, ScalarType::Long, mask)};
-  const Launch launch(kOp, mask);
   launch_packing_plan({.mask = launch.in(mask),
                        .mask_bytes = mask_bytes,
                        .mask_stride = mask.stride(0),
@@ -50,7 +50,7 @@ Plan packing_plan(Tensor mask, int64_t capacity) {
 
 // pack and unpack are one gather: the rows of `x` (its first `in_dims` dimensions) are read where `index` says. x is
 // contiguous: gradients often are not, and are copied before.
-Tensor gather(const char* op, const Tensor& x, int in_dims, const Tensor& index) {
+Tensor gather(const char* op, const Launch& launch, const Tensor& x, int in_dims, const Tensor& index) {
   std::vector<int64_t> sizes = sizes_of(index);
   int64_t in_rows = 1, row = 1;
   for (int64_t i = 0; i < x.dim(); ++i) {
@@ -63,7 +63,6 @@ Tensor gather(const char* op, const Tensor& x, int in_dims, const Tensor& index)
   }
   Tensor out = empty(op, sizes, x.scalar_type(), x);
   const int64_t row_bytes = row * static_cast<int64_t>(x.element_size());
-  const Launch launch(op, x);
   launch_gather_rows({.in = launch.in(x),
                       .out = launch.out(out),
                       .index = launch.in(index),
@@ -92,8 +91,11 @@ Tensor pack(Tensor x, Tensor indices, Tensor ranks) {
   check_packing(kOp, x, indices, ranks);
   check(x.dim() >= 2 && x.size(0) == ranks.size(0) && x.size(1) == ranks.size(1), kOp, ": x must be of shape [",
         ranks.size(0), ", ", ranks.size(1), ", ...] as the mask was, got ", Got{x});
-  if (reference_requested()) return std::get<0>(call_reference<Tensor>(kOp, kReferenceRequested, x, indices, ranks));
-  return gather(kOp, torch::stable::contiguous(x), 2, indices);
+  const Launch launch(kOp, x);
+  if (const char* reason = launch.unusable()) {
+    return std::get<0>(call_reference<Tensor>(kOp, reason, x, indices, ranks));
+  }
+  return gather(kOp, launch, torch::stable::contiguous(x), 2, indices);
 }
 
 Tensor unpack(Tensor t, Tensor indices, Tensor ranks) {
@@ -101,8 +103,11 @@ Tensor unpack(Tensor t, Tensor indices, Tensor ranks) {
   check_packing(kOp, t, indices, ranks);
   check(t.dim() >= 1 && t.size(0) == indices.size(0), kOp, ": t must be of shape [", indices.size(0),
         ", ...], the packed rows, got ", Got{t});
-  if (reference_requested()) return std::get<0>(call_reference<Tensor>(kOp, kReferenceRequested, t, indices, ranks));
-  return gather(kOp, torch::stable::contiguous(t), 1, ranks);
+  const Launch launch(kOp, t);
+  if (const char* reason = launch.unusable()) {
+    return std::get<0>(call_reference<Tensor>(kOp, reason, t, indices, ranks));
+  }
+  return gather(kOp, launch, torch::stable::contiguous(t), 1, ranks);
 }
 
 // ---- add_bias_residual_layer_norm and bias_gelu ----
@@ -159,8 +164,8 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
 const void* in_or_null(const Launch& launch, const std::optional<Tensor>& t) { return t ? launch.in(*t) : nullptr; }
 
 // Why no LayerNorm kernel takes x, or nothing.
-std::string layer_norm_unsupported(const Tensor& x, int64_t cols) {
-  if (reference_requested()) return kReferenceRequested;
+std::string layer_norm_unsupported(const Launch& launch, const Tensor& x, int64_t cols) {
+  if (const char* reason = launch.unusable()) return reason;
   if (x.scalar_type() == ScalarType::Double) return "float64";
   if (cols > kLayerNormMaxCols) {
     return "rows of " + std::to_string(cols) + " elements; the kernels take up to " + std::to_string(kLayerNormMaxCols);
@@ -181,7 +186,8 @@ Quadruple add_bias_residual_layer_norm(Tensor x, std::optional<Tensor> bias, std
   check(ln_bias.scalar_type() == weight.scalar_type() && (!bias || bias->scalar_type() == weight.scalar_type()), kOp,
         ": weight, ln_bias and bias must be of one dtype, got ", dtype_name(weight.scalar_type()), ", ",
         dtype_name(ln_bias.scalar_type()), " and ", bias ? dtype_name(bias->scalar_type()) : "none");
-  if (const std::string reason = layer_norm_unsupported(x, cols); !reason.empty()) {
+  const Launch launch(kOp, x);
+  if (const std::string reason = layer_norm_unsupported(launch, x, cols); !reason.empty()) {
     return call_reference<Tensor, Tensor, Tensor, Tensor>(kOp, reason, x, bias, residual, weight, ln_bias, eps,
                                                           return_sum);
   }
@@ -194,7 +200,6 @@ Quadruple add_bias_residual_layer_norm(Tensor x, std::optional<Tensor> bias, std
   Tensor sum = empty(kOp, return_sum ? sizes_of(x) : std::vector<int64_t>{0}, x.scalar_type(), x);
   Tensor mean = empty(kOp, {rows}, ScalarType::Float, x);
   Tensor rstd = empty(kOp, {rows}, ScalarType::Float, x);
-  const Launch launch(kOp, x);
   launch_layer_norm({.x = launch.in(x),
                      .residual = in_or_null(launch, residual),
                      .bias = in_or_null(launch, bias),
@@ -222,7 +227,8 @@ Quadruple add_bias_residual_layer_norm_backward(Tensor dout, std::optional<Tenso
   check_parameter(kOp, "weight", weight, cols, sum);
   check_statistics(kOp, "mean", mean, rows, sum);
   check_statistics(kOp, "rstd", rstd, rows, sum);
-  if (const std::string reason = layer_norm_unsupported(sum, cols); !reason.empty()) {
+  const Launch launch(kOp, sum);
+  if (const std::string reason = layer_norm_unsupported(launch, sum, cols); !reason.empty()) {
     return call_reference<Tensor, Tensor, Tensor, Tensor>(kOp, reason, dout, dsum, sum, weight, mean, rstd);
   }
   dout = torch::stable::contiguous(dout);
@@ -235,7 +241,6 @@ Quadruple add_bias_residual_layer_norm_backward(Tensor dout, std::optional<Tenso
   Tensor dbias = empty(kOp, {cols}, weight.scalar_type(), sum);
   Tensor dweight = empty(kOp, {cols}, weight.scalar_type(), sum);
   Tensor dln_bias = empty(kOp, {cols}, weight.scalar_type(), sum);
-  const Launch launch(kOp, sum);
   LayerNormBackwardParams params{.dout = launch.in(dout),
                                  .dsum = in_or_null(launch, dsum),
                                  .sum = launch.in(sum),
@@ -266,8 +271,8 @@ bool is_tanh(const char* op, const std::string& approximate) {
 }
 
 // Why no GELU kernel takes x, or nothing.
-std::string gelu_unsupported(const Tensor& x) {
-  if (reference_requested()) return kReferenceRequested;
+std::string gelu_unsupported(const Launch& launch, const Tensor& x) {
+  if (const char* reason = launch.unusable()) return reason;
   return x.scalar_type() == ScalarType::Double ? "float64" : "";
 }
 
@@ -276,13 +281,13 @@ Tensor bias_gelu(Tensor x, std::optional<Tensor> bias, std::string approximate) 
   const auto [rows, cols] = rows_of(kOp, "x", x);
   if (bias) check_parameter(kOp, "bias", *bias, cols, x);
   const bool tanh = is_tanh(kOp, approximate);
-  if (const std::string reason = gelu_unsupported(x); !reason.empty()) {
+  const Launch launch(kOp, x);
+  if (const std::string reason = gelu_unsupported(launch, x); !reason.empty()) {
     return std::get<0>(call_reference<Tensor>(kOp, reason, x, bias, approximate));
   }
   x = torch::stable::contiguous(x);
   bias = contiguous(bias);
   Tensor out = empty(kOp, sizes_of(x), x.scalar_type(), x);
-  const Launch launch(kOp, x);
   launch_bias_gelu({.x = launch.in(x),
                     .bias = in_or_null(launch, bias),
                     .out = launch.out(out),
@@ -302,7 +307,8 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor dout, Tensor x, std::option
   check_like(kOp, "dout", dout, "x", x);
   if (bias) check_parameter(kOp, "bias", *bias, cols, x);
   const bool tanh = is_tanh(kOp, approximate);
-  if (const std::string reason = gelu_unsupported(x); !reason.empty()) {
+  const Launch launch(kOp, x);
+  if (const std::string reason = gelu_unsupported(launch, x); !reason.empty()) {
     return call_reference<Tensor, Tensor>(kOp, reason, dout, x, bias, approximate);
   }
   dout = torch::stable::contiguous(dout);
@@ -310,7 +316,6 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor dout, Tensor x, std::option
   bias = contiguous(bias);
   Tensor dx = empty(kOp, sizes_of(x), x.scalar_type(), x);
   Tensor dbias = empty(kOp, {bias ? cols : 0}, bias ? bias->scalar_type() : x.scalar_type(), x);
-  const Launch launch(kOp, x);
   BiasGeluBackwardParams params{.dout = launch.in(dout),
                                 .x = launch.in(x),
                                 .bias = in_or_null(launch, bias),

@@ -50,9 +50,9 @@ void check_arguments(const char* op, const Arguments& a) {
 }
 
 // Why no kernel serves the call, or null.
-const char* no_kernel(const Arguments& a) {
+const char* no_kernel(const Launch& launch, const Arguments& a) {
+  if (const char* reason = launch.unusable()) return reason;
   const ScalarType dtype = a.u.scalar_type();
-  if (reference_requested()) return kReferenceRequested;
   if (dtype != ScalarType::Half && dtype != ScalarType::BFloat16) return "the kernels take float16 and bfloat16";
   for (const auto& gate : {a.pregate, a.postgate}) {
     if (gate && gate->scalar_type() != dtype) return "a gate is not of u's dtype";
@@ -138,8 +138,8 @@ Tensor spectral_conv(Tensor u, Tensor spectrum, std::optional<Tensor> skip, std:
   constexpr const char* kOp = "spectral_conv";
   Arguments a{u, spectrum, skip, pregate, postgate};
   check_arguments(kOp, a);
-  const Launch launch(kOp, u);  // what a kernel needs is asked of the tensors' own GPU
-  if (const char* reason = no_kernel(a)) {
+  const Launch launch(kOp, u);
+  if (const char* reason = no_kernel(launch, a)) {
     return std::get<0>(call_reference<Tensor>(kOp, reason, u, spectrum, skip, pregate, postgate));
   }
   const Tensor out = empty(kOp, sizes_of(u), u.scalar_type(), u);
@@ -166,7 +166,7 @@ BackwardResult spectral_conv_backward(Tensor dout, Tensor u, Tensor spectrum, st
   check(dout.scalar_type() == u.scalar_type(), kOp, ": dout must have the dtype of u, ", dtype_name(u.scalar_type()),
         ", got ", dtype_name(dout.scalar_type()));
   const Launch launch(kOp, u);
-  if (const char* reason = no_kernel(a)) {
+  if (const char* reason = no_kernel(launch, a)) {
     return call_reference<Tensor, Tensor, Tensor, Tensor, Tensor>(kOp, reason, dout, u, spectrum, skip, pregate,
                                                                   postgate);
   }

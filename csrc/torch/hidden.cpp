@@ -37,12 +37,12 @@ Tensor routing_mask(Tensor idx, int64_t num_groups, int64_t num_shared) {
   check(num_shared >= 0 && num_shared <= num_groups, kOp, ": num_shared must be within 0 to num_groups, ", num_groups,
         ", got ", num_shared);
   check(idx.size(0) <= INT32_MAX && idx.size(1) <= INT32_MAX, kOp, ": idx has too many elements, got ", Got{idx});
-  if (reference_requested()) {
-    return std::get<0>(call_reference<Tensor>(kOp, kReferenceRequested, idx, num_groups, num_shared));
+  const Launch launch(kOp, idx);
+  if (const char* reason = launch.unusable()) {
+    return std::get<0>(call_reference<Tensor>(kOp, reason, idx, num_groups, num_shared));
   }
   idx = torch::stable::contiguous(idx);
   Tensor out = empty(kOp, {idx.size(0)}, ScalarType::Long, idx);
-  const Launch launch(kOp, idx);
   launch_routing_mask({.idx = launch.in(idx),
                        .group_mask = launch.out<int64_t>(out),
                        .tokens = idx.size(0),
@@ -74,7 +74,8 @@ PlanTensors routing_plan(Tensor group_mask, std::optional<Tensor> token_class, i
     return call_reference<Tensor, Tensor, Tensor, Tensor>(kOp, reason, group_mask, token_class, num_groups, num_classes,
                                                           tile);
   };
-  if (reference_requested()) return reference(kReferenceRequested);
+  const Launch launch(kOp, group_mask);
+  if (const char* reason = launch.unusable()) return reference(reason);
   if (num_classes > kMaxClasses) return reference("the kernels sort up to 256 classes");
   if (token_class && token_class->scalar_type() != ScalarType::Long) return reference("token_class is not int64");
   const int64_t tiles = (tokens + tile - 1) / tile + num_classes;
@@ -87,7 +88,6 @@ PlanTensors routing_plan(Tensor group_mask, std::optional<Tensor> token_class, i
   Tensor tile_mask = empty(kOp, {tiles}, ScalarType::Long, group_mask);
   Tensor tile_class = empty(kOp, {tiles}, ScalarType::Int, group_mask);
   Tensor workspace = empty(kOp, {routing_plan_workspace(tokens)}, ScalarType::Int, group_mask);
-  const Launch launch(kOp, group_mask);
   launch_routing_plan({.group_mask = launch.in<int64_t>(group_mask),
                        .token_class = token_class ? launch.in<int64_t>(*token_class) : nullptr,
                        .perm = launch.out<int32_t>(perm),
@@ -189,8 +189,8 @@ void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t outpu
 }
 
 // Why no kernel serves these widths, or null.
-const char* no_kernel(const Plan& plan, const Tensor& x, int64_t routed, int64_t other) {
-  if (reference_requested()) return kReferenceRequested;
+const char* no_kernel(const Launch& launch, const Plan& plan, const Tensor& x, int64_t routed, int64_t other) {
+  if (const char* reason = launch.unusable()) return reason;
   if (x.scalar_type() != ScalarType::Half && x.scalar_type() != ScalarType::BFloat16) {
     return "the kernels take float16 and bfloat16";
   }
@@ -258,15 +258,14 @@ int64_t bias_stride(const std::optional<Tensor>& bias) { return bias && bias->di
 // ---- the products ----
 
 // x times w, or w transposed, from the groups of x.
-Tensor gather(const char* op, const Tensor& x, const Tensor& w, bool swapped, const std::optional<Tensor>& gates_,
-              const std::optional<Tensor>& bias_, const Plan& plan) {
+Tensor gather(const char* op, const Launch& launch, const Tensor& x, const Tensor& w, bool swapped,
+              const std::optional<Tensor>& gates_, const std::optional<Tensor>& bias_, const Plan& plan) {
   const int64_t outputs = w.size(w.dim() - (swapped ? 1 : 2));
   Tensor out = empty(op, {x.size(0), outputs}, x.scalar_type(), x);
   if (out.numel() == 0) return out;
   const Tensor rows = readable(x);
   const WeightView view(w, swapped);
   const auto gates = made_contiguous(gates_), bias = made_aligned(bias_);
-  const Launch launch(op, x);
   launch_hidden_gather(op,
                        {.routes = plan.routes(launch, x.size(1), outputs),
                         .w = view.weight(launch),
@@ -285,9 +284,9 @@ struct Scattered {
   Tensor out, ungated, dots;
 };
 
-Scattered scatter(const char* op, const Tensor& x, const Tensor& w, bool swapped, const std::optional<Tensor>& gates_,
-                  const std::optional<Tensor>& bias_, const std::optional<Tensor>& dot_with_, bool keep_ungated,
-                  const Plan& plan) {
+Scattered scatter(const char* op, const Launch& launch, const Tensor& x, const Tensor& w, bool swapped,
+                  const std::optional<Tensor>& gates_, const std::optional<Tensor>& bias_,
+                  const std::optional<Tensor>& dot_with_, bool keep_ungated, const Plan& plan) {
   const int64_t tokens = x.size(0), outputs = w.size(w.dim() - (swapped ? 1 : 2));
   const std::vector<int64_t> none = {0}, sizes = {tokens, outputs};
   const int64_t blocks = (outputs / plan.num_groups + kHiddenBlock - 1) / kHiddenBlock;
@@ -300,7 +299,6 @@ Scattered scatter(const char* op, const Tensor& x, const Tensor& w, bool swapped
   const WeightView view(w, swapped);
   const auto gates = made_contiguous(gates_), bias = made_aligned(bias_);
   const auto dot_with = dot_with_ ? std::optional<Tensor>(readable(*dot_with_)) : std::nullopt;
-  const Launch launch(op, x);
   launch_hidden_scatter(op,
                         {.routes = plan.routes(launch, outputs, x.size(1)),
                          .w = view.weight(launch),
@@ -335,11 +333,12 @@ Tensor hidden_gather_linear(Tensor x, Tensor w, std::optional<Tensor> gates, std
   check_divides(kOp, "w's outputs", outputs, plan.num_out());
   check_gates(kOp, gates, plan, x);
   check_bias(kOp, bias, outputs, plan, x);
-  if (const char* reason = no_kernel(plan, x, x.size(1), outputs)) {
+  const Launch launch(kOp, x);
+  if (const char* reason = no_kernel(launch, plan, x, x.size(1), outputs)) {
     return std::get<0>(call_reference<Tensor>(kOp, reason, x, w, gates, bias, group_mask, perm, inverse, tile_mask,
                                               tile_class, out_mask, num_groups, num_classes));
   }
-  return gather(kOp, x, w, /*swapped=*/false, gates, bias, plan);
+  return gather(kOp, launch, x, w, /*swapped=*/false, gates, bias, plan);
 }
 
 std::tuple<Tensor, Tensor> hidden_gather_linear_backward(Tensor dout, Tensor x, Tensor w, std::optional<Tensor> gates,
@@ -357,12 +356,13 @@ std::tuple<Tensor, Tensor> hidden_gather_linear_backward(Tensor dout, Tensor x, 
   check_divides(kOp, "x", x.size(1), num_groups);
   check_divides(kOp, "dout", dout.size(1), plan.num_out());
   check_gates(kOp, gates, plan, x);
-  if (const char* reason = no_kernel(plan, x, x.size(1), dout.size(1))) {
+  const Launch launch(kOp, x);
+  if (const char* reason = no_kernel(launch, plan, x, x.size(1), dout.size(1))) {
     return call_reference<Tensor, Tensor>(kOp, reason, dout, x, w, gates, group_mask, perm, inverse, tile_mask,
                                           tile_class, out_mask, num_groups, num_classes);
   }
   const auto dot_with = gates ? std::optional<Tensor>(x) : std::nullopt;
-  const Scattered s = scatter(kOp, dout, w, /*swapped=*/true, gates, std::nullopt, dot_with, false, plan);
+  const Scattered s = scatter(kOp, launch, dout, w, /*swapped=*/true, gates, std::nullopt, dot_with, false, plan);
   return {s.out, s.dots};
 }
 
@@ -383,11 +383,12 @@ std::tuple<Tensor, Tensor> hidden_scatter_linear(Tensor x, Tensor w, std::option
   check_divides(kOp, "x", x.size(1), plan.num_out());
   check_gates(kOp, gates, plan, x);
   check_bias(kOp, bias, outputs, plan, x);
-  if (const char* reason = no_kernel(plan, x, outputs, x.size(1))) {
+  const Launch launch(kOp, x);
+  if (const char* reason = no_kernel(launch, plan, x, outputs, x.size(1))) {
     return call_reference<Tensor, Tensor>(kOp, reason, x, w, gates, bias, keep_ungated, group_mask, perm, inverse,
                                           tile_mask, tile_class, out_mask, num_groups, num_classes);
   }
-  const Scattered s = scatter(kOp, x, w, /*swapped=*/false, gates, bias, std::nullopt, keep_ungated, plan);
+  const Scattered s = scatter(kOp, launch, x, w, /*swapped=*/false, gates, bias, std::nullopt, keep_ungated, plan);
   return {s.out, s.ungated};
 }
 
@@ -411,17 +412,17 @@ std::tuple<Tensor, Tensor> hidden_scatter_linear_backward(Tensor dout, std::opti
     check_matrix(kOp, "ungated", *ungated, dout);
     check(ungated->size(1) == dout.size(1), kOp, ": ungated must have the shape of dout, got ", Got{*ungated});
   }
-  if (const char* reason = no_kernel(plan, dout, dout.size(1), inputs)) {
+  const Launch launch(kOp, dout);
+  if (const char* reason = no_kernel(launch, plan, dout, dout.size(1), inputs)) {
     return call_reference<Tensor, Tensor>(kOp, reason, dout, ungated, w, gates, group_mask, perm, inverse, tile_mask,
                                           tile_class, out_mask, num_groups, num_classes);
   }
-  Tensor dx = gather(kOp, dout, w, /*swapped=*/true, gates, std::nullopt, plan);
+  Tensor dx = gather(kOp, launch, dout, w, /*swapped=*/true, gates, std::nullopt, plan);
   const int64_t tokens = dout.size(0);
   Tensor dgates =
       empty(kOp, ungated ? std::vector<int64_t>{tokens, num_groups} : std::vector<int64_t>{0}, ScalarType::Float, dout);
   if (dgates.numel() > 0) {
     const Tensor a = contiguous_aligned(dout), b = contiguous_aligned(*ungated);
-    const Launch launch(kOp, dout);
     launch_group_dots(kOp,
                       {.a = launch.in(a),
                        .b = launch.in(b),
@@ -450,14 +451,14 @@ Tensor hidden_weight_grad(Tensor x, Tensor dy, std::optional<Tensor> gates, bool
   check_divides(kOp, routed_out ? "dy" : "x", routed.size(1), num_groups);
   check_divides(kOp, routed_out ? "x" : "dy", other.size(1), plan.num_out());
   check_gates(kOp, gates, plan, x);
-  if (const char* reason = no_kernel(plan, x, routed.size(1), other.size(1))) {
+  const Launch launch(kOp, x);
+  if (const char* reason = no_kernel(launch, plan, x, routed.size(1), other.size(1))) {
     return std::get<0>(call_reference<Tensor>(kOp, reason, x, dy, gates, routed_out, group_mask, perm, inverse,
                                               tile_mask, tile_class, out_mask, num_groups, num_classes));
   }
   Tensor dw = empty(kOp, {num_classes, dy.size(1), x.size(1)}, ScalarType::Float, x);
   const Tensor a = readable(other), b = readable(routed);
   const auto factors = made_contiguous(gates);
-  const Launch launch(kOp, x);
   HiddenWeightGradParams params{.routes = plan.routes(launch, routed.size(1), other.size(1)),
                                 .other = launch.in(a),
                                 .routed = launch.in(b),

@@ -107,8 +107,8 @@ struct Blocks {
 };
 
 // Why no kernel serves blocks of these sizes, or null.
-const char* no_kernel(const Tensor& x, std::initializer_list<int> block_sizes) {
-  if (reference_requested()) return kReferenceRequested;
+const char* no_kernel(const Launch& launch, const Tensor& x, std::initializer_list<int> block_sizes) {
+  if (const char* reason = launch.unusable()) return reason;
   if (x.scalar_type() != ScalarType::Half && x.scalar_type() != ScalarType::BFloat16) {
     return "the kernels take float16 and bfloat16";
   }
@@ -211,13 +211,13 @@ Tensor blockdiag_multiply(Tensor x, Tensor w, std::optional<Tensor> bias) {
   const Blocks blocks(w);
   check_width(kOp, "x", x, blocks.in(), "w");
   check_bias(kOp, bias, blocks.out(), x);
-  if (const char* reason = no_kernel(x, {blocks.rows, blocks.cols})) {
+  const Launch launch(kOp, x);
+  if (const char* reason = no_kernel(launch, x, {blocks.rows, blocks.cols})) {
     return std::get<0>(call_reference<Tensor>(kOp, reason, x, w, bias));
   }
   const Matrix rows(x);
   w = readable(w);
   bias = readable(bias);
-  const Launch launch(kOp, x);
   const Call call{kOp, x, launch};
   Tensor out = call.make(with_columns(x, blocks.out()));
   call.multiply(rows, w, false, bias, out);
@@ -231,12 +231,12 @@ std::tuple<Tensor, Tensor, Tensor> blockdiag_multiply_backward(Tensor dout, Tens
   const Blocks blocks(w);
   check_width(kOp, "x", x, blocks.in(), "w");
   check_gradient(kOp, dout, x, blocks.out());
-  if (const char* reason = no_kernel(x, {blocks.rows, blocks.cols})) {
+  const Launch launch(kOp, x);
+  if (const char* reason = no_kernel(launch, x, {blocks.rows, blocks.cols})) {
     return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dout, x, w, has_bias);
   }
   const Matrix drows(dout), rows(x);
   w = readable(w);
-  const Launch launch(kOp, x);
   const Call call{kOp, x, launch};
   Tensor dx = call.make(sizes_of(x)), dw = call.make(sizes_of(w));
   Tensor dbias = call.make({has_bias ? blocks.out() : 0});
@@ -260,6 +260,7 @@ Tensor monarch_multiply(Tensor x, Tensor w1, Tensor w2) {
   constexpr const char* kOp = "monarch_multiply";
   check_monarch(kOp, x, w1, w2);
   const Blocks first(w1), second(w2);
+  const Launch launch(kOp, x);
   const Matrix rows(x);
   MonarchParams params{.x = nullptr,
                        .w1 = nullptr,
@@ -276,13 +277,12 @@ Tensor monarch_multiply(Tensor x, Tensor w1, Tensor w2) {
                        .bfloat16 = is_bfloat16(x)};
   // In one pass, or where the intermediate is too large for shared memory as two products with a transposition of rows
   // behind each: 2 (k p + l s) bytes a row, or that and 8 k q + 4 l s more, of which L2 saves some.
-  const bool fused = second.out() % kMonarchAlignment == 0 && monarch_fits(params);
-  const char* reason = fused ? no_kernel(x, {first.cols, second.cols})
-                             : no_kernel(x, {first.rows, first.cols, second.rows, second.cols});
+  const bool fused = launch.unusable() == nullptr && second.out() % kMonarchAlignment == 0 && monarch_fits(params);
+  const char* reason = fused ? no_kernel(launch, x, {first.cols, second.cols})
+                             : no_kernel(launch, x, {first.rows, first.cols, second.rows, second.cols});
   if (reason != nullptr) return std::get<0>(call_reference<Tensor>(kOp, reason, x, w1, w2));
   w1 = readable(w1);
   w2 = readable(w2);
-  const Launch launch(kOp, x);
   const Call call{kOp, x, launch};
   Tensor y = call.make(with_columns(x, second.out()));
   if (y.numel() == 0) return y;
@@ -313,13 +313,13 @@ std::tuple<Tensor, Tensor, Tensor> monarch_multiply_backward(Tensor dout, Tensor
   check_monarch(kOp, x, w1, w2);
   const Blocks first(w1), second(w2);
   check_gradient(kOp, dout, x, second.out());
-  if (const char* reason = no_kernel(x, {first.rows, first.cols, second.rows, second.cols})) {
+  const Launch launch(kOp, x);
+  if (const char* reason = no_kernel(launch, x, {first.rows, first.cols, second.rows, second.cols})) {
     return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dout, x, w1, w2);
   }
   const Matrix drows(dout), rows(x);
   w1 = readable(w1);
   w2 = readable(w2);
-  const Launch launch(kOp, x);
   const Call call{kOp, x, launch};
   Tensor dx = call.make(sizes_of(x)), dw1 = call.make(sizes_of(w1)), dw2 = call.make(sizes_of(w2));
   const Tensor dout_by_lambda = call.make({rows.rows, second.out()});
@@ -365,14 +365,14 @@ Tensor blockdiag_glu(Tensor x, Tensor w_up, Tensor w_down, std::optional<Tensor>
   check_glu(kOp, x, w_up, w_down);
   const Blocks up(w_up), down(w_down);
   check_bias(kOp, bias, down.out(), x);
-  if (const char* reason = no_kernel(x, {up.rows, up.cols, down.rows, down.cols})) {
+  const Launch launch(kOp, x);
+  if (const char* reason = no_kernel(launch, x, {up.rows, up.cols, down.rows, down.cols})) {
     return std::get<0>(call_reference<Tensor>(kOp, reason, x, w_up, w_down, bias));
   }
   const Matrix rows(x);
   w_up = readable(w_up);
   w_down = readable(w_down);
   bias = readable(bias);
-  const Launch launch(kOp, x);
   const Call call{kOp, x, launch};
   Tensor out = call.make(with_columns(x, down.out()));
   GluParams params = glu_params(rows, up, down);
@@ -399,13 +399,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blockdiag_glu_backward(Tensor dout, T
   check_glu(kOp, x, w_up, w_down);
   const Blocks up(w_up), down(w_down);
   check_gradient(kOp, dout, x, down.out());
-  if (const char* reason = no_kernel(x, {up.rows, up.cols, down.rows, down.cols})) {
+  const Launch launch(kOp, x);
+  if (const char* reason = no_kernel(launch, x, {up.rows, up.cols, down.rows, down.cols})) {
     return call_reference<Tensor, Tensor, Tensor, Tensor>(kOp, reason, dout, x, w_up, w_down, has_bias);
   }
   const Matrix drows(dout), rows(x);
   w_up = readable(w_up);
   w_down = readable(w_down);
-  const Launch launch(kOp, x);
   const Call call{kOp, x, launch};
   Tensor dx = call.make(sizes_of(x)), dw_up = call.make(sizes_of(w_up)), dw_down = call.make(sizes_of(w_down));
   Tensor dbias = call.make({has_bias ? down.out() : 0});

@@ -35,8 +35,8 @@ DType element_type(const Tensor& t) {
 }
 
 // Why no kernel takes the arguments, or nothing.
-std::string unsupported(const Tensor& x, const Tensor& weight) {
-  if (reference_requested()) return kReferenceRequested;
+std::string unsupported(const Launch& launch, const Tensor& x, const Tensor& weight) {
+  if (const char* reason = launch.unusable()) return reason;
   if (x.scalar_type() == ScalarType::Double) return "float64";
   if (weight.size(1) > kShortConvMaxTaps) {
     return std::to_string(weight.size(1)) + " taps; the kernels take up to " + std::to_string(kShortConvMaxTaps);
@@ -53,7 +53,8 @@ const void* in_or_null(const Launch& launch, const std::optional<Tensor>& t) { r
 std::tuple<Tensor, Tensor> short_conv_gate(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   constexpr const char* kOp = "short_conv_gate";
   check_arguments(kOp, x, weight, bias);
-  if (const std::string reason = unsupported(x, weight); !reason.empty()) {
+  const Launch launch(kOp, x);
+  if (const std::string reason = unsupported(launch, x, weight); !reason.empty()) {
     return call_reference<Tensor, Tensor>(kOp, reason, x, weight, bias);
   }
   // Rows lie end to end in the kernels; what comes otherwise is copied.
@@ -63,7 +64,6 @@ std::tuple<Tensor, Tensor> short_conv_gate(Tensor x, Tensor weight, std::optiona
   const int64_t batch = x.size(0), seqlen = x.size(1), channels = x.size(2) / 3;
   Tensor gated = empty(kOp, {batch, channels, seqlen}, x.scalar_type(), x);
   Tensor gate = empty(kOp, {batch, channels, seqlen}, x.scalar_type(), x);
-  const Launch launch(kOp, x);
   launch_short_conv_gate({.x = launch.in(x),
                           .weight = launch.in(weight),
                           .bias = in_or_null(launch, bias),
@@ -91,7 +91,8 @@ std::tuple<Tensor, Tensor, Tensor> short_conv_gate_backward(Tensor dgated, Tenso
   };
   check_gradient("dgated", dgated);
   check_gradient("dgate", dgate);
-  if (const std::string reason = unsupported(x, weight); !reason.empty()) {
+  const Launch launch(kOp, x);
+  if (const std::string reason = unsupported(launch, x, weight); !reason.empty()) {
     return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dgated, dgate, x, weight, bias);
   }
   dgated = torch::stable::contiguous(dgated);
@@ -103,7 +104,6 @@ std::tuple<Tensor, Tensor, Tensor> short_conv_gate_backward(Tensor dgated, Tenso
   Tensor dx = empty(kOp, sizes_of(x), x.scalar_type(), x);
   Tensor dweight = empty(kOp, sizes_of(weight), weight.scalar_type(), x);
   Tensor dbias = empty(kOp, {bias ? 3 * channels : 0}, weight.scalar_type(), x);
-  const Launch launch(kOp, x);
   ShortConvBackwardParams params{.dgated = launch.in(dgated),
                                  .dgate = launch.in(dgate),
                                  .x = launch.in(x),

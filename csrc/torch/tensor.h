@@ -5,13 +5,13 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <string>
 #include <vector>
 
 #include "check.h"
+#include "usable.h"
 
 #ifdef WARPFORM_SIMT
 #include "simt/host.h"
@@ -63,16 +63,17 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   return std::vector<int64_t>(s.begin(), s.end());
 }
 
-// Makes the tensors' device current for its lifetime and hands a launch its pointers and its stream. In the emulator
-// the same calls tell it which memory the kernel may touch.
+// Makes the tensors' device current for its lifetime, says whether kernels can run there, and hands a launch its
+// pointers and its stream. An op makes it before it asks anything that depends on the device. In the emulator the same
+// calls tell it which memory the kernel may touch.
 class Launch {
  public:
   Launch(const char* op, const Tensor& on)
 #ifndef WARPFORM_SIMT
-      : guard_(on.get_device_index()) {
+      : device_(on.get_device_index()), guard_(device_) {
     check(aoti_torch_get_current_cuda_stream != nullptr, op,
           ": this torch has no CUDA stream function, although the tensor is on a GPU; install a CUDA build of torch");
-    torch_check(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream_), op);
+    torch_check(aoti_torch_get_current_cuda_stream(device_, &stream_), op);
   }
 #else
   {
@@ -83,6 +84,16 @@ class Launch {
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
 #endif
+
+  // Why no kernel may run, whatever the arguments, or null: the first question of every op, and what sends it to its
+  // reference.
+  const char* unusable() const {
+#ifdef WARPFORM_SIMT
+    return kernels_unusable(-1);
+#else
+    return kernels_unusable(device_);
+#endif
+  }
 
   const void* in(const Tensor& t) const {
     const void* p = t.const_data_ptr();
@@ -118,6 +129,7 @@ class Launch {
     return static_cast<size_t>(last + 1) * t.element_size();
   }
 #else
+  int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
   void* stream_ = nullptr;
@@ -146,12 +158,5 @@ inline std::tuple<Results...> call_reference(const char* name, const std::string
   return torch::stable::detail::unbox_to_tuple<Results...>(stack);
 #endif
 }
-
-// WARPFORM_BACKEND=reference sends every op to its reference; read at each call, so that tests and users can switch.
-inline bool reference_requested() {
-  const char* value = std::getenv("WARPFORM_BACKEND");
-  return value != nullptr && std::strcmp(value, "reference") == 0;
-}
-inline constexpr const char* kReferenceRequested = "WARPFORM_BACKEND=reference";
 
 }  // namespace warpform

@@ -122,8 +122,8 @@ WindowProblem problem(const Launch& launch, const Arguments& a) {
 }
 
 // Why no kernel serves the call, or null.
-const char* no_kernel(const Arguments& a, bool backward) {
-  if (reference_requested()) return kReferenceRequested;
+const char* no_kernel(const Launch& launch, const Arguments& a, bool backward) {
+  if (const char* reason = launch.unusable()) return reason;
   if (a.qkv.scalar_type() != ScalarType::Half && a.qkv.scalar_type() != ScalarType::BFloat16) {
     return "the kernels take float16 and bfloat16";
   }
@@ -163,8 +163,8 @@ ForwardResult window_attention(Tensor qkv, std::optional<Tensor> relative_positi
   constexpr const char* kOp = "window_attention";
   Arguments a{qkv, relative_position_bias_table, logit_scale, qkv_bias, window_size, shift_size, scale, mask_value};
   check_arguments(kOp, a);
-  const Launch launch(kOp, qkv);  // what a kernel needs is asked of the tensors' own GPU
-  if (const char* reason = no_kernel(a, /*backward=*/false)) {
+  const Launch launch(kOp, qkv);
+  if (const char* reason = no_kernel(launch, a, /*backward=*/false)) {
     return call_reference<Tensor, Tensor>(kOp, reason, qkv, relative_position_bias_table, logit_scale, qkv_bias,
                                           window_size, shift_size, scale, mask_value);
   }
@@ -192,8 +192,8 @@ BackwardResult window_attention_backward(Tensor dout, Tensor qkv, std::optional<
           " must have the shape and dtype of the output for qkv, ", Got{qkv}, ", got ", Got{t});
     check_same_device(kOp, name, t, qkv);
   }
-  const Launch launch(kOp, qkv);  // what a kernel needs is asked of the tensors' own GPU
-  if (const char* reason = no_kernel(a, /*backward=*/true)) {
+  const Launch launch(kOp, qkv);
+  if (const char* reason = no_kernel(launch, a, /*backward=*/true)) {
     return call_reference<Tensor, Tensor, Tensor, Tensor>(kOp, reason, dout, qkv, relative_position_bias_table,
                                                           logit_scale, qkv_bias, out, lse, window_size, shift_size,
                                                           scale, mask_value);

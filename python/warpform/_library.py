@@ -10,6 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from . import _elf
+from ._sources import sources_hash
+
 REBUILD = "pip install --no-build-isolation -e . in a checkout of warpform"
 
 _loaded = False
@@ -32,7 +35,7 @@ def load_error() -> Exception | None:
 
 
 def require() -> None:
-    """Raises ImportError, with one sentence saying what to do, unless the library is loaded."""
+    """Raises ImportError unless the library is loaded: a sentence that says what to do, below it further reasons."""
     if not _loaded:
         raise ImportError(str(_error) if _error else "warpform: the library was never loaded") from _error
 
@@ -52,8 +55,7 @@ def load() -> bool:
 def reject(error: Exception) -> None:
     """Marks the library as unusable: it loaded, but registering the Python side of the ops failed with `error`."""
     global _loaded, _error
-    sentence = f"warpform: registering the ops failed ({_describe(error)}); rebuild with {REBUILD}"
-    _error = ImportError(sentence)
+    _error = _failure("registering the ops failed", error, f"rebuild with {REBUILD}")
     _error.__cause__ = error
     _loaded = False
 
@@ -77,18 +79,47 @@ def kernel_table() -> list[dict[str, Any]]:
     return json.loads(torch.ops.warpform._kernel_table())
 
 
-def _describe(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def stale_sources() -> str | None:
+    """A sentence where a checkout's csrc stands beside the package and the library was built from other sources.
+
+    None where there is no checkout, where the sources are the same, and where no library is loaded or it does not say.
+    It reads all of csrc, so it is for `doctor` and for checks, not for imports.
+    """
+    csrc = library_path().parents[2] / "csrc"
+    if not _loaded or not csrc.is_dir():
+        return None
+    built = build_info().get("sources")
+    if not built or built == sources_hash(csrc):
+        return None
+    return f"{library_path()} was built from other sources than those in {csrc}; rebuild it with {REBUILD}"
+
+
+def _failure(what: str, error: BaseException, remedy: str) -> ImportError:
+    """One sentence with the first reason; below it, a line each, what else the error and those that caused it say."""
+    first, *rest = _reasons(error)
+    return ImportError("\n  ".join((f"warpform: {what} ({first}); {remedy}", *rest)))
+
+
+def _reasons(error: BaseException) -> list[str]:
+    """The lines of the error's text and of its causes' texts, the outermost first, each once."""
+    lines: list[str] = []
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        # What follows in an exception of C++ is where it was raised.
+        text = str(current).split("\nException raised from", 1)[0].strip()
+        name = type(current).__name__
+        lines += [line.rstrip() for line in (f"{name}: {text}" if text else name).splitlines() if line.strip()]
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+    return list(dict.fromkeys(lines))
 
 
 def _load() -> None:
     try:
         import torch
     except Exception as error:
-        raise ImportError(
-            f"warpform: importing torch failed ({_describe(error)}); install torch >= 2.10 in this Python"
-        ) from error
+        raise _failure("importing torch failed", error, "install torch >= 2.10 in this Python") from error
 
     version = str(getattr(torch, "__version__", "unknown"))
     numbers = re.match(r"(\d+)\.(\d+)", version)
@@ -109,12 +140,14 @@ def _load() -> None:
             f"warpform: the ops are registered already by {where}, so {path} was not loaded; "
             "keep one copy of warpform on sys.path and load no other"
         )
+    fault = _elf.fault(path)
+    if fault is not None:
+        raise ImportError(f"warpform: {path} {fault}; rebuild it with {REBUILD}, or copy it again")
     try:
         torch.ops.load_library(str(path))
     except Exception as error:
-        raise ImportError(
-            f"warpform: {path} could not be loaded with torch {version} ({_describe(error)}); rebuild it with {REBUILD}"
-        ) from error
+        what = f"{path} could not be loaded with torch {version}"
+        raise _failure(what, error, f"rebuild it with {REBUILD}") from error
 
 
 def _namespace_exists(torch: Any) -> bool:

@@ -230,7 +230,9 @@ def _self_tests(report: dict[str, Any]) -> list[dict[str, Any]]:
 def _advice(report: dict[str, Any]) -> list[str]:
     """What to do, one sentence each, about what is not an error and yet not as it should be."""
     binary, machine = report["binary"], report["machine"]
-    sentences = [_old_driver(machine["driver_cuda"], binary.get("cuda"))] if machine["gpus"] else []
+    sentences = [_library.stale_sources()]
+    if machine["gpus"]:
+        sentences.append(_old_driver(machine["driver_cuda"], binary.get("cuda")))
     return [sentence for sentence in sentences if sentence]
 
 

@@ -190,8 +190,28 @@ def check_window_attention(
     sizes = {name: _largest(t) or largest for name, t in truths.items()}
     if case.cosine:
         sizes["dlogit_scale"] = max(sizes["dlogit_scale"], _window_logit_terms(case, inputs))
+    scales = {name: growth * size for name, size in sizes.items()}
+    if case.tokens > 64:
+        scales["dq"] += _largest(window_error_inherited_by_dq(inputs, out, truth[0])) / torch.finfo(dtype).eps
     for name, g in gradients.items():
-        assert_close(name, g, truths[name], yardsticks[name], gradient=True, scale=growth * sizes[name])
+        assert_close(name, g, truths[name], yardsticks[name], gradient=True, scale=scales[name])
+
+
+def window_error_inherited_by_dq(inputs: cases.WindowInputs, out: Tensor, exact: Tensor) -> Tensor:
+    """The error of dq, [batch, *grid, heads, head_dim], that begins in the output as saved and not in the backward.
+
+    dS = P (dP - delta), delta = rowsum(dout * out). An output that is off by r makes delta of a query off by
+    e = rowsum(dout * r), its row of dS by -e P, and its dq by -e sum_j P_ij d(score_ij)/dq = -e d(lse)/dq. All of it is
+    known, and a backward that reads no output only has that much more room.
+    """
+    qkv, *others = (None if t is None else t.detach().double() for t in inputs.tensors)
+    assert qkv is not None
+    qkv.requires_grad_()
+    _, lse = oracle.window_attention(qkv, *others, **inputs.options)
+    (gradient,) = torch.autograd.grad(lse.sum(), qkv)  # a query is in its own row's lse alone
+    dq = gradient.unbind(-3)[0]
+    e = (inputs.dout.double() * (out.double() - exact)).view(*dq.shape).sum(-1, keepdim=True)
+    return -e * dq
 
 
 def _window_logit_terms(case: cases.WindowCase, inputs: cases.WindowInputs) -> float:

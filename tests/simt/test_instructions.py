@@ -167,6 +167,20 @@ def test_atomics(simt: Any, seed: int) -> None:
     assert got[0] == x.sum() and got.view(torch.int32)[1] == 8 * 64
 
 
+@pytest.mark.parametrize("name", ["add_accumulators", "add_accumulators_paired"])
+@pytest.mark.parametrize("rows", [-3, 0, 1, 4, 7, 8, 11, 16, 40])
+@pytest.mark.parametrize("cols", [-8, 0, 8, 16, 64])
+def test_accumulators_are_added_as_far_as_the_rows_and_columns_reach(
+    simt: Any, name: str, rows: int, cols: int
+) -> None:
+    torch.manual_seed(rows)
+    x = torch.randint(-50, 50, (16, 16)).float()  # sums of three warps are exact
+    expected = torch.ones(18, 24)
+    reached = x[: max(rows, 0), : max(cols, 0)]
+    expected[1 : 1 + reached.size(0), 2 : 2 + reached.size(1)] += 3 * 2 * reached
+    assert torch.equal(simt._instruction(name, x, torch.tensor([rows, cols], dtype=torch.int32)), expected)
+
+
 def test_threads_that_ended_count_at_the_barrier(simt: Any, seed: int) -> None:
     x = torch.randn(128)
     got = simt._instruction("exit_before_barrier", x, number(0))

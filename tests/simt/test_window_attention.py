@@ -149,6 +149,23 @@ def test_zero_rows_have_no_gradient(simt: Any, case: WindowCase) -> None:
     assert out.isfinite().all() and dqkv.isfinite().all() and (dqkv[:, 4, :, :2] == 0).all()
 
 
+def test_the_saved_output_is_in_dq_alone(simt: Any) -> None:
+    """An output that is off moves dq by what it makes delta off; for the other gradients delta is corrected."""
+    x = window_inputs(replace(LONG, grid=(9, 12), batch=1), torch.float16)
+    out, lse = simt.window_attention(*x.tensors, **x.options)
+    rough = (out + 0.1 * torch.randn_like(out)).half()
+    results = [simt.window_attention_backward(x.dout, *x.tensors, o, lse, **x.options) for o in (out, rough)]
+    (dq, *clean), (dq_rough, *others) = ((*r[0].unbind(-3), *r[1:]) for r in results)
+    for name, g, truth in zip(("dk", "dv", "dtable", "dlogit_scale", "dqkv_bias"), others, clean, strict=True):
+        assert_close(name, g, truth.double(), truth.half(), gradient=True)
+    expected = checks.window_error_inherited_by_dq(x, rough, out.double())
+    # A difference of two results, each rounded once to float16.
+    largest = float(torch.maximum(dq.abs(), dq_rough.abs()).max())
+    moved = (dq_rough.double() - dq.double()).float()
+    assert expected.abs().max() > 20 * torch.finfo(torch.float16).eps * largest
+    assert_close("dq", moved, expected, expected.half(), scale=largest)
+
+
 @both_lengths
 @pytest.mark.parametrize("short", (0, 1), ids=("queries", "keys"))
 def test_short_rows_and_a_large_loss_scale(simt: Any, case: WindowCase, short: int) -> None:

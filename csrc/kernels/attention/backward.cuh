@@ -9,13 +9,16 @@
 //           dK += dS^T Q straight from registers. Only dS goes through shared memory, for dQ = dS K.
 // dQ        by DqMode (launch.h): stored, added with float32 atomics, or left to dq.cuh.
 // Bounds    FLOP: 10 head_dim a visible pair (14 in the bucket of 256), against the tensor cores' mma.sync rate;
-//           kAccumulate adds 4 bytes x head_dim of atomics to L2 for each query and block of keys.
+//           kAccumulate sends L2 head_dim / 8 sectors of float32 additions for each query and block of keys, every one
+//           whole and once: an instruction (red.v2 on sm_90) fills 8 sectors, where a float a lane elsewhere takes a
+//           shuffle for every two numbers and fills 4.
 // Extent    as in the forward.
 // Measured  not yet: no GPU run so far.
 #pragma once
 
 #include "attention/tiles.cuh"
 #include "attention/whole.cuh"
+#include "device/accumulate.cuh"
 #include "device/reduce.cuh"
 
 namespace warpform {
@@ -76,6 +79,23 @@ __global__ void __launch_bounds__(256) varlen_attention_round_dq(
     out[i + 4] = from_float<T>(hi[i] * p.softmax_scale);
   }
   store_global(reinterpret_cast<Vec<T, kChunk>*>(static_cast<T*>(params.dq) + at), out);
+}
+
+// A warp's accumulators of 16 rows of dQ, scaled and rounded, where dst points, as far as `rows` and `cols` reach.
+template <class T, int kN>
+__device__ __forceinline__ void write_dq(T* dst, int64_t stride, int rows, int cols, const float (&acc)[kN][4],
+                                         float scale) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (8 * r + g >= rows) continue;
+    T* to = dst + (8 * r + g) * stride + 2 * t;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const uint32_t pair = pack2<T>(acc[n][2 * r] * scale, acc[n][2 * r + 1] * scale);
+      if (8 * n < cols) store_global(reinterpret_cast<uint32_t*>(to + 8 * n), pair);
+    }
+  }
 }
 
 // Grid: slots of key blocks; heads_kv; parts of head_dim (1, or 2 in the bucket of 256).
@@ -285,33 +305,18 @@ __global__ void __launch_bounds__(32 * backward_tile(kHeadDim, kSmall).warps) va
         mma_ab<T, kBlockN / 16>(
             dq, [&](int, int s, uint32_t (&a)[4]) { load_a_transposed(a, tile_ds, lane, 16 * s, dq_row); }, tile_k, 0,
             dq_col, p.head_dim);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int row = block_row + dq_row + 8 * r + g;
-          if (row >= q_length) continue;
-          const int64_t at = ((static_cast<int64_t>(q_begin) + row) * p.heads_q + head) * p.head_dim + dq_col + 2 * t;
-          if constexpr (Extent::kStoresDq) {
-            if (params.dq_mode == DqMode::kDirect) {
-              T* to = static_cast<T*>(params.dq) + at;
-#pragma unroll
-              for (int n = 0; n < kDq; ++n) {
-                const uint32_t pair =
-                    pack2<T>(dq[0][n][2 * r] * p.softmax_scale, dq[0][n][2 * r + 1] * p.softmax_scale);
-                if (dq_col + 8 * n < p.head_dim) store_global(reinterpret_cast<uint32_t*>(to + 8 * n), pair);
-              }
-              continue;
-            }
-          }
-          float* to = params.dq_accumulator + at;
-          const float factor = Extent::kSumsScaledDq ? p.softmax_scale : 1.f;
-#pragma unroll
-          for (int n = 0; n < kDq; ++n) {
-            if (dq_col + 8 * n < p.head_dim) {
-              atomic_add_global(to + 8 * n, dq[0][n][2 * r] * factor);
-              atomic_add_global(to + 8 * n + 1, dq[0][n][2 * r + 1] * factor);
-            }
+        const int row = block_row + dq_row;
+        const int64_t at = ((static_cast<int64_t>(q_begin) + row) * p.heads_q + head) * p.head_dim + dq_col;
+        const int64_t stride = static_cast<int64_t>(p.heads_q) * p.head_dim;
+        if constexpr (Extent::kStoresDq) {
+          if (params.dq_mode == DqMode::kDirect) {
+            write_dq(static_cast<T*>(params.dq) + at, stride, q_length - row, p.head_dim - dq_col, dq[0],
+                     p.softmax_scale);
+            continue;
           }
         }
+        add_accumulators_global(params.dq_accumulator + at, stride, q_length - row, p.head_dim - dq_col, dq[0],
+                                Extent::kSumsScaledDq ? p.softmax_scale : 1.f);
       }
     }
     if (kStages == 1) {

@@ -4,7 +4,7 @@
 #include <climits>
 
 #include "device/launch.cuh"
-#include "encoder/column_sum.cuh"
+#include "encoder/column_sum.h"
 
 namespace warpform {
 namespace {

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "device/launch.cuh"
-#include "encoder/column_sum.cuh"
+#include "encoder/column_sum.h"
 #include "fft_conv/convolve.cuh"
 #include "fft_conv/gradient.cuh"
 #include "fft_conv/prepare.cuh"

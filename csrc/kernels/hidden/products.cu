@@ -6,7 +6,7 @@
 #include <stdexcept>
 
 #include "device/launch.cuh"
-#include "encoder/column_sum.cuh"
+#include "encoder/column_sum.h"
 #include "hidden/few.cuh"
 
 namespace warpform {

@@ -5,7 +5,7 @@
 #include <stdexcept>
 
 #include "device/launch.cuh"
-#include "encoder/column_sum.cuh"
+#include "encoder/column_sum.h"
 
 namespace warpform {
 namespace {

@@ -21,10 +21,11 @@ void launch_window_backward_type(const WindowBackwardParams& params, void* strea
   const int64_t rows = p.batch * p.image_tokens * p.heads;
   launch<window_attention_delta<T, kBucket>>(
       kName, dim3(static_cast<unsigned>(ceil_div(rows, int64_t{256 / (kBucket / kChunk)}))), 256, 0, stream, params);
-  launch<window_attention_backward_keys<T, kBucket>>(kName, grid, kThreads, window_backward_keys_bytes<kBucket>(p),
-                                                     stream, params);
+  // Queries first: they correct delta for the others.
   launch<window_attention_backward_queries<T, kBucket>>(kName, grid, kThreads,
                                                         window_backward_queries_bytes<kBucket>(p), stream, params);
+  launch<window_attention_backward_keys<T, kBucket>>(kName, grid, kThreads, window_backward_keys_bytes<kBucket>(p),
+                                                     stream, params);
   if (p.table != nullptr) {
     const dim3 pairs(params.table_shares * p.blocks.divisor * p.blocks.divisor, grid.y);
     launch<window_attention_backward_bias<T, kBucket>>(kName, pairs, kThreads, window_backward_bias_bytes<kBucket>(p),

@@ -1,10 +1,14 @@
 // Backward of window attention for windows of more than 64 tokens, from the saved log-sum-exp: what one CTA adds up is
 // too much for a window's other CTAs to wait for, so three kernels compute the scores, each for what it owns.
 //
-//   keys      64 keys of a window against its queries, 64 at a time: dV += P^T dO and dK += dS^T Q from registers
-//   queries   64 queries against the keys: dQ += dS K
+//   queries   64 queries of a window against its keys, 64 at a time: dQ += dS K from registers
+//   keys      64 keys against the queries: dV += P^T dO and dK += dS^T Q
 //   bias      64 queries and 64 keys of every window of its share: dS for the bias table, where there is one
 //
+// Delta     dS = P (dP - delta), delta = rowsum(P dP) = rowsum(dO O). The saved output is rounded to 16 bits, and the
+//           error of delta is in a whole row of dS, where it does not average out. But a row of dS adds up to 0, so
+//           what it adds up to is that error: `queries` corrects delta by it, in float32, for the kernels that follow.
+//           Only dQ itself is of the delta before.
 // Tile      one head (two up to 32 columns), a team of four warps a head, 16 rows a warp. CTAs stay with their heads.
 // Loads     all threads, 16-byte cp.async; what is looped over within a window is held twice, one copy under way.
 // Products  4 + 3 + 2 instead of the 5 of a single pass, and in exchange no atomics and no workspace for dQ: the bits
@@ -20,7 +24,7 @@ namespace warpform {
 // CTAs that an SM holds at once: the registers are for as many.
 __host__ __device__ constexpr int window_backward_long_ctas(int /*bucket*/) { return 2; }
 
-// delta = rowsum(dO * O) of every token and head.
+// delta = rowsum(dO * O) of every token and head, as far as the rounded output tells.
 template <class T, int kBucket>
 __global__ void __launch_bounds__(256) window_attention_delta(const __grid_constant__ WindowBackwardParams params) {
   constexpr int kLanes = kBucket / kChunk;
@@ -48,6 +52,9 @@ struct QueryFacts {
   float lse;
   float delta;
 };
+__device__ __forceinline__ float* query_delta(const WindowBackwardParams& params, int image, int row, int head) {
+  return params.delta + (image_begin(params.problem, image) + row) * params.problem.heads + head;
+}
 __device__ __forceinline__ QueryFacts query_facts(const WindowBackwardParams& params, const Rows& rows, int64_t index,
                                                   int image, int head, int query) {
   const WindowProblem& p = params.problem;
@@ -57,18 +64,134 @@ __device__ __forceinline__ QueryFacts query_facts(const WindowBackwardParams& pa
     const float lse = load_global(params.lse + (index * p.heads + head) * p.tokens + query) * kLog2e;
     if (lse != negative_infinity()) facts.lse = lse;
   }
-  if (row >= 0) facts.delta = load_global(params.delta + (image_begin(p, image) + row) * p.heads + head);
+  if (row >= 0) facts.delta = load_global(query_delta(params, image, row, head));
   return facts;
 }
 
-// ---- keys ----
+// ---- queries as rows ----
+
+// Q, dO, two of K and V.
+template <int kBucket>
+__host__ __device__ constexpr int window_backward_queries_bytes(const WindowProblem& p) {
+  return 6 * kBlock * window_cols(kBucket) * 2 + WindowShared::bytes(p, window_teams(kBucket));
+}
+
+// dS of 16 queries and 64 keys, from the tiles' rows and the queries' facts.
+template <class T, int kBucket, int kCols>
+__device__ __forceinline__ void score_gradients(float (&ds)[kBlock / 8][4], const WindowProblem& p,
+                                                const WindowScore<kBucket>& score, const Window& window,
+                                                SharedTile<kCols> tile_q, SharedTile<kCols> tile_do,
+                                                SharedTile<kCols> tile_k, SharedTile<kCols> tile_v, int first_query,
+                                                int first_key, const QueryFacts (&facts)[2]) {
+  using My = Work<kBucket>;
+  constexpr int kN = kBlock / 8;
+  float s[1][kN][4] = {};
+  mma_abt<T, kBucket>(s, tile_q, My::row(), tile_k, 0, p.head_dim, My::col());
+  score.query_rows(s[0], window, first_query + My::row(), My::row(), first_key);
+  hide_columns(s[0], first_key, p.tokens);
+  for_each_accumulator<1, kN>([&](int m, int n, int e) { s[m][n][e] = exp2_approx(s[m][n][e] - facts[e / 2].lse); });
+  float dp[1][kN][4] = {};
+  mma_abt<T, kBucket>(dp, tile_do, My::row(), tile_v, 0, p.head_dim, My::col());
+  for_each_accumulator<1, kN>([&](int, int n, int e) { ds[n][e] = s[0][n][e] * (dp[0][n][e] - facts[e / 2].delta); });
+}
+
+// Grid: CTAs that share the windows' blocks of queries; groups of heads.
+template <class T, int kBucket>
+__global__ void __launch_bounds__(window_threads(kBucket), window_backward_long_ctas(kBucket))
+window_attention_backward_queries(const __grid_constant__ WindowBackwardParams params) {
+  constexpr int kTeams = window_teams(kBucket), kN = kBlock / 8, kO = kBucket / 8;
+  using Tile = SharedTile<window_cols(kBucket)>;
+  using My = Work<kBucket>;
+  const WindowProblem& p = params.problem;
+
+  const Tile tile_q{shared_base()};
+  const Tile tile_do{tile_q.base + Tile::bytes(kBlock)};
+  const auto tile_k = [&](int stage) { return Tile{tile_q.base + (2 + 2 * stage) * Tile::bytes(kBlock)}; };
+  const auto tile_v = [&](int stage) { return Tile{tile_q.base + (3 + 2 * stage) * Tile::bytes(kBlock)}; };
+  const WindowShared shared(p, tile_q.base + 6 * Tile::bytes(kBlock), kTeams);
+
+  shared.set<kBucket>(p, My::first_head());
+  const WindowScore<kBucket> score(p, shared);
+
+  const int items = p.windows * p.blocks.divisor;
+  for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
+    const int index = p.blocks.quotient(item), first_query = (item - index * p.blocks.divisor) * kBlock;
+    const Window window = window_at(p, index);
+    block_sync();  // nobody works on the window before any more
+    shared.tokens.set_rows<window_threads(kBucket)>(shared.rows(), p, window);
+    block_sync();
+    const auto copy = [&](Tile to, const TokenRows<T>& from, int first) {
+      copy_rows_async<kBucket>(to, from, shared.rows(), first, p);
+    };
+    const auto fetch = [&](int stage, int n) {
+      copy(tile_k(stage), qkv_rows<T>(p, 1, window.image, My::first_head()), n * kBlock);
+      copy(tile_v(stage), qkv_rows<T>(p, 2, window.image, My::first_head()), n * kBlock);
+      cp_async_commit();
+    };
+    copy(tile_q, qkv_rows<T>(p, 0, window.image, My::first_head()), first_query);
+    copy(tile_do, out_rows<T>(p, params.dout, window.image, My::first_head()), first_query);
+    fetch(0, 0);
+
+    const bool warp_has_rows = My::head() < p.heads && first_query + My::row() < p.tokens;
+    QueryFacts facts[2] = {};
+    if (warp_has_rows) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        facts[r] = query_facts(params, shared.rows(), index, window.image, My::head(),
+                               first_query + My::row() + lane_id() / 4 + 8 * r);
+      }
+    }
+    float dq[1][kO][4] = {};
+    float left[2] = {};  // what the rows of dS add up to
+    for (int n = 0; n < p.blocks.divisor; ++n) {
+      const int stage = n % 2;
+      cp_async_wait<0>();
+      block_sync();  // block n is here, and nobody reads the one before any more
+      if (n + 1 < p.blocks.divisor) fetch(1 - stage, n + 1);
+      if (score.cosine) {
+        set_inverse_norms<kBucket, T>(shared, tile_q, tile_k(stage), false, /*lengthen_keys=*/true);
+        block_sync();
+      }
+      if (!warp_has_rows) continue;
+      float ds[1][kN][4];
+      score_gradients<T, kBucket>(ds[0], p, score, window, tile_q, tile_do, tile_k(stage), tile_v(stage), first_query,
+                                  n * kBlock, facts);
+      for_each_accumulator<1, kN>([&](int m, int n_, int e) { left[e / 2] += ds[m][n_][e]; });
+      if (score.cosine) scale_columns(ds[0], score.key_norms());
+      uint32_t packed[1][kN / 2][4];
+      pack_accumulators<T>(packed, ds);
+      mma_packed_b<T>(dq, packed, tile_k(stage), My::col(), p.head_dim);
+    }
+    if (!warp_has_rows) continue;
+
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      left[r] = warp_reduce<4>(left[r], Sum{});
+      const int row = shared.rows()[first_query + My::row() + opaque_lane() / 4 + 8 * r];
+      if (row >= 0 && opaque_lane() % 4 == 0) {
+        store_global(query_delta(params, window.image, row, My::head()), facts[r].delta + left[r]);
+      }
+    }
+    if (score.cosine) {
+      const uint32_t norms = score.query_norms() + My::row() * 4;
+      finish_cosine<T>(dq[0], tile_q, My::row(), My::col(), norms, norms);
+    }
+    // A warp's own rows of Q take its rows of dQ.
+    const int64_t at = image_begin(p, window.image) * 3 * p.width + My::head() * p.head_dim;
+    write_gradient<kBucket>(dq[0], score.gradient_factor(), tile_q, My::row(), My::col(),
+                            static_cast<T*>(params.dqkv) + at, 3 * p.width, shared.rows(), first_query + My::row(),
+                            p.head_dim);
+  }
+}
+
+// ---- keys as rows ----
 
 // K, V, two of Q and dO, of each stage and team two floats a query.
 template <int kBucket>
 __host__ __device__ constexpr int window_backward_keys_bytes(const WindowProblem& p) {
   const int teams = window_teams(kBucket);
   return 6 * kBlock * window_cols(kBucket) * 2 + 2 * teams * kBlock * 8 + WindowShared::bytes(p, teams) +
-         PaddingSums<kBucket>::kBytes;
+         PaddingSums<kBucket>::kBytes + ScaleSums<kBucket>::kBytes;
 }
 
 // Grid: CTAs that share the windows' blocks of keys; groups of heads.
@@ -85,12 +208,14 @@ window_attention_backward_keys(const __grid_constant__ WindowBackwardParams para
   const auto tile_q = [&](int stage) { return Tile{tile_k.base + (2 + 2 * stage) * Tile::bytes(kBlock)}; };
   const auto tile_do = [&](int stage) { return Tile{tile_k.base + (3 + 2 * stage) * Tile::bytes(kBlock)}; };
   const uint32_t facts = tile_k.base + 6 * Tile::bytes(kBlock);
-  // Before what depends on the problem's sizes: an address that is no register.
+  // Before what depends on the problem's sizes: addresses that are no registers.
   const PaddingSums<kBucket> padding_sums{facts + 2 * kTeams * kBlock * 8};
-  const WindowShared shared(p, padding_sums.base + PaddingSums<kBucket>::kBytes, kTeams);
+  const ScaleSums<kBucket> scale_sums{padding_sums.base + PaddingSums<kBucket>::kBytes};
+  const WindowShared shared(p, scale_sums.base + ScaleSums<kBucket>::kBytes, kTeams);
 
   shared.set<kBucket>(p, My::first_head());
   if (p.qkv_bias != nullptr) padding_sums.clear();
+  if (p.logit_scale != nullptr) scale_sums.clear();
   const WindowScore<kBucket> score(p, shared);
 
   const int items = p.windows * p.blocks.divisor;
@@ -164,7 +289,7 @@ window_attention_backward_keys(const __grid_constant__ WindowBackwardParams para
 
     if (score.cosine) {
       const uint32_t norms = score.key_norms() + My::row() * 4;
-      finish_cosine<T>(dk[0], tile_k, My::row(), My::col(), norms, norms);
+      scale_sums.add(score.gradient_factor() * finish_cosine<T>(dk[0], tile_k, My::row(), My::col(), norms, norms));
     }
     if (p.qkv_bias != nullptr) {
       padding_sums.add(dk[0], 0, shared.rows(), first_key + My::row(), score.gradient_factor());
@@ -178,123 +303,10 @@ window_attention_backward_keys(const __grid_constant__ WindowBackwardParams para
     write_gradient<kBucket>(dv[0], 1.f, tile_v, My::row(), My::col(), dqkv + 2 * p.width, 3 * p.width, shared.rows(),
                             first_key + My::row(), p.head_dim);
   }
-  if (p.qkv_bias != nullptr) {
-    block_sync();
-    padding_sums.write(p, params.padding_sums, static_cast<int>(blockIdx.x));
-  }
-}
-
-// ---- queries as rows ----
-
-// Q, dO, two of K and V.
-template <int kBucket>
-__host__ __device__ constexpr int window_backward_queries_bytes(const WindowProblem& p) {
-  return 6 * kBlock * window_cols(kBucket) * 2 + WindowShared::bytes(p, window_teams(kBucket)) +
-         ScaleSums<kBucket>::bytes(p);
-}
-
-// dS of 16 queries and 64 keys, from the tiles' rows and the queries' facts.
-template <class T, int kBucket, int kCols>
-__device__ __forceinline__ void score_gradients(float (&ds)[kBlock / 8][4], const WindowProblem& p,
-                                                const WindowScore<kBucket>& score, const Window& window,
-                                                SharedTile<kCols> tile_q, SharedTile<kCols> tile_do,
-                                                SharedTile<kCols> tile_k, SharedTile<kCols> tile_v, int first_query,
-                                                int first_key, const QueryFacts (&facts)[2]) {
-  using My = Work<kBucket>;
-  constexpr int kN = kBlock / 8;
-  float s[1][kN][4] = {};
-  mma_abt<T, kBucket>(s, tile_q, My::row(), tile_k, 0, p.head_dim, My::col());
-  score.query_rows(s[0], window, first_query + My::row(), My::row(), first_key);
-  hide_columns(s[0], first_key, p.tokens);
-  for_each_accumulator<1, kN>([&](int m, int n, int e) { s[m][n][e] = exp2_approx(s[m][n][e] - facts[e / 2].lse); });
-  float dp[1][kN][4] = {};
-  mma_abt<T, kBucket>(dp, tile_do, My::row(), tile_v, 0, p.head_dim, My::col());
-  for_each_accumulator<1, kN>([&](int, int n, int e) { ds[n][e] = s[0][n][e] * (dp[0][n][e] - facts[e / 2].delta); });
-}
-
-// Grid: CTAs that share the windows' blocks of queries; groups of heads.
-template <class T, int kBucket>
-__global__ void __launch_bounds__(window_threads(kBucket), window_backward_long_ctas(kBucket))
-window_attention_backward_queries(const __grid_constant__ WindowBackwardParams params) {
-  constexpr int kTeams = window_teams(kBucket), kN = kBlock / 8, kO = kBucket / 8;
-  using Tile = SharedTile<window_cols(kBucket)>;
-  using My = Work<kBucket>;
-  const WindowProblem& p = params.problem;
-
-  const Tile tile_q{shared_base()};
-  const Tile tile_do{tile_q.base + Tile::bytes(kBlock)};
-  const auto tile_k = [&](int stage) { return Tile{tile_q.base + (2 + 2 * stage) * Tile::bytes(kBlock)}; };
-  const auto tile_v = [&](int stage) { return Tile{tile_q.base + (3 + 2 * stage) * Tile::bytes(kBlock)}; };
-  const WindowShared shared(p, tile_q.base + 6 * Tile::bytes(kBlock), kTeams);
-  const ScaleSums<kBucket> scale_sums{tile_q.base + 6 * Tile::bytes(kBlock) + WindowShared::bytes(p, kTeams)};
-
-  shared.set<kBucket>(p, My::first_head());
-  if (p.logit_scale != nullptr) scale_sums.clear();
-  const WindowScore<kBucket> score(p, shared);
-
-  const int items = p.windows * p.blocks.divisor;
-  for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
-    const int index = p.blocks.quotient(item), first_query = (item - index * p.blocks.divisor) * kBlock;
-    const Window window = window_at(p, index);
-    block_sync();  // nobody works on the window before any more
-    shared.tokens.set_rows<window_threads(kBucket)>(shared.rows(), p, window);
-    block_sync();
-    const auto copy = [&](Tile to, const TokenRows<T>& from, int first) {
-      copy_rows_async<kBucket>(to, from, shared.rows(), first, p);
-    };
-    const auto fetch = [&](int stage, int n) {
-      copy(tile_k(stage), qkv_rows<T>(p, 1, window.image, My::first_head()), n * kBlock);
-      copy(tile_v(stage), qkv_rows<T>(p, 2, window.image, My::first_head()), n * kBlock);
-      cp_async_commit();
-    };
-    copy(tile_q, qkv_rows<T>(p, 0, window.image, My::first_head()), first_query);
-    copy(tile_do, out_rows<T>(p, params.dout, window.image, My::first_head()), first_query);
-    fetch(0, 0);
-
-    const bool warp_has_rows = My::head() < p.heads && first_query + My::row() < p.tokens;
-    QueryFacts facts[2] = {};
-    if (warp_has_rows) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        facts[r] = query_facts(params, shared.rows(), index, window.image, My::head(),
-                               first_query + My::row() + lane_id() / 4 + 8 * r);
-      }
-    }
-    float dq[1][kO][4] = {};
-    for (int n = 0; n < p.blocks.divisor; ++n) {
-      const int stage = n % 2;
-      cp_async_wait<0>();
-      block_sync();  // block n is here, and nobody reads the one before any more
-      if (n + 1 < p.blocks.divisor) fetch(1 - stage, n + 1);
-      if (score.cosine) {
-        set_inverse_norms<kBucket, T>(shared, tile_q, tile_k(stage), false, /*lengthen_keys=*/true);
-        block_sync();
-      }
-      if (!warp_has_rows) continue;
-      float ds[1][kN][4];
-      score_gradients<T, kBucket>(ds[0], p, score, window, tile_q, tile_do, tile_k(stage), tile_v(stage), first_query,
-                                  n * kBlock, facts);
-      if (score.cosine) scale_columns(ds[0], score.key_norms());
-      uint32_t packed[1][kN / 2][4];
-      pack_accumulators<T>(packed, ds);
-      mma_packed_b<T>(dq, packed, tile_k(stage), My::col(), p.head_dim);
-    }
-    if (!warp_has_rows) continue;
-
-    if (score.cosine) {
-      const uint32_t norms = score.query_norms() + My::row() * 4;
-      scale_sums.add(score.gradient_factor() * finish_cosine<T>(dq[0], tile_q, My::row(), My::col(), norms, norms));
-    }
-    // A warp's own rows of Q take its rows of dQ.
-    const int64_t at = image_begin(p, window.image) * 3 * p.width + My::head() * p.head_dim;
-    write_gradient<kBucket>(dq[0], score.gradient_factor(), tile_q, My::row(), My::col(),
-                            static_cast<T*>(params.dqkv) + at, 3 * p.width, shared.rows(), first_query + My::row(),
-                            p.head_dim);
-  }
-  if (p.logit_scale != nullptr) {
-    block_sync();
-    scale_sums.write(p, params.scale_sums, static_cast<int>(blockIdx.x));
-  }
+  if (p.qkv_bias == nullptr && p.logit_scale == nullptr) return;
+  block_sync();
+  if (p.qkv_bias != nullptr) padding_sums.write(p, params.padding_sums, static_cast<int>(blockIdx.x));
+  if (p.logit_scale != nullptr) scale_sums.write(p, params.scale_sums, static_cast<int>(blockIdx.x));
 }
 
 // Grid: shares of the windows x blocks of queries x blocks of keys; groups of heads.

@@ -112,8 +112,10 @@ template <int kBucket>
 struct ScaleSums {
   uint32_t base;  // a float a thread
 
+  static constexpr int kBytes = window_threads(kBucket) * 4;
+
   __host__ __device__ static constexpr int bytes(const WindowProblem& p) {
-    return p.logit_scale == nullptr ? 0 : window_threads(kBucket) * 4;
+    return p.logit_scale == nullptr ? 0 : kBytes;
   }
   __device__ __forceinline__ uint32_t mine() const { return base + Work<kBucket>::thread() * 4; }
   __device__ __forceinline__ void clear() const { store_shared(mine(), 0.f); }
@@ -135,7 +137,7 @@ struct ScaleSums {
 // Of cosine attention, what is left to do for 16 rows of dq or dk: the accumulators hold y = sum ds k / |k| (or with
 // q), and the gradient of x / |x| is (y - x (x.y) / |x|^2) / |x|. `of` is the tile of x, `norms` the address of the
 // inverse norm of its row `row`, `given` that of x as it came, if the tile's rows were lengthened. Returns the lane's
-// part of sum (x.y) / |x|, from which the gradient of logit_scale is made.
+// part of sum (x.y) / |x|, from which the gradient of logit_scale is made; rows of no length have none, whatever y.
 template <class T, int kN, int kCols>
 __device__ __forceinline__ float finish_cosine(float (&acc)[kN][4], SharedTile<kCols> of, int row, int col,
                                                uint32_t norms, uint32_t given) {
@@ -150,7 +152,7 @@ __device__ __forceinline__ float finish_cosine(float (&acc)[kN][4], SharedTile<k
       const auto x = unpack2<T>(load_shared<uint32_t>(of.pair(row + g + 8 * r, col + 8 * n + 2 * t)));
       dot += x[0] * acc[n][2 * r] + x[1] * acc[n][2 * r + 1];
     }
-    total += dot * inverse;
+    if (inverse != 0.f) total += dot * inverse;
     const float along = warp_reduce<4>(dot, Sum{}) * inverse * inverse;
     const float last = load_shared<float>(given + (g + 8 * r) * 4);
 #pragma unroll

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "device/launch.cuh"
-#include "encoder/column_sum.cuh"
+#include "encoder/column_sum.h"
 #include "window/backward_long.cuh"
 #include "window/backward_short.cuh"
 #include "window/forward.cuh"

@@ -74,7 +74,7 @@ struct WindowBackwardParams {
   void* dtable;      // as table, or null; like the next two
   void* dlogit_scale;
   void* dqkv_bias;
-  float* delta;         // [batch, size..., heads], workspace: rowsum(dout * out); only where lse is
+  float* delta;         // [batch, size..., heads], workspace: rowsum(P * dP), of a query; only where lse is
   float* table_sums;    // [table_shares, heads, tokens, tokens], workspace; where dtable is
   float* scale_sums;    // [shares, heads], workspace; where dlogit_scale is
   float* padding_sums;  // [shares, 3, heads, head_dim], workspace; where dqkv_bias is
