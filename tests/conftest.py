@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import random
+import sys
 import zlib
 from collections.abc import Iterator
 
@@ -97,3 +98,11 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _no_warning_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warning that is given once a process is given again in the next test."""
+    register = sys.modules.get("warpform.ops._register")
+    if register is not None:
+        monkeypatch.setattr(register, "_warned", set())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,18 +93,40 @@ def check_output(name: str, actual: Tensor, model: nn.Module, pixels: Tensor, **
     assert_close(name, actual, truth, eager, scale=score_size(model) * float(truth.abs().max()))
 
 
+def logit_terms(model: nn.Module, loss_of: Callable[[nn.Module], Tensor]) -> dict[str, float]:
+    """Of each gradient of a logit scale, by its name, the root of the sum of squares of what it adds up.
+
+    It is one number a head for the scores of all pairs of tokens, of either sign; their rounding does not cancel.
+    """
+    model = copy.deepcopy(model)
+    leaves: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        scale = module._parameters.pop("logit_scale", None)
+        if scale is not None:
+            pairs = module.relative_position_index.shape
+            module.logit_scale = scale.detach().expand(-1, *pairs).clone().requires_grad_()  # [heads, N, N]
+            leaves[f"{name}.logit_scale"] = module.logit_scale
+    found = torch.autograd.grad(loss_of(model), list(leaves.values())) if leaves else ()
+    return {name: float(g.square().sum((1, 2)).sqrt().max()) for name, g in zip(leaves, found, strict=True)}
+
+
 def check_parity(model: nn.Module, pixels: Tensor, *, ours: nn.Module | None = None, gradients: bool = True) -> None:
     """Outputs, and the gradient of each parameter by itself, by the rule of helpers.compare."""
     oracle = copy.deepcopy(model).double()
     ours = models.from_transformers(copy.deepcopy(model)) if ours is None else ours
     outputs, grads = {}, {}
     weights: dict[str, Tensor] = {}
-    for name, m in (("oracle", oracle), ("eager", model), ("ours", ours)):
-        outputs[name] = outputs_of(m, pixels)
+
+    def loss_of(m: nn.Module, found: dict[str, Tensor] | None = None) -> Tensor:
         loss = torch.zeros((), dtype=next(m.parameters()).dtype)
-        for key, value in outputs[name].items():
+        for key, value in (outputs_of(m, pixels) if found is None else found).items():
             weights.setdefault(key, torch.randn(value.shape))
             loss = loss + (value * weights[key].to(value.dtype)).sum()
+        return loss
+
+    for name, m in (("oracle", oracle), ("eager", model), ("ours", ours)):
+        outputs[name] = outputs_of(m, pixels)
+        loss = loss_of(m, outputs[name])
         parameters = dict(m.named_parameters())
         found = torch.autograd.grad(loss, list(parameters.values())) if gradients else ()
         grads[name] = dict(zip(parameters, found, strict=gradients))
@@ -116,6 +138,7 @@ def check_parity(model: nn.Module, pixels: Tensor, *, ours: nn.Module | None = N
     if not gradients:
         return
     theirs = {m: {type(ours).file_name(name): g for name, g in grads[m].items()} for m in ("oracle", "eager")}
+    terms = {type(ours).file_name(name): t for name, t in logit_terms(oracle, loss_of).items()}
     names = ours.weight_names()
     assert set(names) == set(grads["ours"])
     assert {part for parts in names.values() for part in parts} == set(theirs["oracle"])
@@ -129,7 +152,8 @@ def check_parity(model: nn.Module, pixels: Tensor, *, ours: nn.Module | None = N
             continue
         for part, chunk in zip(parts, found.chunk(len(parts)), strict=True):
             truth, yardstick = theirs["oracle"][part], theirs["eager"][part]
-            assert_close(part, chunk, truth, yardstick, gradient=True, scale=size * float(truth.abs().max()))
+            largest = max(float(truth.abs().max()), terms.get(part, 0.0))
+            assert_close(part, chunk, truth, yardstick, gradient=True, scale=size * largest)
 
 
 SIZES = {

@@ -27,6 +27,7 @@ namespace warpform {
 template <class T>
 struct DisentangledScore {
   static constexpr bool kPlain = false;
+  static constexpr bool kDqFromKeys = false;  // always DqMode::kSeparate
   using Gradient = RelativeGradient<T>;
 
   static constexpr int kTile = 64;

@@ -86,6 +86,7 @@ struct NoTables {
 // softmax_scale * q.k and nothing else.
 struct PlainScore : NoTables {
   static constexpr bool kPlain = true;
+  static constexpr bool kDqFromKeys = true;  // whether launches may ask the keys' kernel for dQ
 
   float exponent;
 
@@ -108,6 +109,7 @@ struct PlainScore : NoTables {
 // al., arXiv 2108.12409), chosen at run time: one variant for all of them.
 struct BiasedScore : NoTables {
   static constexpr bool kPlain = false;
+  static constexpr bool kDqFromKeys = true;
 
   const AttentionProblem& p;  // in constant memory: no registers
   float alibi_slope;
