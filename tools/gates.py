@@ -58,12 +58,6 @@ class ArchRule:
 # `kernel` is a regular expression, searched in the demangled name. A rule that matches no kernel fails its gate.
 STACK: tuple[StackRule, ...] = (
     StackRule(
-        r"varlen_attention_backward_keys<.*, 256, true, warpform::BiasedScore",
-        24,
-        "all 255 registers are taken, and lanes that exchange columns of dQ need a few more",
-        ("sm_80",),
-    ),
-    StackRule(
         r"window_attention_backward_keys<.*, 128>",
         24,
         "all 255 registers are taken; what waits is of the window, written and read outside of the products",
