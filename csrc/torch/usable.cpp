@@ -28,7 +28,7 @@ std::string capability(int number) { return std::to_string(number / 10) + "." + 
 // Drivers that came with the first release of a major version of CUDA.
 const char* first_driver(int major) { return major == 13 ? "580" : major == 12 ? "525" : "one that serves it"; }
 
-// Empty where kernels can run, and where nobody knows: a launch will say.
+// Empty where kernels can run, and where it is not known whether they can: then the launch reports the error.
 std::string reason_of(const DeviceFacts& facts) {
   const int runtime = cuda_runtime_version();
   if (!driver_serves(facts.driver, runtime)) {

@@ -117,7 +117,7 @@ window_attention_backward_queries(const __grid_constant__ WindowBackwardParams p
   for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
     const int index = p.blocks.quotient(item), first_query = (item - index * p.blocks.divisor) * kBlock;
     const Window window = window_at(p, index);
-    block_sync();  // nobody works on the window before any more
+    block_sync();  // every warp is done with the window before
     shared.tokens.set_rows<window_threads(kBucket)>(shared.rows(), p, window);
     block_sync();
     const auto copy = [&](Tile to, const TokenRows<T>& from, int first) {
@@ -146,7 +146,7 @@ window_attention_backward_queries(const __grid_constant__ WindowBackwardParams p
     for (int n = 0; n < p.blocks.divisor; ++n) {
       const int stage = n % 2;
       cp_async_wait<0>();
-      block_sync();  // block n is here, and nobody reads the one before any more
+      block_sync();  // block n has arrived, and every warp is done with block n - 1
       if (n + 1 < p.blocks.divisor) fetch(1 - stage, n + 1);
       if (score.cosine) {
         set_inverse_norms<kBucket, T>(shared, tile_q, tile_k(stage), false, /*lengthen_keys=*/true);
@@ -222,7 +222,7 @@ window_attention_backward_keys(const __grid_constant__ WindowBackwardParams para
   for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
     const int index = p.blocks.quotient(item), first_key = (item - index * p.blocks.divisor) * kBlock;
     const Window window = window_at(p, index);
-    block_sync();  // nobody works on the window before any more
+    block_sync();  // every warp is done with the window before
     shared.tokens.set_rows<window_threads(kBucket)>(shared.rows(), p, window);
     block_sync();
     const auto copy = [&](Tile to, const TokenRows<T>& from, int first) {
@@ -249,7 +249,7 @@ window_attention_backward_keys(const __grid_constant__ WindowBackwardParams para
     for (int n = 0; n < p.blocks.divisor; ++n) {
       const int stage = n % 2;
       cp_async_wait<0>();
-      block_sync();  // block n is here, and nobody reads the one before any more
+      block_sync();  // block n has arrived, and every warp is done with block n - 1
       if (n + 1 < p.blocks.divisor) fetch(1 - stage, n + 1);
       if (score.cosine) {
         set_inverse_norms<kBucket, T>(shared, tile_q(stage), tile_k, /*lengthen_queries=*/true);
@@ -335,7 +335,7 @@ window_attention_backward_bias(const __grid_constant__ WindowBackwardParams para
   const bool warp_has_rows = My::head() < p.heads && first_query + My::row() < p.tokens;
   for (int index = share; index < p.windows; index += params.table_shares) {
     const Window window = window_at(p, index);
-    block_sync();  // nobody works on the window before any more
+    block_sync();  // every warp is done with the window before
     shared.tokens.set_rows<window_threads(kBucket)>(shared.rows(), p, window);
     block_sync();
     const auto copy = [&](Tile to, const TokenRows<T>& from, int first) {
