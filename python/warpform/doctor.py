@@ -182,7 +182,7 @@ def _backends(report: dict[str, Any]) -> list[dict[str, str]]:
     elif not _covers(binary.get("cuda_archs", ""), gpus[0]["capability"]):
         why = f"no kernel was built for compute capability {gpus[0]['capability']} (built: {binary.get('cuda_archs')})"
     else:
-        why = _old_driver(report["machine"]["driver_cuda"], binary.get("cuda")) or ""
+        why = _old_driver(report["machine"]["driver_cuda"], _runtime(binary)) or ""
     rows = []
     kernels = binary.get("kernels", {})
     for op in ops:
@@ -194,6 +194,11 @@ def _backends(report: dict[str, Any]) -> list[dict[str, str]]:
         else:
             rows.append({"op": op, "backend": "reference", "why": "has no kernel in this version"})
     return rows
+
+
+def _runtime(binary: dict[str, Any]) -> str | None:
+    """The CUDA runtime in the library, which the driver has to serve."""
+    return binary.get("cuda_runtime") or binary.get("cuda")
 
 
 def _old_driver(driver: Any, built: str | None) -> str | None:
@@ -232,7 +237,7 @@ def _advice(report: dict[str, Any]) -> list[str]:
     binary, machine = report["binary"], report["machine"]
     sentences = [_library.stale_sources()]
     if machine["gpus"]:
-        sentences.append(_old_driver(machine["driver_cuda"], binary.get("cuda")))
+        sentences.append(_old_driver(machine["driver_cuda"], _runtime(binary)))
     return [sentence for sentence in sentences if sentence]
 
 
