@@ -13,7 +13,7 @@ GPU_PYTHON = $(if $(CHOSEN),$(PYTHON),$(shell $(VENV_PYTHON) -c 1 2>/dev/null &&
 
 help:
 	@echo "make demo       set up, build, then encode real text padded and padding-free (ARGS='--json')"
-	@echo "make test       set up, build, then every test that this machine can run (PYTEST_ARGS='-k packing')"
+	@echo "make test       set up, build, then every quick test that this machine can run (PYTEST_ARGS='-k packing', --slow)"
 	@echo "make build      set up and compile what changed"
 	@echo "make lint       formatters, linter and type checker; make format applies the formatters"
 	@echo "make gates      reads the built binary: architectures, stack, tensor-core instructions"

@@ -38,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="SEED",
         help="run the files in an order drawn from SEED (default: any), and the tests of a file in their own",
     )
+    parser.addoption("--slow", action="store_true", help="also run what is marked slow, as CI does")
 
 
 def pytest_configure() -> None:
@@ -74,6 +75,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        if item.get_closest_marker("slow") and not (config.getoption("slow") or os.environ.get("CI")):
+            item.add_marker(pytest.mark.skip(reason="slow: runs in CI, or with --slow"))
     seed = config.getoption("shuffle_files")
     if seed is not None:
         # By a hash of the file's name, so that some of the files keep the order that they have among all.

@@ -86,6 +86,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedP
     return subprocess.run(command, cwd=output.parent, env=env, capture_output=True, text=True, timeout=300), output
 
 
+@pytest.mark.slow
 def test_dry_run_finds_the_planted_faults_and_nothing_else(dry):
     done, output = dry
     results = json.loads((output / "results.json").read_text())
@@ -100,6 +101,7 @@ def test_dry_run_finds_the_planted_faults_and_nothing_else(dry):
     assert list(results["stages"]) == [stage.name for stage in STAGES]
 
 
+@pytest.mark.slow
 def test_what_comes_after_a_fault_runs(dry):
     passed = outcomes(json.loads((dry[1] / "results.json").read_text()), "passed")
     for file in ("wrong", "hanging", "crashing", "poisoned"):
@@ -110,6 +112,7 @@ def test_what_comes_after_a_fault_runs(dry):
     assert real == set(emulated.EmulatedMachine.real_families)
 
 
+@pytest.mark.slow
 def test_the_files_agree(dry):
     _, output = dry
     assert {path.name for path in output.iterdir()} <= set(report.FILES)
@@ -125,6 +128,7 @@ def test_the_files_agree(dry):
         assert any("hanging" in name for name in logs.getnames())
 
 
+@pytest.mark.slow
 def test_one_that_broke_its_process_runs_again_alone(dry):
     results = json.loads((dry[1] / "results.json").read_text())
     found = results["stages"]["tests"]["diagnoses"]
