@@ -92,8 +92,9 @@ class EncoderModel(ConvertibleModel):
         packing: Packing | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        keep_packed: bool = False,
         **unsupported: Any,
-    ) -> EncoderOutput | tuple[Any, ...]:
+    ) -> EncoderOutput | PackedStates | tuple[Any, ...]:
         """Padded: ids [batch, seqlen] and a mask of any pattern. Packed: ids [total] and their packing.
 
         Args:
@@ -106,6 +107,7 @@ class EncoderModel(ConvertibleModel):
             packing: says that all inputs are packed; then outputs are packed too.
             output_hidden_states: also return the embeddings and the output of every layer. None = as the config says.
             return_dict: False returns a tuple. None = as the config says.
+            keep_packed: return the `PackedStates` of the last layer, which is what a head works on.
             **unsupported: other arguments of the transformers model, accepted when None or False.
 
         Returns:
@@ -127,6 +129,8 @@ class EncoderModel(ConvertibleModel):
             output_hidden_states=output_hidden_states,
             **unsupported,
         )
+        if keep_packed:
+            return run
         pooled = None if self.pooler is None else self.pooler(run.hidden, run.packing)
         # The last state is the last hidden state: unpacked once, not twice.
         hidden = run.restore(run.hidden)

@@ -113,6 +113,12 @@ class HeadModel(ConvertibleModel):
         """The token table, for callers that know transformers models."""
         return self.base.get_input_embeddings()
 
+    def run(self, *inputs: Any, **named: Any) -> PackedStates:
+        """What the last layer of the encoder gave, packed; the inputs are the encoder's."""
+        run = self.base(*inputs, **named, keep_packed=True)
+        assert isinstance(run, PackedStates)
+        return run
+
     def finish(
         self, run: PackedStates, loss: Tensor | None, logits: Tensor | None, return_dict: bool | None
     ) -> HeadOutput | tuple[Any, ...]:
@@ -163,7 +169,11 @@ class MaskedLM(HeadModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         packing: Packing | None = None,
         return_logits: bool = True,
         return_dict: bool | None = None,
@@ -172,9 +182,12 @@ class MaskedLM(HeadModel):
         """Only real tokens go through the decoder, the widest product of the model.
 
         Args:
-            input_ids, attention_mask, packing, **inputs: as of the encoder.
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing: as of the encoder.
+            **inputs: further arguments of the encoder.
             labels: int64 in the form of input_ids: the token that belongs there, -100 where the loss does not look.
                 Labels of padded tokens are not looked at, whatever they are.
+            num_items_in_batch: what the sum of the losses is divided by, in place of the number of labelled tokens.
+                transformers' Trainer gives it: the labelled tokens of all the batches that make one step.
             return_logits: False, with labels: only labelled tokens go through the decoder, which in training are few,
                 and logits are None. Finding them is one read of the device.
             return_dict: False returns a tuple. None = as the config says.
@@ -188,17 +201,25 @@ class MaskedLM(HeadModel):
         """
         if labels is None and not return_logits:
             raise ValueError(f"{type(self).__name__}: return_logits=False needs labels")
-        run = self.base.run_packed(input_ids, attention_mask, packing=packing, **inputs)
+        run = self.run(
+            input_ids,
+            attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            packing=packing,
+            **inputs,
+        )
         table = self.base.embeddings.tokens.weight
         loss = logits = None
         if labels is not None:
             labels = self.token_labels(run, labels)
         if labels is not None and not return_logits:
             rows = (labels != IGNORED).nonzero().flatten()
-            loss = token_loss(self.head(run.hidden[rows], table), labels[rows])
+            loss = token_loss(self.head(run.hidden[rows], table), labels[rows], num_items_in_batch)
         else:
             packed = self.head(run.hidden, table)
-            loss = None if labels is None else token_loss(packed, labels)
+            loss = None if labels is None else token_loss(packed, labels, num_items_in_batch)
             logits = run.restore(packed)
         return self.finish(run, loss, logits, return_dict)
 
@@ -227,7 +248,11 @@ class TokenClassification(Classification):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         packing: Packing | None = None,
         return_dict: bool | None = None,
         **inputs: Any,
@@ -235,9 +260,11 @@ class TokenClassification(Classification):
         """Classifies real tokens.
 
         Args:
-            input_ids, attention_mask, packing, **inputs: as of the encoder.
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing: as of the encoder.
+            **inputs: further arguments of the encoder.
             labels: int64 in the form of input_ids, -100 where the loss does not look. Labels of padded tokens are not
                 looked at.
+            num_items_in_batch: as of `MaskedLM`.
             return_dict: False returns a tuple. None = as the config says.
 
         Returns:
@@ -247,9 +274,17 @@ class TokenClassification(Classification):
         Raises:
             ValueError: as the encoder; labels of another shape.
         """
-        run = self.base.run_packed(input_ids, attention_mask, packing=packing, **inputs)
+        run = self.run(
+            input_ids,
+            attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            packing=packing,
+            **inputs,
+        )
         logits = self.classifier(self.dropout(run.hidden))
-        loss = None if labels is None else token_loss(logits, self.token_labels(run, labels))
+        loss = None if labels is None else token_loss(logits, self.token_labels(run, labels), num_items_in_batch)
         return self.finish(run, loss, run.restore(logits), return_dict)
 
 
@@ -269,7 +304,11 @@ class SequenceClassification(Classification):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         packing: Packing | None = None,
         return_dict: bool | None = None,
         **inputs: Any,
@@ -277,10 +316,12 @@ class SequenceClassification(Classification):
         """Classifies sequences by their first real token.
 
         Args:
-            input_ids, attention_mask, packing, **inputs: as of the encoder.
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing: as of the encoder.
+            **inputs: further arguments of the encoder.
             labels: [batch] integers (classes) or [batch] numbers (regression with one label), else [batch, num_labels].
                 problem_type of the config says which loss; None finds out as transformers does: one label is a
                 regression, integers are classes, other numbers several classes at once.
+            num_items_in_batch: what the sum of the losses is divided by, in place of the number of labels.
             return_dict: False returns a tuple. None = as the config says.
 
         Returns:
@@ -289,20 +330,32 @@ class SequenceClassification(Classification):
         Raises:
             ValueError: as the encoder; labels of another shape.
         """
-        run = self.base.run_packed(input_ids, attention_mask, packing=packing, **inputs)
+        run = self.run(
+            input_ids,
+            attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            packing=packing,
+            **inputs,
+        )
         logits = self.classifier(self.dropout(self.pool(run)))
         logits = torch.where((run.packing.lengths > 0).unsqueeze(1), logits, logits.new_zeros(()))
         loss = None
         if labels is not None:
-            loss = self._loss(logits, labels)
+            loss = self._loss(logits, labels, num_items_in_batch)
         return self.finish(run, loss, logits, return_dict)
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return classification_loss(type(self).__name__, self.config.problem_type, logits, labels)
+    def _loss(self, logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
+        return classification_loss(type(self).__name__, self.config.problem_type, logits, labels, items)
 
 
-def classification_loss(model: str, problem_type: str | None, logits: Tensor, labels: Tensor) -> Tensor:
+def classification_loss(
+    model: str, problem_type: str | None, logits: Tensor, labels: Tensor, items: Tensor | int | None = None
+) -> Tensor:
     """The loss of logits [batch, classes], in float32 at least; problem_type None finds out which as transformers does.
+
+    items: what the sum of the losses is divided by; None = the number of labels, which makes it their mean.
 
     Raises:
         ValueError: labels of another shape, named as those of `model`.
@@ -323,18 +376,22 @@ def classification_loss(model: str, problem_type: str | None, logits: Tensor, la
     else:
         check_shape(model, "labels", labels, (batch, classes))
     if kind == "single_label_classification":
-        return token_loss(logits, labels)
+        return token_loss(logits, labels, items)
     logits = _wide(logits)
-    if kind == "regression":
-        return F.mse_loss(logits, labels.to(logits.dtype).view_as(logits))
-    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    labels = labels.to(logits.dtype).view_as(logits)
+    loss = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
+    return loss(logits, labels) if items is None else loss(logits, labels, reduction="sum") / items
 
 
-def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross-entropy over rows whose label is not `IGNORED`; 0 where there is none. In float32 at least."""
+def token_loss(logits: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:
+    """The mean cross-entropy over rows whose label is not `IGNORED`; 0 where there is none. In float32 at least.
+
+    items: what the sum is divided by in place of the number of such rows.
+    """
     labels = labels.long()
-    count = (labels != IGNORED).sum().clamp(min=1)
-    return F.cross_entropy(_wide(logits), labels, ignore_index=IGNORED, reduction="sum") / count
+    if items is None:
+        items = (labels != IGNORED).sum().clamp(min=1)
+    return F.cross_entropy(_wide(logits), labels, ignore_index=IGNORED, reduction="sum") / items
 
 
 def _wide(x: Tensor) -> Tensor:

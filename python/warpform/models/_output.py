@@ -3,51 +3,115 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
-class Output:
+class Output(OrderedDict):  # type: ignore[type-arg]
     """Output by name (`out.logits`, `out["logits"]`) or by place (`out[0]`, `out[:2]`), for dataclasses to derive from.
 
-    As in transformers, fields that are None do not count for indexing, and iteration goes over names.
+    As in transformers, it is a dictionary of the fields that are not None, in their order. Each class derived from this
+    one is a pytree node. So DistributedDataParallel, FSDP, accelerate and `torch.export` find the tensors in an output.
+    Once a model of transformers was converted, outputs are instances of transformers' ModelOutput too: its pipelines
+    turn any other dictionary into a plain one, which has no places. So nothing here relies on the next base class.
+    They add items of their own too.
+
+    Raises:
+        TypeError: a field that is to be removed (set it to None).
     """
 
-    def keys(self) -> tuple[str, ...]:
-        names = (f.name for f in dataclasses.fields(self))  # type: ignore[arg-type]
-        return tuple(name for name in names if getattr(self, name) is not None)
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
 
-    def values(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, name) for name in self.keys())
+        def restore(values: Any, names: Any) -> Any:
+            return cls(dict(zip(names, values, strict=True)))
 
-    def items(self) -> tuple[tuple[str, Any], ...]:
-        return tuple((name, getattr(self, name)) for name in self.keys())
+        pytree.register_pytree_node(
+            cls,
+            lambda output: (list(output.values()), list(output.keys())),
+            restore,
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+            flatten_with_keys_fn=lambda output: (
+                [(pytree.MappingKey(name), value) for name, value in output.items()],
+                list(output.keys()),
+            ),
+        )
+
+    def __post_init__(self) -> None:
+        names = self._names()
+        first = getattr(self, names[0])
+        if first is None or isinstance(first, Tensor) or len(self) > 1:
+            return
+        # Libraries that convert the tensors of a mapping make the new one from a mapping, or from its items.
+        items = first if isinstance(first, Mapping) else _items(first)
+        if items is not None:
+            setattr(self, names[0], None)
+            for name, value in items.items():
+                self[name] = value
+
+    def _names(self) -> tuple[str, ...]:
+        return tuple(field.name for field in dataclasses.fields(self))  # type: ignore[arg-type]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if value is None:
+            if name in self:
+                OrderedDict.__delitem__(self, name)
+        elif name in self:
+            OrderedDict.__setitem__(self, name, value)
+        else:
+            names = self._names()
+            if name in names:
+                OrderedDict.__setitem__(self, name, value)
+                for later in names[names.index(name) + 1 :]:
+                    if later in self:
+                        self.move_to_end(later)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self, name, value)
+        if value is not None and name not in self:
+            OrderedDict.__setitem__(self, name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        """key: the name of a field, or its place among those that are not None, or a slice of places."""
+        return OrderedDict.__getitem__(self, key) if isinstance(key, str) else self.to_tuple()[key]
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are not None, in order."""
-        return self.values()
+        return tuple(self.values())
 
-    def get(self, name: str, default: Any = None) -> Any:
-        value = getattr(self, name) if name in self.keys() else None
-        return default if value is None else value
+    def copy(self) -> Any:
+        return type(self)(dict(self))
 
-    def __getitem__(self, key: int | slice | str) -> Any:
-        if isinstance(key, str):
-            if key not in self.keys():
-                raise KeyError(key)
-            return getattr(self, key)
-        return self.to_tuple()[key]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
+    def _keep(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(f"{type(self).__name__}: fields cannot be removed; set one to None instead")
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.keys()
+    __delitem__ = pop = popitem = clear = setdefault = _keep
 
-    def __len__(self) -> int:
-        return len(self.keys())
+
+def derive_from_model_output() -> None:
+    """Makes transformers' ModelOutput the base class of `Output`. Calling it again changes nothing."""
+    from transformers.utils import ModelOutput
+
+    if not issubclass(Output, ModelOutput):
+        Output.__bases__ = (ModelOutput,)
+
+
+def _items(value: Any) -> dict[str, Any] | None:
+    """The pairs of (name, value) that an iterable holds, or None where it holds something else."""
+    if not hasattr(value, "__iter__"):
+        return None
+    pairs = list(value)
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        return None
+    return dict(pairs)
 
 
 @dataclasses.dataclass

@@ -14,6 +14,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ._model import Model
+from ._output import derive_from_model_output
+from ._saving import own_weights, save, teach_save_pretrained
 from ._weights import read_weights
 
 _MODELS: list[type[ConvertibleModel]] = []
@@ -21,7 +24,7 @@ _MODELS: list[type[ConvertibleModel]] = []
 SomeModel = TypeVar("SomeModel", bound="ConvertibleModel")
 
 
-class ConvertibleModel(nn.Module):
+class ConvertibleModel(Model):
     """A model that exists in transformers too. An architecture says how names and configs correspond; the rest is here.
 
     Attributes:
@@ -56,6 +59,7 @@ class ConvertibleModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._origin = []
+        self._register_load_state_dict_pre_hook(_take_their_names, with_module=True)
 
     @classmethod
     def build(cls, config: Any, *, with_optional: bool = True) -> ConvertibleModel:
@@ -84,6 +88,22 @@ class ConvertibleModel(nn.Module):
                 f"{cls.__name__}, got {fields.get('model_type')!r}"
             )
         return _load(cls, folder, fields, dtype, device, overrides)
+
+    def save_pretrained(
+        self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, **unused: Any
+    ) -> None:
+        """Writes `config.json` and `model.safetensors`, which transformers reads, and `from_pretrained` here too.
+
+        Args:
+            folder: is made where there is none.
+            state_dict: the weights to write, under this model's names; None = its own.
+            **unused: other arguments of transformers' method, such as safe_serialization; they change nothing.
+
+        Raises:
+            NotADirectoryError: folder is a file.
+            ValueError: a state_dict that lacks a weight or has another, as with adapters that are not merged.
+        """
+        save(self, folder, state_dict)
 
     def weight_names(self) -> dict[str, tuple[str, ...]]:
         """For each parameter of this model the names in transformers whose tensors, joined on dim 0, it holds."""
@@ -141,12 +161,18 @@ class ConvertibleModel(nn.Module):
         return {}
 
 
+def _take_their_names(model: Any, weights: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """The hook before `load_state_dict`: state dicts of the transformers model are taken too."""
+    own_weights(model, weights, prefix)
+
+
 ModelType = TypeVar("ModelType", bound=type[ConvertibleModel])
 
 
 def register(cls: ModelType) -> ModelType:
     """Adds an architecture to the table that `from_transformers` and `from_pretrained` look in."""
     _MODELS.append(cls)
+    cls.config_class.model_type = cls.model_type
     return cls
 
 
@@ -177,7 +203,9 @@ def from_transformers(hf_model: nn.Module, **overrides: Any) -> ConvertibleModel
             f"from_transformers: hf_model must be one of {_names('transformers_class')} of transformers, "
             f"got {type(hf_model).__module__}.{name}{hint}"
         )
-    config = model_class.config_class.from_transformers(_config_dict(hf_model), **overrides)
+    fields = _config_dict(hf_model)
+    config = model_class.config_class.from_transformers(fields, **overrides)
+    config.id2label = fields.get("id2label")
     theirs = {model_class.file_name(name): parameter for name, parameter in hf_model.named_parameters()}
     with torch.device("meta"):
         model = model_class.build(config, with_optional=_has_optional(model_class, theirs))
@@ -196,6 +224,8 @@ def from_transformers(hf_model: nn.Module, **overrides: Any) -> ConvertibleModel
             )
         joined = torch.cat([source.detach() for source in sources])
         set_parameter(model, ours, nn.Parameter(joined, requires_grad=trained.pop()))
+    teach_save_pretrained(hf_model)
+    derive_from_model_output()
     model.adopt(hf_model)
     model.restore_buffers()
     model._origin.append(hf_model)
@@ -261,6 +291,7 @@ def _load(
     overrides: dict[str, Any],
 ) -> SomeModel:
     config = model_class.config_class.from_transformers(fields, **overrides)
+    config.id2label = fields.get("id2label")
     weights = read_weights(folder, device="cpu" if device is None else str(device))
     return load_weights(model_class, config, weights, f"from_pretrained: the weights in {folder}", dtype).eval()
 

@@ -223,6 +223,7 @@ class ImageClassification(SwinBase):
         pixel_values: Tensor,
         labels: Tensor | None = None,
         *,
+        num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
         **inputs: Any,
     ) -> ImageClassifierOutput | tuple[Any, ...]:
@@ -232,6 +233,7 @@ class ImageClassification(SwinBase):
             pixel_values, **inputs: as of the model below.
             labels: [batch] integers (classes) or [batch] numbers (regression with one label), else [batch, num_labels].
                 problem_type of the config says which loss; None finds out as transformers does.
+            num_items_in_batch: what the sum of the losses is divided by, in place of the number of labels.
             return_dict: False returns a tuple. None = as the config says.
 
         Returns:
@@ -244,7 +246,9 @@ class ImageClassification(SwinBase):
         logits = self.classifier(run.pooler_output)
         loss = None
         if labels is not None:
-            loss = classification_loss(type(self).__name__, self.config.problem_type, logits, labels)
+            loss = classification_loss(
+                type(self).__name__, self.config.problem_type, logits, labels, num_items_in_batch
+            )
         output = ImageClassifierOutput(loss, logits, run.hidden_states, None, run.reshaped_hidden_states)
         if return_dict is None:
             return_dict = self.config.return_dict

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from ..nn import ACTIVATIONS
 from ._config import PROBLEM_TYPES, read_fields
+from ._model import ModelConfig
 
 Pair = tuple[int, int]
 
@@ -23,8 +24,8 @@ def pair(value: int | Pair) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-@dataclasses.dataclass(frozen=True)
-class SwinConfig:
+@dataclasses.dataclass
+class SwinConfig(ModelConfig):
     """The options of Swin, under the names of transformers' `SwinConfig`.
 
     Attributes:
@@ -62,7 +63,7 @@ class SwinConfig:
         for name in ("image_size", "patch_size", "window_size", "depths", "num_heads"):
             value = getattr(self, name)
             if not isinstance(value, int):
-                object.__setattr__(self, name, tuple(value))  # config.json has lists
+                setattr(self, name, tuple(value))  # config.json has lists
         for name in ("image_size", "patch_size", "window_size"):
             sizes = getattr(self, name)
             if min(pair(sizes)) < 1 or (isinstance(sizes, tuple) and len(sizes) != 2):
@@ -136,7 +137,7 @@ class SwinConfig:
 SomeConfig = TypeVar("SomeConfig", bound=SwinConfig)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Swinv2Config(SwinConfig):
     """The options of Swin V2, under the names of transformers' `Swinv2Config`.
 
@@ -152,7 +153,7 @@ class Swinv2Config(SwinConfig):
     def __post_init__(self) -> None:
         stages = len(self.depths)
         sizes = (0,) * stages if self.pretrained_window_sizes is None else tuple(self.pretrained_window_sizes)
-        object.__setattr__(self, "pretrained_window_sizes", sizes[:stages])
+        self.pretrained_window_sizes = sizes[:stages]
         super().__post_init__()
         if len(sizes) < stages:
             raise ValueError(f"pretrained_window_sizes must have {stages} numbers, as depths has, got {sizes}")

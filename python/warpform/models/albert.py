@@ -12,11 +12,12 @@ from ..nn import Embeddings, Encoder, EncoderLayer, FirstTokenPooler
 from ._config import check_config, read_fields
 from ._encoder_model import EncoderModel
 from ._heads import MaskedLM, SequenceClassification, TokenClassification
+from ._model import ModelConfig
 from ._registry import register
 
 
-@dataclasses.dataclass(frozen=True)
-class AlbertConfig:
+@dataclasses.dataclass
+class AlbertConfig(ModelConfig):
     """The options of an ALBERT encoder and its heads, under the names of transformers' `AlbertConfig`.
 
     Raises:

@@ -10,11 +10,12 @@ from ..nn import Embeddings, Encoder, EncoderLayer, FirstTokenPooler
 from ._config import check_config, read_fields
 from ._encoder_model import EncoderModel
 from ._heads import MaskedLM, SequenceClassification, TokenClassification
+from ._model import ModelConfig
 from ._registry import register
 
 
-@dataclasses.dataclass(frozen=True)
-class BertConfig:
+@dataclasses.dataclass
+class BertConfig(ModelConfig):
     """The options of a BERT encoder and its heads, under the names of transformers' `BertConfig`.
 
     Raises:

@@ -28,13 +28,14 @@ from ..nn import (
 from ._config import check_config, read_fields
 from ._encoder_model import EncoderModel, PackedStates, check_shape
 from ._heads import IGNORED, MaskedLM, SequenceClassification, TokenClassification, token_loss
+from ._model import ModelConfig
 from ._registry import register
 
 Config = TypeVar("Config", bound="DebertaConfig")
 
 
-@dataclasses.dataclass(frozen=True)
-class DebertaConfig:
+@dataclasses.dataclass
+class DebertaConfig(ModelConfig):
     """The options of a DeBERTa (v1) encoder and its heads, under the names of transformers' `DebertaConfig`.
 
     pos_att_type may be a sequence, None, or one string as in "c2p|p2c". embedding_size None is hidden_size.
@@ -75,9 +76,9 @@ class DebertaConfig:
         terms = self.pos_att_type or ()
         if isinstance(terms, str):
             terms = tuple(term.strip() for term in terms.lower().split("|"))
-        object.__setattr__(self, "pos_att_type", tuple(terms))
+        self.pos_att_type = tuple(terms)
         if self.embedding_size is None:
-            object.__setattr__(self, "embedding_size", self.hidden_size)
+            self.embedding_size = self.hidden_size
         check_config(
             self,
             activation="hidden_act",
@@ -128,7 +129,7 @@ class DebertaConfig:
         return 1 + len(self.pos_att_type)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class DebertaV2Config(DebertaConfig):
     """The options of a DeBERTa-v2 or v3 encoder and its heads, under the names of transformers' `DebertaV2Config`.
 
@@ -414,19 +415,20 @@ class _DebertaSequenceClassification(SequenceClassification):
         first = F.dropout(first_tokens(run.hidden, run.packing), self.config.pooler_dropout, training=self.training)
         return self.pooler_activation(self.pooler(first), None)
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
         # Where no problem_type is given, transformers has rules of DeBERTa's own: one label a sequence is a class, and
         # none where it is negative; several are the probabilities of the classes.
         batch, classes = logits.shape
         if self.config.problem_type is not None or classes == 1:
-            return super()._loss(logits, labels)
+            return super()._loss(logits, labels, items)
         if labels.dim() == 1 or labels.shape[-1] == 1:
             labels = labels.flatten().long()
             check_shape(type(self).__name__, "labels", labels, (batch,))
-            return token_loss(logits, torch.where(labels < 0, IGNORED, labels))
+            return token_loss(logits, torch.where(labels < 0, IGNORED, labels), items)
         check_shape(type(self).__name__, "labels", labels, (batch, classes))
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return -(wide.log_softmax(-1) * labels).sum(-1).mean()
+        losses = -(wide.log_softmax(-1) * labels).sum(-1)
+        return losses.mean() if items is None else losses.sum() / items
 
 
 @register

@@ -14,15 +14,16 @@ from ..nn import Embeddings, Encoder, EncoderLayer, first_tokens
 from ..packing import Packing
 from ._config import check_config, read_fields
 from ._encoder_model import EncoderModel, PackedStates
-from ._heads import MaskedLM, SequenceClassification, TokenClassification
-from ._output import EncoderOutput
+from ._heads import HeadModel, MaskedLM, SequenceClassification, TokenClassification
+from ._model import ModelConfig
+from ._output import EncoderOutput, HeadOutput
 from ._registry import register
 
 _EPS = 1e-12  # of every normalisation; not in the config
 
 
-@dataclasses.dataclass(frozen=True)
-class DistilBertConfig:
+@dataclasses.dataclass
+class DistilBertConfig(ModelConfig):
     """The options of a DistilBERT encoder and its heads, under the names of transformers' `DistilBertConfig`.
 
     Raises:
@@ -140,8 +141,9 @@ class DistilBertModel(EncoderModel):
         packing: Packing | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        keep_packed: bool = False,
         **unsupported: Any,
-    ) -> EncoderOutput | tuple[Any, ...]:
+    ) -> EncoderOutput | PackedStates | tuple[Any, ...]:
         """As of `BertModel`, with arguments in the order of `transformers.DistilBertModel`; there are no token types.
 
         Args:
@@ -152,6 +154,7 @@ class DistilBertModel(EncoderModel):
             packing: says that all inputs are packed; then outputs are packed too.
             output_hidden_states: also return the embeddings and the output of every layer. None = as the config says.
             return_dict: False returns a tuple. None = as the config says.
+            keep_packed: as of `BertModel`.
             **unsupported: other arguments, accepted when None or False.
 
         Raises:
@@ -165,6 +168,7 @@ class DistilBertModel(EncoderModel):
             packing=packing,
             output_hidden_states=output_hidden_states,
             return_dict=return_dict,
+            keep_packed=keep_packed,
             **unsupported,
         )
 
@@ -198,8 +202,38 @@ def _sinusoids(positions: int, dim: int) -> Tensor:
     return torch.where(column % 2 == 0, angle.sin(), angle.cos())
 
 
+class _WithoutTokenTypes(HeadModel):
+    """A head on a model without token types, whose `forward` does not name them: trainers read the names of arguments
+    to know which columns of a dataset a model takes."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        packing: Packing | None = None,
+        return_dict: bool | None = None,
+        **inputs: Any,
+    ) -> HeadOutput | tuple[Any, ...]:
+        """As of the head of the other models."""
+        out: HeadOutput | tuple[Any, ...] = super().forward(
+            input_ids,
+            attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            packing=packing,
+            return_dict=return_dict,
+            **inputs,
+        )
+        return out
+
+
 @register
-class DistilBertForMaskedLM(MaskedLM):
+class DistilBertForMaskedLM(_WithoutTokenTypes, MaskedLM):
     """DistilBERT that predicts masked tokens."""
 
     base_class = DistilBertModel
@@ -210,7 +244,7 @@ class DistilBertForMaskedLM(MaskedLM):
 
 
 @register
-class DistilBertForSequenceClassification(SequenceClassification):
+class DistilBertForSequenceClassification(_WithoutTokenTypes, SequenceClassification):
     """DistilBERT with a classifier on relu(dense(first real token)), in place of the pooler that it does not have."""
 
     base_class = DistilBertModel
@@ -227,7 +261,7 @@ class DistilBertForSequenceClassification(SequenceClassification):
 
 
 @register
-class DistilBertForTokenClassification(TokenClassification):
+class DistilBertForTokenClassification(_WithoutTokenTypes, TokenClassification):
     """DistilBERT with a classifier on every token."""
 
     base_class = DistilBertModel

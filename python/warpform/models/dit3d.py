@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..nn import ACTIVATIONS, BiasActivation
-from ..nn._product import product
+from ..nn._checkpoint import CheckpointedLayers
+from ..nn._product import is_plain, patches, product
+from ._model import Model, ModelConfig
 
 Axes = tuple[int, int, int]
 
@@ -29,8 +31,8 @@ FREQUENCIES = 256  # channels of the timestep's sinusoids
 EPS = 1e-6
 
 
-@dataclasses.dataclass(frozen=True)
-class DiT3DConfig:
+@dataclasses.dataclass
+class DiT3DConfig(ModelConfig):
     """The options of DiT-3D, under the names of the published code; the sizes by default are those of XL.
 
     Attributes:
@@ -141,11 +143,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(in_channels, hidden_size, patch_size, patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, c, *sizes = x.shape
-        p = self.patch_size
-        gx, gy, gz = (size // p for size in sizes)
-        patches = x.reshape(b, c, gx, p, gy, p, gz, p).permute(0, 2, 4, 6, 1, 3, 5, 7)  # [B, gx, gy, gz, C, p, p, p]
-        return F.linear(patches.flatten(4), self.proj.weight.flatten(1), self.proj.bias)
+        return patches(x, self.proj, nn.Conv3d)
 
 
 class TimestepEmbedder(nn.Module):
@@ -201,7 +199,10 @@ class Attention(nn.Module):
         else:
             # Where windows do not divide the grid, it is padded with zeros before the product.
             padded = any(n % w for n, w in zip(x.shape[1:4], self.window_size, strict=True))
-            bias = self.qkv.bias.view(heads) if padded else None
+            bias = None
+            if padded:
+                plain = is_plain(self.qkv, nn.Linear)
+                bias = (self.qkv.bias if plain else self.qkv(x.new_zeros(1, x.shape[-1]))).view(heads)
             out = ops.window_attention(qkv, window_size=self.window_size, qkv_bias=bias)
         projected: Tensor = self.proj(out)
         return projected
@@ -294,7 +295,7 @@ def position_embedding(grid: Axes, width: int) -> Tensor:
     return F.pad(torch.cat(parts, dim=-1).flatten(0, 2)[None], (0, width - 6 * half))
 
 
-class DiT3DModel(nn.Module):
+class DiT3DModel(Model, CheckpointedLayers):
     """Predicts the noise in voxels, given the timestep and the class.
 
     Args:
@@ -357,7 +358,7 @@ class DiT3DModel(nn.Module):
         condition = self.t_embedder(t) + self.y_embedder(y)  # [B, hidden]
         tokens = self.x_embedder(x) + self.pos_embed.view(1, *self.config.grid, -1)  # [B, X / p, Y / p, Z / p, hidden]
         for block in self.blocks:
-            tokens = block(tokens, condition)
+            tokens = self.run_layer(block, tokens, condition)
         out: Tensor = self.final_layer(tokens, condition)
         return out
 

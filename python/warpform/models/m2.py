@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import AddBiasResidualLayerNorm, MonarchMixerMLP, MonarchMixerSequenceMixer
+from ..nn._checkpoint import CheckpointedLayers
+from ..nn._product import row
 from ._encoder_model import check_shape
+from ._model import Model
 from ._output import EncoderOutput
 from ._weights import read_weights
 from .m2_config import M2BertConfig, config_of_weights
@@ -23,7 +26,7 @@ from .m2_config import M2BertConfig, config_of_weights
 Self = TypeVar("Self", bound="M2Base")
 
 
-class M2Base(nn.Module):
+class M2Base(Model):
     """What M2-BERT and its heads do alike: published weights in and out, initialisation.
 
     Attributes:
@@ -205,12 +208,13 @@ class M2BertEmbeddings(nn.Module):
         bias = None
         if token_type_ids is None:
             # One type for all tokens is one row for all tokens: the bias of the fused sum.
-            bias = self.token_type_embeddings.weight[0]
+            bias = row(self.token_type_embeddings, 0)
         else:
             x = x + self.token_type_embeddings(token_type_ids)
         if self.position_embeddings is not None:
-            table = self.position_embeddings.weight
-            x = x + (table[: x.shape[1]] if position_ids is None else self.position_embeddings(position_ids))
+            if position_ids is None:
+                position_ids = torch.arange(x.shape[1], device=x.device)
+            x = x + self.position_embeddings(position_ids)
         return F.dropout(self.LayerNorm(x, bias, None), self.dropout, training=self.training)
 
 
@@ -244,7 +248,7 @@ class M2BertLayer(nn.Module):
         return cast("Tensor", self.mlp(self.attention(hidden, mask)))
 
 
-class M2BertEncoder(nn.Module):
+class M2BertEncoder(CheckpointedLayers):
     """The layers, one after another."""
 
     def __init__(self, config: M2BertConfig) -> None:
@@ -255,7 +259,7 @@ class M2BertEncoder(nn.Module):
         """hidden: [batch, seqlen, hidden]. Returns the last state, or with all_states the input and each layer's."""
         states = [hidden]
         for layer in self.layer:
-            hidden = layer(hidden, mask)
+            hidden = self.run_layer(layer, hidden, mask)
             states.append(hidden)
         return tuple(states) if all_states else (hidden,)
 

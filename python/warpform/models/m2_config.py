@@ -10,14 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from ._config import PROBLEM_TYPES
+from ._model import ModelConfig
 from ._registry import config_overrides
 
 # The parameters of the masked-LM model on 128 positions, in millions, are the names; widths are the papers'.
 _PRESETS = {"80M": 768, "110M": 960, "260M": 1536, "341M": 1792}
 
 
-@dataclasses.dataclass(frozen=True)
-class M2BertConfig:
+@dataclasses.dataclass
+class M2BertConfig(ModelConfig):
     """The options of M2-BERT (arXiv 2310.12109) and its heads, under the names of the published code.
 
     Attributes:
@@ -69,7 +70,7 @@ class M2BertConfig:
             ("long_conv_l_max", self.max_position_embeddings),
         ):
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+                setattr(self, name, value)
         for name in (
             "vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "type_vocab_size",
             "long_conv_l_max", "hyena_filter_order", "monarch_mlp_nblocks", "num_labels",

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import AddBiasResidualLayerNorm, CausalMonarchMixer, MixerState, MonarchMixerMLP
+from ..nn._checkpoint import CheckpointedLayers
 from ._encoder_model import check_shape
 from ._heads import token_loss
+from ._model import Model, ModelConfig
 from ._output import HeadOutput
 
 
-@dataclasses.dataclass(frozen=True)
-class M2GPTConfig:
+@dataclasses.dataclass
+class M2GPTConfig(ModelConfig):
     """The options of M2-GPT.
 
     Attributes:
@@ -53,7 +55,7 @@ class M2GPTConfig:
 
     def __post_init__(self) -> None:
         if self.intermediate_size is None:
-            object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
+            self.intermediate_size = 4 * self.hidden_size
         for name in ("vocab_size", "hidden_size", "max_position_embeddings", "intermediate_size", "nblocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -105,7 +107,7 @@ class M2GPTLayer(nn.Module):
         return x + self.mlp(self.mlp_norm(x, None, None))
 
 
-class M2GPTForCausalLM(nn.Module):
+class M2GPTForCausalLM(Model, CheckpointedLayers):
     """Predicts the next token at every place, from those up to it.
 
     Args:
@@ -151,7 +153,7 @@ class M2GPTForCausalLM(nn.Module):
         check_shape(name, "labels", labels, tuple(input_ids.shape))
         x = self.tokens(input_ids)
         for layer in self.layers:
-            x = layer(x)
+            x = self.run_layer(layer, x)
         logits = self._decode(x)
         loss = None
         if labels is not None:

@@ -133,7 +133,11 @@ class M2BertForMaskedLM(M2Head):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         return_logits: bool = True,
         return_dict: bool | None = None,
         **inputs: Any,
@@ -141,8 +145,9 @@ class M2BertForMaskedLM(M2Head):
         """Predicts the token at every place.
 
         Args:
-            input_ids, attention_mask, **inputs: as of `M2BertModel`.
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **inputs: as of `M2BertModel`.
             labels: int64 [batch, seqlen]: the token that belongs there, -100 where the loss does not look.
+            num_items_in_batch: what the sum of the losses is divided by, in place of the number of labelled tokens.
             return_logits: False, with labels: only labelled tokens go through the decoder, the widest product of the
                 model, and logits are None. Finding them is one read of the device.
             return_dict: False returns a tuple. None = as the config says.
@@ -156,16 +161,23 @@ class M2BertForMaskedLM(M2Head):
         """
         if labels is None and not return_logits:
             raise ValueError(f"{type(self).__name__}: return_logits=False needs labels")
-        run = self.run(input_ids, attention_mask, **inputs)
+        run = self.run(
+            input_ids,
+            attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **inputs,
+        )
         hidden = run.last_hidden_state
         check_shape(type(self).__name__, "labels", labels, tuple(hidden.shape[:2]))
         loss = logits = None
         if labels is not None and not return_logits:
             chosen = (labels != IGNORED).nonzero(as_tuple=True)
-            loss = token_loss(self.predict(hidden[chosen]), labels[chosen])
+            loss = token_loss(self.predict(hidden[chosen]), labels[chosen], num_items_in_batch)
         else:
             logits = self.predict(hidden)
-            loss = None if labels is None else token_loss(logits.flatten(0, 1), labels.flatten())
+            loss = None if labels is None else token_loss(logits.flatten(0, 1), labels.flatten(), num_items_in_batch)
         return self.finish(run, loss, logits, return_dict)
 
     def predict(self, hidden: Tensor) -> Tensor:
@@ -192,16 +204,21 @@ class M2BertForSequenceClassification(M2Head):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
         **inputs: Any,
     ) -> HeadOutput | tuple[Any, ...]:
         """Classifies sequences.
 
         Args:
-            input_ids, attention_mask, **inputs: as of `M2BertModel`.
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **inputs: as of `M2BertModel`.
             labels: [batch] integers (classes) or [batch] numbers (regression with one label), else [batch, num_labels].
                 problem_type of the config says which loss; None finds out as transformers does.
+            num_items_in_batch: what the sum of the losses is divided by, in place of the number of labels.
             return_dict: False returns a tuple. None = as the config says.
 
         Returns:
@@ -210,11 +227,20 @@ class M2BertForSequenceClassification(M2Head):
         Raises:
             ValueError: as the model; labels of another shape.
         """
-        run = self.run(input_ids, attention_mask, **inputs)
+        run = self.run(
+            input_ids,
+            attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **inputs,
+        )
         logits = self.classifier(self.dropout(run.pooler_output))
         loss = None
         if labels is not None:
-            loss = classification_loss(type(self).__name__, self.config.problem_type, logits, labels)
+            loss = classification_loss(
+                type(self).__name__, self.config.problem_type, logits, labels, num_items_in_batch
+            )
         return self.finish(run, loss, logits, return_dict)
 
 
@@ -229,7 +255,7 @@ class SentenceOutput(Output):
     """
 
     sentence_embedding: Tensor
-    last_hidden_state: Tensor
+    last_hidden_state: Tensor = None  # type: ignore[assignment]  # outputs are made from a mapping too
     hidden_states: tuple[Tensor, ...] | None = None
 
 

@@ -14,15 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import AddBiasResidualLayerNorm, MonarchMixerMLP, MonarchMixerSequenceMixer
+from ..nn._checkpoint import CheckpointedLayers
+from ..nn._product import patches
 from ._config import PROBLEM_TYPES
 from ._heads import classification_loss
+from ._model import Model, ModelConfig
 from ._swin_base import ImageClassifierOutput
 
 _PRESETS = {"S": (384, 12), "B": (768, 12)}
 
 
-@dataclasses.dataclass(frozen=True)
-class M2ViTConfig:
+@dataclasses.dataclass
+class M2ViTConfig(ModelConfig):
     """The options of M2-ViT.
 
     Attributes:
@@ -58,7 +61,7 @@ class M2ViTConfig:
 
     def __post_init__(self) -> None:
         if self.intermediate_size is None:
-            object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
+            self.intermediate_size = 4 * self.hidden_size
         for name in (
             "image_size", "patch_size", "num_channels", "hidden_size", "intermediate_size", "nblocks", "filter_order",
             "num_labels",
@@ -122,7 +125,7 @@ class M2ViTBlock(nn.Module):
         return x + F.dropout(self.mlp(self.mlp_norm(x, None, None)), self.dropout, training=self.training)
 
 
-class M2ViTForImageClassification(nn.Module):
+class M2ViTForImageClassification(Model, CheckpointedLayers):
     """A classifier of images on the mean over patches.
 
     Args:
@@ -169,12 +172,9 @@ class M2ViTForImageClassification(nn.Module):
                 f"{name}: pixel_values must be of shape [batch, {', '.join(map(str, expected))}], "
                 f"got {list(pixel_values.shape)}"
             )
-        p = config.patch_size
-        patches = pixel_values.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # [batch, channels, rows, p, columns, p]
-        rows = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        x = F.linear(rows, self.projection.weight.flatten(1), self.projection.bias) + self.position_embeddings
+        x = patches(pixel_values, self.projection, nn.Conv2d).flatten(1, 2) + self.position_embeddings
         for layer in self.layers:
-            x = layer(x)
+            x = self.run_layer(layer, x)
         logits = self.classifier(self.norm(x, None, None).mean(1))
         loss = None if labels is None else classification_loss(name, config.problem_type, logits, labels)
         return ImageClassifierOutput(loss, logits)

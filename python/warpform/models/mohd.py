@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..nn._checkpoint import CheckpointedLayers
 from ..nn.hidden import SCALE_MODES, GroupFusion, HiddenLinear, HiddenRouter, Routed
 from ..nn.rotary import apply_rotary, rotary_tables
 from ..packing import Packing
+from ._model import Model, ModelConfig
 from ._output import Output
 
 IGNORED = -100
@@ -38,8 +40,8 @@ _SETTINGS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class MoHDConfig:
+@dataclasses.dataclass
+class MoHDConfig(ModelConfig):
     """Sizes by default are those of the 355M decoder at 50 % activation.
 
     Certain from the paper's abstract: shared dimensions that are always on, specialised ones that are routed per token,
@@ -313,7 +315,7 @@ class MoHDLayer(nn.Module):
         return hidden + added, [r for r in (one, other) if r is not None]
 
 
-class MoHDForCausalLM(nn.Module):
+class MoHDForCausalLM(Model, CheckpointedLayers):
     """The decoder with its language-model head.
 
     With every group shared, gates "none" (or a scale that makes them 1) and fusion at its beginning, it computes what
@@ -412,7 +414,7 @@ class MoHDForCausalLM(nn.Module):
         """ids [T] -> the normalised hidden states [T, hidden], and what the routers chose."""
         hidden, choices = self.tokens(ids), []
         for i, layer in enumerate(self.layers):
-            hidden, chosen = layer(hidden, step, i)
+            hidden, chosen = self.run_layer(layer, hidden, step, i)
             choices += chosen
         return self.norm(hidden), choices
 

@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from .. import ops
 from ..distributed.sequence_parallel import ATTENTIONS, SequenceParallel, SequenceParallelAttention
 from ..nn import ACTIVATIONS, FeedForward
+from ..nn._product import is_plain
+from ._model import Model, ModelConfig
 from ._output import Output
 
 POSITIONS = ("rotary", "learned")
 IGNORED = -100  # the label that counts for nothing, as in torch's cross-entropy
 
 
-@dataclasses.dataclass(frozen=True)
-class SequenceParallelTransformerConfig:
+@dataclasses.dataclass
+class SequenceParallelTransformerConfig(ModelConfig):
     """Sizes by default are those of BERT-base, which the paper measures.
 
     Attributes:
@@ -160,11 +162,15 @@ def norm_of_sum(norm: nn.LayerNorm, x: Tensor, bias: Tensor | None, residual: Te
     """(LayerNorm(x + bias + residual), x + bias + residual)."""
     if bias is None and residual is None:
         return norm(x), x
+    if not is_plain(norm, nn.LayerNorm):
+        for term in (bias, residual):
+            x = x if term is None else x + term
+        return norm(x), x
     out = ops.add_bias_residual_layer_norm(x, bias, residual, norm.weight, norm.bias, norm.eps, return_sum=True)
     return cast("tuple[Tensor, Tensor]", out)
 
 
-class SequenceParallelTransformer(nn.Module):
+class SequenceParallelTransformer(Model):
     """Tokens of this rank in, logits of this rank out; on one process all of them.
 
     Args:

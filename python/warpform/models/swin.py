@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import AddBiasResidualLayerNorm, PatchMerging, SwinBlock, SwinV2Block
+from ..nn._checkpoint import CheckpointedLayers
+from ..nn._product import patches
 from ._registry import register
 from ._swin_base import ImageClassification, SwinBase, SwinOutput, resize_grid
 from ._swin_config import Pair, SwinConfig, Swinv2Config, pair
@@ -35,9 +37,7 @@ class SwinEmbeddings(nn.Module):
         (height, width), (p, q) = pixel_values.shape[2:], self.patch_size
         if height % p or width % q:
             pixel_values = F.pad(pixel_values, (0, -width % q, 0, -height % p))
-        patches = pixel_values.unflatten(3, (-1, q)).unflatten(2, (-1, p))  # [batch, channels, rows, p, columns, q]
-        rows = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
-        tokens = self.norm(F.linear(rows, self.projection.weight.flatten(1), self.projection.bias), None, None)
+        tokens = self.norm(patches(pixel_values, self.projection, nn.Conv2d), None, None)
         if self.position_embeddings is not None:
             grid = (tokens.shape[1], tokens.shape[2])
             if grid != self.patch_grid and not interpolate_pos_encoding:
@@ -50,7 +50,7 @@ class SwinEmbeddings(nn.Module):
 
 
 @register
-class SwinModel(SwinBase):
+class SwinModel(SwinBase, CheckpointedLayers):
     """Swin without a head. Called as `transformers.SwinModel`, on images of any size.
 
     Stages whose grid is no larger than the window attend as a whole, with the middle of their table.
@@ -170,7 +170,7 @@ class SwinModel(SwinBase):
         hidden = self.embeddings(pixel_values, interpolate_pos_encoding)
         states = [hidden]
         for stage, blocks in enumerate(self.stages):
-            hidden = _run_blocks(blocks, hidden)
+            hidden = _run_blocks(self, blocks, hidden)
             before = hidden
             if stage < len(self.merges):
                 hidden = self.merges[stage](hidden)
@@ -224,14 +224,14 @@ class SwinModel(SwinBase):
         return {**names, f"{ours}.{table}": (f"{theirs}.{table}",)}
 
 
-def _run_blocks(blocks: nn.Module, hidden: Tensor) -> Tensor:
+def _run_blocks(model: CheckpointedLayers, blocks: nn.Module, hidden: Tensor) -> Tensor:
     """One block after another, each making the last addition of the one before it."""
     terms: tuple[Tensor, Tensor | None, Tensor | None] = (hidden, None, None)
     block = None
     for module in blocks.children():
         assert isinstance(module, SwinBlock)
         block = module
-        terms = block.run(*terms)
+        terms = model.run_layer(block, *terms, finish=False)
     return hidden if block is None else block.finish(*terms)
 
 

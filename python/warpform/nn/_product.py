@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 # Rows of a feed-forward block that a CPU takes at once: 512 x 3072 float32 is 6 MB, which stays in its cache and in the
 # allocator's heap. All rows at once would be written to fresh pages and read back from memory, which on 2 cores of an
@@ -12,14 +13,68 @@ from torch import Tensor, nn
 CPU_ROWS = 512
 
 
-def product(x: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """x @ weight.T and the bias that is still to be added by the fused operation that follows.
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module does what `kind` does with its weights, and nothing else.
+
+    Only then may a fused operation read the weights instead of calling the module. Adapters (LoRA), quantisation and
+    parametrisations have classes of their own; pruning, offloading and what users watch are hooks, or a `forward` set
+    on the instance.
+    """
+    return (
+        type(module) is kind
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+        and not module._backward_pre_hooks
+        and not module._backward_hooks
+        and "forward" not in module.__dict__
+        and not torch_module._has_any_global_hook()
+    )
+
+
+def product(x: Tensor, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """linear(x), or x @ weight.T and the bias that is still to be added by the fused operation that follows.
 
     On a CPU the matrix product adds a bias for nothing, while an elementwise pass costs; so there None is left to add.
     """
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" or not is_plain(linear, nn.Linear):
         return linear(x), None
-    return F.linear(x, linear.weight), linear.bias
+    return F.linear(x, linear.weight), linear.bias  # type: ignore[arg-type,return-value]
+
+
+def product_with_bias(x: Tensor, linear: nn.Module, bias: Tensor | None) -> Tensor:
+    """linear(x) + bias, for a linear that has no bias of its own."""
+    if is_plain(linear, nn.Linear):
+        return F.linear(x, linear.weight, bias)  # type: ignore[arg-type]
+    out: Tensor = linear(x)
+    return out if bias is None else out + bias.to(out.dtype)
+
+
+def patches(x: Tensor, projection: nn.Module, kind: type[nn.Module]) -> Tensor:
+    """projection(x), channels last, for a convolution whose patches do not overlap: one product over their rows.
+
+    x: [batch, channels, *sizes], each size a multiple of the patch's; returns [batch, *grid, out_channels].
+    """
+    if not is_plain(projection, kind):
+        out: Tensor = projection(x)
+        return out.movedim(1, -1)
+    weight: Tensor = projection.weight  # type: ignore[assignment]
+    bias: Tensor | None = projection.bias  # type: ignore[assignment]
+    axes = weight.dim() - 2
+    for axis in range(axes + 1, 1, -1):
+        x = x.unflatten(axis, (-1, weight.shape[axis]))
+    # [batch, channels, rows, p, columns, q] -> [batch, rows, columns, channels, p, q]
+    grid, inside = range(2, 2 * axes + 2, 2), range(3, 2 * axes + 2, 2)
+    rows = x.permute(0, *grid, 1, *inside).flatten(axes + 1)
+    return F.linear(rows, weight.flatten(1), bias)
+
+
+def row(table: nn.Module, index: int) -> Tensor:
+    """Row `index` of an embedding, [width]."""
+    weight: Tensor = table.weight  # type: ignore[assignment]
+    if is_plain(table, nn.Embedding):
+        return weight[index]
+    out: Tensor = table(torch.full((1,), index, device=weight.device))
+    return out[0]
 
 
 def in_blocks(x: Tensor) -> bool:

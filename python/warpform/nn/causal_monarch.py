@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ._product import is_plain
 from .long_convolution import MonarchMixerSequenceMixer
 
 
@@ -218,9 +219,13 @@ class CausalMonarchMixer(MonarchMixerSequenceMixer):
         assert state.projected is not None
         rows = torch.cat([state.projected, self.in_linear(u)[:, None]], dim=1)  # [batch, 3, 3 hidden]
         state.projected = rows[:, 1:]
-        weight, bias = self.short_filter.weight.squeeze(1), self.short_filter.bias
-        assert bias is not None
-        x1, gate, v = ((rows * weight.t()).sum(1) + bias).chunk(3, dim=1)
+        if is_plain(self.short_filter, nn.Conv1d):
+            weight, bias = self.short_filter.weight.squeeze(1), self.short_filter.bias
+            assert bias is not None
+            filtered = (rows * weight.t()).sum(1) + bias
+        else:
+            filtered = self.short_filter(rows.transpose(1, 2))[..., 2]
+        x1, gate, v = filtered.chunk(3, dim=1)
         v = v * x1
         skip = self.filter_fn.bias.to(v.dtype) * v
         if self.monarch is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..packing import Packing
-from ._product import product
+from ._product import is_plain, product, product_with_bias
 from .attention import SelfAttention
 from .convolution import TokenConvolution
 from .encoder import Encoder
@@ -89,16 +89,19 @@ class DisentangledSelfAttention(SelfAttention):
 
     def project_positions(self, relative: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """relative [2 * span, hidden] as keys and as queries, [2 * span, H, D] each, None for a term that is absent."""
-        weights: list[tuple[Tensor, Tensor | None] | None] = []
+        shape = (relative.shape[0], self.num_heads, self.head_dim)
+        projected: list[Tensor | None] = []
         for term, linear, part in (("c2p", self.pos_key, 1), ("p2c", self.pos_query, 0)):
             if term not in self.terms:
-                weights.append(None)
+                projected.append(None)
             elif linear is not None:
-                weights.append((linear.weight, linear.bias))
+                projected.append(linear(relative).view(shape))
+            elif is_plain(self.qkv, nn.Linear):
+                weight, bias = self.qkv.weight.chunk(3)[part], self.qkv.bias.chunk(3)[part]
+                projected.append(F.linear(relative, weight, bias).view(shape))
             else:
-                weights.append((self.qkv.weight.chunk(3)[part], self.qkv.bias.chunk(3)[part]))
-        shape = (relative.shape[0], self.num_heads, self.head_dim)
-        pos_key, pos_query = (None if w is None else F.linear(relative, *w).view(shape) for w in weights)
+                projected.append(self.project(relative)[part])
+        pos_key, pos_query = projected
         return pos_key, pos_query
 
     def extra_repr(self) -> str:
@@ -122,7 +125,7 @@ class FusedDisentangledSelfAttention(DisentangledSelfAttention):
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = (self.num_heads, self.head_dim)
         bias = torch.stack([self.q_bias.view(heads), self.q_bias.new_zeros(heads), self.v_bias.view(heads)], 1)
-        qkv = F.linear(hidden, self.qkv.weight, bias.flatten())
+        qkv = product_with_bias(hidden, self.qkv, bias.flatten())
         query, key, value = qkv.view(hidden.shape[0], self.num_heads, 3, self.head_dim).unbind(2)
         return query, key, value
 
@@ -158,6 +161,8 @@ class DisentangledEncoder(Encoder):
         if self.relative is None:
             return None
         rows = self.relative.weight
+        if not is_plain(self.relative, nn.Embedding):
+            rows = self.relative(torch.arange(rows.shape[0], device=rows.device))
         longest, span = packing.seqlen, rows.shape[0] // 2
         # Buckets of more than one distance end wherever the whole table says; shapes must not depend on a batch's
         # length where they are traced.
@@ -173,7 +178,7 @@ class DisentangledEncoder(Encoder):
         relative = self.relative_embeddings(packing)
         states = [hidden]
         for i, layer in enumerate(self.layers):
-            out = layer(hidden, packing, relative)
+            out = self.run_layer(layer, hidden, packing, relative)
             if i == 0 and self.convolution is not None:
                 out = self.convolution(hidden, out, packing)
             hidden = out

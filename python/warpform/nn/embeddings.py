@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._product import row
 from .norm import AddBiasResidualLayerNorm
 
 
@@ -58,7 +59,7 @@ class Embeddings(nn.Module):
         if self.token_types is not None:
             if token_type_ids is None:
                 # One type for all tokens is one row for all tokens: the bias of the fused sum.
-                bias = self.token_types.weight[0]
+                bias = row(self.token_types, 0)
             else:
                 x = x + self.token_types(token_type_ids)
         positions = None if self.positions is None else self.positions(position_ids)

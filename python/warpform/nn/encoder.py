@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..packing import Packing
+from ._checkpoint import CheckpointedLayers
 from .attention import SelfAttention
 from .feed_forward import FeedForward
 from .norm import AddBiasResidualLayerNorm
@@ -54,7 +55,7 @@ class EncoderLayer(nn.Module):
         return self.feed_forward_norm(product, bias, hidden)
 
 
-class Encoder(nn.Module):
+class Encoder(CheckpointedLayers):
     """A stack of encoder layers on packed rows.
 
     Args:
@@ -74,7 +75,7 @@ class Encoder(nn.Module):
         """hidden: [total, hidden]. Returns the last hidden state and, on request, the input and each layer's output."""
         states = [hidden]
         for index in self.order:
-            hidden = self.layers[index](hidden, packing)
+            hidden = self.run_layer(self.layers[index], hidden, packing)
             if output_hidden_states:
                 states.append(hidden)
         return hidden, tuple(states) if output_hidden_states else None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ._product import is_plain
 from .norm import AddBiasResidualLayerNorm
 
 Self = TypeVar("Self", bound="ImplicitFilter")
@@ -243,13 +244,18 @@ def _transposed(mlp: nn.Sequential, z: Tensor) -> Tensor:
     *layers, last = mlp
     for layer in layers:
         z = layer(z)
+    if not is_plain(last, nn.Linear):
+        return last(z).t().contiguous()
     return torch.mm(cast("nn.Linear", last).weight, z.t())
 
 
 def _sources(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor, int, int]] | None:
-    """Where each parameter and buffer stands, and its state; None where that cannot be told, as in inference mode."""
+    """Where each parameter and buffer stands, and its state; None where that cannot be told, as in inference mode, or
+    where a linear layer may do more than multiply."""
     sources = []
     for child in dict.fromkeys(module.modules()):
+        if isinstance(child, nn.Linear) and not is_plain(child, nn.Linear):
+            return None
         for places in (child._parameters, child._buffers):
             for name, x in places.items():
                 if x is not None:
@@ -329,7 +335,11 @@ class MonarchMixerSequenceMixer(nn.Module):
         padding = None if mask is None else mask == 0
         if padding is not None:
             u, x = (rows.masked_fill(padding[:, :, None], 0.0) for rows in (u, x))
-        v, gate = ops.short_conv_gate(x, self.short_filter.weight.squeeze(1), self.short_filter.bias)
+        if is_plain(self.short_filter, nn.Conv1d):
+            v, gate = ops.short_conv_gate(x, self.short_filter.weight.squeeze(1), self.short_filter.bias)
+        else:
+            x1, gate, v = self.short_filter(x.transpose(1, 2))[..., : x.shape[1]].chunk(3, dim=1)
+            v = v * x1
         if padding is not None:
             v = v.masked_fill(padding[:, None], 0.0)
         return u, x, v, gate

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ._product import is_plain
 from .norm import AddBiasResidualLayerNorm
 
 Self = TypeVar("Self", bound="MonarchLinear")
@@ -194,12 +195,13 @@ class MonarchMixerMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden]; returns the same shape."""
-        bias = self.wo.bias if self.layernorm is None else None
-        if self.training and self.dropout > 0.0:
-            a, b = self.gated_layers(x).chunk(2, dim=-1)
-            inner = F.dropout(F.gelu(a) * b, self.dropout)
-            out = ops.blockdiag_multiply(inner, self.wo.weight, bias)
-        else:
-            out = ops.blockdiag_glu(x, self.gated_layers.weight, self.wo.weight, bias)
+        plain = is_plain(self.wo, BlockdiagLinear)
         # The bias is added where the sum is made anyhow.
-        return cast("Tensor", out if self.layernorm is None else self.layernorm(out, self.wo.bias, x))
+        late = self.wo.bias if plain and self.layernorm is not None else None
+        if plain and is_plain(self.gated_layers, BlockdiagLinear) and not (self.training and self.dropout > 0.0):
+            out = ops.blockdiag_glu(x, self.gated_layers.weight, self.wo.weight, self.wo.bias if late is None else None)
+        else:
+            a, b = self.gated_layers(x).chunk(2, dim=-1)
+            inner = F.dropout(F.gelu(a) * b, self.dropout, training=self.training)
+            out = self.wo(inner) if late is None else ops.blockdiag_multiply(inner, self.wo.weight, None)
+        return cast("Tensor", out if self.layernorm is None else self.layernorm(out, late, x))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,13 +26,16 @@ class AddBiasResidualLayerNorm(nn.Module):
         self.eps = eps
         self.dropout = dropout
 
-    def forward(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        """x, residual: [..., N]; bias: [N]; returns [..., N]."""
+    def forward(
+        self, x: Tensor, bias: Tensor | None, residual: Tensor | None, *, return_sum: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x, residual: [..., N]; bias: [N]; returns [..., N], and with return_sum the sum that was normalised too."""
         if self.training and self.dropout > 0.0:
             x = F.dropout(x if bias is None else x + bias, self.dropout, training=True)
             bias = None
-        out = ops.add_bias_residual_layer_norm(x, bias, residual, self.weight, self.bias, self.eps)
-        return cast("Tensor", out)
+        return ops.add_bias_residual_layer_norm(
+            x, bias, residual, self.weight, self.bias, self.eps, return_sum=return_sum
+        )
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, dropout={self.dropout}"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ._product import product
+from ._product import is_plain, product, product_with_bias
 from .feed_forward import FeedForward
 from .norm import AddBiasResidualLayerNorm
 
@@ -87,8 +87,19 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def bias(self) -> Tensor | None:
-        """The bias [3 * hidden] of queries, keys and values, which is also what padded positions hold."""
+        """The bias [3 * hidden] of queries, keys and values."""
         return self.qkv.bias
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """hidden: [..., hidden]; returns queries, keys and values, [..., 3 * hidden]."""
+        qkv: Tensor = self.qkv(hidden)
+        return qkv
+
+    def padding(self, hidden: Tensor) -> Tensor | None:
+        """What padded positions hold, [3 * hidden]: the projection of zeros; None for nothing."""
+        if is_plain(self.qkv, nn.Linear):
+            return self.bias()
+        return self.project(hidden.new_zeros(1, hidden.shape[-1]))[0]
 
     def attend(self, qkv: Tensor, window: list[int], how: dict[str, Any]) -> Tensor:
         """qkv: [batch, *grid, 3, heads, d]; returns [batch, *grid, hidden]."""
@@ -117,10 +128,11 @@ class WindowAttention(nn.Module):
         window, shift = list(self.window_size), list(self.shift_size)
         if self.clamp:
             window, shift = fit_window(grid, window, shift)
-        bias = self.bias()
-        qkv = F.linear(hidden, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+        heads = (3, self.num_heads, self.head_dim)
+        qkv = self.project(hidden).unflatten(-1, heads)
         padded = any(n % w for n, w in zip(grid, window, strict=True))
-        padding = bias.view(3, self.num_heads, self.head_dim) if padded and bias is not None else None
+        padding = self.padding(hidden) if padded else None
+        padding = None if padding is None else padding.view(heads)
         return product(self.attend(qkv, window, {"shift_size": shift, "qkv_bias": padding}), self.out)
 
     def extra_repr(self) -> str:
@@ -192,8 +204,12 @@ class CosineWindowAttention(WindowAttention):
         """distances: [entries, axes]; returns 16 * sigmoid(MLP(distances)), [entries, heads]: in float32 at least, as
         rounding it to half precision would move scores by up to 0.06."""
         up, down = self.position_up, self.position_down
-        dtype = torch.promote_types(up.weight.dtype, torch.float32)
         with torch.autocast(distances.device.type, enabled=False):
+            if not (is_plain(up, nn.Linear) and is_plain(down, nn.Linear)):
+                # They take the dtype of the model, which the attention scale has too.
+                out: Tensor = down(F.relu(up(distances.to(self.logit_scale.dtype))))
+                return 16 * torch.sigmoid(out.to(torch.promote_types(out.dtype, torch.float32)))
+            dtype = torch.promote_types(up.weight.dtype, torch.float32)
             x = F.relu(F.linear(distances.to(dtype), up.weight.to(dtype), up.bias.to(dtype)))
             return 16 * torch.sigmoid(F.linear(x, down.weight.to(dtype)))
 
@@ -201,6 +217,9 @@ class CosineWindowAttention(WindowAttention):
         if self.q_bias is None or self.v_bias is None:
             return None
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+    def project(self, hidden: Tensor) -> Tensor:
+        return product_with_bias(hidden, self.qkv, self.bias())
 
     def attend(self, qkv: Tensor, window: list[int], how: dict[str, Any]) -> Tensor:
         distances: Tensor = self.distances
@@ -271,22 +290,27 @@ class SwinBlock(nn.Module):
         self.hidden_dropout = hidden_dropout
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden: [batch, *grid, hidden]; returns the same shape."""
-        return self.finish(*self.run(hidden))
+    def forward(
+        self, hidden: Tensor, added: Tensor | None = None, bias: Tensor | None = None, *, finish: bool = True
+    ) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
+        """The block on hidden + added + bias, each [batch, *grid, hidden] or, for the bias, [hidden]; None is nothing.
+
+        Returns the same shape; with finish False three such terms, for the next block, whose first normalisation adds
+        them, or for `finish`.
+        """
+        terms = self.run(hidden, added, bias)
+        return self.finish(*terms) if finish else terms
 
     def run(
-        self, hidden: Tensor, added: Tensor | None = None, bias: Tensor | None = None
+        self, hidden: Tensor, added: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The block on hidden + added + bias, each None for nothing: the first normalisation adds them. Returns three
-        such terms, of which `finish` makes the sum, or the next block.
-        """
+        """`forward` without the last addition."""
         if added is None:
             normal = self.attention_norm(hidden, None, None)
         else:
-            normal, hidden = self._add_and_normalise(self.attention_norm, added, bias, hidden)
+            normal, hidden = self.attention_norm(added, bias, hidden, return_sum=True)
         added, bias = self._drop(*self.attention(normal))
-        normal, hidden = self._add_and_normalise(self.feed_forward_norm, added, bias, hidden)
+        normal, hidden = self.feed_forward_norm(added, bias, hidden, return_sum=True)
         return (hidden, *self._drop(*self._feed_forward(normal)))
 
     def finish(self, hidden: Tensor, added: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -306,14 +330,6 @@ class SwinBlock(nn.Module):
         added = added if bias is None else added + bias
         return self.drop_path(F.dropout(added, probability)), None
 
-    @staticmethod
-    def _add_and_normalise(
-        norm: AddBiasResidualLayerNorm, x: Tensor, bias: Tensor | None, residual: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The normalised sum, and the sum."""
-        out = ops.add_bias_residual_layer_norm(x, bias, residual, norm.weight, norm.bias, norm.eps, return_sum=True)
-        return out[0], out[1]
-
 
 class SwinV2Block(SwinBlock):
     """Swin V2's block (arXiv 2111.09883, section 3.2): cosine attention, and normalisation of what each part adds.
@@ -326,7 +342,7 @@ class SwinV2Block(SwinBlock):
     attention_class = CosineWindowAttention
 
     def run(
-        self, hidden: Tensor, added: Tensor | None = None, bias: Tensor | None = None
+        self, hidden: Tensor, added: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         hidden = self.finish(hidden, added, bias)
         added, bias = self.attention(hidden)
