@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..nn import Embeddings, Encoder
 from ..packing import Packing
+from ._model import refuse_arguments
 from ._output import EncoderOutput
 from ._registry import ConvertibleModel, set_parameter
 
@@ -153,9 +154,7 @@ class EncoderModel(ConvertibleModel):
     ) -> PackedStates:
         """As `forward`, up to the last layer: for heads, which work on packed rows too."""
         name = type(self).__name__
-        for argument, value in unsupported.items():
-            if value is not None and value is not False:
-                raise ValueError(f"{name}: {argument} is not supported")
+        refuse_arguments(name, unsupported)
         if token_type_ids is not None and self.embeddings.token_types is None:
             raise ValueError(f"{name}: token_type_ids is not supported, the model has no token types")
         if (input_ids is None) == (inputs_embeds is None):

@@ -14,6 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 from ..nn._checkpoint import CheckpointedLayers
 
+# What heads hand on to the model below them, where it has no effect.
+_FOR_HEADS = ("num_items_in_batch",)
+
+
+def refuse_arguments(model: str, arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for an argument that is neither None nor False, unless only a head has a use for it."""
+    for name, value in arguments.items():
+        if value is not None and value is not False and name not in _FOR_HEADS:
+            raise ValueError(f"{model}: {name} is not supported")
+
 
 class ModelConfig:
     """What the Config dataclasses share.
@@ -80,8 +90,22 @@ class Model(nn.Module):
         """Whether there is a `generate` that follows transformers': no."""
         return False
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """`gradient_checkpointing_enable`, under its newer name in transformers."""
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """`gradient_checkpointing_enable`, under its newer name in transformers.
+
+        Raises:
+            ValueError: every_n_layers other than 1, or offload.
+        """
+        if every_n_layers != 1 or offload:
+            raise ValueError(
+                f"{type(self).__name__}: every layer is computed again, nothing is offloaded: every_n_layers must "
+                f"be 1 and offload False, got {every_n_layers} and {offload}"
+            )
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
 
     def activation_checkpointing_disable(self) -> None:

@@ -18,7 +18,7 @@ from ..nn import AddBiasResidualLayerNorm, MonarchMixerMLP, MonarchMixerSequence
 from ..nn._checkpoint import CheckpointedLayers
 from ..nn._product import row
 from ._encoder_model import check_shape
-from ._model import Model
+from ._model import Model, refuse_arguments
 from ._output import EncoderOutput
 from ._weights import read_weights
 from .m2_config import M2BertConfig, config_of_weights
@@ -349,9 +349,7 @@ class M2BertModel(M2Base):
                 max_position_embeddings; an argument that is not supported, by name.
         """
         name = type(self).__name__
-        for argument, value in unsupported.items():
-            if value is not None and value is not False:
-                raise ValueError(f"{name}: {argument} is not supported")
+        refuse_arguments(name, unsupported)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(f"{name}: exactly one of input_ids and inputs_embeds must be given")
         given, dims = (inputs_embeds, 3) if input_ids is None else (input_ids, 2)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..nn import AddBiasResidualLayerNorm, PatchMerging, SwinBlock, SwinV2Block
 from ..nn._checkpoint import CheckpointedLayers
 from ..nn._product import patches
+from ._model import refuse_arguments
 from ._registry import register
 from ._swin_base import ImageClassification, SwinBase, SwinOutput, resize_grid
 from ._swin_config import Pair, SwinConfig, Swinv2Config, pair
@@ -157,9 +158,7 @@ class SwinModel(SwinBase, CheckpointedLayers):
             NotImplementedError: training mode with attention dropout above 0.
         """
         name = type(self).__name__
-        for argument, value in unsupported.items():
-            if value is not None and value is not False:
-                raise ValueError(f"{name}: {argument} is not supported")
+        refuse_arguments(name, unsupported)
         if pixel_values.dim() != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
                 f"{name}: pixel_values must be of shape [batch, {self.config.num_channels}, height, width], "
