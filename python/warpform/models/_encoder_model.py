@@ -23,6 +23,7 @@ class PackedStates(NamedTuple):
     states: tuple[Tensor, ...] | None  # each [total, hidden], the last one is `hidden`
     packing: Packing
     padded: bool  # whether the inputs were padded, so that outputs must be
+    pooled: Tensor | None = None  # [batch, hidden], what the pooler made of it, where there is one
 
     def restore(self, x: Tensor) -> Tensor:
         """x [total, ...], in the form of the inputs: [batch, seqlen, ...] if they were padded."""
@@ -130,9 +131,9 @@ class EncoderModel(ConvertibleModel):
             output_hidden_states=output_hidden_states,
             **unsupported,
         )
-        if keep_packed:
-            return run
         pooled = None if self.pooler is None else self.pooler(run.hidden, run.packing)
+        if keep_packed:
+            return run._replace(pooled=pooled)
         # The last state is the last hidden state: unpacked once, not twice.
         hidden = run.restore(run.hidden)
         output = EncoderOutput(hidden, pooled, run.restore_states(hidden))

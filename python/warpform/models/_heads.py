@@ -295,9 +295,8 @@ class SequenceClassification(Classification):
 
     def pool(self, run: PackedStates) -> Tensor:
         """What the classifier reads, [batch, hidden]."""
-        assert self.base.pooler is not None
-        pooled: Tensor = self.base.pooler(run.hidden, run.packing)
-        return pooled
+        assert run.pooled is not None
+        return run.pooled
 
     def forward(
         self,
