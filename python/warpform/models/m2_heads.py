@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,6 +15,7 @@ from ..nn._product import product
 from ._encoder_model import check_shape
 from ._heads import IGNORED, classification_loss, token_loss
 from ._output import EncoderOutput, HeadOutput, Output
+from ._texts import read_texts
 from .m2 import M2Base, M2BertModel, mean_over_tokens
 from .m2_config import M2BertConfig
 
@@ -314,23 +315,27 @@ class M2BertForSentenceEmbedding(M2Head):
 
     @torch.inference_mode()
     def encode(
-        self, texts: Sequence[str], tokenizer: Callable[..., Any], *, batch_size: int = 32, pad: bool = True
+        self, texts: str | Iterable[str], tokenizer: Callable[..., Any], *, batch_size: int = 32, pad: bool = True
     ) -> Tensor:
         """The vectors of texts, in their order. The model is in eval mode afterwards.
 
         Args:
-            texts: many of them; each is cut at max_position_embeddings tokens.
+            texts: a text, or many: a list, an array of numpy, a Series of pandas, a generator. Each is cut at
+                max_position_embeddings tokens.
             tokenizer: called as a tokenizer of transformers.
             batch_size: texts at once.
             pad: to max_position_embeddings, as published checkpoints expect; False: to the longest of a batch, which is
                 the same where `mask_padding` keeps padding out.
 
         Returns:
-            [texts, hidden] on the device and in the dtype of the model.
+            [texts, hidden] on the device and in the dtype of the model; [hidden] for one text that is not in a
+            container.
 
         Raises:
+            TypeError: texts that are not strings.
             ValueError: batch_size below 1.
         """
+        texts, single = read_texts(f"{type(self).__name__}.encode", texts)
         if batch_size < 1:
             raise ValueError(f"{type(self).__name__}.encode: batch_size must be at least 1, got {batch_size}")
         self.eval()
@@ -338,7 +343,7 @@ class M2BertForSentenceEmbedding(M2Head):
         found = [table.new_empty(0, self.config.hidden_size)]
         for begin in range(0, len(texts), batch_size):
             inputs = tokenizer(
-                list(texts[begin : begin + batch_size]),
+                texts[begin : begin + batch_size],
                 padding="max_length" if pad else "longest",
                 truncation=True,
                 max_length=self.config.max_position_embeddings,
@@ -348,4 +353,5 @@ class M2BertForSentenceEmbedding(M2Head):
             out = self(ids, mask, return_dict=True)
             assert isinstance(out, SentenceOutput)
             found.append(out.sentence_embedding)
-        return torch.cat(found)
+        vectors = torch.cat(found)
+        return vectors[0] if single else vectors

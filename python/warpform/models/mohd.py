@@ -7,6 +7,7 @@ writes those of its output. What the sources leave open is an option; `MoHDConfi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -421,7 +422,7 @@ class MoHDForCausalLM(Model, CheckpointedLayers):
     @torch.inference_mode()
     def generate(
         self,
-        prompts: list[Tensor],
+        prompts: Tensor | Sequence[Tensor],
         max_new_tokens: int,
         *,
         temperature: float = 0.0,
@@ -431,7 +432,7 @@ class MoHDForCausalLM(Model, CheckpointedLayers):
         """Continues each prompt, with a cache of keys and values; prompts need not be equally long.
 
         Args:
-            prompts: B int64 tensors, each of at least one token.
+            prompts: B int64 tensors, each of at least one token; or one tensor, [B, length] or for one prompt [length].
             max_new_tokens: at most so many are added to each.
             temperature: 0 takes the most probable token, above it one is drawn.
             eos_token_id: ends a sequence, and is its last token.
@@ -443,6 +444,8 @@ class MoHDForCausalLM(Model, CheckpointedLayers):
         Raises:
             ValueError: no prompts, an empty one, or one that would come to more than max_position_embeddings tokens.
         """
+        if isinstance(prompts, Tensor):
+            prompts = [prompts] if prompts.dim() == 1 else list(prompts)
         if not prompts or min(map(len, prompts)) == 0:
             raise ValueError("prompts must be tensors of at least one token each")
         longest = max(map(len, prompts)) + max_new_tokens

@@ -6,7 +6,7 @@ Nothing is padded, so batches are filled by a budget of tokens and not by a numb
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..nn import first_tokens, last_tokens, max_pool, mean_pool
 from ..packing import Packing
 from ._registry import ConvertibleModel, from_pretrained
+from ._texts import read_texts
 
 Self = TypeVar("Self", bound="SentenceEncoder")
 
@@ -145,28 +146,24 @@ class SentenceEncoder(nn.Module):
         return F.normalize(vectors, dim=1) if self.normalize else vectors
 
     @torch.inference_mode()
-    def encode(self, texts: str | Sequence[str], *, batch_tokens: int = 16384) -> Tensor:
+    def encode(self, texts: str | Iterable[str], *, batch_tokens: int = 16384) -> Tensor:
         """The vectors of texts, in their order.
 
         Texts are tokenised all at once and taken longest first, which puts texts of one length together and shows at
         the start how much memory it takes. The encoder is in eval mode afterwards.
 
         Args:
-            texts: a text, or many.
+            texts: a text, or many: a list, an array of numpy, a Series of pandas, a generator.
             batch_tokens: tokens in a batch, at most; a text that is longer has a batch of its own.
 
         Returns:
-            [texts, dim] on the device and in the dtype of the model; [dim] for one text that is not in a list.
+            [texts, dim] on the device and in the dtype of the model; [dim] for one text that is not in a container.
 
         Raises:
             TypeError: texts that are not strings.
             ValueError: batch_tokens below 1.
         """
-        if isinstance(texts, str):
-            return self.encode([texts], batch_tokens=batch_tokens)[0]
-        for text in texts:
-            if not isinstance(text, str):
-                raise TypeError(f"SentenceEncoder.encode: texts must be strings, got {type(text).__name__}")
+        texts, single = read_texts("SentenceEncoder.encode", texts)
         if batch_tokens < 1:
             raise ValueError(f"SentenceEncoder.encode: batch_tokens must be at least 1, got {batch_tokens}")
         self.eval()
@@ -179,7 +176,7 @@ class SentenceEncoder(nn.Module):
             tokens = torch.tensor([token for i in places for token in ids[i]], dtype=torch.int64)
             where = torch.tensor(places, device=parameter.device)
             vectors[where] = self(tokens.to(parameter.device), packing).to(parameter.dtype)
-        return vectors
+        return vectors[0] if single else vectors
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
