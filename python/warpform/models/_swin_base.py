@@ -158,6 +158,9 @@ class SwinBase(ConvertibleModel):
                     rows = resize_grid(parameter.detach()[0], self.config.patch_grid, config.patch_grid).unsqueeze(0)
                 parameter = nn.Parameter(rows, requires_grad=parameter.requires_grad)
             set_parameter(model, name, parameter)
+        for name, module in self.named_modules():
+            if hasattr(module, "eps"):  # that of a transformers model may differ from the config's
+                model.get_submodule(name).eps = module.eps
         model.restore_buffers()
         return model.train(self.training)
 
