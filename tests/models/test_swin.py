@@ -457,6 +457,19 @@ def test_constants_of_published_swinv2(image: int, trained: tuple[int, int], dty
         classifier.from_published(weights)
 
 
+def test_constants_beside_a_config(tmp_path: Path) -> None:
+    """A published file in a folder with transformers' config, which its constants contradict."""
+    model = hf_model("Swinv2", pretrained_window_sizes=(6, 3))
+    weights = with_constants(published(model, 4, 16), [4, 4], [6, 3], 16)
+    safetensors_torch.save_file({n: w.clone() for n, w in weights.items()}, tmp_path / "model.safetensors")
+    model.config.save_pretrained(tmp_path)
+    models.Swinv2Model.from_pretrained(tmp_path)
+    model.config.pretrained_window_sizes = [0, 0]
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"pretrained_window_sizes\[0\] must be 6 as the coordinates of layers"):
+        models.Swinv2Model.from_pretrained(tmp_path)
+
+
 def test_masks_of_published_swinv2() -> None:
     """Where all windows are alike, masks alone tell the size of images, and another size is refused."""
     weights = with_constants(published(hf_model("Swinv2"), 4, 16), [4, 4], [0, 0], 16)

@@ -99,6 +99,10 @@ class ConvertibleModel(nn.Module):
         """The weights of a file under the names that `weight_names` has, where files have others too."""
         return dict(weights)
 
+    @classmethod
+    def check_weights(cls, what: str, config: Any, weights: Mapping[str, Tensor]) -> None:
+        """Raises ValueError where the weights of a file say that the config is not theirs, beyond names and shapes."""
+
     def adopt(self, hf_model: nn.Module) -> None:
         """Takes over what of a transformers model is in neither its config nor its weights."""
 
@@ -275,6 +279,7 @@ def load_weights(
     dtype: torch.dtype | None = None,
 ) -> SomeModel:
     """A model of the class from weights under any of its names; `what` begins the messages of errors."""
+    model_class.check_weights(what, config, weights)
     weights = _own_weights(model_class, model_class.canonical_weights(weights))
     with torch.device("meta"):
         model = model_class.build(config, with_optional=_has_optional(model_class, weights))

@@ -85,6 +85,11 @@ class SwinBase(ConvertibleModel):
         return {names_of.file_name(name): w for name, w in names_of.without_constants(weights).items()}
 
     @classmethod
+    def check_weights(cls, what: str, config: SwinConfig, weights: Mapping[str, Tensor]) -> None:
+        if names_of.is_published(weights):
+            check_constants(what, config, weights)
+
+    @classmethod
     def published_prefix(cls) -> str:
         return cls.weight_prefix
 
@@ -119,7 +124,6 @@ class SwinBase(ConvertibleModel):
         if cls.config_class is Swinv2Config:
             fields.setdefault("mask_value", -100.0)
         config = cls.config_class(**fields)
-        check_constants(what, config, weights)
         return load_weights(cls, config, weights, what).eval()
 
     def backbone(self) -> SwinModel:
