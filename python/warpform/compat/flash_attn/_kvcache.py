@@ -228,9 +228,9 @@ def _check_tensors(
             f"{_OP}: k_cache and v_cache must both be of shape {shape}, got k_cache {_check.describe(k_cache)} and "
             f"v_cache {_check.describe(v_cache)}"
         )
+    if k is None or v is None:
+        return
     for name, t in (("k", k), ("v", v)):
-        if t is None:
-            continue
         _check.tensor(_OP, name, t)
         if t.dim() != 4 or (t.size(0), t.size(2), t.size(3)) != (batch, heads, head_dim) or t.size(1) != k.size(1):
             raise ValueError(
