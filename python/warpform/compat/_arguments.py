@@ -23,24 +23,17 @@ def integer(op: str, name: str, value: Any) -> int:
     """
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value
-    if is_integer_tensor(value):
-        return int(value.item())
-    if not isinstance(value, (bool, Tensor)):
+    if isinstance(value, Tensor):
+        real = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        if real and value.numel() == 1:
+            return int(value.item())
+    elif not isinstance(value, bool):
         one = _of_one_element(value)
         try:
             return operator.index(one)
         except TypeError:
             pass
     raise TypeError(f"{op}: {name} must be an int, got {_check.describe(value)}")
-
-
-def is_integer_tensor(value: Any) -> bool:
-    """Whether value is a tensor of one integer."""
-    return (
-        isinstance(value, Tensor)
-        and value.numel() == 1
-        and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-    )
 
 
 def number(op: str, name: str, value: Any) -> float:

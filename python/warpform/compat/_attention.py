@@ -78,8 +78,8 @@ def contiguous_heads(t: Tensor) -> Tensor:
 
 
 def _longest(op: str, name: str, value: Any, rows: Tensor) -> int:
-    if torch.compiler.is_compiling() and _arguments.is_integer_tensor(value):
-        return rows.size(0)  # no sequence is longer, and the value of a tensor is not known while tracing
+    if torch.compiler.is_compiling() and hasattr(value, "dtype"):
+        return rows.size(0)  # no sequence is longer, and the value of a tensor or array is not known while tracing
     return _arguments.integer(op, name, value)
 
 
@@ -88,15 +88,12 @@ def _fill(q: Tensor, k: Tensor, v: Tensor) -> int:
     if not all(isinstance(t, Tensor) and t.dim() == 3 and t.size(-1) == q.size(-1) for t in (q, k, v)):
         return 0  # the op says what is wrong
     device = q.device.type
-    dtype = torch.get_autocast_dtype(device) if _autocast(device) and q.dtype != torch.float64 else q.dtype
+    casts = device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and q.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if casts else q.dtype
     head_dim = q.size(-1)
     if dtype not in (torch.float16, torch.bfloat16) or not 0 < head_dim < _HEAD_DIM_LIMIT:
         return 0
     return -head_dim % _HEAD_DIM_STEP
-
-
-def _autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _in_words_of(names: Mapping[str, str], text: str) -> str:
