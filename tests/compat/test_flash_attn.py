@@ -24,6 +24,10 @@ SIGNATURES = {
     + ", block_table=None",
     "flash_attn_varlen_kvpacked_func": "q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, " + TAIL,
     "flash_attn_varlen_qkvpacked_func": "qkv, cu_seqlens, max_seqlen, " + TAIL,
+    "flash_attn_with_kvcache": "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, "
+    "cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, "
+    "window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, "
+    "return_softmax_lse=False",
 }
 # Modes of attention: the arguments of flash-attn, and those of the oracle.
 MODES = {
@@ -73,7 +77,19 @@ def test_signature(name: str) -> None:
     assert name in flash_attn.__all__ and function.__doc__
 
 
+def test_names_that_callers_import() -> None:
+    from warpform.compat.flash_attn.flash_attn_interface import flash_attn_varlen_func
+
+    assert flash_attn_varlen_func is flash_attn.flash_attn_varlen_func
+    for name in SIGNATURES:
+        assert getattr(flash_attn.flash_attn_interface, name) is getattr(flash_attn, name)
+    assert [int(part) for part in flash_attn.__version__.split(".")] >= [2, 8, 0]
+
+
 def test_signatures_of_bert_padding() -> None:
+    assert written(bert_padding.index_put_first_axis) == "values, indices, first_axis_dim"
+    assert written(bert_padding.index_first_axis_residual) == "input, indices"
+    assert written(bert_padding.unpad_input_for_concatenated_sequences) == "hidden_states, attention_mask_in_length"
     assert written(bert_padding.unpad_input) == "hidden_states, attention_mask, unused_mask=None"
     assert written(bert_padding.pad_input) == "hidden_states, indices, batch, seqlen"
     assert written(bert_padding.index_first_axis) == "input, indices"
@@ -226,6 +242,51 @@ def test_index_first_axis() -> None:
         bert_padding.index_first_axis(x, indices[None])
     with pytest.raises(ValueError, match="at least 2 dimensions"):
         bert_padding.index_first_axis(x[:, 0, 0], indices)
+
+
+def test_index_put_first_axis() -> None:
+    x, indices = torch.randn(3, 2, dtype=torch.float64, requires_grad=True), torch.tensor([4, 0, 5])
+    expected = torch.zeros(6, 2, dtype=torch.float64)
+    expected[indices] = x.detach()
+    for total in (6, torch.tensor(6)):
+        assert torch.equal(bert_padding.index_put_first_axis(x, indices, total), expected)
+    assert torch.equal(bert_padding.IndexPutFirstAxis.apply(x, indices.int(), 6), expected)
+    assert torch.autograd.gradcheck(lambda x: bert_padding.index_put_first_axis(x, indices, 6), x)
+    with pytest.raises(ValueError, match="^index_put_first_axis: indices must be of shape"):
+        bert_padding.index_put_first_axis(x, indices[:2], 6)
+    with pytest.raises(TypeError, match="^index_put_first_axis: first_axis_dim must be an int"):
+        bert_padding.index_put_first_axis(x, indices, 6.0)
+
+
+def test_index_first_axis_residual() -> None:
+    """Both results send their gradients back: chosen rows get both."""
+    x, indices = torch.randn(4, 2, dtype=torch.float64, requires_grad=True), torch.tensor([3, 1])
+    for function in (bert_padding.index_first_axis_residual, bert_padding.IndexFirstAxisResidual.apply):
+        chosen, residual = function(x, indices)
+        assert torch.equal(chosen, x[indices]) and torch.equal(residual, x)
+        assert torch.autograd.gradcheck(lambda x, f=function: f(x, indices), x)
+    assert torch.equal(bert_padding.IndexFirstAxis.apply(x, indices), x[indices])
+    with pytest.raises(ValueError, match="^index_first_axis_residual: input must have at least 2 dimensions"):
+        bert_padding.index_first_axis_residual(x[:, 0], indices)
+
+
+def test_concatenated_sequences() -> None:
+    """Each row holds several sequences; a row may be full, or empty."""
+    lengths = torch.tensor([[2, 3, 0, 0, 0, 0], [3, 2, 1, 0, 0, 0], [0] * 6, [6, 0, 0, 0, 0, 0]])
+    x = torch.randn(4, 6, 2, requires_grad=True)
+    rows, indices, cu_seqlens, longest = bert_padding.unpad_input_for_concatenated_sequences(x, lengths)
+    assert indices.tolist() == [*range(5), *range(6, 12), *range(18, 24)] and indices.dtype == torch.int64
+    assert cu_seqlens.tolist() == [0, 2, 5, 8, 10, 11, 17] and cu_seqlens.dtype == torch.int32
+    assert longest == 6 and isinstance(longest, int)
+    assert torch.equal(rows, x.flatten(0, 1)[indices])
+    (gradient,) = torch.autograd.grad(rows.sum(), x)
+    assert torch.equal(gradient.flatten(0, 1)[:, 0] > 0, torch.zeros(24).index_fill(0, indices, 1.0) > 0)
+    *_, longest = bert_padding.unpad_input_for_concatenated_sequences(x, lengths * 0)
+    assert longest == 0
+    with pytest.raises(ValueError, match=r"^unpad_input_for_concatenated_sequences: .* must be of shape \[4, 6\]"):
+        bert_padding.unpad_input_for_concatenated_sequences(x, lengths[:2])
+    with pytest.raises(TypeError, match="must be integers"):
+        bert_padding.unpad_input_for_concatenated_sequences(x, lengths > 0)
 
 
 def test_bad_masks() -> None:

@@ -18,7 +18,13 @@ from helpers.compare import assert_close
 from helpers.compilations import Compilations
 from helpers.parity import check_losses, randomise
 from warpform import models
-from warpform.models import M2BertConfig, M2BertForMaskedLM, M2BertForSequenceClassification, M2BertModel
+from warpform.models import (
+    M2BertConfig,
+    M2BertForMaskedLM,
+    M2BertForSentenceEmbedding,
+    M2BertForSequenceClassification,
+    M2BertModel,
+)
 
 TINY = {
     "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "max_position_embeddings": 20,
@@ -403,6 +409,64 @@ def test_variants_go_in_and_out() -> None:
             assert getattr(read.config, field) == value
         ids = torch.randint(50, (2, 12))
         assert torch.equal(read(ids)[0], model(ids)[0])
+
+
+@pytest.mark.parametrize("cls_token", [True, False])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_published_pooling(cls_token: bool, normalized: bool) -> None:
+    """Embeddings are the first token's last state itself, or the pooler's, and of length 1 where the config says so."""
+    weights = make_model("M2BertForSequenceClassification").to_published()
+    fields = {
+        "use_cls_token": cls_token, "use_normalized_embeddings": normalized, "gather_sentence_embeddings": True,
+        "hyena_w": 10, "use_flash_fft": True, "attention_pooling": False, "hyena_lr_pos_emb": 1e-5, "use_cache": True,
+    }  # fmt: skip
+    model = M2BertForSentenceEmbedding.from_published(weights, fields=fields)
+    ids = torch.randint(50, (2, 12))
+    base = M2BertModel.from_published(weights, fields=fields)(ids)
+    vectors = base.last_hidden_state[:, 0] if cls_token else base.pooler_output
+    lengths = vectors.norm(dim=1, keepdim=True) if normalized else 1
+    assert torch.equal(model(ids).sentence_embedding, vectors / lengths)
+    assert (model.bert.pooler is None) == cls_token
+    assert (model.pooling, model.normalize) == ("cls" if cls_token else "pooler", normalized)
+    plain_head = M2BertForSentenceEmbedding(model.config, model.bert, pooling="mean", normalize=False)
+    assert torch.equal(plain_head(ids).sentence_embedding, base.last_hidden_state.mean(1))
+
+    with pytest.raises(
+        ValueError, match="gather_sentence_embeddings=True is not supported.*M2BertForSentenceEmbedding"
+    ):
+        M2BertForSequenceClassification.from_published(weights, fields=fields)
+    classifier = M2BertForSequenceClassification.from_published(
+        weights, fields={**fields, "gather_sentence_embeddings": False}
+    )
+    assert torch.equal(classifier(ids).logits, classifier.classifier(vectors))
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("attention_pooling", True), ("sequence_token_planting", True), ("use_learnable_monarch", True),
+    ("monarch_mixer_sequence_mixing", False), ("hidden_act", "relu"), ("use_new_trick", True), ("hyena_shift", 0.5),
+    ("pool_last", True), ("normalize_output", 1),
+])  # fmt: skip
+def test_published_fields_that_are_refused(name: str, value: Any) -> None:
+    weights = published_weights()
+    for model in (M2BertModel, M2BertForSentenceEmbedding):
+        with pytest.raises(ValueError, match=f"{name}={value!r} is not"):
+            model.from_published(weights, fields={name: value})
+    # Off, or without a name that says that they act.
+    harmless = {"use_new_trick": False, "hyena_shift": None, "_name_or_path": "x", "transformers_version": "4"}
+    M2BertModel.from_published(weights, fields=harmless)
+
+
+def test_published_fields_that_the_weights_contradict() -> None:
+    weights = published_weights()
+    config = vars(M2BertModel.from_published(weights).config)
+    M2BertModel.from_published(weights, fields={**config, "vocab_size": 34})  # rounded up to a multiple of 8
+    for name, value in {
+        "vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 12, "max_position_embeddings": 128,
+        "long_conv_l_max": 128, "bidirectional": False, "residual_long_conv": False, "use_positional_encodings": False,
+        "monarch_mlp_nblocks": 2, "hyena_training_additions": True,
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"M2BertModel.from_published: {name} must be .* as the weights tell"):
+            M2BertModel.from_published(weights, fields={**config, name: value})
 
 
 def test_bad_published_weights(tmp_path: Any) -> None:

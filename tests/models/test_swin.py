@@ -400,6 +400,131 @@ def test_published_checkpoints(version: str, tmp_path: Path) -> None:
         classifier.from_published(weights)
 
 
+def with_constants(weights: dict[str, Tensor], windows: list[int], trained: list[int], grid: int) -> dict[str, Tensor]:
+    """Published weights of Swin V2 with the constants that belong to windows and grid, as the paper defines them."""
+    weights = {n: w for n, w in weights.items() if not n.endswith(("relative_coords_table", "index", "attn_mask"))}
+    for stage, (window, before) in enumerate(zip(windows, trained, strict=True)):
+        steps = 8 * torch.arange(1 - window, window, dtype=torch.float32) / ((before or window) - 1)
+        table = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), -1).unsqueeze(0)
+        table = table.sign() * torch.log2(table.abs() + 1.0) / math.log2(8)
+        for block in range(2):
+            place = f"layers.{stage}.blocks.{block}"
+            weights[f"{place}.attn.relative_coords_table"] = table
+            weights[f"{place}.attn.relative_position_index"] = torch.zeros(window**2, window**2, dtype=torch.int64)
+            if block and grid >> stage > window:
+                weights[f"{place}.attn_mask"] = torch.zeros(((grid >> stage) // window) ** 2, window**2, window**2)
+    return weights
+
+
+def without(weights: dict[str, Tensor], *ends: str) -> dict[str, Tensor]:
+    return {name: weight for name, weight in weights.items() if not name.endswith(ends)}
+
+
+@pytest.mark.parametrize(("image", "trained"), [(32, (0, 0)), (32, (6, 3)), (32, (12, 24)), (8, (6, 3)), (16, (0, 0))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_constants_of_published_swinv2(image: int, trained: tuple[int, int], dtype: torch.dtype) -> None:
+    """What the constants tell needs no argument and cannot be denied; what nothing tells needs one."""
+    grid = image // 2
+    windows = [min(4, grid), min(4, grid // 2)]
+    model = hf_model("Swinv2", head=True, image_size=image, pretrained_window_sizes=trained)
+    weights = with_constants(published(model, 4, 16), windows, list(trained), grid)
+    weights = {n: w.to(dtype) if n.endswith("coords_table") else w for n, w in weights.items()}
+    classifier, pixels = models.Swinv2ForImageClassification, torch.randn(2, 3, image, image)
+    expected = models.from_transformers(model, mask_value=-100.0)(pixels).logits
+    sizes = tuple(before or window for before, window in zip(trained, windows, strict=True))
+    if image == 8:  # without masks the smaller window of the second stage tells
+        assert not any(name.endswith("mask") for name in weights)
+    for overrides in ({}, {"image_size": (image, image), "pretrained_window_sizes": list(sizes), "window_size": 4}):
+        ours = classifier.from_published(weights, **overrides)
+        assert ours.config.pretrained_window_sizes == sizes and ours.config.patch_grid == (grid, grid)
+        assert torch.equal(ours(pixels).logits, expected)
+    bare = without(weights, "coords_table", "index", "mask")
+    told = {"image_size": image, "window_size": 4, "pretrained_window_sizes": trained}
+    assert torch.equal(classifier.from_published(bare, **told)(pixels).logits, expected)
+    for name in told:
+        with pytest.raises(ValueError, match=f"from_published: {name} must be given"):
+            classifier.from_published(bare, **{n: v for n, v in told.items() if n != name})
+    with pytest.raises(ValueError, match=r"from_published: pretrained_window_sizes\[0\] must be"):
+        classifier.from_published(weights, pretrained_window_sizes=(5, sizes[1]))
+    with pytest.raises(ValueError, match=r"from_published: .*image_size"):
+        classifier.from_published(weights, image_size=4)
+    with pytest.raises(ValueError, match="from_published: window_size"):
+        classifier.from_published(weights, window_size=2)
+    if dtype == torch.float16:  # too coarse to tell a wrong number from a window's
+        return
+    weights["layers.0.blocks.0.attn.relative_coords_table"] *= 1.2
+    with pytest.raises(ValueError, match=r"layers\.0\.blocks\.0.* is of no window of pretraining"):
+        classifier.from_published(weights)
+
+
+def test_constants_beside_a_config(tmp_path: Path) -> None:
+    """A published file in a folder with transformers' config, which its constants contradict."""
+    model = hf_model("Swinv2", pretrained_window_sizes=(6, 3))
+    weights = with_constants(published(model, 4, 16), [4, 4], [6, 3], 16)
+    safetensors_torch.save_file({n: w.clone() for n, w in weights.items()}, tmp_path / "model.safetensors")
+    model.config.save_pretrained(tmp_path)
+    models.Swinv2Model.from_pretrained(tmp_path)
+    model.config.pretrained_window_sizes = [0, 0]
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"pretrained_window_sizes\[0\] must be 6 as the coordinates of layers"):
+        models.Swinv2Model.from_pretrained(tmp_path)
+
+
+def test_masks_of_published_swinv2() -> None:
+    """Where all windows are alike, masks alone tell the size of images, and another size is refused."""
+    weights = with_constants(published(hf_model("Swinv2"), 4, 16), [4, 4], [0, 0], 16)
+    model = models.Swinv2Model
+    with pytest.raises(ValueError, match="from_published: image_size must be given"):
+        model.from_published(without(weights, "attn_mask"))
+    with pytest.raises(ValueError, match="image_size 64 gives stage 0 a grid of .32, 32., and the mask of"):
+        model.from_published(weights, image_size=64)
+    # The second stage shifts its windows at 32 pixels, and at 16 it does not.
+    pixels = torch.randn(1, 3, 32, 32)
+    outputs = [
+        model.from_published(without(weights, "attn_mask"), image_size=size)(pixels).last_hidden_state
+        for size in (32, 16)
+    ]
+    assert not torch.allclose(*outputs)
+    assert torch.equal(model.from_published(weights)(pixels).last_hidden_state, outputs[0])
+
+
+@versions
+def test_weights_that_contradict_an_override(version: str) -> None:
+    weights = published(hf_model(version, head=True), 4, 16)
+    model = getattr(models, f"{version}ForImageClassification")
+    for name, value in {
+        "embed_dim": 64, "num_channels": 1, "patch_size": 4, "depths": (2,), "num_heads": [4, 4], "mlp_ratio": 2,
+        "qkv_bias": False, "use_absolute_embeddings": True, "num_labels": 7,
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"from_published: {name} must be .* as the weights tell, got"):
+            model.from_published(weights, **{name: value})
+    for name, value in (("image_size", 64), ("window_size", 8)):
+        with pytest.raises(ValueError, match=f"from_published: .*{name} {value}"):
+            model.from_published(weights, **{name: value})
+    same = {"patch_size": (2, 2), "depths": [2, 2], "mlp_ratio": 4, "image_size": [32, 32], "window_size": 4}
+    model.from_published(weights, **same)
+    getattr(models, f"{version}Model").from_published(weights, num_labels=7)  # it has none
+    with pytest.raises(TypeError, match="has no field 'windows'"):
+        model.from_published(weights, windows=3)
+    other = models.SwinModel if version == "Swinv2" else models.Swinv2Model
+    with pytest.raises(ValueError, match=r"from_published: weights must be of Swin( V2)?, got those of Swin"):
+        other.from_published(weights)
+
+
+def test_absolute_positions_of_published_swin() -> None:
+    """They tell the size of images that are square."""
+    model = hf_model("Swin", use_absolute_embeddings=True)
+    weights = without(published(model, 4, 16), "attn_mask")
+    weights["absolute_pos_embed"] = weights.pop("embeddings.position_embeddings")
+    assert models.SwinModel.from_published(weights).config.image_size == 32
+    with pytest.raises(ValueError, match=r"image_size 64 gives a grid of .32, 32., and absolute_pos_embed is for 256"):
+        models.SwinModel.from_published(weights, image_size=64)
+    weights["absolute_pos_embed"] = weights["absolute_pos_embed"][:, :128]
+    with pytest.raises(ValueError, match="image_size must be given"):
+        models.SwinModel.from_published(weights)
+    assert models.SwinModel.from_published(weights, image_size=(16, 32)).config.patch_grid == (8, 16)
+
+
 def test_what_a_live_swinv2_was_changed_to_is_kept() -> None:
     model = hf_model("Swinv2", depths=(2,), num_heads=(2,))
     model.encoder.layers[0].blocks[1].shift_size = 1

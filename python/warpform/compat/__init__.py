@@ -1,5 +1,5 @@
 """Attention under the names and signatures of other libraries, for code that calls those: change the import."""
 
-from . import flash_attn, torch_varlen
+from . import flash_attn, flash_attn_interface, torch_varlen
 
-__all__ = ["flash_attn", "torch_varlen"]
+__all__ = ["flash_attn", "flash_attn_interface", "torch_varlen"]

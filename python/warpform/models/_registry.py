@@ -119,6 +119,10 @@ class ConvertibleModel(Model):
         """The weights of a file under the names that `weight_names` has, where files have others too."""
         return dict(weights)
 
+    @classmethod
+    def check_weights(cls, what: str, config: Any, weights: Mapping[str, Tensor]) -> None:
+        """Raises ValueError where the weights of a file say that the config is not theirs, beyond names and shapes."""
+
     def adopt(self, hf_model: nn.Module) -> None:
         """Takes over what of a transformers model is in neither its config nor its weights."""
 
@@ -189,7 +193,7 @@ def from_transformers(hf_model: nn.Module, **overrides: Any) -> ConvertibleModel
     Raises:
         TypeError: a class that warpform has no counterpart for, or an override that is no field of the config.
         ValueError: an option of the model's config that is not supported, by name; weights that differ from the
-            architecture's (quantised or with adapters), by name.
+            architecture's (quantised or with adapters), by name; a LayerNorm that another module took the place of.
     """
     name = type(hf_model).__name__
     model_class = next((m for m in _MODELS if m.transformers_class == name), None)
@@ -226,6 +230,8 @@ def from_transformers(hf_model: nn.Module, **overrides: Any) -> ConvertibleModel
         set_parameter(model, ours, nn.Parameter(joined, requires_grad=trained.pop()))
     teach_save_pretrained(hf_model)
     derive_from_model_output()
+    if "layer_norm_eps" not in overrides:
+        _adopt_eps(model, names, hf_model)
     model.adopt(hf_model)
     model.restore_buffers()
     model._origin.append(hf_model)
@@ -304,6 +310,7 @@ def load_weights(
     dtype: torch.dtype | None = None,
 ) -> SomeModel:
     """A model of the class from weights under any of its names; `what` begins the messages of errors."""
+    model_class.check_weights(what, config, weights)
     weights = _own_weights(model_class, model_class.canonical_weights(weights))
     with torch.device("meta"):
         model = model_class.build(config, with_optional=_has_optional(model_class, weights))
@@ -336,6 +343,23 @@ def _own_weights(model_class: type[ConvertibleModel], weights: dict[str, Tensor]
             renamed.setdefault(name, renamed.pop(alias))
     ignored = (*model_class.ignored_weights, *model_class.constant_weights)
     return {name: w for name, w in renamed.items() if not name.startswith(ignored)}
+
+
+def _adopt_eps(model: ConvertibleModel, names: dict[str, tuple[str, ...]], hf_model: nn.Module) -> None:
+    """Gives each LayerNorm the eps of the live module that its weight is of: it may differ from the config's."""
+    live = {model.file_name(name): name for name, _ in hf_model.named_parameters()}
+    for ours, module in model.named_modules():
+        if getattr(module, "eps", None) is None or f"{ours}.weight" not in names:
+            continue
+        place = live[names[f"{ours}.weight"][0]].removesuffix(".weight")
+        theirs: Any = hf_model.get_submodule(place)
+        kind = type(theirs)
+        plain = isinstance(theirs, nn.LayerNorm) and kind.forward is nn.LayerNorm.forward
+        if not plain and not (kind.__module__.startswith("transformers.") and kind.__name__.endswith("LayerNorm")):
+            raise ValueError(
+                f"from_transformers: {place} must be a LayerNorm, got {kind.__module__}.{kind.__qualname__}"
+            )
+        module.eps = float(theirs.eps if hasattr(theirs, "eps") else theirs.variance_epsilon)  # type: ignore[assignment]
 
 
 def _has_optional(model_class: type[ConvertibleModel], weights: Mapping[str, Any]) -> bool:

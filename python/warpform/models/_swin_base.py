@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from . import _swin_names as names_of
 from ._heads import classification_loss
 from ._output import Output
-from ._registry import ConvertibleModel, load_weights, set_parameter
+from ._registry import ConvertibleModel, config_overrides, load_weights, set_parameter
 from ._swin_config import Pair, SwinConfig, Swinv2Config, pair
+from ._swin_published import check_constants, check_needed, check_told, check_version, published_config
 
 if TYPE_CHECKING:
     from .swin import SwinModel
@@ -84,6 +85,11 @@ class SwinBase(ConvertibleModel):
         return {names_of.file_name(name): w for name, w in names_of.without_constants(weights).items()}
 
     @classmethod
+    def check_weights(cls, what: str, config: SwinConfig, weights: Mapping[str, Tensor]) -> None:
+        if names_of.is_published(weights):
+            check_constants(what, config, weights)
+
+    @classmethod
     def published_prefix(cls) -> str:
         return cls.weight_prefix
 
@@ -91,24 +97,33 @@ class SwinBase(ConvertibleModel):
     def from_published(cls: type[Self], weights: Mapping[str, Tensor], **overrides: Any) -> Self:
         """A model from weights under the names of the published code, such as its checkpoints hold under "model".
 
-        The config follows from the shapes of the weights. The weights are not copied where that is not necessary.
+        The config follows from the shapes of the weights, and from the constants that the published files hold beside
+        them: masks tell image_size, and coordinates the window_size and pretrained_window_sizes of Swin V2. The weights
+        are not copied where that is not necessary.
 
         Args:
             weights: for instance `torch.load(path, weights_only=True)["model"]`, or what safetensors reads.
-            **overrides: fields of the config that the weights do not tell: image_size where they hold no masks,
-                window_size of Swin V2 where they hold no coordinates, pretrained_window_sizes, num_labels.
+            **overrides: fields of the config that the weights do not tell. Without the constants Swin V2 needs
+                image_size, window_size and pretrained_window_sizes, and absolute positions for images that are not
+                square need image_size. `resized` makes a model for other sizes.
 
         Raises:
-            ValueError: weights under other names, of the other version of Swin, missing, unknown or of another shape.
+            ValueError: weights under other names, of the other version of Swin, missing, unknown or of another shape; a
+                field that is needed, by name; an override that the weights contradict, by name.
             TypeError: an override that is no field.
         """
         what = f"{cls.__name__}.from_published"
         if not names_of.is_published(weights):
             raise ValueError(f"{what}: weights must have the published names, such as patch_embed.proj.weight")
-        fields = names_of.published_config(weights)
+        check_version(what, cls.config_class, weights)
+        fields = published_config(what, weights)
+        config_overrides(cls.config_class, overrides)
+        check_told(what, fields, overrides, ignored=("num_labels",) if cls.is_encoder else ())
+        fields |= overrides
+        check_needed(what, cls.config_class, fields)
         if cls.config_class is Swinv2Config:
-            fields["mask_value"] = -100.0
-        config = cls.config_class(**{**fields, **overrides})
+            fields.setdefault("mask_value", -100.0)
+        config = cls.config_class(**fields)
         return load_weights(cls, config, weights, what).eval()
 
     def backbone(self) -> SwinModel:
@@ -147,6 +162,9 @@ class SwinBase(ConvertibleModel):
                     rows = resize_grid(parameter.detach()[0], self.config.patch_grid, config.patch_grid).unsqueeze(0)
                 parameter = nn.Parameter(rows, requires_grad=parameter.requires_grad)
             set_parameter(model, name, parameter)
+        for name, module in self.named_modules():
+            if hasattr(module, "eps"):  # that of a transformers model may differ from the config's
+                model.get_submodule(name).eps = module.eps
         model.restore_buffers()
         return model.train(self.training)
 

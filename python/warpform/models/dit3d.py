@@ -46,8 +46,10 @@ class DiT3DConfig(ModelConfig):
         learn_sigma: the output has the variance beside the noise, so twice the channels.
         window_size: tokens of a window along each axis, one number or three; along a shorter axis, that axis.
         window_block_indexes: the blocks that attend within windows, all others are global. None: every third one,
-            from the first. The published code names such blocks too, but reshapes their windows back to one sequence
-            before it attends: its checkpoints were trained with global attention, which is () here.
+            from the first. In the published code no block does: its scripts give the indices as text, which becomes a
+            tuple of characters, so that no block finds its number there. Where numbers are given, such a block attends
+            to the whole sequence in the order of windows, and then mixes the samples of the batch as it puts the
+            windows back. The published checkpoints were trained with global attention, which is () here.
 
     Raises:
         ValueError: sizes that do not fit, a class_dropout_prob outside [0, 1), an unknown hidden_act.

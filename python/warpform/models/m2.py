@@ -21,7 +21,7 @@ from ._encoder_model import check_shape
 from ._model import Model, refuse_arguments
 from ._output import EncoderOutput
 from ._weights import read_weights
-from .m2_config import M2BertConfig, config_of_weights
+from .m2_config import M2BertConfig, check_fields, config_of_weights
 
 Self = TypeVar("Self", bound="M2Base")
 
@@ -45,6 +45,15 @@ class M2Base(Model):
     def build(cls: type[Self], config: M2BertConfig, has_pooler: bool) -> Self:
         """A model with weights at random."""
         raise NotImplementedError
+
+    @classmethod
+    def wants_pooler(cls, config: M2BertConfig) -> bool | None:
+        """`reads_pooler` of a model with this config."""
+        return cls.reads_pooler
+
+    @classmethod
+    def check_published(cls, what: str, fields: Mapping[str, Any]) -> None:
+        """Raises ValueError for fields of a published config that this class does not serve."""
 
     def init_weights(self, module: nn.Module) -> None:
         """For `apply`: normal weights of standard deviation initializer_range, in filters too; biases 0."""
@@ -73,13 +82,15 @@ class M2Base(Model):
 
         Args:
             weights: for instance `torch.load(path, weights_only=True)`, or what safetensors reads. They are copied.
-            fields: of the published config.json or YAML (its `model_config`), for what weights do not tell.
+            fields: of the published config.json or YAML (its `model_config`), for what weights do not tell:
+                `M2BertConfig.from_published` says which are supported, and which are refused.
             dtype: None keeps that of the weights. Filters stay in float32 at least, whatever it is.
             device: None is the CPU.
             **overrides: fields of the config to change.
 
         Raises:
-            ValueError: weights that are missing, unknown or of another shape; an option that is not supported.
+            ValueError: weights that are missing, unknown or of another shape; an option that is not supported, or that
+                the weights contradict, by name.
             TypeError: an override that is no field.
         """
         what = f"{cls.__name__}.from_published"
@@ -89,8 +100,12 @@ class M2Base(Model):
             sizes = config_of_weights(inner)
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from None
-        config = M2BertConfig.from_published({**(fields or {}), **sizes}, **overrides)
-        has_pooler = "pooler.dense.weight" in inner if cls.reads_pooler is None else cls.reads_pooler
+        fields = fields or {}
+        check_fields(what, fields, sizes)
+        cls.check_published(what, fields)
+        config = M2BertConfig.from_published({**fields, **sizes}, **overrides)
+        wanted = cls.wants_pooler(config)
+        has_pooler = "pooler.dense.weight" in inner if wanted is None else wanted
         if "classifier." in cls.head_names and "num_labels" not in overrides and "classifier.weight" in own:
             config = M2BertConfig.from_published(vars(config), num_labels=own["classifier.weight"].shape[0])
         model = cls.build(config, has_pooler)

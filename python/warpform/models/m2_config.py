@@ -16,6 +16,31 @@ from ._registry import config_overrides
 # The parameters of the masked-LM model on 128 positions, in millions, are the names; widths are the papers'.
 _PRESETS = {"80M": 768, "110M": 960, "260M": 1536, "341M": 1792}
 
+# Fields of published configs that change results, with the only value that is supported.
+_REQUIRED = {
+    "monarch_mixer_sequence_mixing": True,
+    "use_glu_mlp": True,
+    "use_monarch_mlp": True,
+    "hidden_act": "gelu",
+    "attention_pooling": False,
+    "sequence_token_planting": False,
+    "use_learnable_monarch": False,
+}
+# Fields that look as if they changed results and do not: how training went, what kernels ran, options of attention and
+# of generation. expand_positional_embeddings says how weights were made, and their shapes tell what came of it;
+# gather_sentence_embeddings chooses between heads, which are classes here; the published filters have no dropout.
+_HARMLESS = frozenset(
+    {
+        "expand_positional_embeddings", "gather_sentence_embeddings", "hyena_filter_dropout", "hyena_lr_pos_emb",
+        "hyena_wd", "long_conv_kernel_learning_rate", "use_bfloat16", "use_cache", "use_flash_fft", "use_flash_mm",
+        "use_pretrained", "use_return_dict",
+    }
+)  # fmt: skip
+# An unknown field with such a name is refused where it has a value, rather than ignored.
+_EFFECTIVE = re.compile(
+    r"(use|hyena|monarch|long_conv|residual|pool|pooling|sequence|gather|expand|normalize)_|bidirect"
+)
+
 
 @dataclasses.dataclass
 class M2BertConfig(ModelConfig):
@@ -29,6 +54,8 @@ class M2BertConfig(ModelConfig):
         bidirectional, residual_long_conv: of `nn.MonarchMixerSequenceMixer`.
         monarch_mlp_nblocks: blocks of the MLP's products, and `use_positional_encodings` whether there are positions.
         pool_all: the pooler reads the mean over tokens of the mask, in place of the first token.
+        use_cls_token: heads read the last state of the first token itself, and no pooler.
+        use_normalized_embeddings: embeddings of texts get length 1.
         mask_padding: keeps padding out of the mixers, so that outputs at tokens do not depend on it. False as in the
             published code, whose checkpoints were trained on sequences padded to their full length.
 
@@ -57,6 +84,8 @@ class M2BertConfig(ModelConfig):
     residual_long_conv: bool = True
     monarch_mlp_nblocks: int = 4
     pool_all: bool = False
+    use_cls_token: bool = False
+    use_normalized_embeddings: bool = False
     mask_padding: bool = False
     output_hidden_states: bool = False
     return_dict: bool = True
@@ -109,16 +138,20 @@ class M2BertConfig(ModelConfig):
         """From the fields of a published config. Fields that change nothing here are ignored.
 
         Raises:
-            ValueError: an option that is not supported: attention in place of the mixers, MLPs that are dense or not
-                gated, a hidden_act other than "gelu", for those change the parameters or what is made of them.
+            ValueError: an option that is not supported, by name: attention in place of the mixers, MLPs that are dense
+                or not gated, a hidden_act other than "gelu", attention_pooling, sequence_token_planting,
+                use_learnable_monarch; an unknown field with a value whose name says that it acts on the model, such as
+                use_... or hyena_...; other unknown fields are ignored, as configs hold names and versions too.
             TypeError: an override that is no field.
         """
-        required = {
-            "monarch_mixer_sequence_mixing": True, "use_glu_mlp": True, "use_monarch_mlp": True, "hidden_act": "gelu",
-        }  # fmt: skip
-        for name, value in required.items():
-            if name in fields and fields[name] != value:
+        for name, value in _REQUIRED.items():
+            given = fields.get(name, value)
+            if given != value and not (value is False and given is None):
                 raise ValueError(f"M2BertConfig: {name}={fields[name]!r} is not supported, only {value!r}")
+        own = {f.name for f in dataclasses.fields(cls)}
+        for name, value in fields.items():
+            if value and name not in own | _HARMLESS | _REQUIRED.keys() and _EFFECTIVE.match(name):
+                raise ValueError(f"M2BertConfig: {name}={value!r} is not known, and would change results if it acts")
         names = [f.name for f in dataclasses.fields(cls)]
         known = {name: fields[name] for name in names if name in fields}
         if known.get("return_dict") is None:
@@ -126,6 +159,21 @@ class M2BertConfig(ModelConfig):
         if "num_labels" not in known and fields.get("id2label"):
             known["num_labels"] = len(fields["id2label"])
         return cls(**{**known, **config_overrides(cls, overrides)})
+
+
+def check_fields(what: str, fields: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    """Raises ValueError where the fields of a published config are not what `config_of_weights` found, by name."""
+    for name, told in sizes.items():
+        given = fields.get(name)
+        if given is None or given == told:
+            continue
+        if name == "vocab_size" and isinstance(given, int) and given + -given % 8 == told:
+            continue  # the published code makes the vocabulary a multiple of 8, whatever its config says
+        if name == "max_position_embeddings" and not sizes["use_positional_encodings"]:
+            continue  # without positions it is a limit and no size
+        raise ValueError(
+            f"{what}: {name} must be {told!r} as the weights tell, and the published config says {given!r}"
+        )
 
 
 def config_of_weights(weights: Mapping[str, Tensor]) -> dict[str, Any]:

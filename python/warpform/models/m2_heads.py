@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -189,10 +189,27 @@ class M2BertForMaskedLM(M2Head):
 
 
 class M2BertForSequenceClassification(M2Head):
-    """M2-BERT with a classifier on its pooler."""
+    """M2-BERT with a classifier on its pooler, or with use_cls_token on the first token itself."""
 
     reads_pooler = True
     head_names = ("classifier.",)
+
+    def __init__(self, config: M2BertConfig, base: M2BertModel | None = None) -> None:
+        self.reads_pooler = self.wants_pooler(config)  # type: ignore[misc]
+        super().__init__(config, base)
+
+    @classmethod
+    def wants_pooler(cls, config: M2BertConfig) -> bool:
+        return not config.use_cls_token
+
+    @classmethod
+    def check_published(cls, what: str, fields: Mapping[str, Any]) -> None:
+        gather = fields.get("gather_sentence_embeddings")
+        if gather:
+            raise ValueError(
+                f"{what}: gather_sentence_embeddings={gather!r} is not supported, as that gives embeddings and no "
+                "logits: use M2BertForSentenceEmbedding"
+            )
 
     def make_head(self) -> None:
         dropout = self.config.classifier_dropout
@@ -236,7 +253,10 @@ class M2BertForSequenceClassification(M2Head):
             inputs_embeds=inputs_embeds,
             **inputs,
         )
-        logits = self.classifier(self.dropout(run.pooler_output))
+        if self.config.use_cls_token:  # without dropout, as in the published code
+            logits = self.classifier(run.last_hidden_state[:, 0])
+        else:
+            logits = self.classifier(self.dropout(run.pooler_output))
         loss = None
         if labels is not None:
             loss = classification_loss(
@@ -264,12 +284,13 @@ class M2BertForSentenceEmbedding(M2Head):
     """M2-BERT that gives one vector for each text, as the published retrieval models.
 
     Those read the pooler, on the first token or with `pool_all` on the mean over tokens: `pooling` "pooler". With
-    "mean" it is the mean alone, for models without a pooler.
+    "cls" it is the last state of the first token itself, and with "mean" the mean over tokens, for models without a
+    pooler.
 
     Args:
         config, base: as of `M2Head`.
-        pooling: "pooler" or "mean".
-        normalize: whether vectors get length 1.
+        pooling: "pooler", "cls" or "mean". None: "cls" where the config has use_cls_token, else "pooler".
+        normalize: whether vectors get length 1. None: as use_normalized_embeddings of the config says.
 
     Raises:
         ValueError: another pooling; as of `M2Head`.
@@ -282,14 +303,23 @@ class M2BertForSentenceEmbedding(M2Head):
         config: M2BertConfig,
         base: M2BertModel | None = None,
         *,
-        pooling: str = "pooler",
-        normalize: bool = False,
+        pooling: str | None = None,
+        normalize: bool | None = None,
     ) -> None:
-        if pooling not in ("pooler", "mean"):
-            raise ValueError(f"{type(self).__name__}: pooling must be pooler or mean, got {pooling!r}")
+        if pooling is None:
+            pooling = "cls" if config.use_cls_token else "pooler"
+        if pooling not in ("pooler", "cls", "mean"):
+            raise ValueError(
+                f"{type(self).__name__}: pooling must be pooler or mean, got {pooling!r}; cls is the first token itself"
+            )
         self.reads_pooler = pooling == "pooler"  # type: ignore[misc]
         super().__init__(config, base)
-        self.pooling, self.normalize = pooling, normalize
+        self.pooling = pooling
+        self.normalize = config.use_normalized_embeddings if normalize is None else normalize
+
+    @classmethod
+    def wants_pooler(cls, config: M2BertConfig) -> bool:
+        return not config.use_cls_token
 
     def forward(
         self,
@@ -304,6 +334,8 @@ class M2BertForSentenceEmbedding(M2Head):
         if self.pooling == "pooler":
             assert run.pooler_output is not None
             vectors = run.pooler_output
+        elif self.pooling == "cls":
+            vectors = run.last_hidden_state[:, 0]
         else:
             vectors = mean_over_tokens(run.last_hidden_state, attention_mask)
         if self.normalize:
