@@ -168,7 +168,7 @@ class EncoderModel(ConvertibleModel):
             if attention_mask is not None:
                 raise ValueError(f"{name}: attention_mask must be None where packing is given, which says it already")
             shape = (packing.total,)
-        width = self.embeddings.tokens.embedding_dim
+        width = self.embeddings.width
         if position_ids is not None and padded and position_ids.dim() == 2 and position_ids.shape[0] == 1:
             position_ids = position_ids.expand(shape)
         check_shape(name, "input_ids", input_ids, shape)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import MaskedLMHead
+from ..nn._product import decoder_table
 from ..packing import Packing
 from ._encoder_model import EncoderModel, PackedStates, check_shape
 from ._output import HeadOutput
@@ -210,7 +211,7 @@ class MaskedLM(HeadModel):
             packing=packing,
             **inputs,
         )
-        table = self.base.embeddings.tokens.weight
+        table = decoder_table(self.base.embeddings.tokens, self.head.bias.shape[0], run.hidden.device)
         loss = logits = None
         if labels is not None:
             labels = self.token_labels(run, labels)

@@ -74,7 +74,14 @@ class Model(nn.Module):
     """A model with a config."""
 
     config: Any
-    supports_gradient_checkpointing = True
+
+    @property
+    def supports_gradient_checkpointing(self) -> bool:
+        """Whether there are layers that can be computed again."""
+        return bool(self._checkpointed())
+
+    def _checkpointed(self) -> list[CheckpointedLayers]:
+        return [module for module in self.modules() if isinstance(module, CheckpointedLayers)]
 
     @property
     def device(self) -> torch.device:
@@ -118,20 +125,23 @@ class Model(nn.Module):
         Args:
             gradient_checkpointing_kwargs: keywords of `torch.utils.checkpoint.checkpoint`; use_reentrant is False where
                 they do not say.
+
+        Raises:
+            ValueError: the model does not support it.
         """
+        if not self.supports_gradient_checkpointing:
+            raise ValueError(f"{type(self).__name__} does not support gradient checkpointing")
         function = partial(checkpoint, **{"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
-        for module in self.modules():
-            if isinstance(module, CheckpointedLayers):
-                module._gradient_checkpointing_func = function
-                module.gradient_checkpointing = True
+        for module in self._checkpointed():
+            module._gradient_checkpointing_func = function
+            module.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         """The opposite of `gradient_checkpointing_enable`."""
-        for module in self.modules():
-            if isinstance(module, CheckpointedLayers):
-                module.gradient_checkpointing = False
+        for module in self._checkpointed():
+            module.gradient_checkpointing = False
 
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether any layer is computed again."""
-        return any(isinstance(m, CheckpointedLayers) and m.gradient_checkpointing for m in self.modules())
+        return any(module.gradient_checkpointing for module in self._checkpointed())

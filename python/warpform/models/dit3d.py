@@ -7,7 +7,7 @@ the names of the published code, so that `load_state_dict` reads its checkpoints
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..nn import ACTIVATIONS, BiasActivation
 from ..nn._checkpoint import CheckpointedLayers
-from ..nn._product import is_plain, patches, product
+from ..nn._product import dtype_of, is_plain, patches, product
 from ._model import Model, ModelConfig
 
 Axes = tuple[int, int, int]
@@ -161,7 +161,7 @@ class TimestepEmbedder(nn.Module):
         frequencies = 10_000.0 ** -(torch.arange(half, device=t.device, dtype=torch.float64) / half)
         angles = t.to(torch.float64)[:, None] * frequencies
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        embedded: Tensor = self.mlp(waves.to(cast("nn.Linear", self.mlp[0]).weight.dtype))
+        embedded: Tensor = self.mlp(waves.to(dtype_of(self.mlp)))
         return embedded
 
 
@@ -194,20 +194,23 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, X, Y, Z, hidden]; returns the same."""
         heads = (3, self.num_heads, self.head_dim)
+        bias = self._padding(x)
         qkv = self.qkv(x).unflatten(-1, heads)  # [B, X, Y, Z, 3, H, D]
         if self.window_size is None:
             q, k, v = (t.transpose(1, 2) for t in qkv.flatten(1, 3).unbind(2))  # [B, H, X Y Z, D]
             out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
         else:
-            # Where windows do not divide the grid, it is padded with zeros before the product.
-            padded = any(n % w for n, w in zip(x.shape[1:4], self.window_size, strict=True))
-            bias = None
-            if padded:
-                plain = is_plain(self.qkv, nn.Linear)
-                bias = (self.qkv.bias if plain else self.qkv(x.new_zeros(1, x.shape[-1]))).view(heads)
+            bias = None if bias is None else bias.view(heads)
             out = ops.window_attention(qkv, window_size=self.window_size, qkv_bias=bias)
         projected: Tensor = self.proj(out)
         return projected
+
+    def _padding(self, x: Tensor) -> Tensor | None:
+        """The projection of zeros, [3 * hidden], with which grids are padded that windows do not divide; else None."""
+        if self.window_size is None or not any(n % w for n, w in zip(x.shape[1:4], self.window_size, strict=True)):
+            return None
+        padding: Tensor = self.qkv.bias if is_plain(self.qkv, nn.Linear) else self.qkv(x.new_zeros(1, x.shape[-1]))[0]
+        return padding
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, window_size={self.window_size}"

@@ -223,7 +223,7 @@ class M2BertEmbeddings(nn.Module):
         bias = None
         if token_type_ids is None:
             # One type for all tokens is one row for all tokens: the bias of the fused sum.
-            bias = row(self.token_type_embeddings, 0)
+            bias = row(self.token_type_embeddings, 0, x.device)
         else:
             x = x + self.token_type_embeddings(token_type_ids)
         if self.position_embeddings is not None:

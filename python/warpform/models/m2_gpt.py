@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..nn import AddBiasResidualLayerNorm, CausalMonarchMixer, MixerState, MonarchMixerMLP
 from ..nn._checkpoint import CheckpointedLayers
+from ..nn._product import decoder_table
 from ._encoder_model import check_shape
 from ._heads import token_loss
 from ._model import Model, ModelConfig
@@ -225,7 +226,8 @@ class M2GPTForCausalLM(Model, CheckpointedLayers):
         return [layer for layer in self.layers if isinstance(layer, M2GPTLayer)]
 
     def _decode(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(self.norm(x, None, None), self.tokens.weight)
+        table = decoder_table(self.tokens, self.config.vocab_size, x.device)
+        return torch.nn.functional.linear(self.norm(x, None, None), table)
 
     def _check_ids(self, input_ids: Tensor, more: int) -> None:
         name, longest = type(self).__name__, self.config.max_position_embeddings

@@ -371,8 +371,7 @@ class M2BertForSentenceEmbedding(M2Head):
         if batch_size < 1:
             raise ValueError(f"{type(self).__name__}.encode: batch_size must be at least 1, got {batch_size}")
         self.eval()
-        table = self.get_input_embeddings().weight
-        found = [table.new_empty(0, self.config.hidden_size)]
+        found = [torch.empty(0, self.config.hidden_size, dtype=self.dtype, device=self.device)]
         for begin in range(0, len(texts), batch_size):
             inputs = tokenizer(
                 texts[begin : begin + batch_size],
@@ -381,7 +380,7 @@ class M2BertForSentenceEmbedding(M2Head):
                 max_length=self.config.max_position_embeddings,
                 return_tensors="pt",
             )
-            ids, mask = (inputs[name].to(table.device) for name in ("input_ids", "attention_mask"))
+            ids, mask = (inputs[name].to(self.device) for name in ("input_ids", "attention_mask"))
             out = self(ids, mask, return_dict=True)
             assert isinstance(out, SentenceOutput)
             found.append(out.sentence_embedding)

@@ -245,15 +245,29 @@ class RoutedBlock(nn.Module):
         routed = None if self.router is None else self.router(x)
         if routed is None or not self.route_in:
             return self.inwards(x), routed
-        return self.inwards(x, routed.plan, routed.gates if self.gates in ("in", "both") else None), routed
+        gates = routed.gates if self.gates in ("in", "both") else None
+        if not isinstance(self.inwards, HiddenLinear):  # an adapter, or another that takes the place of the layer
+            return self.inwards(_gated(x, routed, gates)), routed
+        return self.inwards(x, routed.plan, gates), routed
 
     def leave(self, x: Tensor, routed: Routed | None) -> Tensor:
         """x [T, ...] -> [T, hidden], what is added to the stream."""
         if routed is None or not self.route_out:
             out = self.outwards(x)
         else:
-            out = self.outwards(x, routed.plan, routed.gates if self.gates in ("out", "both") else None)
+            gates = routed.gates if self.gates in ("out", "both") else None
+            if isinstance(self.outwards, HiddenLinear):
+                out = self.outwards(x, routed.plan, gates)
+            else:
+                out = _gated(self.outwards(x), routed, gates)
         return out if self.fusion is None else self.fusion(out)
+
+
+def _gated(x: Tensor, routed: Routed, gates: Tensor | None) -> Tensor:
+    """x [T, hidden], each group times its gate, 0 where the token does not use it: a routed product made of a dense."""
+    factors = routed.plan.selected if gates is None else gates
+    groups = x.unflatten(1, (factors.shape[1], -1))
+    return (groups * factors.to(x.dtype).unsqueeze(2)).flatten(1)
 
 
 class MoHDAttention(RoutedBlock):
@@ -308,12 +322,15 @@ class MoHDLayer(nn.Module):
         self.attention = MoHDAttention(config)
         self.feed_forward = MoHDFeedForward(config)
 
-    def forward(self, hidden: Tensor, step: _Step, layer: int) -> tuple[Tensor, list[Routed]]:
-        """hidden: [T, hidden] -> the same shape, and the choices of the routers."""
+    def forward(self, hidden: Tensor, step: _Step, layer: int) -> tuple[Tensor, ...]:
+        """hidden: [T, hidden] -> the same shape, and the balance losses of the routers.
+
+        Tensors alone: the reentrant kind of checkpointing loses the gradients of what is within other things.
+        """
         added, one = self.attention(hidden, step, layer)
         hidden = hidden + added
         added, other = self.feed_forward(hidden)
-        return hidden + added, [r for r in (one, other) if r is not None]
+        return hidden + added, *(routed.balance_loss for routed in (one, other) if routed is not None)
 
 
 class MoHDForCausalLM(Model, CheckpointedLayers):
@@ -398,9 +415,9 @@ class MoHDForCausalLM(Model, CheckpointedLayers):
                 f"got {longest}"
             )
         cos, sin = self._rotary(_ranks(packing))
-        hidden, choices = self._run(input_ids, _Step(cos, sin, offsets, offsets, longest, longest))
+        hidden, losses = self._run(input_ids, _Step(cos, sin, offsets, offsets, longest, longest))
         logits = self.head(hidden)
-        balance = torch.stack([r.balance_loss for r in choices]).mean() if choices else None
+        balance = torch.stack(losses).mean() if losses else None
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits, _next_tokens(labels, packing), ignore_index=IGNORED)
@@ -411,13 +428,13 @@ class MoHDForCausalLM(Model, CheckpointedLayers):
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rotary_tables(positions, self.config.heads_dim, self.config.rope_theta)
 
-    def _run(self, ids: Tensor, step: _Step) -> tuple[Tensor, list[Routed]]:
-        """ids [T] -> the normalised hidden states [T, hidden], and what the routers chose."""
-        hidden, choices = self.tokens(ids), []
+    def _run(self, ids: Tensor, step: _Step) -> tuple[Tensor, list[Tensor]]:
+        """ids [T] -> the normalised hidden states [T, hidden], and the balance losses of the routers."""
+        hidden, losses = self.tokens(ids), []
         for i, layer in enumerate(self.layers):
-            hidden, chosen = self.run_layer(layer, hidden, step, i)
-            choices += chosen
-        return self.norm(hidden), choices
+            hidden, *balance = self.run_layer(layer, hidden, step, i)
+            losses += balance
+        return self.norm(hidden), losses
 
     @torch.inference_mode()
     def generate(
@@ -454,8 +471,8 @@ class MoHDForCausalLM(Model, CheckpointedLayers):
                 f"prompts and max_new_tokens must come to at most max_position_embeddings, "
                 f"{self.config.max_position_embeddings}, got {longest}"
             )
-        device, weight = self.head.weight.device, self.head.weight
-        cache = KeyValueCache(self.config, len(prompts), longest, device, weight.dtype)
+        device = self.device
+        cache = KeyValueCache(self.config, len(prompts), longest, device, self.dtype)
         texts = [prompt.to(device) for prompt in prompts]
         active, new = list(range(len(prompts))), list(texts)
         for _ in range(max_new_tokens):

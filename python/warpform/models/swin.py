@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..nn import AddBiasResidualLayerNorm, PatchMerging, SwinBlock, SwinV2Block
 from ..nn._checkpoint import CheckpointedLayers
-from ..nn._product import patches
+from ..nn._product import is_plain, patches
+from ..nn.window import add_terms
 from ._model import refuse_arguments
 from ._registry import register
 from ._swin_base import ImageClassification, SwinBase, SwinOutput, resize_grid
@@ -226,12 +227,13 @@ class SwinModel(SwinBase, CheckpointedLayers):
 def _run_blocks(model: CheckpointedLayers, blocks: nn.Module, hidden: Tensor) -> Tensor:
     """One block after another, each making the last addition of the one before it."""
     terms: tuple[Tensor, Tensor | None, Tensor | None] = (hidden, None, None)
-    block = None
-    for module in blocks.children():
-        assert isinstance(module, SwinBlock)
-        block = module
-        terms = model.run_layer(block, *terms, finish=False)
-    return hidden if block is None else block.finish(*terms)
+    for block in blocks.children():
+        if is_plain(block, SwinBlock) or is_plain(block, SwinV2Block):
+            terms = model.run_layer(block, *terms, finish=False)
+        else:
+            # Hooks and wrappers of a block find the grid of tokens in it and out of it.
+            terms = model.run_layer(block, add_terms(*terms)), None, None
+    return add_terms(*terms)
 
 
 @register

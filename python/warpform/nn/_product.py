@@ -68,13 +68,37 @@ def patches(x: Tensor, projection: nn.Module, kind: type[nn.Module]) -> Tensor:
     return F.linear(rows, weight.flatten(1), bias)
 
 
-def row(table: nn.Module, index: int) -> Tensor:
+def row(embedding: nn.Module, index: int, device: torch.device) -> Tensor:
     """Row `index` of an embedding, [width]."""
-    weight: Tensor = table.weight  # type: ignore[assignment]
-    if is_plain(table, nn.Embedding):
-        return weight[index]
-    out: Tensor = table(torch.full((1,), index, device=weight.device))
+    if is_plain(embedding, nn.Embedding):
+        return embedding.weight[index]  # type: ignore[index,return-value]
+    out: Tensor = embedding(torch.full((1,), index, device=device))
     return out[0]
+
+
+def table(embedding: nn.Module, rows: int, device: torch.device) -> Tensor:
+    """All rows of an embedding, [rows, width]."""
+    if is_plain(embedding, nn.Embedding):
+        return embedding.weight  # type: ignore[return-value]
+    out: Tensor = embedding(torch.arange(rows, device=device))
+    return out
+
+
+def decoder_table(embedding: nn.Module, rows: int, device: torch.device) -> Tensor:
+    """The weight [rows, width] that an embedding shares with a decoder.
+
+    As with transformers' tied decoders, an adapter on the embedding leaves the decoder alone where it has a `weight`.
+    """
+    weight = getattr(embedding, "weight", None)
+    return weight if isinstance(weight, Tensor) else table(embedding, rows, device)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of the first parameter that is floating point; the default where there is none, as in quantised ones.
+
+    For inputs that a model makes itself.
+    """
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def in_blocks(x: Tensor) -> bool:

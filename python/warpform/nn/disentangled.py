@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..packing import Packing
-from ._product import is_plain, product, product_with_bias
+from ._product import is_plain, product, product_with_bias, table
 from .attention import SelfAttention
 from .convolution import TokenConvolution
 from .encoder import Encoder
@@ -62,6 +62,12 @@ class DisentangledSelfAttention(SelfAttention):
             NotImplementedError: training mode with attention dropout above 0.
         """
         self.refuse_dropout()
+        pos_key = pos_query = None
+        if relative is not None and self.terms:
+            # Before the tokens, so that a hook that keeps what it sees has those of the tokens in the end.
+            pos_key, pos_query = self.project_positions(
+                F.dropout(relative, self.position_dropout, training=self.training)
+            )
         query, key, value = self.project(hidden)
         offsets, longest = packing.cu_seqlens, packing.max_seqlen
         if relative is None or not self.terms:
@@ -69,9 +75,6 @@ class DisentangledSelfAttention(SelfAttention):
                 query, key, value, offsets, offsets, longest, longest, softmax_scale=self.softmax_scale
             )
         else:
-            pos_key, pos_query = self.project_positions(
-                F.dropout(relative, self.position_dropout, training=self.training)
-            )
             context = ops.disentangled_attention(
                 query,
                 key,
@@ -152,6 +155,7 @@ class DisentangledEncoder(Encoder):
     ) -> None:
         super().__init__(layers)
         self.relative = relative
+        self.span = 0 if relative is None else relative.num_embeddings // 2
         self.relative_norm = relative_norm
         self.position_buckets = position_buckets
         self.convolution = convolution
@@ -160,10 +164,8 @@ class DisentangledEncoder(Encoder):
         """[2 * reach, hidden]: the rows that distances within the padded length can come to, normalised."""
         if self.relative is None:
             return None
-        rows = self.relative.weight
-        if not is_plain(self.relative, nn.Embedding):
-            rows = self.relative(torch.arange(rows.shape[0], device=rows.device))
-        longest, span = packing.seqlen, rows.shape[0] // 2
+        rows = table(self.relative, 2 * self.span, packing.cu_seqlens.device)
+        longest, span = packing.seqlen, self.span
         # Buckets of more than one distance end wherever the whole table says; shapes must not depend on a batch's
         # length where they are traced.
         exact = self.position_buckets == 0 or longest - 1 <= self.position_buckets // 2

@@ -36,6 +36,7 @@ class Embeddings(nn.Module):
     ) -> None:
         super().__init__()
         width = hidden_size if embedding_size is None else embedding_size
+        self.width = width
         self.tokens = nn.Embedding(vocab_size, width, padding_idx=padding_idx)
         self.positions = nn.Embedding(max_position_embeddings, width) if max_position_embeddings else None
         self.token_types = nn.Embedding(type_vocab_size, width) if type_vocab_size else None
@@ -59,7 +60,7 @@ class Embeddings(nn.Module):
         if self.token_types is not None:
             if token_type_ids is None:
                 # One type for all tokens is one row for all tokens: the bias of the fused sum.
-                bias = row(self.token_types, 0)
+                bias = row(self.token_types, 0, x.device)
             else:
                 x = x + self.token_types(token_type_ids)
         positions = None if self.positions is None else self.positions(position_ids)

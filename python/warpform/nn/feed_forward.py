@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._product import CPU_ROWS, in_blocks, product
+from ._product import CPU_ROWS, in_blocks, is_plain, product
 from .activations import BiasActivation
 
 
@@ -25,9 +25,17 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """hidden: [total, hidden]. Returns the product [total, hidden] and the bias [hidden] to be added, or None."""
-        if in_blocks(hidden):
+        if in_blocks(hidden) and self._is_plain():
             return torch.cat([self._block(rows)[0] for rows in hidden.split(CPU_ROWS)]), None
         return self._block(hidden)
+
+    def _is_plain(self) -> bool:
+        """Whether nothing sees that rows are taken in blocks: a hook is to be called once, with all of them."""
+        return (
+            is_plain(self.up, nn.Linear)
+            and is_plain(self.down, nn.Linear)
+            and is_plain(self.activation, BiasActivation)
+        )
 
     def _block(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         return product(self.activation(*product(hidden, self.up)), self.down)

@@ -241,20 +241,23 @@ class ImplicitFilter(nn.Module):
 
 def _transposed(mlp: nn.Sequential, z: Tensor) -> Tensor:
     """mlp(z).T, contiguous; z: [taps, emb_dim]."""
+    if not is_plain(mlp, nn.Sequential) or not is_plain(mlp[-1], nn.Linear):
+        return mlp(z).t().contiguous()
     *layers, last = mlp
     for layer in layers:
         z = layer(z)
-    if not is_plain(last, nn.Linear):
-        return last(z).t().contiguous()
     return torch.mm(cast("nn.Linear", last).weight, z.t())
+
+
+_KNOWN = (ImplicitFilter, FilterPositions, ExponentialModulation, Sin, nn.Sequential, nn.Linear)
 
 
 def _sources(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor, int, int]] | None:
     """Where each parameter and buffer stands, and its state; None where that cannot be told, as in inference mode, or
-    where a linear layer may do more than multiply."""
+    where a module may do more than its parameters tell: an adapter can be switched off."""
     sources = []
     for child in dict.fromkeys(module.modules()):
-        if isinstance(child, nn.Linear) and not is_plain(child, nn.Linear):
+        if not is_plain(child, type(child)) or type(child) not in _KNOWN:
             return None
         for places in (child._parameters, child._buffers):
             for name, x in places.items():

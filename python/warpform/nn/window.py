@@ -129,10 +129,11 @@ class WindowAttention(nn.Module):
         if self.clamp:
             window, shift = fit_window(grid, window, shift)
         heads = (3, self.num_heads, self.head_dim)
-        qkv = self.project(hidden).unflatten(-1, heads)
         padded = any(n % w for n, w in zip(grid, window, strict=True))
+        # Before the tokens, so that a hook that keeps what it sees has those of the tokens in the end.
         padding = self.padding(hidden) if padded else None
         padding = None if padding is None else padding.view(heads)
+        qkv = self.project(hidden).unflatten(-1, heads)
         return product(self.attend(qkv, window, {"shift_size": shift, "qkv_bias": padding}), self.out)
 
     def extra_repr(self) -> str:
@@ -254,6 +255,13 @@ class DropPath(nn.Module):
         return f"{self.probability}"
 
 
+def add_terms(hidden: Tensor, added: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The sum of what a block leaves for the next one to add."""
+    if added is not None:
+        hidden = hidden + added
+    return hidden if bias is None else hidden + bias
+
+
 class SwinBlock(nn.Module):
     """Swin's block (arXiv 2103.14030, eq. 3): window attention and a feed-forward block, normalised before each.
 
@@ -296,10 +304,10 @@ class SwinBlock(nn.Module):
         """The block on hidden + added + bias, each [batch, *grid, hidden] or, for the bias, [hidden]; None is nothing.
 
         Returns the same shape; with finish False three such terms, for the next block, whose first normalisation adds
-        them, or for `finish`.
+        them, or for `add_terms`.
         """
         terms = self.run(hidden, added, bias)
-        return self.finish(*terms) if finish else terms
+        return add_terms(*terms) if finish else terms
 
     def run(
         self, hidden: Tensor, added: Tensor | None, bias: Tensor | None
@@ -312,12 +320,6 @@ class SwinBlock(nn.Module):
         added, bias = self._drop(*self.attention(normal))
         normal, hidden = self.feed_forward_norm(added, bias, hidden, return_sum=True)
         return (hidden, *self._drop(*self._feed_forward(normal)))
-
-    def finish(self, hidden: Tensor, added: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The sum of what `run` returns."""
-        if added is not None:
-            hidden = hidden + added
-        return hidden if bias is None else hidden + bias
 
     def _feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         rows, bias = self.feed_forward(x.flatten(0, -2))
@@ -344,7 +346,7 @@ class SwinV2Block(SwinBlock):
     def run(
         self, hidden: Tensor, added: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        hidden = self.finish(hidden, added, bias)
+        hidden = add_terms(hidden, added, bias)
         added, bias = self.attention(hidden)
         added, _ = self._drop(self.attention_norm(added, bias, None), None, dropout=False)
         hidden = hidden + added
