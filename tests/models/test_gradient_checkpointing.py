@@ -44,9 +44,8 @@ def parity(model: nn.Module) -> Tensor:
 
 
 def images(model: nn.Module) -> Tensor:
-    return model(
-        torch.linspace(0, 30, 2 * 3 * 400).sin().view(2, 3, 20, 20).to(dtype_of(model)), labels=torch.tensor([0, 1])
-    ).loss
+    x = torch.linspace(0, 30, 2 * 3 * 400).sin().view(2, 3, 20, 20).to(dtype_of(model))
+    return model(x, labels=torch.tensor([0, 1])).loss
 
 
 def voxels(model: nn.Module) -> Tensor:

@@ -230,6 +230,12 @@ def test_embeddings_of_texts() -> None:
     alone = torch.cat([model.encode([text], tokenizer, pad=False) for text in texts])
     torch.testing.assert_close(alone, vectors)  # mask_padding: the same whatever the padding
     assert model.encode([], tokenizer).shape == (0, 16)
+    for given in (tuple(texts), (text for text in texts), dict.fromkeys(texts).keys()):
+        assert torch.equal(model.encode(given, tokenizer, batch_size=3), vectors)
+    one = model.encode(texts[1], tokenizer)
+    assert one.shape == (16,) and torch.equal(one, model.encode(texts[1:2], tokenizer)[0])
+    with pytest.raises(TypeError, match="encode: texts must be strings, got int"):
+        model.encode(["a", 3], tokenizer)
     with pytest.raises(ValueError, match="pooling must be pooler or mean, got 'max'"):
         models.M2BertForSentenceEmbedding(config, pooling="max")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -232,3 +233,43 @@ def test_bad_input(folder: Path, tmp_path: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match="has no tokenizer"):
         SentenceEncoder.from_pretrained(folder)
+
+
+class Series:
+    """As of pandas: rows by labels, not by places."""
+
+    def __init__(self, values: list[str]) -> None:
+        self._rows = {7 * i + 3: value for i, value in enumerate(values)}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows.values())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, label: int) -> str:
+        return self._rows[label]
+
+
+def test_texts_in_any_container() -> None:
+    numpy = pytest.importorskip("numpy")
+    encoder = SentenceEncoder(small_model(), words)
+    texts = ["some words", "a", "and four more words"]
+    expected = encoder.encode(texts)
+    for given in (
+        tuple(texts), dict.fromkeys(texts).keys(), iter(texts), (text for text in texts), Series(texts),
+        numpy.array(texts), numpy.array(texts, dtype=object), map(str.strip, texts),
+    ):  # fmt: skip
+        assert torch.equal(encoder.encode(given), expected)
+    for one in (texts[0], numpy.array(texts[0]), numpy.str_(texts[0])):
+        found = encoder.encode(one)
+        assert found.shape == (16,) and torch.equal(found, encoder.encode([texts[0]])[0])
+    for empty in ([], numpy.array([], dtype=str), iter(())):
+        assert encoder.encode(empty).shape == (0, 16)
+    for bad, message in (
+        (b"bytes", "must be a string or strings, got bytes"), ({"a": 1}, "got dict"), (3, "got int"),
+        (None, "got NoneType"), ([b"a"], "texts must be strings, got bytes"), (numpy.array([1.0]), "got float64"),
+        ([["a"]], "got list"), (numpy.array(3), "got int"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=message):
+            encoder.encode(bad)
