@@ -320,7 +320,9 @@ class Halved(nn.Module):
         return weight / 2
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize(
+    "name", ["BertForMaskedLM", *(pytest.param(name, marks=pytest.mark.slow) for name in SOME[1:])]
+)
 def test_parametrisations_act(name: str) -> None:
     """A parametrisation, pruning, and weight normalisation of both kinds, against the weights that they give."""
     model, call = make(name)

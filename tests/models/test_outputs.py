@@ -176,7 +176,7 @@ def head(**fields: Any) -> nn.Module:
     return models.BertForSequenceClassification(models.BertConfig(**{**TINY, **fields}))
 
 
-def test_export_and_back(derived: None) -> None:
+def test_export_and_back() -> None:
     model = head().eval()
     expected = model(IDS)
     program = torch.export.export(model, (IDS,))
@@ -190,7 +190,7 @@ def test_export_and_back(derived: None) -> None:
         assert torch.equal(out.logits, expected.logits)
 
 
-def test_compiles_whole(derived: None, fresh_dynamo: None) -> None:
+def test_compiles_whole(fresh_dynamo: None) -> None:
     model = head()
     labels = torch.tensor([0, 1])
     out = torch.compile(model, fullgraph=True, backend="aot_eager")(IDS, labels=labels)

@@ -101,7 +101,7 @@ def train(model: Any, folder: Path, per_token: bool, **options: Any) -> dict[str
 
 
 @pytest.mark.parametrize("kind", ["whole", "swapped"])
-@pytest.mark.parametrize("head", ["SequenceClassification", "MaskedLM"])
+@pytest.mark.parametrize("head", ["SequenceClassification", pytest.param("MaskedLM", marks=pytest.mark.slow)])
 def test_a_trainer_trains_as_it_does_transformers_models(head: str, kind: str, tmp_path: Path) -> None:
     """Losses of every step, then evaluation, prediction and saving."""
     per_token = head == "MaskedLM"
@@ -134,7 +134,7 @@ def test_a_trainer_trains_as_it_does_transformers_models(head: str, kind: str, t
         assert_close("saved", model(input_ids=ids)[0], truth, saved(input_ids=ids)[0])
 
 
-@pytest.mark.parametrize("head", ["SequenceClassification", "MaskedLM"])
+@pytest.mark.parametrize("head", [pytest.param("SequenceClassification", marks=pytest.mark.slow), "MaskedLM"])
 def test_batches_in_parts_are_the_same_batches(head: str, tmp_path: Path) -> None:
     """Gradients added up over parts with unequal numbers of labels: the Trainer says how many there are in all."""
     per_token = head == "MaskedLM"
