@@ -57,7 +57,8 @@ def test_values_of_causal_attention() -> None:
 
 
 def test_keys_of_attention() -> None:
-    """Two keys of equal scores, values 1 and -1 in one column: each query adds (dout / 2) q to dk, and takes it away."""
+    """Two keys of equal scores, values 1 and -1 in one column: every query adds (dout / 2) q to one dk, and takes it
+    from the other."""
     q, k, v = full(ROWS, 1, 8), full(2, 1, 8).requires_grad_(), full(2, 1, 8, value=0.0)
     v[0, 0, 0], v[1, 0, 0] = 1, -1
     out = ops.varlen_attention(q, k, v, offsets([ROWS]), offsets([2]), ROWS, 2, softmax_scale=1.0)

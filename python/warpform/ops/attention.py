@@ -111,8 +111,8 @@ def varlen_attention(
         window_size: (left, right): query i sees keys from i + sk - sq - left to i + sk - sq + right, both included;
             -1 is unbounded.
         softcap: above 0, scores become softcap * tanh(score / softcap), however small or large it is; 0: they do not.
-        alibi_slopes: float32 [Hq] or [B, Hq], finite; -slope * |i + sk - sq - j| is added to the score of key j, after the
-            softcap. It has no gradient.
+        alibi_slopes: float32 [Hq] or [B, Hq], finite; -slope * |i + sk - sq - j| is added to the score of key j, after
+            the softcap. It has no gradient.
         deterministic: the same gradients bit by bit in each run; `torch.use_deterministic_algorithms` turns it on too.
         return_lse: also return the log-sum-exp of each row's scores.
 

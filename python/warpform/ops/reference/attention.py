@@ -60,7 +60,7 @@ class _Scores:
         )
 
     def is_causal(self, sq: int, sk: int) -> bool:
-        """Whether fused attention can mask by itself: a square, seen on and below its diagonal, and a scale it takes."""
+        """Whether fused attention can mask by itself: a square, seen up to its diagonal, and a scale that it takes."""
         return (
             sq == sk
             and self.right == 0
