@@ -20,6 +20,7 @@ OPS = torch.ops.warpform
 by_dtype = pytest.mark.parametrize("dtype", cases.FLOATS, ids=lambda d: str(d).removeprefix("torch."))
 # Not positive, and positive, but 0 as a float32.
 by_scale = pytest.mark.parametrize("scale", (0.0, -0.4, 1e-50))
+by_two_dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 
 MASKS = (
     AttentionCase("plain", (9, 33)),
@@ -36,7 +37,7 @@ MASKS = (
 
 @pytest.mark.parametrize("case", MASKS, ids=str)
 @by_scale
-@by_dtype
+@by_two_dtypes
 def test_attention(case: AttentionCase, scale: float, dtype: torch.dtype) -> None:
     checks.check_attention(OPS, replace(case, softmax_scale=scale), dtype)
 
@@ -86,7 +87,7 @@ def test_attention_step(mask: dict[str, Any], stride: int, scale: float) -> None
 
 
 @by_scale
-@by_dtype
+@by_two_dtypes
 def test_disentangled_attention(scale: float, dtype: torch.dtype) -> None:
     case = DisentangledCase("", (20, 1, 7), softmax_scale=scale, head_dim=8)
     checks.check_disentangled_attention(OPS, case, dtype)
@@ -94,7 +95,7 @@ def test_disentangled_attention(scale: float, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("mask_value", (-100.0, -1e30, -math.inf, 0.0))
 @pytest.mark.parametrize("scale", (0.0, -0.4))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@by_two_dtypes
 def test_window_attention(scale: float, mask_value: float, dtype: torch.dtype) -> None:
     case = WindowCase("", (6, 7), (4, 4), (2, 1), scale=scale, mask_value=mask_value, head_dim=8)
     checks.check_window_attention(OPS, case, dtype)
@@ -108,7 +109,7 @@ def test_a_mask_that_only_a_double_holds_masks() -> None:
 
 
 @pytest.mark.parametrize("softcap", (1e-300, 1e-40, 1e-8, 1e4, 1e30, 1e300))
-@by_dtype
+@by_two_dtypes
 def test_softcap(softcap: float, dtype: torch.dtype) -> None:
     """At most 1e-8, scores are 0 beside 1; from 1e4 on, those of a few units are what they are without (the difference
     is score^3 / softcap^2 / 3, below an eps of float32; the case's float64 is held to the definition)."""
