@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -58,6 +60,12 @@ def integer(op: str, name: str, value: Any) -> None:
     """Raises TypeError unless value is an integer, which under tracing may be symbolic."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {describe(value)}")
+
+
+def finite(op: str, name: str, value: Any) -> None:
+    """Raises ValueError if value is a number, but infinite or NaN. Under tracing numbers are not looked at."""
+    if not torch.compiler.is_compiling() and isinstance(value, Real) and not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
 
 
 def log(op: str, **arguments: Any) -> None:

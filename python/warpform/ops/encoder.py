@@ -266,7 +266,7 @@ def add_bias_residual_layer_norm(
         bias: [N] or None.
         residual: the shape and dtype of x, or None.
         weight, ln_bias: [N]. bias, weight and ln_bias are of one dtype, that of x or float32.
-        eps: added to the variance.
+        eps: added to the variance, at least 0. With 0 a row of equal numbers has no result, and gives NaN.
         return_sum: also return the sum in x's dtype, which pre-norm models carry on.
 
     Returns:
@@ -274,7 +274,7 @@ def add_bias_residual_layer_norm(
 
     Raises:
         TypeError: an argument is not a tensor, or of a wrong dtype.
-        ValueError: a wrong shape, or tensors on different devices.
+        ValueError: a wrong shape, tensors on different devices, or an eps that is negative or not finite.
     """
     op = "add_bias_residual_layer_norm"
     _check.tensor(op, "x", x)
@@ -310,6 +310,9 @@ def add_bias_residual_layer_norm(
                 f"{op}: residual must be {_check.dtype_name(x.dtype)} as x is, got {_check.describe(residual)}"
             )
         _check.same_device(op, "residual", residual, "x", x)
+    _check.finite(op, "eps", eps)
+    if not torch.compiler.is_compiling() and eps < 0:
+        raise ValueError(f"{op}: eps must not be negative, got {eps}")
     _check.log(op, x=x, bias=bias, residual=residual, weight=weight, eps=eps, return_sum=return_sum)
     # The backward starts from the sum, so where there will be one it is better kept than computed again.
     keep = return_sum or (

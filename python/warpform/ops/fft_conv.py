@@ -177,7 +177,8 @@ def fft_conv(
         u: [B, H, L], float16, bfloat16, float32 or float64.
         k: [H, Lk] with Lk <= L, in u's dtype or float32; None where spectrum is given.
         skip: [H] in u's dtype or float32, or None for 0.
-        pregate, postgate: the shape and dtype of u, or None for 1.
+        pregate, postgate: the shape and dtype of u, or None for 1. In float16 pregate * u has to fit, and in the
+            backward postgate times the output's gradient.
         k_reverse: [H, Lr] with Lr <= L in k's dtype, or None for 0.
         spectrum: what `fft_conv_spectrum` makes of k and k_reverse for this L, kept from an earlier call: one that is
             for a longer sequence is right too, but of more points. [H, n / 2 + 1, 2], float32, or float64 where u is.

@@ -154,7 +154,8 @@ def hidden_gather_linear(
         w: [O, N * m] as in a linear layer, or [C, O, N * m] for a plan with classes; x's dtype. Transposed views are
             read as they are.
         plan: of T tokens and N groups. With an out_mask, O must be a multiple of its length.
-        gates: [T, N], float32 (float64 for float64 inputs); they carry the activation scale. None: 1.
+        gates: [T, N], float32 (float64 for float64 inputs), of any size; they carry the activation scale. None: 1. For
+            the gradient of w in float16, x times its gate must stay below 65504.
         bias: [O], or [C, O] with classes; x's dtype.
 
     Returns:
@@ -184,7 +185,8 @@ def hidden_scatter_linear(
         w: [N * m, K] as in a linear layer, N groups of m dimensions, or [C, N * m, K] for a plan with classes; x's
             dtype. Transposed views are read as they are.
         plan: of T tokens and N groups. With an out_mask, K must be a multiple of its length.
-        gates: [T, N], float32 (float64 for float64 inputs). None: 1.
+        gates: [T, N], float32 (float64 for float64 inputs), of any size. None: 1. For the gradients of w and of gates
+            in float16, the output's gradient times its gate, and the result before the gate, must stay below 65504.
         bias: [N * m], or [C, N * m] with classes; x's dtype.
 
     Returns:

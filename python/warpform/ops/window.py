@@ -105,7 +105,7 @@ def window_attention(
             larger than the grid is mostly padding.
         shift_size: the roll of each axis, 0 <= shift < window. Of a window that holds tokens from both sides of the
             seam, pairs across get mask_value.
-        scale: d ** -0.5 by default; not with logit_scale.
+        scale: d ** -0.5 by default; not with logit_scale. Any finite number by which scores stay within float32.
         logit_scale: [heads], float32, or qkv's dtype: the logarithm of the factor on the cosine. The cosine of a vector
             of length 0 is 0, and so is its gradient.
         qkv_bias: [3, heads, d], in qkv's dtype or float32: q, k and v at padded positions, which take part and are not
@@ -120,7 +120,7 @@ def window_attention(
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, a shift outside of its window, scale and logit_scale together, tensors on different
-            devices.
+            devices, a scale that is not finite, a mask_value that is neither finite nor -inf.
     """
     op = "window_attention"
     _check.tensor(op, "qkv", qkv)
@@ -137,6 +137,9 @@ def window_attention(
     for name, parameter in parameters.items():
         if parameter is not None:
             _check_dtype(op, name, parameter, qkv)
+    _check.finite(op, "scale", scale)
+    if mask_value != -math.inf:
+        _check.finite(op, "mask_value", mask_value)
     _check.log(op, qkv=qkv, **parameters, window_size=window, shift_size=shift, scale=scale, mask_value=mask_value)
     if qkv_bias is not None and not torch.is_autocast_enabled(qkv.device.type):
         qkv_bias = qkv_bias.to(qkv.dtype)  # what stands at a padded position is a product's output
