@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from . import _env
 from .ops import _check, encoder
@@ -69,9 +70,12 @@ class Packing:
         if capacity is None:
             if not isinstance(mask, Tensor) or mask.dim() != 2:
                 encoder.packing_plan(mask, 0)  # raises, and says why
-            *plan, summary = encoder.packing_plan(mask, mask.numel())
-            total, max_seqlen = summary.tolist()
-            return cls._of_plan(plan, max_seqlen, total)
+            if not _has_values(mask):
+                capacity = mask.numel()
+            else:
+                *plan, summary = encoder.packing_plan(mask, mask.numel())
+                total, max_seqlen = _read(summary, mask.numel(), mask.size(1))
+                return cls._of_plan(plan, max_seqlen, total)
         *plan, summary = encoder.packing_plan(mask, capacity)
         if not torch.compiler.is_compiling() and (mask.device.type == "cpu" or _env.validate()):
             total = int(summary[0])
@@ -144,7 +148,8 @@ class Packing:
     def _of_plan(cls, plan: Sequence[Tensor], max_seqlen: int, total: int | None = None) -> Packing:
         cu_seqlens, lengths, indices, position_ids, ranks = plan
         if total is not None:
-            indices, position_ids = indices[:total], position_ids[:total]
+            # A slice would give each a size of its own where total is known only when a traced program runs.
+            indices, position_ids = indices.narrow(0, 0, total), position_ids.narrow(0, 0, total)
         return cls(cu_seqlens, lengths, indices, position_ids, ranks, max_seqlen)
 
     def pack(self, x: Tensor) -> Tensor:
@@ -162,6 +167,24 @@ class Packing:
             ValueError: t has another leading size or is on another device.
         """
         return encoder.unpack(t, self.indices, self.ranks)
+
+
+def _has_values(t: Tensor) -> bool:
+    """Whether t can be read: neither on the meta device nor, outside of a tracer that has a symbol for it, fake."""
+    if torch.compiler.is_compiling():
+        return t.device.type != "meta"
+    return t.device.type != "meta" and not is_fake(t)
+
+
+def _read(summary: Tensor, total_at_most: int, longest_at_most: int) -> tuple[int, int]:
+    """The number of tokens and the longest sequence, with their bounds for a tracer, to which they are symbols."""
+    total, longest = summary.tolist()
+    if torch.compiler.is_compiling():
+        torch._check(total >= 0)
+        torch._check(total <= total_at_most)
+        torch._check(longest >= 0)
+        torch._check(longest <= longest_at_most)
+    return total, longest
 
 
 # torch.export.save keeps the example inputs, and torch.export.load reads back classes that it was told are safe.
