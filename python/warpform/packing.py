@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
-from . import _env
 from .ops import _check, encoder
 
 
@@ -59,7 +58,8 @@ class Packing:
             mask: bool or integer [B, S], any pattern: padding on the right, on the left, holes.
             capacity: rows to pack into, whatever the number of tokens. Then nothing is read from the device, and a
                 captured CUDA graph or a compiled function serves batches of any lengths. None: one read of the device
-                gives total and max_seqlen.
+                gives total and max_seqlen; torch.compile(fullgraph=True) and torch.export make symbols of them. On the
+                meta device, and for fake tensors, there is nothing to read, and it is batch * seqlen.
 
         Raises:
             TypeError: mask is not a bool or integer tensor, or capacity is not an int.
@@ -70,14 +70,14 @@ class Packing:
         if capacity is None:
             if not isinstance(mask, Tensor) or mask.dim() != 2:
                 encoder.packing_plan(mask, 0)  # raises, and says why
-            if not _has_values(mask):
+            if not _check.has_values(mask):
                 capacity = mask.numel()
             else:
                 *plan, summary = encoder.packing_plan(mask, mask.numel())
-                total, max_seqlen = _read(summary, mask.numel(), mask.size(1))
+                total, max_seqlen = _read(summary, *mask.shape)
                 return cls._of_plan(plan, max_seqlen, total)
         *plan, summary = encoder.packing_plan(mask, capacity)
-        if not torch.compiler.is_compiling() and (mask.device.type == "cpu" or _env.validate()):
+        if _check.cheap_to_read(mask):
             total = int(summary[0])
             if total > capacity:
                 raise ValueError(f"Packing.from_mask: capacity must be at least the {total} tokens, got {capacity}")
@@ -124,10 +124,17 @@ class Packing:
         if lengths.dim() != 1:
             raise ValueError(f"{op}: lengths must be of shape [batch], got {_check.describe(lengths)}")
 
-        readable = not torch.compiler.is_compiling() and (lengths.device.type == "cpu" or _env.validate())
-        host: list[int] | None = None
-        if readable or seqlen is None or capacity is None:
-            host = lengths.tolist()
+        to_find = seqlen is None or capacity is None
+        if to_find and not _check.has_values(lengths):
+            if seqlen is None:
+                raise ValueError(f"{op}: seqlen must be given where lengths have no values, got a meta or fake tensor")
+            capacity = lengths.size(0) * seqlen
+        elif to_find and torch.compiler.is_compiling():
+            found = lengths.clamp(0, seqlen).to(torch.int64)
+            total, longest = _read(torch.stack([found.sum(), F.pad(found, (0, 1)).amax()]), lengths.size(0), seqlen)
+            seqlen = longest if seqlen is None else seqlen
+        elif to_find or _check.cheap_to_read(lengths):
+            host: list[int] = lengths.tolist()
             longest, total = max(host, default=0), sum(host)
             if min(host, default=0) < 0:
                 raise ValueError(f"{op}: lengths must not be negative, got {min(host)}")
@@ -169,21 +176,15 @@ class Packing:
         return encoder.unpack(t, self.indices, self.ranks)
 
 
-def _has_values(t: Tensor) -> bool:
-    """Whether t can be read: neither on the meta device nor, outside of a tracer that has a symbol for it, fake."""
-    if torch.compiler.is_compiling():
-        return t.device.type != "meta"
-    return t.device.type != "meta" and not is_fake(t)
-
-
-def _read(summary: Tensor, total_at_most: int, longest_at_most: int) -> tuple[int, int]:
-    """The number of tokens and the longest sequence, with their bounds for a tracer, to which they are symbols."""
+def _read(summary: Tensor, batch: int, seqlen: int | None) -> tuple[int, int]:
+    """The number of tokens and the longest sequence. To a compiler they are symbols, whose bounds it is told."""
     total, longest = summary.tolist()
     if torch.compiler.is_compiling():
-        torch._check(total >= 0)
-        torch._check(total <= total_at_most)
         torch._check(longest >= 0)
-        torch._check(longest <= longest_at_most)
+        torch._check(total >= 0)
+        if seqlen is not None:
+            torch._check(longest <= seqlen)
+            torch._check(total <= batch * seqlen)
     return total, longest
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from .. import _autocast, ops
 from ..ops import RoutingPlan
 
 SCALE_MODES = ("sum", "groups", "active", "none")
@@ -85,7 +85,7 @@ class HiddenRouter(nn.Module):
     def forward(self, x: Tensor) -> Routed:
         """x: [T, hidden_size]. Nothing is read from the device."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with _autocast.off(x.device):
             scores = F.linear(x.to(wide), self.centroids.to(wide)).softmax(1)
         specialised = scores[:, self.num_shared :]
         chosen = specialised.detach().topk(self.top_k, 1).indices

@@ -10,7 +10,7 @@ from ..packing import Packing
 
 
 def _with_a_row(hidden: Tensor) -> Tensor:
-    """hidden [total, hidden] with a row of zeros at its end where total is 0, or where a traced program finds it out."""
+    """hidden [total, hidden], and a row of zeros after it where total is 0 or known only when a traced program runs."""
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import guard_or_true
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from .. import _autocast, ops
 from ._product import product
 from .feed_forward import FeedForward
 from .norm import AddBiasResidualLayerNorm
@@ -193,7 +193,7 @@ class CosineWindowAttention(WindowAttention):
         rounding it to half precision would move scores by up to 0.06."""
         up, down = self.position_up, self.position_down
         dtype = torch.promote_types(up.weight.dtype, torch.float32)
-        with torch.autocast(distances.device.type, enabled=False):
+        with _autocast.off(distances.device):
             x = F.relu(F.linear(distances.to(dtype), up.weight.to(dtype), up.bias.to(dtype)))
             return 16 * torch.sigmoid(F.linear(x, down.weight.to(dtype)))
 

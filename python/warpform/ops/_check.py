@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from .. import _env
 
@@ -58,6 +59,21 @@ def integer(op: str, name: str, value: Any) -> None:
     """Raises TypeError unless value is an integer, which under tracing may be symbolic."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {describe(value)}")
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether there is something to read: not on the meta device, and not of a fake tensor outside of a compiler.
+
+    A compiler's fake tensors give symbols.
+    """
+    return t.device.type != "meta" and (torch.compiler.is_compiling() or not is_fake(t))
+
+
+def cheap_to_read(t: Tensor) -> bool:
+    """Whether values may be looked at to check them: reading costs no synchronisation, or was asked for."""
+    if torch.compiler.is_compiling() or not (t.device.type == "cpu" or _env.validate()):
+        return False
+    return has_values(t)
 
 
 def log(op: str, **arguments: Any) -> None:
