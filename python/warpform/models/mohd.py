@@ -395,9 +395,7 @@ class MoHDForCausalLM(nn.Module):
             # The mask may say it only when the program runs, which then raises RuntimeError.
             torch._check(longest <= limit, lambda: "sequences must have at most max_position_embeddings tokens")
         elif longest > limit:
-            raise ValueError(
-                f"sequences must have at most max_position_embeddings, {limit}, tokens, got {longest}"
-            )
+            raise ValueError(f"sequences must have at most max_position_embeddings, {limit}, tokens, got {longest}")
         cos, sin = self._rotary(_ranks(packing))
         hidden, choices = self._run(input_ids, _Step(cos, sin, offsets, offsets, longest, longest))
         logits = self.head(hidden)
