@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -158,6 +158,42 @@ class Packing:
             # A slice would give each a size of its own where total is known only when a traced program runs.
             indices, position_ids = indices.narrow(0, 0, total), position_ids.narrow(0, 0, total)
         return cls(cu_seqlens, lengths, indices, position_ids, ranks, max_seqlen)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False, copy: bool = False) -> Packing:
+        """The same packing with its tensors on `device`; itself where they are there already and copy is False.
+
+        A batch of tensors is moved with the same arguments. Index tensors have one dtype, so none may be given.
+
+        Args:
+            device: as of `torch.Tensor.to`.
+            non_blocking: as of `torch.Tensor.to`: from pinned memory, without waiting.
+            copy: new tensors in any case.
+
+        Raises:
+            TypeError: a dtype, or a tensor, in place of the device.
+        """
+        if not isinstance(device, (torch.device, str, int)) or isinstance(device, bool):
+            raise TypeError(f"Packing.to: device must be a device, got {device!r}; its tensors keep their dtypes")
+        return self._each(lambda t: t.to(device=device, non_blocking=non_blocking, copy=copy))
+
+    def cpu(self) -> Packing:
+        """The same packing with its tensors on the CPU."""
+        return self.to("cpu")
+
+    def cuda(self, device: torch.device | str | int | None = None, non_blocking: bool = False) -> Packing:
+        """The same packing with its tensors on a GPU, by default the current one."""
+        return self.to("cuda" if device is None else device, non_blocking=non_blocking)
+
+    def pin_memory(self, device: torch.device | str | None = None) -> Packing:
+        """The same packing with its tensors in page-locked memory; a DataLoader with pin_memory=True calls it."""
+        return self._each(lambda t: t.pin_memory() if device is None else t.pin_memory(device))
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Packing:
+        tensors = [getattr(self, name) for name in ("cu_seqlens", "lengths", "indices", "position_ids", "ranks")]
+        moved = [function(t) for t in tensors]
+        if all(new is old for new, old in zip(moved, tensors, strict=True)):
+            return self
+        return Packing(*moved, self.max_seqlen)
 
     def pack(self, x: Tensor) -> Tensor:
         """x [batch_size, seqlen, ...] -> its tokens [total, ...], any dtype; rows with no token are 0. Differentiable.

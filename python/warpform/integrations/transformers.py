@@ -10,6 +10,7 @@ padding. It has a column for each key that exists, and queries stand at its last
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -36,6 +37,10 @@ OLDEST = "5.4"
 # What changes scores or keys in ways that `varlen_attention` does not know. Ignored, each would give wrong results.
 _UNSUPPORTED = {
     "position_bias": "a bias on attention scores",
+    "relative_position_bias": "a bias on attention scores",
+    "attention_bias": "a bias on attention scores",
+    "attn_bias": "a bias on attention scores",
+    "alibi": "a bias on attention scores",
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
     "head_mask": "a head mask",
@@ -71,6 +76,9 @@ def register() -> None:
         raise ImportError(
             f"warpform.integrations.transformers: needs transformers {OLDEST} or later, got {transformers.__version__}"
         )
+    with contextlib.suppress(ImportError):  # not in every release
+        global _collector
+        from transformers.utils.output_capturing import _active_collector as _collector
     _plain_masks.update(causal=causal_mask_function, bidirectional=bidirectional_mask_function)
     for name in _FACTORIES:
         if not hasattr(getattr(masking_utils, name), "_warpform"):
@@ -484,13 +492,16 @@ def attention(
             f"{NAME}: attention dropout is not supported, got {dropout}; set the config's attention dropout "
             "(attention_probs_dropout_prob, attention_dropout) to 0, or call model.eval()"
         )
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions") or _probabilities_are_collected():
         raise NotImplementedError(
             f'{NAME}: output_attentions needs attn_implementation="eager": probabilities are not made'
         )
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{NAME}: {what} ({name}) is not supported, as {type(module).__name__} asks for")
+    for name, given in kwargs.items():  # of a model that came later than this list
+        if isinstance(given, Tensor) and ("bias" in name or "sink" in name):
+            raise NotImplementedError(f"{NAME}: {name} is not supported, as {type(module).__name__} asks for")
     _check_states(query, key, value)
 
     known = None
@@ -538,6 +549,15 @@ def attention(
     return (out[..., :value_dim] if value_dim < head_dim else out), None
 
 
+_collector: Any = None  # known to `register`
+
+
+def _probabilities_are_collected() -> bool:
+    """Whether the model was called with output_attentions=True: some models do not hand it on to their layers."""
+    wanted = None if _collector is None else _collector.get()
+    return bool(wanted) and any("attentions" in name for name in wanted)
+
+
 def _rows(t: Tensor, packing: Packing | None) -> Tensor:
     """[B, S, heads, D] -> [rows, heads, D], the last dimension contiguous."""
     if packing is not None:
@@ -575,9 +595,12 @@ def _check_states(query: Tensor, key: Tensor, value: Tensor) -> None:
 def _check_mask(attention_mask: Tensor, query: Tensor, key: Tensor) -> None:
     _check.tensor(NAME, "attention_mask", attention_mask)
     if attention_mask.dim() != 2:
+        what = "masks of more dimensions need"
+        if attention_mask.is_floating_point():
+            what = "numbers that are added to scores, such as a relative position bias (BEiT), need"
         raise ValueError(
             f"{NAME}: attention_mask must be of shape [batch, keys], got {_check.describe(attention_mask)}; "
-            'masks of more dimensions need attn_implementation="sdpa" or "eager"'
+            f'{what} attn_implementation="sdpa" or "eager"'
         )
     if attention_mask.is_floating_point():
         raise TypeError(f"{NAME}: attention_mask must be bool or integer, got {_check.describe(attention_mask)}")
