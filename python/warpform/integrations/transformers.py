@@ -81,8 +81,9 @@ def register() -> None:
         from transformers.utils.output_capturing import _active_collector as _collector
     _plain_masks.update(causal=causal_mask_function, bidirectional=bidirectional_mask_function)
     for name in _FACTORIES:
-        if not hasattr(getattr(masking_utils, name), "_warpform"):
-            setattr(masking_utils, name, _described(getattr(masking_utils, name)))
+        factory = getattr(masking_utils, name, None)  # of which older releases have fewer
+        if factory is not None and not hasattr(factory, "_warpform"):
+            setattr(masking_utils, name, _described(factory))
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
     _refuse_models_that_ignore_it(PreTrainedModel)
@@ -149,7 +150,7 @@ _FACTORIES = (
 def _described(make: Callable[..., Any]) -> Callable[..., Any]:
     """A factory of mask functions, which notes its name and its arguments on what it returns.
 
-    They are in the closure of what it returns too, but a compiler does not show closures of functions made as it traces.
+    They are in its closure too, but a compiler does not show the closures of functions that it saw being made.
     """
     signature = inspect.signature(make)
     names = [*signature.parameters]
@@ -284,7 +285,7 @@ def _mask_of_static_cache(
     attention_mask: Tensor | None,
     device: torch.device | str | None,
 ) -> Tensor:
-    """The mask of all keys that the cache has room for, false where none exists yet: sizes must not depend on values."""
+    """The mask of all keys that the cache has room for, false where none exists yet: no size depends on values."""
     columns = torch.arange(kv_length, device=device) + kv_offset
     made = (columns < q_offset + q_length).expand(batch_size, -1).contiguous()
     if attention_mask is not None:
