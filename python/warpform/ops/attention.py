@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _env
+from .. import _autocast, _env
 from . import _check
 from ._register import register_op
 from .examples import attention as examples
@@ -192,7 +192,7 @@ def _check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tenso
         raise ValueError(
             f"{op}: the {q.size(1)} heads of q must be a multiple of the heads of k and v, got {k.size(1)}"
         )
-    if (k.dtype != q.dtype or v.dtype != q.dtype) and not torch.is_autocast_enabled(q.device.type):
+    if (k.dtype != q.dtype or v.dtype != q.dtype) and not _autocast.enabled(q.device):
         raise TypeError(
             f"{op}: k and v must be {_check.dtype_name(q.dtype)} as q is, got {_check.dtype_name(k.dtype)} and "
             f"{_check.dtype_name(v.dtype)}"

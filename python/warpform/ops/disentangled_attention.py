@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _env
+from .. import _autocast, _env
 from . import _check
 from ._register import register_op
 from .examples import disentangled_attention as examples
@@ -186,7 +186,7 @@ def _check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor, pos_key: Tensor | N
             f"got {_check.describe(tables[1][1])}"
         )
     for name, t in (("k", k), ("v", v), *tables):
-        if t.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+        if t.dtype != q.dtype and not _autocast.enabled(q.device):
             raise TypeError(f"{op}: {name} must be {_check.dtype_name(q.dtype)} as q is, got {_check.describe(t)}")
         _check.same_device(op, name, t, "q", q)
 

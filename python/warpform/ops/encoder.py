@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _autocast
 from . import _check
 from ._register import register_op
 from .examples import encoder as examples
@@ -284,7 +285,7 @@ def add_bias_residual_layer_norm(
     width = x.size(-1)
     _check.tensor(op, "weight", weight)
     # Under autocast x may still be float16 where the residual is float32: the rule casts both.
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = _autocast.enabled(x.device)
     for name, parameter in (("bias", bias), ("weight", weight), ("ln_bias", ln_bias)):
         if parameter is None:
             if name == "bias":
@@ -390,7 +391,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none") -> Tens
         if x.dim() == 0 or bias.dim() != 1 or bias.size(0) != x.size(-1):
             expected = [x.size(-1)] if x.dim() else "[width], and x of shape [..., width]"
             raise ValueError(f"{op}: bias must be of shape {expected}, got {_check.describe(bias)}")
-        if bias.dtype not in (x.dtype, torch.float32) and not torch.is_autocast_enabled(x.device.type):
+        if bias.dtype not in (x.dtype, torch.float32) and not _autocast.enabled(x.device):
             raise TypeError(
                 f"{op}: bias must be {_check.dtype_name(x.dtype)} as x is, or float32, got {_check.describe(bias)}"
             )

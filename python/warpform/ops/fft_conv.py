@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _library
+from .. import _autocast, _library
 from . import _check
 from ._register import NAMESPACE, register_op
 from .examples import fft_conv as examples
@@ -196,7 +196,7 @@ def fft_conv(
     _check.floating(op, "u", u)
     if u.dim() != 3:
         raise ValueError(f"{op}: u must be of shape [batch, channels, seqlen], got {_check.describe(u)}")
-    autocast = torch.is_autocast_enabled(u.device.type)
+    autocast = _autocast.enabled(u.device)
     batch, channels, seqlen = u.shape
     if skip is not None:
         _check_like(op, "skip", skip, u, (channels,), or_float32=True)

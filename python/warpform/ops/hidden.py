@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _autocast
 from . import _check
 from ._register import register_op
 from .examples import hidden as examples
@@ -254,7 +255,7 @@ def _check_arguments(
     if w.dim() != 2 + len(classes) or w.size(-1) != x.size(1) or list(w.shape[:-2]) != classes:
         expected = ", ".join(map(str, [*classes, "outputs", x.size(1)]))
         raise ValueError(f"{op}: w must be of shape [{expected}] for this x and plan, got {_check.describe(w)}")
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = _autocast.enabled(x.device)
     if w.dtype != x.dtype and not autocast:
         raise TypeError(f"{op}: w must be {_check.dtype_name(x.dtype)} as x is, got {_check.describe(w)}")
     _check.same_device(op, "w", w, "x", x)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _autocast
 from . import _check
 from ._register import register_op
 from .examples import window as examples
@@ -141,7 +142,7 @@ def window_attention(
     if mask_value != -math.inf:
         _check.finite(op, "mask_value", mask_value)
     _check.log(op, qkv=qkv, **parameters, window_size=window, shift_size=shift, scale=scale, mask_value=mask_value)
-    if qkv_bias is not None and not torch.is_autocast_enabled(qkv.device.type):
+    if qkv_bias is not None and not _autocast.enabled(qkv.device):
         qkv_bias = qkv_bias.to(qkv.dtype)  # what stands at a padded position is a product's output
     out, _ = _window_attention(
         qkv, relative_position_bias_table, logit_scale, qkv_bias, window, shift, scale=scale, mask_value=mask_value
@@ -158,7 +159,7 @@ def _of_axes(op: str, name: str, value: int | Sequence[int], axes: int) -> list[
 
 
 def _check_dtype(op: str, name: str, value: Tensor, qkv: Tensor) -> None:
-    if value.dtype not in (qkv.dtype, torch.float32) and not torch.is_autocast_enabled(qkv.device.type):
+    if value.dtype not in (qkv.dtype, torch.float32) and not _autocast.enabled(qkv.device):
         raise TypeError(
             f"{op}: {name} must be {_check.dtype_name(qkv.dtype)} as qkv is, or float32, got {_check.describe(value)}"
         )
