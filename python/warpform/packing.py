@@ -143,6 +143,7 @@ class Packing:
             if capacity is not None and total > capacity:
                 raise ValueError(f"{op}: capacity must be at least the {total} tokens, got {capacity}")
             seqlen = longest if seqlen is None else seqlen
+        assert seqlen is not None
         lengths = lengths.to(device)
         mask = torch.arange(seqlen, device=lengths.device) < lengths.unsqueeze(1)
         if capacity is not None:
@@ -189,11 +190,11 @@ class Packing:
         return self._each(lambda t: t.pin_memory() if device is None else t.pin_memory(device))
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Packing:
-        tensors = [getattr(self, name) for name in ("cu_seqlens", "lengths", "indices", "position_ids", "ranks")]
-        moved = [function(t) for t in tensors]
+        tensors = (self.cu_seqlens, self.lengths, self.indices, self.position_ids, self.ranks)
+        cu_seqlens, lengths, indices, position_ids, ranks = moved = tuple(map(function, tensors))
         if all(new is old for new, old in zip(moved, tensors, strict=True)):
             return self
-        return Packing(*moved, self.max_seqlen)
+        return Packing(cu_seqlens, lengths, indices, position_ids, ranks, self.max_seqlen)
 
     def pack(self, x: Tensor) -> Tensor:
         """x [batch_size, seqlen, ...] -> its tokens [total, ...], any dtype; rows with no token are 0. Differentiable.

@@ -556,7 +556,7 @@ _collector: Any = None  # known to `register`
 def _probabilities_are_collected() -> bool:
     """Whether the model was called with output_attentions=True: some models do not hand it on to their layers."""
     wanted = None if _collector is None else _collector.get()
-    return bool(wanted) and any("attentions" in name for name in wanted)
+    return any("attentions" in name for name in wanted or ())
 
 
 def _rows(t: Tensor, packing: Packing | None) -> Tensor:
