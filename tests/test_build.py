@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -277,6 +278,20 @@ def test_venv_of_another_machine_is_one_sentence(tmp_path):
     done = run_environment(tmp_path, tmp_path, "run")
     assert done.returncode != 0
     assert len(done.stderr.splitlines()) == 1 and "remove the folder .venv" in done.stderr
+
+
+@checkout
+def test_build_tools_go_into_the_environment_itself(tmp_path, monkeypatch):
+    # A Python that the environment sees through may have them, with programs where the build does not look.
+    spec = importlib.util.spec_from_file_location("environment", ROOT / "tools" / "environment.py")
+    environment = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(environment)
+    monkeypatch.setattr(environment, "VENV", tmp_path)
+    commands = []
+    monkeypatch.setattr(environment, "run_step", lambda title, command: commands.append(command))
+    environment.install("build")
+    environment.install("test")
+    assert ["--ignore-installed" in command for command in commands] == [True, False]
 
 
 @checkout
