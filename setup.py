@@ -9,8 +9,10 @@ WARPFORM_BUILD_DIR (where CMake works; build/ in the checkout).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -39,6 +41,24 @@ PIP_NVCC = "nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvi
 
 def fail(sentence: str) -> NoReturn:
     raise SystemExit(f"warpform: {sentence}")
+
+
+def needed_driver(cuda: str) -> str | None:
+    """As of _drivers.py in the package, which cannot be imported before it is built."""
+    spec = importlib.util.spec_from_file_location("_drivers", ROOT / "python" / "warpform" / "_drivers.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.needed_driver(cuda)
+
+
+def scratch_options() -> dict[str, dict[str, str]]:
+    """Where setuptools works: beside CMake, so that with WARPFORM_BUILD_DIR the source tree may be read-only."""
+    folder = os.environ.get("WARPFORM_BUILD_DIR")
+    if not folder:
+        return {}
+    base = Path(folder).resolve() / "setuptools"
+    base.mkdir(parents=True, exist_ok=True)
+    return {"build": {"build_base": str(base)}, "egg_info": {"egg_base": str(base)}}
 
 
 def version() -> str:
@@ -92,13 +112,20 @@ def find_compiler() -> str:
 
 def find_tool(module: str, attribute: str, program: str) -> str:
     """A program out of a Python package. No system CMake: 3.25 drops C++20 for nvcc 13 without a word."""
-    try:
-        path = Path(getattr(importlib.import_module(module), attribute)) / program
-    except Exception:
-        path = None
-    if path is None or not path.is_file():
-        fail(f"building needs the Python package {module}, and this Python has none; run: pip install cmake ninja")
-    return str(path)
+    candidates = []
+    with contextlib.suppress(Exception):
+        candidates.append(Path(getattr(importlib.import_module(module), attribute)) / program)
+    # A package of the environment that this one sees through looks for its program in the wrong one of the two. Its
+    # list of files says where the program is.
+    for found in importlib.metadata.distributions(name=module):
+        candidates += [Path(file.locate()) for file in found.files or [] if file.name == program]
+    for path in candidates:
+        if path.is_file() and os.access(path, os.X_OK):
+            return str(path.resolve())
+    fail(
+        f"building needs the Python package {module} with its program {program}, and {sys.executable} has none; run: "
+        f"{sys.executable} -m pip install --ignore-installed cmake ninja"
+    )
 
 
 def run_text(*command: str) -> str:
@@ -267,10 +294,13 @@ class BuildLibrary(build_ext):
 
         parallel = jobs()
         what = f"CUDA {cuda.version} kernels for {archs}" if cuda else "no CUDA kernels"
+        driver = needed_driver(cuda.version) if cuda else None
         print(
             f"warpform: building with torch {torch.version}, {what}{', simt' if simt else ''}, {parallel} jobs",
             flush=True,
         )
+        if driver:
+            print(f"warpform: the kernels need {driver}; python -m warpform doctor compares", flush=True)
         arguments = [f"-D{name}={value}" for name, value in settings.items()]
         self.step([cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *arguments], env, quiet=True)
         self.step([cmake, "--build", str(folder), "--parallel", str(parallel)], env)
@@ -325,4 +355,5 @@ if sys.platform != "linux":
 setup(
     ext_modules=[Extension("warpform.libwarpform", sources=[])],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+    options=scratch_options(),
 )

@@ -1,7 +1,7 @@
 """The attention of a Swin you have, without moving windows: no roll, no partition, no mask, the same gradients.
 
 `warpform.models.from_transformers` takes whole models. This is how to put the op into code of your own.
-Run: python examples/swap_window_attention.py   (needs transformers 5)
+Run: python examples/swap_window_attention.py   (needs transformers 5.9 or later)
 """
 
 import copy

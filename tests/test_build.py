@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -165,8 +166,54 @@ def test_no_compiler(builder):
 @pytest.mark.parametrize("module", ["cmake", "ninja"])
 def test_no_cmake_or_ninja(builder, module):
     builder.module(f"{module}.py", "raise ImportError")
+    builder.module(
+        "sitecustomize.py",
+        "import importlib.metadata as m\nall = m.distributions\n"
+        "m.distributions = lambda **given: [] if 'name' in given else all(**given)",
+    )
     sentence = builder.sentence()
-    assert f"the Python package {module}" in sentence and "pip install cmake ninja" in sentence
+    assert f"the Python package {module}" in sentence
+    assert f"{sys.executable} -m pip install --ignore-installed cmake ninja" in sentence
+
+
+@checkout
+@pytest.mark.parametrize("module, attribute", [("cmake", "CMAKE_BIN_DIR"), ("ninja", "BIN_DIR")])
+def test_cmake_and_ninja_of_an_environment_behind_this_one(builder, module, attribute):
+    # Such a package says that its program is beside this Python, where it is not.
+    builder.module(f"{module}.py", f"{attribute} = '/nonexistent/bin'")
+    assert "cmake configure failed" in builder.sentence(WARPFORM_CUDA="0", WARPFORM_SIMT="0")
+
+
+@checkout
+def test_says_which_driver_the_kernels_need():
+    code = "import runpy, sys; sys.argv = ['setup.py', '-q', '--version']; made = runpy.run_path('setup.py'); "
+    code += "print(made['needed_driver']('13.0'), made['needed_driver']('99.1'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "an NVIDIA driver 580 or later None"
+
+
+@checkout
+@pytest.mark.slow
+def test_a_read_only_tree_builds_a_wheel(tmp_path):
+    tree, out = tmp_path / "tree", tmp_path / "out"
+    ignored = shutil.ignore_patterns("build", ".*", "*.so", "*.egg-info", "__pycache__", "results", "tests", "plots")
+    shutil.copytree(ROOT, tree, ignore=ignored)
+    out.mkdir()
+    before = {path.relative_to(tree) for path in tree.rglob("*")}
+    for path in [tree, *tree.rglob("*")]:  # root may write all the same, so what is there is compared too
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    code = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    env = {**os.environ, "WARPFORM_BUILD_DIR": str(out), "WARPFORM_CUDA": "0", "WARPFORM_SIMT": "0"}
+    env |= {"PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(out)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out)], cwd=tree, env=env, capture_output=True, text=True, timeout=600
+    )
+    after = {path.relative_to(tree) for path in tree.rglob("*")}
+    for path in [tree, *tree.rglob("*")]:  # so that pytest can remove it
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert list(out.glob("warpform-*.whl"))
+    assert after == before
 
 
 @checkout
@@ -231,6 +278,20 @@ def test_venv_of_another_machine_is_one_sentence(tmp_path):
     done = run_environment(tmp_path, tmp_path, "run")
     assert done.returncode != 0
     assert len(done.stderr.splitlines()) == 1 and "remove the folder .venv" in done.stderr
+
+
+@checkout
+def test_build_tools_go_into_the_environment_itself(tmp_path, monkeypatch):
+    # A Python that the environment sees through may have them, with programs where the build does not look.
+    spec = importlib.util.spec_from_file_location("environment", ROOT / "tools" / "environment.py")
+    environment = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(environment)
+    monkeypatch.setattr(environment, "VENV", tmp_path)
+    commands = []
+    monkeypatch.setattr(environment, "run_step", lambda title, command: commands.append(command))
+    environment.install("build")
+    environment.install("test")
+    assert ["--ignore-installed" in command for command in commands] == [True, False]
 
 
 @checkout

@@ -183,6 +183,19 @@ def test_what_an_old_driver_needs(monkeypatch, driver, built, says):
     assert doctor._advice({"binary": {"cuda": built}, "machine": machine}) == ([sentence] if sentence else [])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WARPFORM_BACKEND", "foo"), ("WARPFORM_STRICT", "yes"), ("WARPFORM_VALIDATE", "true"), ("WARPFORM_LOG", "1"),
+     ("WARPFORM_CUDA", "on")],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_problems(monkeypatch, capsys, quick, name, value):
+    monkeypatch.setenv(name, value)
+    assert doctor.main([]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"problem   {name} must be ") and repr(value) in line for line in lines)
+    assert lines[-1] == "something is wrong; see above"
+
+
 def test_a_library_of_other_sources_is_told(monkeypatch, capsys, quick):
     monkeypatch.setattr(_library, "stale_sources", lambda: "the library was built from other sources")
     assert doctor.main([]) == 0

@@ -32,7 +32,8 @@ pytestmark = pytest.mark.skipif(not EXAMPLES, reason="the tests run without thei
 def require(source: str) -> None:
     for module in NEEDED:
         if module in source:
-            pytest.importorskip(module)
+            newer = re.search(rf"needs {module} ([0-9.]+) or later", source)
+            pytest.importorskip(module, minversion=newer and newer[1])
 
 
 def run(script: Path) -> str:

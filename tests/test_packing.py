@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -207,3 +210,43 @@ def test_a_captured_graph_serves_changing_batches() -> None:
         x.normal_()
         graph.replay()
         assert torch.equal(out, torch.where(mask[:, :, None, None], x * 2, 0))
+
+
+def test_to_moves_every_tensor() -> None:
+    packing = Packing.from_lengths([2, 0, 3])
+    for given in (("meta",), (torch.device("meta"),), ("meta", True)):
+        moved = packing.to(*given)
+        assert all(leaf.is_meta for leaf in torch.utils._pytree.tree_leaves(moved) if isinstance(leaf, torch.Tensor))
+        assert (moved.total, moved.max_seqlen, moved.seqlen) == (5, 3, 3)
+    assert packing.to("cpu") is packing and packing.cpu() is packing and packing.to(device="cpu") is packing
+    copied = packing.to("cpu", non_blocking=True, copy=True)
+    assert copied is not packing and torch.equal(copied.ranks, packing.ranks)
+    for bad in (torch.float16, packing.lengths, None):
+        with pytest.raises(TypeError, match="Packing.to: device must be a device"):
+            packing.to(bad)
+
+
+def test_a_data_loader_pins_a_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU there is no page-locked memory: what is asked of each tensor is counted."""
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    asked: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t, *device: asked.append(t) or t.clone())
+    packing = Packing.from_lengths([2, 0, 3])
+    pinned = pin_memory({"packing": packing})["packing"]
+    assert isinstance(pinned, Packing) and len(asked) == 5
+    assert torch.equal(pinned.indices, packing.indices) and pinned.max_seqlen == 3
+
+
+def test_a_packing_goes_through_workers() -> None:
+    packing = Packing.from_lengths([2, 0, 3])
+    for again in (pickle.loads(pickle.dumps(packing)), copy.deepcopy(packing)):
+        assert torch.equal(again.ranks, packing.ranks) and again.max_seqlen == 3
+
+
+def test_without_values_every_place_has_a_row() -> None:
+    assert Packing.from_mask(torch.ones(2, 4, dtype=torch.bool, device="meta")).total == 8
+    lengths = torch.ones(3, dtype=torch.int64, device="meta")
+    assert Packing.from_lengths(lengths, seqlen=5).total == 15
+    with pytest.raises(ValueError, match="seqlen must be given where lengths have no values"):
+        Packing.from_lengths(lengths)

@@ -114,6 +114,9 @@ def install(name: str) -> None:
         return
     names = " ".join(dict.fromkeys(re.findall(r"^[\w.-]+", path.read_text(), re.MULTILINE)))
     options = ["--no-deps"] if name == "weights" else []
+    if name == "build":
+        # Into .venv, whatever the Python that it sees through has: the build looks for their programs beside them.
+        options.append("--ignore-installed")
     pip(f"installing {names}", *options, "-r", str(path))
     stamp.write_text(content)
 

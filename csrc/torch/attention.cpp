@@ -61,7 +61,12 @@ const char* no_kernel(const Launch& launch, const Arguments& a, bool backward) {
   return attention_unsupported(static_cast<int>(std::min<int64_t>(a.q.size(2), INT32_MAX)), backward);
 }
 
+// A softcap that float32 holds with its inverse. No float32 score tells one beyond these bounds from the bound: below,
+// every capped score counts as 0; above, none is capped.
+double representable_softcap(double softcap) { return softcap > 0 ? std::clamp(softcap, 1e-30, 1e30) : 0; }
+
 AttentionProblem problem(const Launch& launch, const Arguments& a) {
+  const double softcap = representable_softcap(a.softcap);
   const auto head_dim = static_cast<int>(a.q.size(2));
   const auto bounded = [](int64_t x) { return static_cast<int>(std::min<int64_t>(x, kMaxTokens)); };
   const int64_t right = a.causal && a.window_right != 0 ? 0 : a.window_right;
@@ -82,8 +87,8 @@ AttentionProblem problem(const Launch& launch, const Arguments& a) {
           .softmax_scale = static_cast<float>(a.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)))),
           .window_left = bounded(a.window_left),
           .window_right = bounded(right),
-          .softcap = static_cast<float>(a.softcap),
-          .softcap_exponent = a.softcap > 0 ? static_cast<float>(2.0 / std::log(2.0) / a.softcap) : 0.f,
+          .softcap = static_cast<float>(softcap),
+          .softcap_exponent = softcap > 0 ? static_cast<float>(2.0 / std::log(2.0) / softcap) : 0.f,
           .alibi_slopes = a.alibi_slopes ? launch.in<float>(*a.alibi_slopes) : nullptr,
           .alibi_batch_stride = a.alibi_slopes && a.alibi_slopes->dim() == 2 ? static_cast<int>(a.q.size(1)) : 0};
 }

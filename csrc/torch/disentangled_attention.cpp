@@ -117,11 +117,33 @@ Tensor product(const char* op, const Tensor& a, const Tensor& b) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// c2p of q and pos_key or p2c of k and pos_query, [heads, total, width].
-std::optional<Tensor> relative_scores(const char* op, const Tensor& x, const std::optional<Tensor>& table,
-                                      const Columns& columns) {
+float softmax_scale(const Arguments& a) {
+  const int terms = 1 + (a.pos_key ? 1 : 0) + (a.pos_query ? 1 : 0);
+  return static_cast<float>(a.softmax_scale.value_or(1 / std::sqrt(static_cast<double>(a.q.size(2) * terms))));
+}
+
+// The exponent e of the power of two that products with the tables are stored over. A float16 product overflows past
+// 65504 where its score, softmax_scale times as large, is an ordinary number: with 2^e = 2^8 / softmax_scale (or the
+// power of two below) scores of 2^23 still fit, and what a score loses where the stored number is subnormal is at most
+// 2^-25 * 2^8. More than 12 bits are not taken, as half of them are taken off each factor.
+int product_exponent(const Arguments& a) {
+  if (a.q.scalar_type() != ScalarType::Half) return 0;
+  return std::clamp(8 - static_cast<int>(std::ceil(std::log2(softmax_scale(a)))), 0, 12);
+}
+
+// t / 2^exponent, exponent at most 13: t - (1 - 2^-exponent) t in float32 has no rounding but that to a subnormal.
+Tensor over_power_of_two(const Tensor& t, int exponent) {
+  return exponent == 0 ? t : torch::stable::subtract(t, t, 1 - std::ldexp(1.0, -exponent));
+}
+
+// c2p of q and pos_key or p2c of k and pos_query over 2^product_exponent, [heads, total, width].
+std::optional<Tensor> relative_scores(const char* op, const Arguments& a, const Tensor& x,
+                                      const std::optional<Tensor>& table, const Columns& columns) {
   if (!table) return std::nullopt;
-  return product(op, by_head(x), torch::stable::transpose(embeddings(*table, columns), 1, 2));
+  const int exponent = product_exponent(a);
+  const Tensor left = over_power_of_two(x, exponent / 2);
+  const Tensor right = over_power_of_two(embeddings(*table, columns), exponent - exponent / 2);
+  return product(op, by_head(left), torch::stable::transpose(right, 1, 2));
 }
 
 AttentionProblem problem(const Launch& launch, const Arguments& a, const Columns& columns,
@@ -129,7 +151,6 @@ AttentionProblem problem(const Launch& launch, const Arguments& a, const Columns
   const auto total = static_cast<int>(a.q.size(0)), heads = static_cast<int>(a.q.size(1));
   const auto head_dim = static_cast<int>(a.q.size(2));
   const auto max_seqlen = static_cast<int>(std::min<int64_t>(a.max_seqlen, kMaxTokens));
-  const int terms = 1 + (a.pos_key ? 1 : 0) + (a.pos_query ? 1 : 0);
   const auto* cu_seqlens = launch.in<int32_t>(a.cu_seqlens);
   return {.q = view(launch, a.q),
           .k = view(launch, a.k),
@@ -145,7 +166,7 @@ AttentionProblem problem(const Launch& launch, const Arguments& a, const Columns
           .heads_kv = heads,
           .head_dim = head_dim,
           .bfloat16 = a.q.scalar_type() == ScalarType::BFloat16,
-          .softmax_scale = static_cast<float>(a.softmax_scale.value_or(1 / std::sqrt(double{1} * head_dim * terms))),
+          .softmax_scale = softmax_scale(a),
           .window_left = -1,
           .window_right = -1,
           .softcap = 0.f,
@@ -159,7 +180,8 @@ AttentionProblem problem(const Launch& launch, const Arguments& a, const Columns
                        .centre = static_cast<int>(columns.centre),
                        .reach = static_cast<int>(columns.reach),
                        .mid = static_cast<int>(columns.mid),
-                       .buckets_per_octave = columns.buckets_per_octave}};
+                       .buckets_per_octave = columns.buckets_per_octave,
+                       .unit = std::ldexp(1.f, product_exponent(a))}};
 }
 
 using ForwardResult = std::tuple<Tensor, Tensor>;
@@ -190,7 +212,8 @@ ForwardResult disentangled_attention(Tensor q, Tensor k, Tensor v, std::optional
   check_aligned(kOp, "q", q);
   check_aligned(kOp, "k", k);
   check_aligned(kOp, "v", v);
-  const auto c2p = relative_scores(kOp, q, pos_key, columns), p2c = relative_scores(kOp, k, pos_query, columns);
+  const auto c2p = relative_scores(kOp, a, q, pos_key, columns);
+  const auto p2c = relative_scores(kOp, a, k, pos_query, columns);
   ForwardResult result{empty(kOp, sizes_of(q), q.scalar_type(), q),
                        empty(kOp, {q.size(1), q.size(0)}, ScalarType::Float, q)};
   const AttentionForwardParams params{.problem = problem(launch, a, columns, c2p, p2c),
@@ -274,7 +297,8 @@ BackwardResult disentangled_attention_backward(Tensor dout, Tensor q, Tensor k, 
   dout = readable(dout);
   out = readable(out);
   // Made again rather than kept from the forward: they are heads * width numbers a token.
-  const auto c2p = relative_scores(kOp, q, pos_key, columns), p2c = relative_scores(kOp, k, pos_query, columns);
+  const auto c2p = relative_scores(kOp, a, q, pos_key, columns);
+  const auto p2c = relative_scores(kOp, a, k, pos_query, columns);
   const auto dc2p = zeros_like(kOp, c2p), dp2c = zeros_like(kOp, p2c);
   const Tensor dq = empty(kOp, sizes_of(q), q.scalar_type(), q), dk = empty(kOp, sizes_of(q), q.scalar_type(), q);
   const Tensor dv = empty(kOp, sizes_of(q), q.scalar_type(), q);

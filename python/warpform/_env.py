@@ -14,6 +14,7 @@ NAMES = (
     "WARPFORM_CUDA_ARCHS",
     "WARPFORM_SIMT",
     "WARPFORM_SIMT_LIBRARY",
+    "WARPFORM_BUILD_DIR",
 )
 
 
@@ -50,3 +51,18 @@ def log_debug() -> bool:
     if value not in ("", "debug"):
         raise ValueError(f"WARPFORM_LOG must be debug or unset, got {value!r}")
     return value == "debug"
+
+
+def problems() -> list[str]:
+    """One sentence for each variable that is set to what it cannot be. Never raises."""
+    sentences = []
+    for read in (backend, strict, validate, log_debug):
+        try:
+            read()
+        except ValueError as error:
+            sentences.append(str(error))
+    for name in ("WARPFORM_CUDA", "WARPFORM_SIMT"):
+        value = os.environ.get(name, "") or "auto"
+        if value not in ("auto", "0", "1"):
+            sentences.append(f"{name} must be auto, 0 or 1, got {value!r}")
+    return sentences

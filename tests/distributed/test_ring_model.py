@@ -326,3 +326,29 @@ def test_command_plots(capsys, tmp_path: Path):
 def test_command_refuses(capsys, arguments, words):
     assert __main__.main(["ring-model", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("--seqlen", "0", "a whole number from 1, got '0'"),
+        ("--heads", "-4", "a whole number from 1, got '-4'"),
+        ("--kv-heads", "0", "a whole number from 1"),
+        ("--head-dim", "1.5", "a whole number from 1"),
+        ("--batch", "0", "a whole number from 1"),
+        ("--processors", "0", "a whole number from 1"),
+        ("--tflops", "0", "a number above 0, got '0'"),
+        ("--gbs", "-1", "a number above 0"),
+        ("--gbs", "nan", "a number above 0"),
+        ("--t-attn", "inf", "a number above 0"),
+        ("--alpha-us", "-1", "a number from 0"),
+        ("--memory-gbs", "0", "a number above 0, or inf"),
+        ("--ranks", "0,2", "numbers from 1"),
+    ],
+)
+def test_command_refuses_numbers(capsys, name, value, words):
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main(["ring-model", *FLAGS, f"{name}={value}"])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert f"argument {name}: must be " in said and words in said

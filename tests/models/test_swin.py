@@ -50,6 +50,10 @@ def hf_model(version: str, *, head: bool = False, pooler: bool = True, **fields:
         model = getattr(transformers, f"{version}ForImageClassification")(config)
     else:
         model = getattr(transformers, f"{version}Model")(config, add_pooling_layer=pooler)
+    embeddings = getattr(model, version.lower(), model).embeddings
+    table = embeddings.position_embeddings
+    if table is not None and table.size(1) != embeddings.patch_embeddings.num_patches:
+        pytest.skip("this release of transformers gives Swin a position too many, and its own forward fails")
     randomise(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -4,7 +4,8 @@
 //   score(i, j) = softmax_scale * (q_i . k_j + c2p[i, column(i - j)] + p2c[j, column(i - j)])
 //
 // Tables    c2p = q pos_key^T and p2c = k pos_query^T, [heads, tokens, width] of 16 bits: dense products, made by the
-//           library before the launch, for the columns that some distance reaches.
+//           library before the launch, for the columns that some distance reaches; in float16 over a power of two, as
+//           they may be larger than any float16 where the scores are not.
 // Column    of a distance by a list in shared memory (2 bytes a distance, up to where it saturates), which every CTA
 //           fills for itself: one rule for linear positions and for buckets, no logarithm in the loops.
 // Loads     16 bits a pair and term. Neighbours along a row of a table have neighbouring columns, or the same: lanes go
@@ -198,12 +199,12 @@ struct DisentangledScore {
 
   // Packed terms of 16 x 16 pairs, in the order of a left operand.
   template <int kN>
-  __device__ __forceinline__ static void add_step(float (&scores)[kN][4], const uint32_t (&terms)[4], int step) {
+  __device__ __forceinline__ void add_step(float (&scores)[kN][4], const uint32_t (&terms)[4], int step) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const auto pair = unpack2<T>(terms[i]);
-      scores[2 * step + i / 2][i % 2 * 2] += pair[0];
-      scores[2 * step + i / 2][i % 2 * 2 + 1] += pair[1];
+      scores[2 * step + i / 2][i % 2 * 2] += pair[0] * p.relative.unit;
+      scores[2 * step + i / 2][i % 2 * 2 + 1] += pair[1] * p.relative.unit;
     }
   }
 };

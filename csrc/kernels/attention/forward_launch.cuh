@@ -16,12 +16,16 @@ void launch_forward_instance(const char* name, const typename Extent::ForwardPar
       forward_shared_bytes(kHeadDim, kTile) + Score::shared_bytes(p), stream, params);
 }
 
+// Whether a tile has registers for softcaps of any size; one that has not is not launched for those above kFewSoftcap.
+constexpr bool takes_any_softcap(int head_dim, bool small) { return small || head_dim != 128; }
+
 template <class T, int kHeadDim, bool kSmall>
 void launch_forward_score(const AttentionForwardParams& params, void* stream) {
   constexpr const char* kName = "varlen_attention";
   if constexpr (head_dim_bucket(kHeadDim, true) == kHeadDim) {
     if (has_score_bias(params.problem)) {
-      return launch_forward_instance<T, kHeadDim, kSmall, BiasedScore>(kName, params, stream);
+      using Score = BiasedScoreOf<takes_any_softcap(kHeadDim, kSmall)>;
+      return launch_forward_instance<T, kHeadDim, kSmall, Score>(kName, params, stream);
     }
   }
   launch_forward_instance<T, kHeadDim, kSmall, PlainScore>(kName, params, stream);
@@ -33,7 +37,8 @@ void launch_forward_tile(const AttentionForwardParams& params, void* stream) {
   if constexpr (kLarge.block_m > 64) {
     const AttentionProblem& p = params.problem;
     const int64_t large_tiles = static_cast<int64_t>(p.total_q / kLarge.block_m + p.batch) * p.heads_q;
-    if (p.max_seqlen_q > 64 && large_tiles >= 2 * sm_count()) {
+    const bool capped = takes_any_softcap(kHeadDim, false) || p.softcap <= kFewSoftcap;
+    if (p.max_seqlen_q > 64 && large_tiles >= 2 * sm_count() && capped) {
       return launch_forward_score<T, kHeadDim, false>(params, stream);
     }
   }

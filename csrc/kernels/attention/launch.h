@@ -29,6 +29,7 @@ struct RelativeTerms {
   int reach;                 // from this distance on, both ways, the column stays the same
   int mid;                   // distances up to it are columns of their own; 0: all are
   float buckets_per_octave;  // past mid, a column for each such part of a factor of 2
+  float unit;                // c2p and p2c hold the products over this power of two, so that they fit 16 bits
 };
 
 // What forward and backward share: the sequences, and which pairs count how much.

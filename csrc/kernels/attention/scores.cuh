@@ -107,7 +107,13 @@ struct PlainScore : NoTables {
 
 // softcap * tanh(x / softcap) if there is a softcap, then ALiBi's -slope * |distance| if there are slopes (Press et
 // al., arXiv 2108.12409), chosen at run time: one variant for all of them.
-struct BiasedScore : NoTables {
+//
+// kAnySoftcap: of whatever size. Without it the error of tanh, 2^-22, counts times the softcap, and up to kFewSoftcap
+// stays below half an eps of float16; it takes fewer registers.
+constexpr float kFewSoftcap = 256.f;
+
+template <bool kAnySoftcap>
+struct BiasedScoreOf : NoTables {
   static constexpr bool kPlain = false;
   static constexpr bool kDqFromKeys = true;
 
@@ -115,8 +121,8 @@ struct BiasedScore : NoTables {
   float alibi_slope;
   int offset;  // of a query's position from its index
 
-  __device__ __forceinline__ BiasedScore(const AttentionProblem& problem, const Pair& pair, int sequence, int head,
-                                         int /*first_token*/, uint32_t /*shared*/)
+  __device__ __forceinline__ BiasedScoreOf(const AttentionProblem& problem, const Pair& pair, int sequence, int head,
+                                           int /*first_token*/, uint32_t /*shared*/)
       : p(problem), alibi_slope(0.f), offset(pair.k_length - pair.q_length) {
     if (p.alibi_slopes != nullptr) {
       alibi_slope = load_global(p.alibi_slopes + static_cast<int64_t>(sequence) * p.alibi_batch_stride + head);
@@ -143,14 +149,25 @@ struct BiasedScore : NoTables {
       float x = qk * p.softmax_scale;
       slope = 1.f;
       if constexpr (kSoftcap) {
-        // tanh x = 1 - 2 / (e^2x + 1); both ends saturate as they should.
-        const float tanh = 1.f - 2.f * reciprocal_approx(exp2_approx(x * p.softcap_exponent) + 1.f);
-        x = qk == negative_infinity() ? qk : p.softcap * tanh;
+        // tanh u = 1 - 2 / (e^2u + 1); both ends saturate as they should. Near 0 that is a difference of numbers close
+        // to 1, and a large softcap would multiply its error: up to 1/8 the series, whose next term is 2^-22 of u.
+        constexpr float kHalfLn2 = 0.5f * kLn2, kSquare = kHalfLn2 * kHalfLn2;
+        const float exponent = x * p.softcap_exponent, square = exponent * exponent;
+        float tanh = 1.f - 2.f * reciprocal_approx(exp2_approx(exponent) + 1.f);
+        float capped = p.softcap * tanh;
+        if (kAnySoftcap && square < 1.f / 64 / kSquare) {
+          const float ratio = 1.f + square * (-kSquare / 3 + square * (kSquare * kSquare * 2 / 15));
+          tanh = exponent * kHalfLn2 * ratio;
+          capped = x * ratio;
+        }
+        x = qk == negative_infinity() ? qk : capped;
         slope = 1.f - tanh * tanh;
       }
       return x - alibi_slope * fabsf(distance + static_cast<float>(di - dj));
     }
   };
 };
+
+using BiasedScore = BiasedScoreOf<true>;
 
 }  // namespace warpform

@@ -12,6 +12,7 @@
 #include "device/ptx.cuh"
 #include "device/reduce.cuh"
 #include "hidden/bits.cuh"
+#include "hidden/gates.cuh"
 #include "hidden/launch.h"
 
 namespace warpform {
@@ -52,9 +53,10 @@ struct HiddenFewGatherWork {
   Divisor vectors;  // of a group
 };
 
-// Shared memory: the groups in use, then of each token those parts of x, times their gates, rounded as in a tile.
+// Shared memory: the groups in use; of each token the power of two that its gates are taken over, and the inverse; then
+// of each token those parts of x, times their gates, rounded as in a tile.
 __host__ __device__ constexpr int few_gather_bytes(int num_groups, int width) {
-  return kMaxGroups * 4 + kFewTokens * num_groups * width * 2;
+  return kMaxGroups * 4 + kFewTokens * static_cast<int>(sizeof(PowerOfTwo)) + kFewTokens * num_groups * width * 2;
 }
 
 template <class T>
@@ -63,10 +65,20 @@ __global__ void __launch_bounds__(kFewThreads) hidden_gather_few(const __grid_co
   const Routes& r = p.routes;
   const int thread = static_cast<int>(threadIdx.x);
   const FewTokens few(r);
-  const uint32_t list = shared_base(), x = list + kMaxGroups * 4;
+  const uint32_t list = shared_base(), powers = list + kMaxGroups * 4;
+  const uint32_t x = powers + kFewTokens * static_cast<int>(sizeof(PowerOfTwo));
+  const auto power = [&](int t) { return load_shared<PowerOfTwo>(powers + t * static_cast<int>(sizeof(PowerOfTwo))); };
   const int groups = popcount(few.any), vectors = groups * work.vectors.divisor, pitch = vectors * 16;
   if (thread < r.num_groups && few.any >> thread & 1) {
     store_shared(list + popcount(few.any & ((uint64_t{1} << thread) - 1)) * 4, thread);
+  }
+  if (thread < r.tokens) {
+    const auto mask = static_cast<uint64_t>(load_global(r.group_mask + thread));
+    float largest = 0.f;
+    for (int g = 0; p.gates != nullptr && g < r.num_groups; ++g) {
+      if (mask >> g & 1) largest = fmaxf(largest, fabsf(load_global(p.gates + thread * r.num_groups + g)));
+    }
+    store_shared(powers + thread * static_cast<int>(sizeof(PowerOfTwo)), power_above(largest));
   }
   block_sync();
   for (int i = thread; i < vectors * r.tokens; i += kFewThreads) {
@@ -80,7 +92,7 @@ __global__ void __launch_bounds__(kFewThreads) hidden_gather_few(const __grid_co
       const int at = g * r.width + (v - place * work.vectors.divisor) * kVector;
       value = load_global(reinterpret_cast<const Vec<T, kVector>*>(static_cast<const T*>(p.x) + t * p.x_stride + at));
       if (p.gates != nullptr) {
-        const float gate = load_global(p.gates + t * r.num_groups + g);
+        const float gate = load_global(p.gates + t * r.num_groups + g) * power(t).inverse;
 #pragma unroll
         for (int k = 0; k < kVector; ++k) value[k] = from_float<T>(to_float(value[k]) * gate);
       }
@@ -107,7 +119,7 @@ __global__ void __launch_bounds__(kFewThreads) hidden_gather_few(const __grid_co
     for (int t = 0; t < kFewTokens; ++t) {
       const float sum = warp_reduce(sums[t], Sum{});
       if (lane_id() == 0 && t < r.tokens) {
-        store_global(static_cast<T*>(p.out) + int64_t{t} * outputs + o, from_float<T>(sum + bias));
+        store_global(static_cast<T*>(p.out) + int64_t{t} * outputs + o, from_float<T>(sum * power(t).value + bias));
       }
     }
   }
@@ -156,10 +168,10 @@ __global__ void __launch_bounds__(kFewThreads) hidden_scatter_few(const __grid_c
       if (lane_id() != 0 || t >= r.tokens) continue;
       const bool used = few.masks[t] >> g & 1;
       const float gate = used && p.gates != nullptr ? load_global(p.gates + t * r.num_groups + g) : 1.f;
-      const T z = from_float<T>(used ? sum + bias : 0.f);
+      const float z = used ? sum + bias : 0.f;
       const int64_t at = int64_t{t} * outputs + o;
-      store_global(static_cast<T*>(p.out) + at, used ? from_float<T>(to_float(z) * gate) : z);
-      if (p.ungated != nullptr) store_global(static_cast<T*>(p.ungated) + at, z);
+      store_global(static_cast<T*>(p.out) + at, from_float<T>(z * gate));
+      if (p.ungated != nullptr) store_global(static_cast<T*>(p.ungated) + at, from_float<T>(z));
     }
   }
 }

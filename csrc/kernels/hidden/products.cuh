@@ -6,10 +6,11 @@
 //           copy of x is made. What a token does not use arrives as zeros without being read, so that NaN there goes
 //           nowhere, and a tile of unlike tokens is exact.
 // Gather    the loop over depth walks the groups of the tile's union; gates multiply the left operand's fragments on
-//           their way from shared memory, in float32, rounded once, as x * gate would be.
+//           their way from shared memory, in float32, rounded once, as x * gate would be. A token's gates are taken
+//           over a power of two that brings the largest to at most 1, and its sums times it: no product passes 16 bits.
 // Scatter   a warp's 64 outputs belong to one group (a narrower group leaves some unused); where the tile's union lacks
 //           it, zeros are written and nothing is multiplied. Gates, bias and the products with another tensor (gradient
-//           of gates) are in the epilogue, by token.
+//           of gates) are in the epilogue, by token; gates multiply the sums before they are rounded.
 // Stores    from registers, 16 bytes a lane, rows where they belong: each output is written once, no atomics.
 // Bounds    2 tokens O (groups in use) m FLOP; x, w of the union and the output move once. d = 4096, half in use, 8192
 //           tokens: 137 GFLOP, 0.28 ms at mma.sync's 490 TFLOP/s on an H200, against 0.17 GB, 0.04 ms at 4.3 TB/s.
@@ -19,6 +20,7 @@
 #include "device/block_tile.cuh"
 #include "device/reduce.cuh"
 #include "hidden/bits.cuh"
+#include "hidden/gates.cuh"
 #include "hidden/launch.h"
 
 namespace warpform {
@@ -40,16 +42,22 @@ __device__ __forceinline__ uint64_t groups_at(const Routes& r, int tile) {
 }
 
 // What a CTA keeps about its tokens beside the stages: which they are, what they use, and of gates [groups][tokens], 0
-// where a token does not use a group.
+// where a token does not use a group, over a power of two, which comes behind them.
 struct TileTokens {
   uint32_t base;
 
-  __host__ __device__ static constexpr int bytes(int gate_groups) { return kHiddenTile * (4 + 8 + 4 * gate_groups); }
+  __host__ __device__ static constexpr int bytes(int gate_groups) {
+    return kHiddenTile * (4 + 8 + 4 * gate_groups + (gate_groups > 0 ? 4 : 0));
+  }
   __device__ __forceinline__ uint32_t gates() const { return base + kHiddenTile * 12; }
   __device__ __forceinline__ int token(int row) const { return load_shared<int>(base + kHiddenTile * 8 + row * 4); }
   __device__ __forceinline__ uint64_t mask(int row) const { return load_shared<uint64_t>(base + row * 8); }
   __device__ __forceinline__ float gate(int group, int row) const {
     return load_shared<float>(gates() + (group * kHiddenTile + row) * 4);
+  }
+
+  __device__ __forceinline__ uint32_t unit(const Routes& p, int row) const {
+    return gates() + (p.num_groups * kHiddenTile + row) * 4;
   }
 
   // A thread a token. `gates_` may be null. No barrier.
@@ -60,10 +68,18 @@ struct TileTokens {
     store_shared(base + kHiddenTile * 8 + row * 4, token);
     store_shared(base + row * 8, mask);
     if (gates_ == nullptr) return;
+    float largest = 0.f;
     for (int g = 0; g < p.num_groups; ++g) {
       const bool used = mask >> g & 1;
-      store_shared(gates() + (g * kHiddenTile + row) * 4,
-                   used ? load_global(gates_ + int64_t{token} * p.num_groups + g) : 0.f);
+      const float gate = used ? load_global(gates_ + int64_t{token} * p.num_groups + g) : 0.f;
+      largest = fmaxf(largest, fabsf(gate));
+      store_shared(gates() + (g * kHiddenTile + row) * 4, gate);
+    }
+    const PowerOfTwo power = power_above(largest);
+    store_shared(unit(p, row), power.value);
+    for (int g = 0; g < p.num_groups; ++g) {
+      const uint32_t at = gates() + (g * kHiddenTile + row) * 4;
+      store_shared(at, load_shared<float>(at) * power.inverse);
     }
   }
 };
@@ -127,6 +143,24 @@ __device__ __forceinline__ void mma_left_bt(float (&acc)[kM][kN][4], Left&& left
       for (int m = 0; m < kM; ++m) {
         mma_m16n8k16<T>(acc[m][n], fa[m], fb[0], fb[1]);
         mma_m16n8k16<T>(acc[m][n + 1], fa[m], fb[2], fb[3]);
+      }
+    }
+  }
+}
+
+// acc *= of(row) of a warp's rows.
+template <int kM, int kN, class Of>
+__device__ __forceinline__ void scale_rows(float (&acc)[kM][kN][4], Of&& of) {
+  const int g = opaque_lane() / 4;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float factor = of(16 * m + 8 * half + g);
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        acc[m][n][2 * half] *= factor;
+        acc[m][n][2 * half + 1] *= factor;
       }
     }
   }
@@ -226,6 +260,9 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
     now.advance(r.width);
   });
 
+  if (p.gates != nullptr) {
+    scale_rows(acc, [&](int row) { return load_shared<float>(tokens.unit(r, warp_row + row)); });
+  }
   const int cols_left = cols - warp_col;
   if (p.bias != nullptr) {
     add_bias(acc, static_cast<const T*>(p.bias) + cls * p.bias_stride + first_col + warp_col, cols_left);
@@ -346,38 +383,49 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
   if (dots != nullptr && work.group_blocks.divisor > 1) {
     dots = p.dot_partials + int64_t{mine.first / kHiddenBlock} * r.tokens * r.num_groups;
   }
-  float dot = 0.f;
-  for_each_vector<T>(acc, [&](int row, int col, const uint32_t (&v)[4]) {
-    const int token = tokens.token(warp_row + row);
-    const bool used = tokens.mask(warp_row + row) >> mine.group & 1;
-    const bool inside = token >= 0 && col < mine.cols;
-    const int64_t at = token * out_stride + col;
-    if (inside) {
-      const float gate =
-          used && p.gates != nullptr ? load_global(p.gates + int64_t{token} * r.num_groups + mine.group) : 1.f;
-      Vec<uint32_t, 4> z{{}}, y{{}};
-      if (used) {
-        Vec<T, 8> other;
-        if (p.dot_with != nullptr) {
-          other = load_global(reinterpret_cast<const Vec<T, 8>*>(dot_with + token * p.dot_stride + col));
-        }
+  const auto used_at = [&](int row) { return static_cast<bool>(tokens.mask(warp_row + row) >> mine.group & 1); };
+  if (p.dot_with != nullptr || p.ungated != nullptr) {
+    float dot = 0.f;
+    for_each_vector<T>(acc, [&](int row, int col, const uint32_t (&v)[4]) {
+      const int token = tokens.token(warp_row + row);
+      if (token >= 0 && col < mine.cols) {
+        Vec<uint32_t, 4> z{{}};
+        if (used_at(row)) {
+          z = {{v[0], v[1], v[2], v[3]}};
+          if (p.dot_with != nullptr) {
+            const auto other = load_global(reinterpret_cast<const Vec<T, 8>*>(dot_with + token * p.dot_stride + col));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const auto pair = unpack2<T>(v[i]);
-          z[i] = v[i];
-          y[i] = p.gates == nullptr ? v[i] : pack2<T>(pair[0] * gate, pair[1] * gate);
-          if (p.dot_with != nullptr) dot += pair[0] * to_float(other[2 * i]) + pair[1] * to_float(other[2 * i + 1]);
+            for (int i = 0; i < 4; ++i) {
+              const auto pair = unpack2<T>(v[i]);
+              dot += pair[0] * to_float(other[2 * i]) + pair[1] * to_float(other[2 * i + 1]);
+            }
+          }
+        }
+        if (p.ungated != nullptr) {
+          store_global(reinterpret_cast<Vec<uint32_t, 4>*>(ungated + token * out_stride + col), z);
         }
       }
-      store_global(reinterpret_cast<Vec<uint32_t, 4>*>(out + at), y);
-      if (p.ungated != nullptr) store_global(reinterpret_cast<Vec<uint32_t, 4>*>(ungated + at), z);
-    }
-    if (p.dot_with != nullptr &&
-        col / 32 == kHiddenBlock / 32 - 1) {  // the last of the row's columns that this lane has
-      const float sum = warp_reduce<4>(dot, Sum{});
-      if (token >= 0 && lane_id() % 4 == 0) store_global(dots + int64_t{token} * r.num_groups + mine.group, sum);
-      dot = 0.f;
-    }
+      if (p.dot_with != nullptr &&
+          col / 32 == kHiddenBlock / 32 - 1) {  // the last of the row's columns that this lane has
+        const float sum = warp_reduce<4>(dot, Sum{});
+        if (token >= 0 && lane_id() % 4 == 0) store_global(dots + int64_t{token} * r.num_groups + mine.group, sum);
+        dot = 0.f;
+      }
+    });
+  }
+  if (p.gates != nullptr) {
+    scale_rows(acc, [&](int row) {
+      const int token = tokens.token(warp_row + row);
+      const float* gate = p.gates + int64_t{token} * r.num_groups + mine.group;
+      return token >= 0 && used_at(row) ? load_global(gate) : 1.f;
+    });
+  }
+  for_each_vector<T>(acc, [&](int row, int col, const uint32_t (&v)[4]) {
+    const int token = tokens.token(warp_row + row);
+    if (token < 0 || col >= mine.cols) return;
+    Vec<uint32_t, 4> y{{}};
+    if (used_at(row)) y = {{v[0], v[1], v[2], v[3]}};
+    store_global(reinterpret_cast<Vec<uint32_t, 4>*>(out + token * out_stride + col), y);
   });
 }
 

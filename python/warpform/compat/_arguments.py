@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def integer(op: str, name: str, value: Any) -> int:
         TypeError: anything else, a float that happens to be whole too.
     """
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        return value
+        return cast("int", value)
     if isinstance(value, Tensor):
         real = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
         if real and value.numel() == 1:
@@ -44,7 +44,7 @@ def number(op: str, name: str, value: Any) -> float:
         ValueError: a tensor that requires a gradient, while gradients are recorded.
     """
     if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool):
-        return value
+        return cast("float", value)
     if isinstance(value, Tensor):
         if value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool:
             if value.requires_grad and torch.is_grad_enabled():

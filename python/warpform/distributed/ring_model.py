@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,36 +35,66 @@ def parser() -> argparse.ArgumentParser:
         "measured (--tflops or --t-attn, and --alpha-us and --gbs), or that --measure takes on this machine over gloo.",
     )
     work = made.add_argument_group("the attention")
-    work.add_argument("--seqlen", type=int, default=131072, help="tokens of all ranks together (default %(default)s)")
-    work.add_argument("--heads", type=int, default=32)
-    work.add_argument("--kv-heads", type=int, help="default: as many as heads")
-    work.add_argument("--head-dim", type=int, default=128)
-    work.add_argument("--batch", type=int, default=1)
+    work.add_argument(
+        "--seqlen", type=_count, default=131072, help="tokens of all ranks together (default %(default)s)"
+    )
+    work.add_argument("--heads", type=_count, default=32)
+    work.add_argument("--kv-heads", type=_count, help="default: as many as heads")
+    work.add_argument("--head-dim", type=_count, default=128)
+    work.add_argument("--batch", type=_count, default=1)
     work.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     work.add_argument("--full", action="store_true", help="not causal")
     work.add_argument("--layout", choices=LAYOUTS, default="zigzag")
     work.add_argument("--direction", choices=DIRECTIONS, default="forward+backward")
     work.add_argument("--ranks", type=_ranks, help="such as 2,4,8; default: powers of two that divide the sequence")
     device = made.add_argument_group("one device, measured")
-    device.add_argument("--tflops", type=float, help="of attention forward, in 10^12 FLOP/s")
-    device.add_argument("--tflops-backward", type=float, help="default: as forward")
-    device.add_argument("--t-attn", type=float, help="instead: seconds of a step of all --at-chunk x --at-chunk pairs")
-    device.add_argument("--t-attn-backward", type=float, help="default: 2.5 times --t-attn")
-    device.add_argument("--at-chunk", type=int, help="rows of that step")
-    device.add_argument("--overhead-us", type=float, default=0.0, help="of a step, whatever its size")
-    device.add_argument("--memory-gbs", type=float, default=math.inf, help="10^9 bytes/s at which the state is carried")
+    device.add_argument("--tflops", type=_positive, help="of attention forward, in 10^12 FLOP/s")
+    device.add_argument("--tflops-backward", type=_positive, help="default: as forward")
+    device.add_argument(
+        "--t-attn", type=_positive, help="instead: seconds of a step of all --at-chunk x --at-chunk pairs"
+    )
+    device.add_argument("--t-attn-backward", type=_positive, help="default: 2.5 times --t-attn")
+    device.add_argument("--at-chunk", type=_count, help="rows of that step")
+    device.add_argument("--overhead-us", type=_time, default=0.0, help="of a step, whatever its size")
+    device.add_argument("--memory-gbs", type=_rate, default=math.inf, help="10^9 bytes/s at which the state is carried")
     link = made.add_argument_group("a hop, measured: alpha + bytes / beta, each way at once")
-    link.add_argument("--alpha-us", type=float)
-    link.add_argument("--gbs", type=float, help="beta in 10^9 bytes/s")
-    link.add_argument("--between-alpha-us", type=float, help="between nodes")
-    link.add_argument("--between-gbs", type=float, help="between nodes")
-    link.add_argument("--ranks-per-node", type=int)
-    link.add_argument("--processors", type=int, help="devices, where several ranks take turns on one")
+    link.add_argument("--alpha-us", type=_time)
+    link.add_argument("--gbs", type=_positive, help="beta in 10^9 bytes/s")
+    link.add_argument("--between-alpha-us", type=_time, help="between nodes")
+    link.add_argument("--between-gbs", type=_positive, help="between nodes")
+    link.add_argument("--ranks-per-node", type=_count)
+    link.add_argument("--processors", type=_count, help="devices, where several ranks take turns on one")
     out = made.add_argument_group("what comes out")
     out.add_argument("--measure", action="store_true", help="measure a device and a hop here: two processes over gloo")
     out.add_argument("--json", action="store_true", help="instead of the table")
     out.add_argument("--plot", type=Path, metavar="FILE.svg", help="throughput kept over N, for each layout")
     return made
+
+
+def _number(text: str, kind: Callable[[str], float], fits: Callable[[float], bool], what: str) -> Any:
+    try:
+        value = kind(text)
+        if fits(value):
+            return value
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
+
+
+def _count(text: str) -> int:
+    return int(_number(text, int, lambda x: x >= 1, "a whole number from 1"))
+
+
+def _positive(text: str) -> float:
+    return float(_number(text, float, lambda x: 0 < x < math.inf, "a number above 0"))
+
+
+def _time(text: str) -> float:
+    return float(_number(text, float, lambda x: 0 <= x < math.inf, "a number from 0"))
+
+
+def _rate(text: str) -> float:
+    return float(_number(text, float, lambda x: x > 0, "a number above 0, or inf"))
 
 
 def _ranks(text: str) -> list[int]:

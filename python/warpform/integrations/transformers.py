@@ -10,6 +10,7 @@ padding. It has a column for each key that exists, and queries stand at its last
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -36,6 +37,10 @@ OLDEST = "5.4"
 # What changes scores or keys in ways that `varlen_attention` does not know. Ignored, each would give wrong results.
 _UNSUPPORTED = {
     "position_bias": "a bias on attention scores",
+    "relative_position_bias": "a bias on attention scores",
+    "attention_bias": "a bias on attention scores",
+    "attn_bias": "a bias on attention scores",
+    "alibi": "a bias on attention scores",
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
     "head_mask": "a head mask",
@@ -52,13 +57,14 @@ def register() -> None:
     """Makes `attn_implementation="warpform"` known to transformers. Calling it again changes nothing.
 
     It registers an attention function and a mask function (without which models pass no mask, and padding would be
-    attended to), and has transformers refuse the name for models that would ignore it, such as DeBERTa-v2.
+    attended to), has transformers refuse the name for models that would ignore it, such as DeBERTa-v2, and has it note
+    on each mask function what it was made from, which torch.compile cannot see.
 
     Raises:
         ImportError: there is no transformers, or one before 5.4, whose mask functions have another signature.
     """
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+        from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
         from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
     except ImportError as error:
         raise ImportError(
@@ -70,7 +76,14 @@ def register() -> None:
         raise ImportError(
             f"warpform.integrations.transformers: needs transformers {OLDEST} or later, got {transformers.__version__}"
         )
+    with contextlib.suppress(ImportError):  # not in every release
+        global _collector
+        from transformers.utils.output_capturing import _active_collector as _collector
     _plain_masks.update(causal=causal_mask_function, bidirectional=bidirectional_mask_function)
+    for name in _FACTORIES:
+        factory = getattr(masking_utils, name, None)  # of which older releases have fewer
+        if factory is not None and not hasattr(factory, "_warpform"):
+            setattr(masking_utils, name, _described(factory))
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
     _refuse_models_that_ignore_it(PreTrainedModel)
@@ -121,6 +134,39 @@ class _Pattern:
     segments: Tensor | None = None  # [B, S]: the number of each token's sequence
 
 
+# What transformers composes mask functions with, for `register`: the five that are understood, others for their names.
+_FACTORIES = (
+    "and_masks",
+    "sliding_window_overlay",
+    "sliding_window_bidirectional_overlay",
+    "packed_sequence_mask_function",
+    "remap_positions_for_packed_sequence",
+    "or_masks",
+    "chunked_overlay",
+    "blockwise_overlay",
+)
+
+
+def _described(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A factory of mask functions, which notes its name and its arguments on what it returns.
+
+    They are in its closure too, but a compiler does not show the closures of functions that it saw being made.
+    """
+    signature = inspect.signature(make)
+    names = [*signature.parameters]
+    many = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
+
+    @functools.wraps(make)
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        function = make(*args, **kwargs)
+        parts = {names[0]: args} if many else {**dict(zip(names, args, strict=False)), **kwargs}
+        function._warpform_made_by, function._warpform_parts = make.__name__, parts
+        return function
+
+    factory._warpform = True  # type: ignore[attr-defined]
+    return factory
+
+
 @dataclass(frozen=True)
 class _Plan:
     """How to lay the queries and keys of one padded batch end to end. A Packing of None: all of them, as they are."""
@@ -142,7 +188,10 @@ class _Known:
     full: bool = False  # no padding, and one sequence in each row
     plans: dict[tuple[int, bool, bool], _Plan] = field(default_factory=dict)
     contiguous: bool | None = None
+    first_query: Tensor | None = None  # of a static cache, when compiling: the column of the first query
 
+
+_HOLES = f"{NAME}: a sliding window needs masks without holes: padding on the left or right only"
 
 # By identity, through weak references: another tensor at the address of one that died is not found.
 _known = WeakTensorKeyDictionary()
@@ -156,9 +205,13 @@ def _version(tensor: Tensor) -> int | None:
 def _recall(made: Tensor) -> _Known:
     """What is known about a mask; nothing, if it was written to since, or could have been without a trace."""
     if torch.compiler.is_compiling():
-        return _Known(None)
+        # A compiler sees no weak references, but attributes of tensors.
+        noted: _Known | None = getattr(made, "_warpform_known", None)
+        return _Known(None, getattr(made, "_warpform_pattern", None)) if noted is None else noted
     known: _Known | None = _known.get(made)
     version = _version(made)
+    if known is None and hasattr(made, "_warpform_pattern"):  # made in a compiled part of the model
+        known = _Known(version, made._warpform_pattern)
     if known is not None and known.version == version and (version is not None or known.pattern is not None):
         return known
     known = _Known(version)
@@ -189,6 +242,10 @@ def mask(
         ValueError: an attention_mask that is not two-dimensional.
     """
     pattern = _pattern(mask_function)
+    if isinstance(q_offset, Tensor) and torch.compiler.is_compiling():
+        return _mask_of_static_cache(
+            pattern, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device
+        )
     # A static cache has room for keys that do not exist yet. Queries are the last ones that do.
     width = min(kv_length, int(q_offset) + q_length - kv_offset) if pattern.causal else kv_length
     if attention_mask is None:
@@ -209,8 +266,34 @@ def mask(
                 f"got {_check.describe(attention_mask)}"
             )
         made = attention_mask[:, start : start + width] != 0
-    if not torch.compiler.is_compiling():
-        _known[made] = _Known(_version(made), pattern, full=attention_mask is None and pattern.segments is None)
+    full = attention_mask is None and pattern.segments is None
+    made._warpform_pattern = pattern  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling():
+        made._warpform_known = _Known(None, pattern, full)  # type: ignore[attr-defined]
+    else:
+        _known[made] = _Known(_version(made), pattern, full)
+    return made
+
+
+def _mask_of_static_cache(
+    pattern: _Pattern,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Tensor,
+    kv_offset: int,
+    attention_mask: Tensor | None,
+    device: torch.device | str | None,
+) -> Tensor:
+    """The mask of all keys that the cache has room for, false where none exists yet: no size depends on values."""
+    columns = torch.arange(kv_length, device=device) + kv_offset
+    made = (columns < q_offset + q_length).expand(batch_size, -1).contiguous()
+    if attention_mask is not None:
+        missing = kv_offset + kv_length - attention_mask.size(1)
+        given = F.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
+        made = made & (given[:, kv_offset : kv_offset + kv_length] != 0)
+    made._warpform_pattern = pattern  # type: ignore[attr-defined]
+    made._warpform_known = _Known(None, pattern, first_query=q_offset - kv_offset)  # type: ignore[attr-defined]
     return made
 
 
@@ -220,19 +303,19 @@ def _pattern(function: Callable[..., Any] | None) -> _Pattern:
         return _Pattern(causal=True)
     if function is _plain_masks.get("bidirectional"):
         return _Pattern(causal=False)
-    name = getattr(function, "__qualname__", repr(function))
-    parts = inspect.getclosurevars(function).nonlocals if getattr(function, "__closure__", None) else {}
-    if name == "sliding_window_overlay.<locals>.inner_mask":
+    name, parts = _made_by(function)
+    if name == "sliding_window_overlay":
         return _Pattern(causal=False, window=(parts["sliding_window"] - 1, -1))
-    if name == "sliding_window_bidirectional_overlay.<locals>.inner_mask":
+    if name == "sliding_window_bidirectional_overlay":
         return _Pattern(causal=False, window=(parts["sliding_window"], parts["sliding_window"]))
-    if name == "packed_sequence_mask_function.<locals>.inner_mask":
+    if name == "packed_sequence_mask_function":
         return _Pattern(causal=False, segments=parts["packed_sequence_mask"])
-    if name == "remap_positions_for_packed_sequence.<locals>.inner_mask":
+    if name == "remap_positions_for_packed_sequence":
         return _pattern(parts["mask_function"])
-    if name == "and_masks.<locals>.and_mask":
+    if name == "and_masks":
         result = _Pattern(causal=False)
-        for one in map(_pattern, parts["mask_functions"]):
+        for function in parts["mask_functions"]:
+            one = _pattern(function)
             result = _Pattern(
                 result.causal or one.causal,
                 (_narrower(result.window[0], one.window[0]), _narrower(result.window[1], one.window[1])),
@@ -243,6 +326,18 @@ def _pattern(function: Callable[..., Any] | None) -> _Pattern:
         f"{NAME}: this model masks attention by {name}, which is neither causal, bidirectional, a sliding window nor "
         'packed sequences; use attn_implementation="sdpa" or "eager"'
     )
+
+
+def _made_by(function: Any) -> tuple[str, dict[str, Any]]:
+    """The factory that made a mask function, and what from; of a function by itself, its name."""
+    noted: str | None = getattr(function, "_warpform_made_by", None)
+    if noted is not None:
+        return noted, function._warpform_parts
+    name: str = getattr(function, "__qualname__", None) or "a function of its own"
+    factory = name.partition(".<locals>")[0]
+    if torch.compiler.is_compiling() or factory not in _FACTORIES:
+        return name, {}
+    return factory, dict(inspect.getclosurevars(function).nonlocals)
 
 
 def _narrower(a: int, b: int) -> int:
@@ -266,7 +361,7 @@ def _plan(made: Tensor, known: _Known, q_length: int, causal: bool, keep_queries
         if known.full and q_length <= made.size(1):
             plan = _dense_plan(made.size(0), q_length, made.size(1), made.device)
         else:
-            plan = _make_plan(made, *key)
+            plan = _make_plan(made, known.first_query, *key)
         known.plans[key] = plan
     return plan
 
@@ -277,7 +372,7 @@ def _dense_plan(batch: int, q_length: int, k_length: int, device: torch.device) 
     return _Plan(None, None, even, even_k, q_length, k_length)
 
 
-def _make_plan(made: Tensor, q_length: int, causal: bool, keep_queries: bool) -> _Plan:
+def _make_plan(made: Tensor, first_query: Tensor | None, q_length: int, causal: bool, keep_queries: bool) -> _Plan:
     batch, width = made.shape
     if causal and q_length > width:
         raise ValueError(f"{NAME}: a causal attention_mask must cover the {q_length} queries, got {list(made.shape)}")
@@ -287,10 +382,13 @@ def _make_plan(made: Tensor, q_length: int, causal: bool, keep_queries: bool) ->
     if made.dtype == torch.int32:
         return _plan_of_segments(made, keys, q_length)
     queries: Packing | None
-    if q_length == width and not keep_queries:
+    if q_length == width and not keep_queries and first_query is None:
         queries = keys
     elif causal and q_length > 1:
-        last = made[:, width - q_length :]
+        if first_query is None:
+            last = made[:, width - q_length :]
+        else:
+            last = made[:, torch.arange(q_length, device=made.device) + first_query]
         queries = Packing.from_mask(last, capacity=last.numel() if compiling else None)
     else:  # all of them: a single query is the last key, and queries of another sequence have a mask of their own
         queries = None
@@ -308,15 +406,12 @@ def _make_plan(made: Tensor, q_length: int, causal: bool, keep_queries: bool) ->
 
 def _plan_of_segments(made: Tensor, keys: Packing, q_length: int) -> _Plan:
     """Several sequences in a row: each ends where the next number or the next row begins."""
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            f"{NAME}: sequences that are told apart by position_ids alone cannot be compiled; pass an attention_mask, "
-            "or cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k"
-        )
     if q_length != made.size(1):
         raise ValueError(
             f"{NAME}: packed sequences must have as many queries as keys, got {q_length} and {made.size(1)}"
         )
+    if torch.compiler.is_compiling():
+        return _traced_plan_of_segments(made, keys)
     numbers, rows = made.flatten()[keys.indices], keys.indices // made.size(1)
     starts = ((numbers.diff() != 0) | (rows.diff() != 0)).nonzero().flatten() + 1
     edges = [0, *starts.tolist(), keys.total] if keys.total else [0]
@@ -326,10 +421,21 @@ def _plan_of_segments(made: Tensor, keys: Packing, q_length: int) -> _Plan:
     return _Plan(packing, packing, cu_seqlens, cu_seqlens, longest, longest)
 
 
-def _has_no_holes(made: Tensor) -> bool:
+def _traced_plan_of_segments(made: Tensor, keys: Packing) -> _Plan:
+    """The same where a compiler traces: how many sequences there are is a symbol. The rows that hold no token make one
+    more sequence, which nothing reads."""
+    numbers, rows = keys.pack(made), keys.indices.clamp(min=-1).floor_divide(made.size(1))
+    first = numbers.new_ones(1, dtype=torch.bool)
+    starts = torch.cat([first, (numbers.diff() != 0) | (rows.diff() != 0)]).nonzero().flatten()
+    cu_seqlens = F.pad(starts, (0, 1), value=made.numel()).to(torch.int32)
+    return _Plan(keys, keys, cu_seqlens, cu_seqlens, made.size(1), made.size(1))
+
+
+def _has_no_holes(made: Tensor) -> Tensor:
+    """bool []: padding is on the left or on the right only."""
     real = made != 0
     starts = (real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, :1].sum(1)
-    return bool((starts <= 1).all())
+    return (starts <= 1).all()
 
 
 def _may_cross_attend(module: Any) -> bool:
@@ -387,13 +493,16 @@ def attention(
             f"{NAME}: attention dropout is not supported, got {dropout}; set the config's attention dropout "
             "(attention_probs_dropout_prob, attention_dropout) to 0, or call model.eval()"
         )
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions") or _probabilities_are_collected():
         raise NotImplementedError(
             f'{NAME}: output_attentions needs attn_implementation="eager": probabilities are not made'
         )
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{NAME}: {what} ({name}) is not supported, as {type(module).__name__} asks for")
+    for name, given in kwargs.items():  # of a model that came later than this list
+        if isinstance(given, Tensor) and ("bias" in name or "sink" in name):
+            raise NotImplementedError(f"{NAME}: {name} is not supported, as {type(module).__name__} asks for")
     _check_states(query, key, value)
 
     known = None
@@ -418,13 +527,15 @@ def attention(
     elif attention_mask is not None and known is not None:
         k, v = k[:, : attention_mask.size(1)], v[:, : attention_mask.size(1)]
         plan = _plan(attention_mask, known, q_length, causal, not causal and _may_cross_attend(module))
-        if window != (-1, -1) and not torch.compiler.is_compiling():
-            if known.contiguous is None:
-                known.contiguous = _has_no_holes(attention_mask)
-            if not known.contiguous:
-                raise ValueError(
-                    f"{NAME}: a sliding window needs masks without holes: padding on the left or right only"
-                )
+        if window != (-1, -1) and not known.full and known.contiguous is None:
+            no_holes = _has_no_holes(attention_mask)
+            if torch.compiler.is_compiling():  # asked on the device as the program runs
+                torch._assert_async(no_holes, _HOLES)
+                known.contiguous = True
+            else:
+                known.contiguous = bool(no_holes)
+        if known.contiguous is False and window != (-1, -1):
+            raise ValueError(_HOLES)
     else:
         plan = _dense_plan(batch, q_length, k.size(1), q.device)
 
@@ -437,6 +548,15 @@ def attention(
     assert isinstance(out, Tensor)
     out = out.unflatten(0, (batch, q_length)) if plan.queries is None else plan.queries.unpack(out)
     return (out[..., :value_dim] if value_dim < head_dim else out), None
+
+
+_collector: Any = None  # known to `register`
+
+
+def _probabilities_are_collected() -> bool:
+    """Whether the model was called with output_attentions=True: some models do not hand it on to their layers."""
+    wanted = None if _collector is None else _collector.get()
+    return any("attentions" in name for name in wanted or ())
 
 
 def _rows(t: Tensor, packing: Packing | None) -> Tensor:
@@ -476,9 +596,12 @@ def _check_states(query: Tensor, key: Tensor, value: Tensor) -> None:
 def _check_mask(attention_mask: Tensor, query: Tensor, key: Tensor) -> None:
     _check.tensor(NAME, "attention_mask", attention_mask)
     if attention_mask.dim() != 2:
+        what = "masks of more dimensions need"
+        if attention_mask.is_floating_point():
+            what = "numbers that are added to scores, such as a relative position bias (BEiT), need"
         raise ValueError(
             f"{NAME}: attention_mask must be of shape [batch, keys], got {_check.describe(attention_mask)}; "
-            'masks of more dimensions need attn_implementation="sdpa" or "eager"'
+            f'{what} attn_implementation="sdpa" or "eager"'
         )
     if attention_mask.is_floating_point():
         raise TypeError(f"{NAME}: attention_mask must be bool or integer, got {_check.describe(attention_mask)}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
-class Output(OrderedDict):  # type: ignore[type-arg]
+class Output(OrderedDict):
     """Output by name (`out.logits`, `out["logits"]`) or by place (`out[0]`, `out[:2]`), for dataclasses to derive from.
 
     As in transformers, it is a dictionary of the fields that are not None, in their order. Each class derived from this

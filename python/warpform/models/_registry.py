@@ -359,7 +359,7 @@ def _adopt_eps(model: ConvertibleModel, names: dict[str, tuple[str, ...]], hf_mo
             raise ValueError(
                 f"from_transformers: {place} must be a LayerNorm, got {kind.__module__}.{kind.__qualname__}"
             )
-        module.eps = float(theirs.eps if hasattr(theirs, "eps") else theirs.variance_epsilon)  # type: ignore[assignment]
+        module.eps = float(theirs.eps if hasattr(theirs, "eps") else theirs.variance_epsilon)
 
 
 def _has_optional(model_class: type[ConvertibleModel], weights: Mapping[str, Any]) -> bool:

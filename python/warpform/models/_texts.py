@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 
 def read_texts(caller: str, texts: str | Iterable[str]) -> tuple[list[str], bool]:
@@ -17,8 +18,9 @@ def read_texts(caller: str, texts: str | Iterable[str]) -> tuple[list[str], bool
         return [str(texts)], True
     if isinstance(texts, bytes | dict) or not hasattr(texts, "__iter__"):
         raise TypeError(f"{caller}: texts must be a string or strings, got {type(texts).__name__}")
-    if getattr(texts, "ndim", 1) == 0:  # an array that holds one text
-        return read_texts(caller, texts.item())  # type: ignore[union-attr]
+    array: Any = texts
+    if getattr(array, "ndim", 1) == 0:  # an array that holds one text
+        return read_texts(caller, array.item())
     found = list(texts)
     for text in found:
         if not isinstance(text, str):

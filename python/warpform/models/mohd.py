@@ -390,7 +390,8 @@ class MoHDForCausalLM(Model, CheckpointedLayers):
             packing: says that ids and labels are packed; then logits are too.
 
         Raises:
-            ValueError: shapes that do not match, a mask with `packing`, more tokens than max_position_embeddings.
+            ValueError: shapes that do not match, a mask with `packing`, more tokens than max_position_embeddings (a
+                RuntimeError in a compiled or exported model, which learns it from the mask as it runs).
         """
         padded = packing is None
         if packing is None:
@@ -409,11 +410,12 @@ class MoHDForCausalLM(Model, CheckpointedLayers):
         if input_ids.shape != (packing.total,):
             raise ValueError(f"input_ids must be of shape [{packing.total}] as packing is, got {list(input_ids.shape)}")
         offsets, longest = packing.cu_seqlens, packing.max_seqlen
-        if longest > self.config.max_position_embeddings:
-            raise ValueError(
-                f"sequences must have at most max_position_embeddings, {self.config.max_position_embeddings}, tokens, "
-                f"got {longest}"
-            )
+        limit = self.config.max_position_embeddings
+        if torch.compiler.is_compiling():
+            # The mask may say it only when the program runs, which then raises RuntimeError.
+            torch._check(longest <= limit, lambda: "sequences must have at most max_position_embeddings tokens")
+        elif longest > limit:
+            raise ValueError(f"sequences must have at most max_position_embeddings, {limit}, tokens, got {longest}")
         cos, sin = self._rotary(_ranks(packing))
         hidden, losses = self._run(input_ids, _Step(cos, sin, offsets, offsets, longest, longest))
         logits = self.head(hidden)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from .. import _autocast, ops
 from ._product import is_plain
 from .long_convolution import MonarchMixerSequenceMixer
 
@@ -115,7 +115,7 @@ class CausalMonarchConvolution(nn.Module):
 
     def forward(self, u: Tensor, k: Tensor) -> Tensor:
         """u: [batch, channels, seqlen], k: [channels, at most seqlen]; returns like u."""
-        with torch.autocast(u.device.type, enabled=False):
+        with _autocast.off(u.device):
             v = self.q1(u.flatten(0, 1)).view(u.shape)
             y = ops.fft_conv(v.to(u.dtype), self.filter(k, u.shape[2]))
             return self.q0.solve(y.flatten(0, 1)).view(u.shape).to(u.dtype)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from .. import _autocast, ops
 from ..ops import RoutingPlan
 
 SCALE_MODES = ("sum", "groups", "active", "none")
@@ -85,7 +85,7 @@ class HiddenRouter(nn.Module):
     def forward(self, x: Tensor) -> Routed:
         """x: [T, hidden_size]. Nothing is read from the device."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with _autocast.off(x.device):
             scores = F.linear(x.to(wide), self.centroids.to(wide)).softmax(1)
         specialised = scores[:, self.num_shared :]
         chosen = specialised.detach().topk(self.top_k, 1).indices
@@ -107,11 +107,13 @@ class HiddenRouter(nn.Module):
         return used * (active / total) if self.scale_mode == "active" else used
 
     def _balance_loss(self, specialised: Tensor, chosen: Tensor) -> Tensor:
-        groups = specialised.size(1)
-        if groups == 0 or self.top_k == 0 or specialised.size(0) == 0:
+        tokens, groups = specialised.shape
+        if groups == 0 or self.top_k == 0:
             return specialised.new_zeros(())
-        share = F.one_hot(chosen, groups).to(specialised.dtype).mean((0, 1))
-        probability = (specialised / specialised.sum(1, keepdim=True)).mean(0)
+        # Sums over at least one token, not means: no tokens give 0, which a traced program may find out when it runs.
+        tokens = torch.sym_max(tokens, 1)
+        share = F.one_hot(chosen, groups).to(specialised.dtype).sum((0, 1)) / (tokens * self.top_k)
+        probability = (specialised / specialised.sum(1, keepdim=True)).sum(0) / tokens
         return groups * (share * probability).sum()
 
     def extra_repr(self) -> str:

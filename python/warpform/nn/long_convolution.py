@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import _autocast, ops
 from ._product import is_plain
 from .norm import AddBiasResidualLayerNorm
 
@@ -167,7 +167,7 @@ class ImplicitFilter(nn.Module):
 
         The first tap to the left is that of the place itself, the first to the right that of the next place.
         """
-        with torch.autocast(self.bias.device.type, enabled=False):
+        with _autocast.off(self.bias.device):
             z, t = (x[0, :seqlen] for x in (self.pos_emb.z, self.pos_emb.t))
             decay = self.modulation(t)
             k, *others = (

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..packing import Packing
 
 
+def _with_a_row(hidden: Tensor) -> Tensor:
+    """hidden [total, hidden], and a row of zeros after it where total is 0 or known only when a traced program runs."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+        empty = guard_or_true(hidden.shape[0] == 0)
+    else:
+        empty = hidden.shape[0] == 0
+    return F.pad(hidden, (0, 0, 0, 1)) if empty else hidden
+
+
 def first_tokens(hidden: Tensor, packing: Packing) -> Tensor:
     """The first real token of every sequence: [total, hidden] -> [batch, hidden]; zeros for empty sequences."""
-    starts = packing.cu_seqlens[:-1].long()
-    if hidden.shape[0] == 0:
-        return hidden.new_zeros(starts.shape[0], hidden.shape[1])
-    rows = hidden[starts.clamp(max=hidden.shape[0] - 1)]
+    hidden = _with_a_row(hidden)
+    rows = hidden[packing.cu_seqlens[:-1].long().clamp(max=hidden.shape[0] - 1)]
     return torch.where((packing.lengths > 0).unsqueeze(1), rows, rows.new_zeros(()))
 
 
 def last_tokens(hidden: Tensor, packing: Packing) -> Tensor:
     """The last real token of every sequence: [total, hidden] -> [batch, hidden]; zeros for empty sequences."""
-    if hidden.shape[0] == 0:
-        return hidden.new_zeros(packing.batch_size, hidden.shape[1])
+    hidden = _with_a_row(hidden)
     rows = hidden[(packing.cu_seqlens[1:].long() - 1).clamp(min=0, max=hidden.shape[0] - 1)]
     return torch.where((packing.lengths > 0).unsqueeze(1), rows, rows.new_zeros(()))
 

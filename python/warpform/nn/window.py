@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from .. import _autocast, ops
 from ._product import is_plain, product, product_with_bias
 from .feed_forward import FeedForward
 from .norm import AddBiasResidualLayerNorm
@@ -205,7 +205,7 @@ class CosineWindowAttention(WindowAttention):
         """distances: [entries, axes]; returns 16 * sigmoid(MLP(distances)), [entries, heads]: in float32 at least, as
         rounding it to half precision would move scores by up to 0.06."""
         up, down = self.position_up, self.position_down
-        with torch.autocast(distances.device.type, enabled=False):
+        with _autocast.off(distances.device):
             if not (is_plain(up, nn.Linear) and is_plain(down, nn.Linear)):
                 # They take the dtype of the model, which the attention scale has too.
                 out: Tensor = down(F.relu(up(distances.to(self.logit_scale.dtype))))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from .. import _env
 
@@ -58,6 +61,27 @@ def integer(op: str, name: str, value: Any) -> None:
     """Raises TypeError unless value is an integer, which under tracing may be symbolic."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {describe(value)}")
+
+
+def finite(op: str, name: str, value: Any) -> None:
+    """Raises ValueError if value is a number, but infinite or NaN. Under tracing numbers are not looked at."""
+    if not torch.compiler.is_compiling() and isinstance(value, Real) and not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether there is something to read: not on the meta device, and not of a fake tensor outside of a compiler.
+
+    A compiler's fake tensors give symbols.
+    """
+    return t.device.type != "meta" and (torch.compiler.is_compiling() or not is_fake(t))
+
+
+def cheap_to_read(t: Tensor) -> bool:
+    """Whether values may be looked at to check them: reading costs no synchronisation, or was asked for."""
+    if torch.compiler.is_compiling() or not (t.device.type == "cpu" or _env.validate()):
+        return False
+    return has_values(t)
 
 
 def log(op: str, **arguments: Any) -> None:

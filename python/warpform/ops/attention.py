@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _env
+from .. import _autocast, _env
 from . import _check
 from ._register import register_op
 from .examples import attention as examples
@@ -105,13 +105,14 @@ def varlen_attention(
         k, v: [Tk, Hkv, D] like q. Hq is a multiple of Hkv; query head h reads key head h // (Hq // Hkv).
         cu_seqlens_q, cu_seqlens_k: int32 [B + 1], from 0, not decreasing, within the rows of q and of k.
         max_seqlen_q, max_seqlen_k: at least the longest sequence.
-        softmax_scale: D ** -0.5 by default.
+        softmax_scale: D ** -0.5 by default. Any finite number, 0 and negative ones too, by which scores stay within
+            float32; kernels take those from 1e-38 to 1e30.
         causal: query i sees keys up to i + sk - sq.
         window_size: (left, right): query i sees keys from i + sk - sq - left to i + sk - sq + right, both included;
             -1 is unbounded.
-        softcap: above 0, scores become softcap * tanh(score / softcap).
-        alibi_slopes: float32 [Hq] or [B, Hq]; -slope * |i + sk - sq - j| is added to the score of key j, after the
-            softcap. It has no gradient.
+        softcap: above 0, scores become softcap * tanh(score / softcap), however small or large it is; 0: they do not.
+        alibi_slopes: float32 [Hq] or [B, Hq], finite; -slope * |i + sk - sq - j| is added to the score of key j, after
+            the softcap. It has no gradient.
         deterministic: the same gradients bit by bit in each run; `torch.use_deterministic_algorithms` turns it on too.
         return_lse: also return the log-sum-exp of each row's scores.
 
@@ -121,15 +122,18 @@ def varlen_attention(
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
-        ValueError: a wrong shape, a last dimension that is not contiguous, tensors on different devices. Values of
-            cu_seqlens that decrease, pass the end or exceed max_seqlen: on a CPU, or with WARPFORM_VALIDATE=1, which
-            waits for the device; otherwise they are clamped and never lead outside of the tensors.
+        ValueError: a wrong shape, a last dimension that is not contiguous, tensors on different devices, a
+            softmax_scale or softcap that is not finite, a negative softcap. Values of cu_seqlens that decrease, pass
+            the end or exceed max_seqlen: on a CPU, or with WARPFORM_VALIDATE=1, which waits for the device; otherwise
+            they are clamped and never lead outside of the tensors.
     """
     op = "varlen_attention"
     _check_tensors(op, q, k, v, cu_seqlens_q, cu_seqlens_k)
     _check.integer(op, "max_seqlen_q", max_seqlen_q)
     _check.integer(op, "max_seqlen_k", max_seqlen_k)
     left, right = _window(op, window_size)
+    _check.finite(op, "softmax_scale", softmax_scale)
+    _check.finite(op, "softcap", softcap)
     if softcap < 0:
         raise ValueError(f"{op}: softcap must not be negative, got {softcap}")
     if alibi_slopes is not None:
@@ -188,7 +192,7 @@ def _check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tenso
         raise ValueError(
             f"{op}: the {q.size(1)} heads of q must be a multiple of the heads of k and v, got {k.size(1)}"
         )
-    if (k.dtype != q.dtype or v.dtype != q.dtype) and not torch.is_autocast_enabled(q.device.type):
+    if (k.dtype != q.dtype or v.dtype != q.dtype) and not _autocast.enabled(q.device):
         raise TypeError(
             f"{op}: k and v must be {_check.dtype_name(q.dtype)} as q is, got {_check.dtype_name(k.dtype)} and "
             f"{_check.dtype_name(v.dtype)}"

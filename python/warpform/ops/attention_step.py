@@ -81,7 +81,7 @@ def attention_step(
             h // (H // Hkv).
         out: what is carried, [B, Lq, H, D] or [Tq, H, D], float32 (float64 for float64 q). None: nothing was seen yet.
         lse: its log-sum-exp, [B, H, Lq] or [H, Tq] in out's dtype, -inf for rows that saw nothing. None as out is.
-        softmax_scale: D ** -0.5 by default.
+        softmax_scale: D ** -0.5 by default. Any finite number, as in `varlen_attention`.
         causal: a query sees keys at positions up to its own.
         window_size: (left, right): keys from the query's position - left to that + right, both included; -1 is
             unbounded. With causal, right counts as 0.
@@ -96,14 +96,16 @@ def attention_step(
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, a last dimension that is not contiguous, a stride below 1, tensors on different
-            devices. Values of cu_seqlens that decrease or pass the end: on a CPU, or with WARPFORM_VALIDATE=1, which
-            waits for the device; otherwise they are clamped and never lead outside of the tensors.
+            devices, a softmax_scale that is not finite. Values of cu_seqlens that decrease or pass the end: on a CPU,
+            or with WARPFORM_VALIDATE=1, which waits for the device; otherwise they are clamped and never lead outside
+            of the tensors.
         RuntimeError: on differentiating through it.
     """
     op = "attention_step"
     left, right = _check_step(
         op, q, k, v, window_size, q_offset, k_offset, q_stride, k_stride, cu_seqlens_q, cu_seqlens_k
     )
+    _check.finite(op, "softmax_scale", softmax_scale)
     if (out is None) != (lse is None):
         raise ValueError(f"{op}: out and lse must both be given, or neither")
     if out is not None and lse is not None:
@@ -177,6 +179,7 @@ def attention_step_backward(
     left, right = _check_step(
         op, q, k, v, window_size, q_offset, k_offset, q_stride, k_stride, cu_seqlens_q, cu_seqlens_k
     )
+    _check.finite(op, "softmax_scale", softmax_scale)
     _check.tensor(op, "dout", dout)
     _check.floating(op, "dout", dout)
     if dout.shape != q.shape:

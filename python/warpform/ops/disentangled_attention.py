@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _env
+from .. import _autocast, _env
 from . import _check
 from ._register import register_op
 from .examples import disentangled_attention as examples
@@ -104,7 +104,8 @@ def disentangled_attention(
         max_seqlen: at least the longest sequence.
         positions: int64 [T]: places that distances are taken between, increasing within a sequence, as
             `Packing.position_ids`. None: the rank in the sequence, which comes to the same where no mask has holes.
-        softmax_scale: by default 1 / sqrt(D * (1 + number of tables)).
+        softmax_scale: by default 1 / sqrt(D * (1 + number of tables)). Any finite number, as in `varlen_attention`. In
+            float16 kernels products with the tables may be as large as 2^23 / softmax_scale (up to 2^28).
         position_buckets: 0: a distance is its own bucket. At least 2: distances up to half of it are; farther ones
             share buckets that grow with the logarithm of the distance (DeBERTa-v2 and v3).
         max_relative_positions: with buckets: the distance whose bucket is the last one, plus 1.
@@ -117,10 +118,10 @@ def disentangled_attention(
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, a last dimension that is not contiguous, tensors on different devices, buckets that
-            do not fit max_relative_positions. Values of cu_seqlens that decrease, pass the end or exceed max_seqlen: on
-            a CPU, or with WARPFORM_VALIDATE=1, which waits for the device; otherwise they are clamped and never lead
-            outside of the tensors. Positions that do not increase within a sequence: with WARPFORM_VALIDATE=1;
-            otherwise gradients are wrong.
+            do not fit max_relative_positions, a softmax_scale that is not finite. Values of cu_seqlens that decrease,
+            pass the end or exceed max_seqlen: on a CPU, or with WARPFORM_VALIDATE=1, which waits for the device;
+            otherwise they are clamped and never lead outside of the tensors. Positions that do not increase within a
+            sequence: with WARPFORM_VALIDATE=1; otherwise gradients are wrong.
     """
     op = "disentangled_attention"
     _check_tensors(op, q, k, v, pos_key, pos_query)
@@ -128,6 +129,7 @@ def disentangled_attention(
     _check.integer(op, "max_seqlen", max_seqlen)
     _check_positions(op, positions, q)
     _check_buckets(op, position_buckets, max_relative_positions)
+    _check.finite(op, "softmax_scale", softmax_scale)
     if not torch.compiler.is_compiling():
         if max_seqlen < 0:
             raise ValueError(f"{op}: max_seqlen must not be negative, got {max_seqlen}")
@@ -184,7 +186,7 @@ def _check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor, pos_key: Tensor | N
             f"got {_check.describe(tables[1][1])}"
         )
     for name, t in (("k", k), ("v", v), *tables):
-        if t.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+        if t.dtype != q.dtype and not _autocast.enabled(q.device):
             raise TypeError(f"{op}: {name} must be {_check.dtype_name(q.dtype)} as q is, got {_check.describe(t)}")
         _check.same_device(op, name, t, "q", q)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _autocast
 from . import _check
 from ._register import register_op
 from .examples import encoder as examples
@@ -266,7 +267,7 @@ def add_bias_residual_layer_norm(
         bias: [N] or None.
         residual: the shape and dtype of x, or None.
         weight, ln_bias: [N]. bias, weight and ln_bias are of one dtype, that of x or float32.
-        eps: added to the variance.
+        eps: added to the variance, at least 0. With 0 a row of equal numbers has no result, and gives NaN.
         return_sum: also return the sum in x's dtype, which pre-norm models carry on.
 
     Returns:
@@ -274,7 +275,7 @@ def add_bias_residual_layer_norm(
 
     Raises:
         TypeError: an argument is not a tensor, or of a wrong dtype.
-        ValueError: a wrong shape, or tensors on different devices.
+        ValueError: a wrong shape, tensors on different devices, or an eps that is negative or not finite.
     """
     op = "add_bias_residual_layer_norm"
     _check.tensor(op, "x", x)
@@ -284,7 +285,7 @@ def add_bias_residual_layer_norm(
     width = x.size(-1)
     _check.tensor(op, "weight", weight)
     # Under autocast x may still be float16 where the residual is float32: the rule casts both.
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = _autocast.enabled(x.device)
     for name, parameter in (("bias", bias), ("weight", weight), ("ln_bias", ln_bias)):
         if parameter is None:
             if name == "bias":
@@ -310,6 +311,9 @@ def add_bias_residual_layer_norm(
                 f"{op}: residual must be {_check.dtype_name(x.dtype)} as x is, got {_check.describe(residual)}"
             )
         _check.same_device(op, "residual", residual, "x", x)
+    _check.finite(op, "eps", eps)
+    if not torch.compiler.is_compiling() and eps < 0:
+        raise ValueError(f"{op}: eps must not be negative, got {eps}")
     _check.log(op, x=x, bias=bias, residual=residual, weight=weight, eps=eps, return_sum=return_sum)
     # The backward starts from the sum, so where there will be one it is better kept than computed again.
     keep = return_sum or (
@@ -387,7 +391,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none") -> Tens
         if x.dim() == 0 or bias.dim() != 1 or bias.size(0) != x.size(-1):
             expected = [x.size(-1)] if x.dim() else "[width], and x of shape [..., width]"
             raise ValueError(f"{op}: bias must be of shape {expected}, got {_check.describe(bias)}")
-        if bias.dtype not in (x.dtype, torch.float32) and not torch.is_autocast_enabled(x.device.type):
+        if bias.dtype not in (x.dtype, torch.float32) and not _autocast.enabled(x.device):
             raise TypeError(
                 f"{op}: bias must be {_check.dtype_name(x.dtype)} as x is, or float32, got {_check.describe(bias)}"
             )

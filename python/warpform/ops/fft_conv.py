@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _library
+from .. import _autocast, _library
 from . import _check
 from ._register import NAMESPACE, register_op
 from .examples import fft_conv as examples
@@ -177,7 +177,8 @@ def fft_conv(
         u: [B, H, L], float16, bfloat16, float32 or float64.
         k: [H, Lk] with Lk <= L, in u's dtype or float32; None where spectrum is given.
         skip: [H] in u's dtype or float32, or None for 0.
-        pregate, postgate: the shape and dtype of u, or None for 1.
+        pregate, postgate: the shape and dtype of u, or None for 1. In float16 pregate * u has to fit, and in the
+            backward postgate times the output's gradient.
         k_reverse: [H, Lr] with Lr <= L in k's dtype, or None for 0.
         spectrum: what `fft_conv_spectrum` makes of k and k_reverse for this L, kept from an earlier call: one that is
             for a longer sequence is right too, but of more points. [H, n / 2 + 1, 2], float32, or float64 where u is.
@@ -195,7 +196,7 @@ def fft_conv(
     _check.floating(op, "u", u)
     if u.dim() != 3:
         raise ValueError(f"{op}: u must be of shape [batch, channels, seqlen], got {_check.describe(u)}")
-    autocast = torch.is_autocast_enabled(u.device.type)
+    autocast = _autocast.enabled(u.device)
     batch, channels, seqlen = u.shape
     if skip is not None:
         _check_like(op, "skip", skip, u, (channels,), or_float32=True)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _autocast
 from . import _check
 from ._register import register_op
 from .examples import hidden as examples
@@ -154,7 +155,8 @@ def hidden_gather_linear(
         w: [O, N * m] as in a linear layer, or [C, O, N * m] for a plan with classes; x's dtype. Transposed views are
             read as they are.
         plan: of T tokens and N groups. With an out_mask, O must be a multiple of its length.
-        gates: [T, N], float32 (float64 for float64 inputs); they carry the activation scale. None: 1.
+        gates: [T, N], float32 (float64 for float64 inputs), of any size; they carry the activation scale. None: 1. For
+            the gradient of w in float16, x times its gate must stay below 65504.
         bias: [O], or [C, O] with classes; x's dtype.
 
     Returns:
@@ -184,7 +186,8 @@ def hidden_scatter_linear(
         w: [N * m, K] as in a linear layer, N groups of m dimensions, or [C, N * m, K] for a plan with classes; x's
             dtype. Transposed views are read as they are.
         plan: of T tokens and N groups. With an out_mask, K must be a multiple of its length.
-        gates: [T, N], float32 (float64 for float64 inputs). None: 1.
+        gates: [T, N], float32 (float64 for float64 inputs), of any size. None: 1. For the gradients of w and of gates
+            in float16, the output's gradient times its gate, and the result before the gate, must stay below 65504.
         bias: [N * m], or [C, N * m] with classes; x's dtype.
 
     Returns:
@@ -252,7 +255,7 @@ def _check_arguments(
     if w.dim() != 2 + len(classes) or w.size(-1) != x.size(1) or list(w.shape[:-2]) != classes:
         expected = ", ".join(map(str, [*classes, "outputs", x.size(1)]))
         raise ValueError(f"{op}: w must be of shape [{expected}] for this x and plan, got {_check.describe(w)}")
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = _autocast.enabled(x.device)
     if w.dtype != x.dtype and not autocast:
         raise TypeError(f"{op}: w must be {_check.dtype_name(x.dtype)} as x is, got {_check.describe(w)}")
     _check.same_device(op, "w", w, "x", x)

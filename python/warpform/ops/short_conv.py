@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from .. import _autocast
 from . import _check
 from ._register import register_op
 from .examples import short_conv as examples
@@ -81,7 +81,7 @@ def short_conv_gate(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tu
                 continue
             raise TypeError(f"{op}: {name} must be a tensor, got None")
         _check.tensor(op, name, tensor)
-        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if tensor.dtype != x.dtype and not _autocast.enabled(x.device):
             raise TypeError(f"{op}: {name} must be {_check.dtype_name(x.dtype)} as x is, got {_check.describe(tensor)}")
         _check.same_device(op, name, tensor, "x", x)
     reference.check_shapes(op, x, weight, bias)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _autocast
 from . import _check
 from ._register import register_op
 from .examples import window as examples
@@ -105,7 +106,7 @@ def window_attention(
             larger than the grid is mostly padding.
         shift_size: the roll of each axis, 0 <= shift < window. Of a window that holds tokens from both sides of the
             seam, pairs across get mask_value.
-        scale: d ** -0.5 by default; not with logit_scale.
+        scale: d ** -0.5 by default; not with logit_scale. Any finite number by which scores stay within float32.
         logit_scale: [heads], float32, or qkv's dtype: the logarithm of the factor on the cosine. The cosine of a vector
             of length 0 is 0, and so is its gradient.
         qkv_bias: [3, heads, d], in qkv's dtype or float32: q, k and v at padded positions, which take part and are not
@@ -120,7 +121,7 @@ def window_attention(
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, a shift outside of its window, scale and logit_scale together, tensors on different
-            devices.
+            devices, a scale that is not finite, a mask_value that is neither finite nor -inf.
     """
     op = "window_attention"
     _check.tensor(op, "qkv", qkv)
@@ -137,8 +138,11 @@ def window_attention(
     for name, parameter in parameters.items():
         if parameter is not None:
             _check_dtype(op, name, parameter, qkv)
+    _check.finite(op, "scale", scale)
+    if mask_value != -math.inf:
+        _check.finite(op, "mask_value", mask_value)
     _check.log(op, qkv=qkv, **parameters, window_size=window, shift_size=shift, scale=scale, mask_value=mask_value)
-    if qkv_bias is not None and not torch.is_autocast_enabled(qkv.device.type):
+    if qkv_bias is not None and not _autocast.enabled(qkv.device):
         qkv_bias = qkv_bias.to(qkv.dtype)  # what stands at a padded position is a product's output
     out, _ = _window_attention(
         qkv, relative_position_bias_table, logit_scale, qkv_bias, window, shift, scale=scale, mask_value=mask_value
@@ -155,7 +159,7 @@ def _of_axes(op: str, name: str, value: int | Sequence[int], axes: int) -> list[
 
 
 def _check_dtype(op: str, name: str, value: Tensor, qkv: Tensor) -> None:
-    if value.dtype not in (qkv.dtype, torch.float32) and not torch.is_autocast_enabled(qkv.device.type):
+    if value.dtype not in (qkv.dtype, torch.float32) and not _autocast.enabled(qkv.device):
         raise TypeError(
             f"{op}: {name} must be {_check.dtype_name(qkv.dtype)} as qkv is, or float32, got {_check.describe(value)}"
         )

@@ -28,6 +28,13 @@ _ADJACENT_BYTES = 1 << 16
 # Scores that exist at one time, in elements, where they have to be materialised.
 _SCORES_AT_A_TIME = 1 << 22
 
+# The least scale at which torch's fused attention masks by itself: it sets masked products to -inf before it scales
+# them, which a scale of 0, or one that float32 holds as 0, makes NaN, and a negative one +inf.
+LEAST_CAUSAL_SCALE = 1e-30
+# Within these bounds float32 holds a softcap and its inverse. No float32 score tells a softcap beyond them from the
+# bound: below the one every capped score counts as 0, above the other none is capped.
+SOFTCAP_BOUNDS = (1e-30, 1e30)
+
 # The functions below scaled_dot_product_attention that also return the log-sum-exp.
 _flash: Any = getattr(torch, "_scaled_dot_product_flash_attention_for_cpu", None)
 _flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
@@ -50,6 +57,16 @@ class _Scores:
     def is_plain(self, sq: int, sk: int) -> bool:
         return (
             self.slopes is None and (self.left < 0 or self.left >= sk - 1) and (self.right < 0 or self.right >= sq - 1)
+        )
+
+    def is_causal(self, sq: int, sk: int) -> bool:
+        """Whether fused attention can mask by itself: a square, seen up to its diagonal, and a scale that it takes."""
+        return (
+            sq == sk
+            and self.right == 0
+            and (self.left < 0 or self.left >= sk - 1)
+            and self.slopes is None
+            and self.scale >= LEAST_CAUSAL_SCALE
         )
 
     def blocks(self, sq: int, sk: int, rows_at_a_time: int) -> Iterator[tuple[int, int, int, int]]:
@@ -222,7 +239,7 @@ def _prepare(
         scale=q.size(-1) ** -0.5 if softmax_scale is None else softmax_scale,
         left=left,
         right=(0 if right < 0 else min(right, 0)) if causal else right,
-        softcap=softcap,
+        softcap=softcap and min(max(softcap, SOFTCAP_BOUNDS[0]), SOFTCAP_BOUNDS[1]),
         slopes=slopes if slopes is None or slopes.dim() == 2 else slopes.unsqueeze(0),
     )
     return scores, groups, q_offsets, k_offsets
@@ -284,13 +301,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scores: _Scores) -> tuple[Tensor, T
     fused = _flash is not None and q.device.type == "cpu" and scores.softcap == 0
     if fused and scores.is_plain(sq, sk):
         return _flash(q, k, v, 0.0, False, scale=scores.scale)
-    if (
-        fused
-        and sq == sk
-        and scores.right == 0
-        and (scores.left < 0 or scores.left >= sk - 1)
-        and scores.slopes is None
-    ):
+    if fused and scores.is_causal(sq, sk):
         return _flash(q, k, v, 0.0, True, scale=scores.scale)
 
     out = torch.zeros_like(q)
@@ -369,14 +380,17 @@ def varlen_attention_backward(
     dlses = None if dlse is None else _Sequences(dlse.t(), q_offsets, "q")
     keys, values, dks, dvs = (_Sequences(t, k_offsets, "k") for t in (k, v, dk, dv))
     repeats = q.size(1) // k.size(1) if k.size(1) else 1
+    dtype = _accumulation_dtype(q)
     for group in groups:
+        inputs = douts[group], queries[group], keys[group], values[group], outs[group]
+        group_dout, group_q, group_k, group_v, group_out = (t.to(dtype) for t in inputs)
         group_dq, group_dk, group_dv = _attend_backward(
-            douts[group],
+            group_dout,
             None if dlses is None else dlses[group],
-            queries[group],
-            _repeat_heads(keys[group], repeats),
-            _repeat_heads(values[group], repeats),
-            outs[group],
+            group_q,
+            _repeat_heads(group_k, repeats),
+            _repeat_heads(group_v, repeats),
+            group_out,
             lses[group],
             _of_group(scores, group),
         )
@@ -389,22 +403,18 @@ def varlen_attention_backward(
 def _attend_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: _Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `_attend`; dlse, lse [n, H, sq], the others as there."""
+    """Gradients of `_attend`; dlse, lse [n, H, sq], the others as there, all in the accumulation's dtype.
+
+    From 16-bit tensors torch's fused backward would make its sums over queries in 16 bits.
+    """
     sq, sk = q.size(2), k.size(2)
     fused = _flash_backward is not None and q.device.type == "cpu" and scores.softcap == 0 and dlse is None
     if fused and scores.is_plain(sq, sk):
         return _flash_backward(dout, q, k, v, out, lse, 0.0, False, scale=scores.scale)
-    if (
-        fused
-        and sq == sk
-        and scores.right == 0
-        and (scores.left < 0 or scores.left >= sk - 1)
-        and scores.slopes is None
-    ):
+    if fused and scores.is_causal(sq, sk):
         return _flash_backward(dout, q, k, v, out, lse, 0.0, True, scale=scores.scale)
 
-    dtype = _accumulation_dtype(q)
-    dq, dk, dv = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q, k, v))
+    dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
     for block in scores.blocks(sq, sk, _rows_at_a_time(q, k, fused)):
         i0, i1, j0, j1 = block
         bias = scores.bias(block, sq, sk, q)
@@ -438,8 +448,6 @@ def _attend_backward_explicitly(
     bias: Tensor | None,
     scores: _Scores,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _accumulation_dtype(q)
-    q, k, v, out, dout = q.to(dtype), k.to(dtype), v.to(dtype), out.to(dtype), dout.to(dtype)
     score, slope = _final_scores(q, k, bias, scores)
     p = torch.exp(score - lse.unsqueeze(-1))
     delta = (dout * out).sum(-1)

@@ -211,11 +211,13 @@ def _attend(
     flash = attention._flash if q.device.type == "cpu" else None
     if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    for block in positions.blocks(sq, sk, attention._rows_at_a_time(q, k, flash is not None), flash is not None):
+    rows_at_a_time = attention._rows_at_a_time(q, k, flash is not None)
+    masks_itself = flash is not None and scale >= attention.LEAST_CAUSAL_SCALE
+    for block in positions.blocks(sq, sk, rows_at_a_time, masks_itself):
         i0, i1, j0, j1 = block
         part = q[:, :, i0:i1], k[:, :, j0:j1], v[:, :, j0:j1]
         unseen = None
-        if flash is not None and positions.is_causal(block, sq, sk):
+        if flash is not None and masks_itself and positions.is_causal(block, sq, sk):
             step_out, step_lse = flash(*part, 0.0, True, scale=scale)
         else:
             unseen = positions.unseen(block, sk, q.device)

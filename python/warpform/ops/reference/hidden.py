@@ -1,8 +1,11 @@
 """Definition of hidden-dimension routing in PyTorch: the plan, and products that touch a token's groups alone.
 
 Hidden dimensions come in `num_groups` groups of equal width, and a token uses some of them, as bits of an int64. On a
-CPU the products in float32 and float64 go group by group over the tokens that use the group, so that what is not used
-costs nothing. Elsewhere the unused parts are zeros of one dense product, which needs no count on the host.
+CPU the products go group by group over the tokens that use the group, so that what is not used costs nothing. Elsewhere
+the unused parts are zeros of one dense product, which needs no count on the host.
+
+16-bit tensors are multiplied as float32: neither x times its gate nor the product of a group is ever rounded, and none
+can be too large for 16 bits where their sum is not.
 """
 
 from __future__ import annotations
@@ -183,7 +186,12 @@ def _span(groups: slice, width: int) -> slice:
 
 
 def _by_group(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    return x.device.type == "cpu"
+
+
+def _wide(t: Tensor) -> Tensor:
+    """t in the dtype that products are made in: float32, or float64 for float64."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _routed(x: Tensor, gates: Tensor | None, selected: Tensor, part: Part) -> Tensor:
@@ -195,7 +203,7 @@ def _routed(x: Tensor, gates: Tensor | None, selected: Tensor, part: Part) -> Te
         grouped = piece.unflatten(1, (-1, width))
         if gates is not None:
             gate = gates[:, part.groups] if part.rows is None else gates[part.rows, part.groups]
-            grouped = (grouped * gate.unsqueeze(2)).to(x.dtype)
+            grouped = grouped * gate.unsqueeze(2)
         if part.masked:
             mine = selected[:, part.groups] if part.rows is None else selected[part.rows, part.groups]
             grouped = torch.where(mine.unsqueeze(2), grouped, 0)
@@ -212,12 +220,10 @@ def _plain(x: Tensor, part: Part, width: int) -> Tensor:
 def _add_product(out: Tensor, part: Part, columns: slice, a: Tensor, b: Tensor) -> None:
     """out[rows, columns] += a b."""
     place = out[:, columns]
-    if part.rows is not None:
-        place.index_add_(0, part.rows, a @ b)
-    elif out.dtype == a.dtype:
+    if part.rows is None:
         place.addmm_(a, b)
     else:
-        place += a @ b
+        place.index_add_(0, part.rows, a @ b)
 
 
 def _of_class(value: Tensor, part: Part, routing: Routing) -> Tensor:
@@ -232,9 +238,9 @@ def hidden_gather_linear(
 ) -> Tensor:
     routing = Routing(*plan)  # type: ignore[arg-type]
     selected = routing.selected
-    w = w if w.dim() == 3 else w.unsqueeze(0)
+    dtype, x, w = x.dtype, _wide(x), _wide(w if w.dim() == 3 else w.unsqueeze(0))
     width, out_width = x.size(1) // routing.num_groups, w.size(1) // routing.num_out
-    out = x.new_zeros(x.size(0), w.size(1), dtype=torch.promote_types(x.dtype, torch.float32))
+    out = x.new_zeros(x.size(0), w.size(1))
     for part in routing.parts(_by_group(x)):
         columns = _span(part.outs, out_width)
         weight = w[part.token_class, columns, _span(part.groups, width)]
@@ -242,7 +248,7 @@ def hidden_gather_linear(
         _add_product(out, part, columns, mine, weight.t())
     if bias is not None:
         out += bias if bias.dim() == 1 else bias[routing.token_class]
-    return out.to(x.dtype)
+    return out.to(dtype)
 
 
 def hidden_gather_linear_backward(
@@ -285,9 +291,9 @@ def hidden_scatter_linear_backward(
 
 def _scattered(x: Tensor, w: Tensor, bias: Tensor | None, routing: Routing, selected: Tensor) -> Tensor:
     """W_g x + bias_g for the groups of each token and 0 for others, float32 (float64 for float64) [T, N, m]."""
-    w = w if w.dim() == 3 else w.unsqueeze(0)
+    x, w = _wide(x), _wide(w if w.dim() == 3 else w.unsqueeze(0))
     width, in_width = w.size(1) // routing.num_groups, x.size(1) // routing.num_out
-    sums = x.new_zeros(x.size(0), w.size(1), dtype=torch.promote_types(x.dtype, torch.float32))
+    sums = x.new_zeros(x.size(0), w.size(1))
     selected_alone = bias is None
     for part in routing.parts(_by_group(x)):
         columns = _span(part.groups, width)
@@ -305,13 +311,13 @@ def hidden_weight_grad(
 ) -> Tensor:
     routing = Routing(*plan)  # type: ignore[arg-type]
     selected = routing.selected
+    x, dy = _wide(x), _wide(dy)
     routed, other = (dy, x) if routed_out else (x, dy)
     width, other_width = routed.size(1) // routing.num_groups, other.size(1) // routing.num_out
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    dw = x.new_zeros(routing.num_classes, dy.size(1), x.size(1), dtype=dtype)
+    dw = x.new_zeros(routing.num_classes, dy.size(1), x.size(1))
     for part in routing.parts(_by_group(x)):
-        mine = _of_class(_routed(routed, gates, selected, part), part, routing).to(dtype)
-        theirs = _plain(other, part, other_width).to(dtype)
+        mine = _of_class(_routed(routed, gates, selected, part), part, routing)
+        theirs = _plain(other, part, other_width)
         columns, other_columns = _span(part.groups, width), _span(part.outs, other_width)
         if routed_out:
             dw[part.token_class, columns, other_columns] += mine.t() @ theirs

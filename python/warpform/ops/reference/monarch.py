@@ -84,6 +84,12 @@ def _wide(t: Tensor) -> Tensor:
     return t.float() if t.dtype == torch.float16 and t.device.type == "cpu" else t
 
 
+def _column(t: Tensor) -> Tensor:
+    """A right factor, contiguous where it is a single column: torch 2.10 multiplies 16-bit matrices by a strided one
+    wrongly on some CPUs."""
+    return t.contiguous() if t.size(-1) == 1 else t
+
+
 def _rows(x: Tensor) -> Tensor:
     """[..., n] -> [tokens, n]; a view where strides allow."""
     return x.reshape(math.prod(x.shape[:-1]), x.size(-1))
@@ -100,22 +106,23 @@ def _multiply(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [tokens, n] times the block-diagonal w [nb, q, p]: [tokens, nb * q], contiguous."""
     tokens, (nb, q, p) = x.size(0), w.shape
     blocks = x.view(tokens, nb, p).transpose(0, 1)  # [nb, tokens, p]
+    w = _column(w.mT)  # [nb, p, q]
     added = None if bias is None else bias.view(nb, 1, q)
     if tokens < _TOKENS_TO_COPY:
-        out = torch.bmm(blocks, w.mT) if added is None else torch.baddbmm(added, blocks, w.mT)
+        out = torch.bmm(blocks, w) if added is None else torch.baddbmm(added, blocks, w)
         return out.transpose(0, 1).reshape(tokens, nb * q).contiguous()  # q = 1: reshape gives a view
     out = torch.empty((tokens, nb, q), dtype=x.dtype, device=x.device)
     if added is None:
-        torch.bmm(blocks, w.mT, out=out.transpose(0, 1))
+        torch.bmm(blocks, w, out=out.transpose(0, 1))
     else:
-        torch.baddbmm(added, blocks, w.mT, out=out.transpose(0, 1))
+        torch.baddbmm(added, blocks, w, out=out.transpose(0, 1))
     return out.view(tokens, nb * q)
 
 
 def _weight_gradient(dout: Tensor, x: Tensor, w: Tensor) -> Tensor:
     """dw [nb, q, p] from dout [tokens, nb * q] and x [tokens, n]."""
     nb, q, p = w.shape
-    return torch.bmm(dout.view(-1, nb, q).permute(1, 2, 0), x.view(-1, nb, p).transpose(0, 1))
+    return torch.bmm(dout.view(-1, nb, q).permute(1, 2, 0), _column(x.view(-1, nb, p).transpose(0, 1)))
 
 
 # ---- block-diagonal ----
@@ -151,8 +158,8 @@ def _between(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     With tokens last, both permutations are of whole rows: strides say where they are, and nothing moves.
     """
     (k, _, p), (lambdas, _, r) = w1.shape, w2.shape
-    h = torch.bmm(w1, x.view(-1, k, p).permute(1, 2, 0))  # [k, q, tokens]
-    return h.view(r, lambdas, x.size(0)).transpose(0, 1)
+    h = torch.bmm(w1, _column(x.view(-1, k, p).permute(1, 2, 0)))  # [k, q, tokens]
+    return _column(h.view(r, lambdas, x.size(0)).transpose(0, 1))
 
 
 def monarch_multiply(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -176,14 +183,14 @@ def monarch_multiply_backward(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor) -
     drows, rows, first, second = map(_wide, (_rows(dout), _rows(x), w1, w2))
     (k, q, p), (lambdas, s, r), tokens = w1.shape, w2.shape, rows.size(0)
     h = _between(rows, first, second)  # [l, r, tokens]
-    dy = drows.t().contiguous().view(s, lambdas, tokens).transpose(0, 1)  # [l, s, tokens]
-    dw2 = torch.bmm(dy, h.mT)
+    dy = _column(drows.t().contiguous().view(s, lambdas, tokens).transpose(0, 1))  # [l, s, tokens]
+    dw2 = torch.bmm(dy, _column(h.mT))
     dh = torch.empty((r, lambdas, tokens), dtype=rows.dtype, device=x.device)
     torch.bmm(second.mT, dy, out=dh.transpose(0, 1))
     dh = dh.view(k, q, tokens)
-    dw1 = torch.bmm(dh, rows.view(tokens, k, p).transpose(0, 1))
+    dw1 = torch.bmm(dh, _column(rows.view(tokens, k, p).transpose(0, 1)))
     dx = torch.empty((tokens, k, p), dtype=rows.dtype, device=x.device)
-    torch.bmm(dh.mT, first, out=dx.transpose(0, 1))
+    torch.bmm(dh.mT, _column(first), out=dx.transpose(0, 1))
     return dx.to(x.dtype).view(x.shape), dw1.to(w1.dtype), dw2.to(w2.dtype)
 
 

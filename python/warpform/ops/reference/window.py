@@ -116,7 +116,9 @@ class _Scores:
         mask_value: float,
     ) -> None:
         self.dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-        self.mask_value = mask_value
+        # Finite numbers that only a double holds count as the largest of the dtype.
+        bounds = torch.finfo(self.dtype)
+        self.mask_value = mask_value if mask_value == -math.inf else min(max(mask_value, bounds.min), bounds.max)
         self.bias = None  # [heads, N, N]
         if table is not None:
             self.bias = table.to(self.dtype)[windows.relative].permute(2, 0, 1).contiguous()
