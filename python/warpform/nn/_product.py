@@ -71,7 +71,7 @@ def patches(x: Tensor, projection: nn.Module, kind: type[nn.Module]) -> Tensor:
 def row(embedding: nn.Module, index: int, device: torch.device) -> Tensor:
     """Row `index` of an embedding, [width]."""
     if is_plain(embedding, nn.Embedding):
-        return embedding.weight[index]  # type: ignore[index,return-value]
+        return embedding.weight[index]  # type: ignore[index]
     out: Tensor = embedding(torch.full((1,), index, device=device))
     return out[0]
 
