@@ -78,8 +78,16 @@ def on_torch() -> Iterator[None]:
         return out if bias is None else out + bias
 
     def norm(
-        x: Tensor, bias: Tensor | None, residual: Tensor | None, weight: Tensor, ln_bias: Tensor, eps: float
+        x: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        weight: Tensor,
+        ln_bias: Tensor,
+        eps: float,
+        *,
+        return_sum: bool,
     ) -> Tensor:
+        assert not return_sum
         for term in (bias, residual):
             x = x if term is None else x + term
         return F.layer_norm(x, weight.shape, weight, ln_bias, eps)

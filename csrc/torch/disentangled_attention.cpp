@@ -111,11 +111,14 @@ Tensor embeddings(const Tensor& table, const Columns& columns) {
   return by_head(torch::stable::narrow(whole, 0, columns.first, columns.width));
 }
 
-Tensor product(const char* op, const Tensor& a, const Tensor& b) {
+// A function of torch's of two tensors.
+Tensor call(const char* op, const char* name, const char* overload, const Tensor& a, const Tensor& b) {
   StableIValue stack[2] = {detail::box(a), detail::box(b)};
-  torch_check(torch_call_dispatcher("aten::bmm", "", stack, TORCH_ABI_VERSION), op);
+  torch_check(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION), op);
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
+
+Tensor product(const char* op, const Tensor& a, const Tensor& b) { return call(op, "aten::bmm", "", a, b); }
 
 float softmax_scale(const Arguments& a) {
   const int terms = 1 + (a.pos_key ? 1 : 0) + (a.pos_query ? 1 : 0);
@@ -131,9 +134,13 @@ int product_exponent(const Arguments& a) {
   return std::clamp(8 - static_cast<int>(std::ceil(std::log2(softmax_scale(a)))), 0, 12);
 }
 
-// t / 2^exponent, exponent at most 13: t - (1 - 2^-exponent) t in float32 has no rounding but that to a subnormal.
-Tensor over_power_of_two(const Tensor& t, int exponent) {
-  return exponent == 0 ? t : torch::stable::subtract(t, t, 1 - std::ldexp(1.0, -exponent));
+// t / 2^exponent, which rounds nothing but to a subnormal. The stable ABI passes no number to a product, so the factor
+// is a tensor of one element.
+Tensor over_power_of_two(const char* op, const Tensor& t, int exponent) {
+  if (exponent == 0) return t;
+  const Tensor factor = empty(op, {1}, t.scalar_type(), t);
+  torch::stable::fill_(factor, std::ldexp(1.0, -exponent));
+  return call(op, "aten::mul", "Tensor", t, factor);
 }
 
 // c2p of q and pos_key or p2c of k and pos_query over 2^product_exponent, [heads, total, width].
@@ -141,8 +148,8 @@ std::optional<Tensor> relative_scores(const char* op, const Arguments& a, const 
                                       const std::optional<Tensor>& table, const Columns& columns) {
   if (!table) return std::nullopt;
   const int exponent = product_exponent(a);
-  const Tensor left = over_power_of_two(x, exponent / 2);
-  const Tensor right = over_power_of_two(embeddings(*table, columns), exponent - exponent / 2);
+  const Tensor left = over_power_of_two(op, x, exponent / 2);
+  const Tensor right = over_power_of_two(op, embeddings(*table, columns), exponent - exponent / 2);
   return product(op, by_head(left), torch::stable::transpose(right, 1, 2));
 }
 
