@@ -121,7 +121,8 @@ def test_a_compiled_mohd_refuses_too_many_tokens() -> None:
     ids, mask = torch.randint(0, 97, (2, 14)), torch.ones(2, 14, dtype=torch.int64)
     mask[:, 12:] = 0
     compiled(ids, mask)
-    with pytest.raises(RuntimeError, match="at most max_position_embeddings"):
+    # torch 2.10 shows the expression in place of the message.
+    with pytest.raises(RuntimeError, match="at most max_position_embeddings|Runtime assertion failed for expression"):
         compiled(ids, torch.ones_like(mask))
     with pytest.raises(ValueError, match="at most max_position_embeddings"):
         model(ids, torch.ones_like(mask))
