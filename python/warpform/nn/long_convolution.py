@@ -257,7 +257,7 @@ def _sources(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor, int, 
     where a module may do more than its parameters tell: an adapter can be switched off."""
     sources = []
     for child in dict.fromkeys(module.modules()):
-        if not is_plain(child, type(child)) or type(child) not in _KNOWN:
+        if not is_plain(child, type(child)) or not (child is module or type(child) in _KNOWN):
             return None
         for places in (child._parameters, child._buffers):
             for name, x in places.items():
