@@ -84,14 +84,15 @@ def gradients(model: nn.Module, out: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_one_graph_serves_every_mask(name: str) -> None:
-    model = Result(MODELS[name]())
+    # In float64, where the order of a sum does not show.
+    model = Result(MODELS[name]()).double()
     backend = Compilations()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     for ids, mask in batches():
         found, expected = compiled(ids, mask), model(ids, mask)
         torch.testing.assert_close(found, expected)
         for one, other in zip(gradients(model, found), gradients(model, expected), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(one, other)
     assert backend.count == 1
 
 

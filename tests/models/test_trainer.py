@@ -194,6 +194,18 @@ def test_number_of_items(head: str) -> None:
         assert_close(head, 3 * found, mean, mean)
 
 
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "MaskedLM"])
+def test_a_step_without_labels_is_zero(head: str) -> None:
+    model = models.from_transformers(make(head))
+    ids = torch.arange(14).view(2, 7) + 2
+    labels = torch.full((2,) if head == "SequenceClassification" else (2, 7), -100)
+    for items in (None, 0, torch.tensor(0)):
+        loss = model(ids, labels=labels, num_items_in_batch=items).loss
+        loss.backward()
+        assert loss == 0
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
 def test_configs_take_notes_and_names_of_labels() -> None:
     model = models.from_transformers(make("SequenceClassification", id2label={0: "bad", 1: "good"}))
     config = model.config

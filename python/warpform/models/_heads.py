@@ -380,7 +380,7 @@ def classification_loss(
     logits = _wide(logits)
     labels = labels.to(logits.dtype).view_as(logits)
     loss = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
-    return loss(logits, labels) if items is None else loss(logits, labels, reduction="sum") / items
+    return loss(logits, labels) if items is None else loss(logits, labels, reduction="sum") / _at_least_one(items)
 
 
 def token_loss(logits: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:
@@ -390,8 +390,13 @@ def token_loss(logits: Tensor, labels: Tensor, items: Tensor | int | None = None
     """
     labels = labels.long()
     if items is None:
-        items = (labels != IGNORED).sum().clamp(min=1)
-    return F.cross_entropy(_wide(logits), labels, ignore_index=IGNORED, reduction="sum") / items
+        items = (labels != IGNORED).sum()
+    return F.cross_entropy(_wide(logits), labels, ignore_index=IGNORED, reduction="sum") / _at_least_one(items)
+
+
+def _at_least_one(items: Tensor | int) -> Tensor | int:
+    """A divisor of a sum over so many labels, which is 0 where there are none."""
+    return torch.where(items == 0, 1, items) if isinstance(items, Tensor) else items or 1
 
 
 def _wide(x: Tensor) -> Tensor:

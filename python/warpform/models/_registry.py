@@ -228,7 +228,7 @@ def from_transformers(hf_model: nn.Module, **overrides: Any) -> ConvertibleModel
             )
         joined = torch.cat([source.detach() for source in sources])
         set_parameter(model, ours, nn.Parameter(joined, requires_grad=trained.pop()))
-    teach_save_pretrained(hf_model)
+    teach_save_pretrained(hf_model, ConvertibleModel)
     derive_from_model_output()
     if "layer_norm_eps" not in overrides:
         _adopt_eps(model, names, hf_model)

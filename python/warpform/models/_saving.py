@@ -83,11 +83,15 @@ def save(model: ConvertibleModel, folder: str | Path, weights: Mapping[str, Tens
     save_file({name: w.contiguous() for name, w in state.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
-def teach_save_pretrained(model: nn.Module) -> None:
+def teach_save_pretrained(model: nn.Module, kind: type[ConvertibleModel]) -> None:
     """Has `save_pretrained` of transformers write what was put into a model under the names that it reads back.
 
     A class of transformers knows nothing about the parameters of a part that was replaced: it would write them under
     names that it takes for unknown weights when it reads them, and draw those that it misses at random.
+
+    Args:
+        model: of transformers; its base class learns it, once in a process.
+        kind: the class of what may be put in.
     """
     base: Any = next((cls for cls in type(model).__mro__ if cls.__name__ == "PreTrainedModel"), None)
     if base is None or hasattr(base.save_pretrained, "_warpform"):
@@ -97,7 +101,7 @@ def teach_save_pretrained(model: nn.Module) -> None:
     @functools.wraps(save_pretrained)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         adapters_alone = getattr(self, "_hf_peft_config_loaded", False)
-        parts = {} if adapters_alone else _replaced_parts(self)
+        parts = {} if adapters_alone else _replaced_parts(self, kind)
         if parts:
             state = kwargs.get("state_dict")
             state = dict(self.state_dict() if state is None else state)
@@ -111,12 +115,10 @@ def teach_save_pretrained(model: nn.Module) -> None:
     base.save_pretrained = wrapper
 
 
-def _replaced_parts(model: nn.Module) -> dict[str, ConvertibleModel]:
+def _replaced_parts(model: nn.Module, kind: type[ConvertibleModel]) -> dict[str, ConvertibleModel]:
     """The models of this package in a transformers model, by the beginning of their weights' names."""
-    from ._registry import ConvertibleModel
-
     parts: dict[str, ConvertibleModel] = {}
     for name, module in model.named_modules():
-        if isinstance(module, ConvertibleModel) and not any(f"{name}.".startswith(prefix) for prefix in parts):
+        if isinstance(module, kind) and not any(f"{name}.".startswith(prefix) for prefix in parts):
             parts[f"{name}."] = module
     return parts
