@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <string>
+#include <utility>
 
 #include "build_info.h"
 #include "tensor.h"
@@ -20,6 +21,8 @@ void def(StableLibrary& m, const std::string& name, const std::string& arguments
   m.def((name + "_reference(str reason, " + arguments + ") -> " + results).c_str());
 #endif
 }
+
+void keep_error(std::string text) { warpform::kept_error() = std::move(text); }
 
 // Everything that says which key a query may see; the same in attention forward and backward.
 const std::string kAttentionSequences =
@@ -188,9 +191,15 @@ STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
   m.def("_build_info() -> str");
   // Every configuration that has a CUDA kernel, as a JSON list.
   m.def("_kernel_table() -> str");
+
+  // ---- errors ----
+
+  // Keeps the text of an exception for the binding that called Python (check.h).
+  m.def("_keep_error(str text) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("_build_info", TORCH_BOX(&warpform::build_info));
   m.impl("_kernel_table", TORCH_BOX(&warpform::kernel_table));
+  m.impl("_keep_error", TORCH_BOX(&keep_error));
 }

@@ -104,8 +104,13 @@ def register_op(
             library.impl(name, _autocast_kernel(op, device_type, autocast), f"Autocast{device_type.upper()}")
 
     def reference_with_reason(reason: str, *args: Any, **kwargs: Any) -> Any:
-        _report(name, reason)
-        return reference(*args, **kwargs)
+        try:
+            _report(name, reason)
+            return reference(*args, **kwargs)
+        except Exception as error:
+            # This is called from C++, and torch before 2.13 loses the text on the way back.
+            getattr(torch.ops, NAMESPACE)._keep_error(str(error))
+            raise
 
     def fake_with_reason(reason: str, *args: Any, **kwargs: Any) -> Any:
         return fake(*args, **kwargs)
