@@ -64,7 +64,10 @@ PROFILED: dict[str, tuple[str, ...]] = {
         "attention_step-forward-batch1-seqlen8192-tokens8192-heads16-kv_heads4-head_dim128",
         "attention_step_backward-backward-batch1-seqlen8192-tokens8192-heads16-kv_heads4-head_dim128",
     ),
-    "disentangled_attention": ("disentangled_attention-forward-B32-S512-T16384-H12-D64-equal",),
+    "disentangled_attention": (
+        "disentangled_attention-forward-B32-S512-T16384-H12-D64-equal",
+        "disentangled_attention-backward-B32-S512-T16384-H12-D64-equal",
+    ),
     "short_conv": ("short_conv_gate-forward+backward-batch32-seqlen1024-tokens32768-hidden768",),
 }
 DRY_PROFILED = {"monarch": ("monarch_multiply-forward-T5-4x4x4-4x8x4",)}
