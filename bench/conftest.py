@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--budget", type=float, default=harness.BUDGET, help="seconds; 0 is no limit (default %(default)s)")
     group.addoption("--results", type=Path, help="folder that rows are appended to (default bench/results)")
     group.addoption("--no-results", action="store_true", help="append nothing")
+    group.addoption("--progress", action="store_true", help="a progress bar instead of a line for each file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,6 +46,11 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     # The suite has a summary of its own.
     config.option.benchmark_quiet = True
+    if config.getoption("--progress") and importlib.util.find_spec("rich") is not None:
+        from progress import ProgressBar
+
+        config.option.verbose -= 1
+        config.pluginmanager.register(ProgressBar(), "warpform-progress")
     # As in the tests; full runs use what torch finds.
     if tiny and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(2, torch.get_num_threads()))

@@ -171,7 +171,7 @@ def compiled(function: Callable[..., Any], dynamic: bool | None = True) -> Calla
 
 
 def needs_compiling(provider: str) -> bool:
-    """Whether torch.compile stands behind a provider: its name says so."""
+    """Whether a provider is compiled by torch.compile: its name says so."""
     return "compiled" in provider
 
 

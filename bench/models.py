@@ -28,7 +28,7 @@ PROVIDERS = (
     "warpform_graphs",
     "torch_varlen_graphs",
 )
-# torch has no attention for DeBERTa's scores that its varlen_attn could stand in for.
+# torch has no attention for DeBERTa's scores that its varlen_attn could replace.
 DEBERTA_PROVIDERS = tuple(name for name in PROVIDERS if not name.startswith("torch_varlen"))
 
 # The table of sizes. Of each model "forward" and "training": (sequences, longest); "layers", "hidden": of both.

@@ -51,7 +51,7 @@ SIZES: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
         "glu": ((16384, 768, 4), (16384, 1792, 4)),
     },
 }
-# The main ones on a GPU, of each kernel what stands behind the tokens in the table.
+# The main ones on a GPU, for each kernel the sizes that follow the tokens in the table.
 MAIN: dict[str, tuple[tuple[int, ...], ...]] = {
     "monarch": ((768, 3072, 4), (1024, 1024, 4), (1024, 1024, 32)),
     "blocks": ((4096, 4096, 4),),

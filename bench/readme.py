@@ -23,7 +23,7 @@ def quotable(row: Row) -> bool:
 
 
 def replace(text: str, name: str, lines: list[str]) -> str:
-    """text with what stands between <!-- NAME:begin --> and <!-- NAME:end --> replaced.
+    """text with the lines between <!-- NAME:begin --> and <!-- NAME:end --> replaced.
 
     Raises:
         ValueError: the markers are not there.

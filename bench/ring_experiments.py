@@ -39,9 +39,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH
 import harness  # noqa: E402
 import ring_ranks  # noqa: E402
 
+from warpform.cli.ring_model.cost_model import LAYOUTS, Cluster, Link, Workload, predict  # noqa: E402
+from warpform.cli.ring_model.measure import measure_steps, median_seconds  # noqa: E402
 from warpform.distributed import LocalGroup, ring_attention, shard_sequence  # noqa: E402  # noqa: E402
-from warpform.distributed.cost_model import LAYOUTS, Cluster, Link, Workload, predict  # noqa: E402
-from warpform.distributed.measure import measure_steps, median_seconds  # noqa: E402
 
 # ---- predicted against measured ----
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helpers.processes import Failed, Processes
+from warpform.cli.ring_model.measure import measure_link
 from warpform.distributed import SequenceParallel, SequenceParallelAttention, ring_attention, shard_sequence
-from warpform.distributed.measure import measure_link
 
 # Of this process: the call that is timed, made by `prepare`.
 _prepared: Callable[[], tuple[Tensor, ...]] | None = None

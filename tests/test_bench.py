@@ -21,7 +21,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 import warpform
-from warpform import bench
+from warpform.cli import bench
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"

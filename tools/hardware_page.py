@@ -1,6 +1,6 @@
 """What scripts write into docs/hardware.md: the record of runs, the table of kernels, the profiler's table.
 
-Each stands between markers, <!-- NAME:begin --> and <!-- NAME:end -->. Only the last column of the table of kernels,
+Each is between markers, <!-- NAME:begin --> and <!-- NAME:end -->. Only the last column of the table of kernels,
 why a prediction was missed, is written by hand; it is kept.
 """
 

@@ -80,7 +80,7 @@ def kernel_table() -> list[dict[str, Any]]:
 
 
 def stale_sources() -> str | None:
-    """A sentence where a checkout's csrc stands beside the package and the library was built from other sources.
+    """A sentence where a checkout's csrc lies beside the package and the library was built from other sources.
 
     None where there is no checkout, where the sources are the same, and where no library is loaded or it does not say.
     It reads all of csrc, so it is for `doctor` and for checks, not for imports.

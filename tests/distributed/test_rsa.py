@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from helpers.compare import assert_close, poisoned
+from warpform.cli.ring_model.cost_model import linformer_saved_elements, rsa_saved_elements
 from warpform.distributed import LocalGroup, shard_sequence, unshard_sequence
-from warpform.distributed.cost_model import linformer_saved_elements, rsa_saved_elements
 from warpform.distributed.linformer import linformer_attention
 from warpform.distributed.rsa import ring_av, ring_qk, rsa_attention
 from warpform.distributed.sequence_parallel import SequenceParallelAttention

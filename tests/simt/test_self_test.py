@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from warpform import self_test
+from warpform.cli import self_test
 
 
 @pytest.mark.parametrize("family", sorted(self_test.families()))

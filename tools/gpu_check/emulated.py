@@ -2,7 +2,7 @@
 
 The ops run in the emulator (build/libwarpform_simt.so) or, where that was not built, as references; compute-sanitizer
 and ncu are scripts that run their command and print a report; a family of ops and a folder of tests with planted faults
-(one of each kind that the check has to survive) stand beside and in place of the real ones. So a dry run ends with
+(one of each kind that the check has to survive) are beside the real ones or replace them. So a dry run ends with
 status 1, and its summary lists the planted faults and nothing else.
 """
 
@@ -87,7 +87,7 @@ class EmulatedMachine(Machine):
     planted_seconds = 1.0
 
     def require(self, run: Run) -> None:
-        """Gathers the facts, and lays out what stands in place of tools and tests."""
+        """Gathers the facts, and lays out what replaces tools and tests."""
         self.folder = run.scratch / "emulated"
         self.tests = self.folder / "tests" / "gpu"
         self.tests.mkdir(parents=True)

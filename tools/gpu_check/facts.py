@@ -84,7 +84,7 @@ def probe(device: str) -> dict[str, Any]:
     found["build"] = _library.build_info()
     if hasattr(_library, "stale_sources"):
         found["stale_sources"] = _guarded(_library.stale_sources)
-    found["families"] = _guarded(lambda: importlib.import_module("warpform.self_test").families())
+    found["families"] = _guarded(lambda: importlib.import_module("warpform.cli.self_test").families())
     return found
 
 

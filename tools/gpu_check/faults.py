@@ -54,7 +54,7 @@ def give_memory_back() -> None:
 
 
 class Watchdog:
-    """Ends the process, after writing where every thread stands, unless it is fed in time.
+    """Ends the process, after writing where every thread is, unless it is fed in time.
 
     A hung CUDA call ends at no signal that Python handles and may hold the interpreter's lock. The timer of
     faulthandler is a thread of C, which needs neither.

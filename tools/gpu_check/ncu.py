@@ -48,7 +48,7 @@ def command(program: str, argv: Sequence[str], sections: Sequence[str] = SECTION
 
 
 def parse(text: str, workloads: Sequence[str]) -> list[Kernel]:
-    """The launches of a raw table, whose second row holds units; whatever stands before it is passed over.
+    """The launches of a raw table, whose second row holds units; whatever is before it is passed over.
 
     workloads: those that were profiled, in their order; the marker says where each begins.
     """

@@ -20,7 +20,7 @@ _PORTS = itertools.count()
 
 
 def invocation(program: str, tool: str) -> list[str]:
-    """What stands before a command line that compute-sanitizer is to run."""
+    """The beginning of a command line that compute-sanitizer is to run."""
     return [
         program,
         f"--tool={tool}",

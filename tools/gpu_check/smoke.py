@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", action="append", default=[], help="default: all that an op has")
     parser.add_argument("--library", nargs=2, metavar=("NAME", "PATH"), help="instead of the package's own")
     parser.add_argument("--path", help="a folder to import from, too")
-    parser.add_argument("--module", default="warpform.self_test", help="where families() and run() are")
+    parser.add_argument("--module", default="warpform.cli.self_test", help="where families() and run() are")
     options = parser.parse_args(argv)
     if options.path:
         sys.path.append(options.path)

@@ -69,7 +69,7 @@ def overview(results: Mapping[str, Any]) -> list[str]:
 
 
 def alike(cases: Mapping[str, Case]) -> Iterable[list[tuple[str, Case]]]:
-    """Failures of one group that say the same but for numbers stand together, in the order of their first."""
+    """Failures of one group that say the same but for numbers are shown together, in the order of their first."""
     kinds: dict[tuple[str, str], list[tuple[str, Case]]] = {}
     for name, case in cases.items():
         kind = re.sub(r"\d[\w.+-]*", "#", headline(case["text"]))

@@ -64,7 +64,7 @@ def _tell(ring: Transport, message: Tensor, what: str) -> Steps[Tensor]:
         count = min(distance, ring.size - distance)
         came = yield ring.post(known[:count].contiguous(), distance=distance, step=what)
         known = torch.cat([known, came])
-    order = (ring.rank - torch.arange(ring.size)) % ring.size  # whose message stands where
+    order = (ring.rank - torch.arange(ring.size)) % ring.size  # whose message is in which place
     parts = torch.empty_like(known)
     parts[order.to(known.device)] = known
     return parts

@@ -6,7 +6,7 @@ from __future__ import annotations
 class RingError(RuntimeError):
     """A message of the ring did not arrive or could not be sent: a peer is gone, is stopped or has raised.
 
-    The groups of the ring cannot be used any more: their connections are closed, so that the other ranks raise as well.
+    The groups of the ring cannot be used again: their connections are closed, so that the other ranks raise as well.
 
     Attributes:
         rank: this process, as a rank of the default group.

@@ -154,7 +154,7 @@ class ProcessGroupTransport:
 
 
 def _close_gloo(group: dist.ProcessGroup) -> None:
-    """Closes all connections of a gloo group, as gloo does when a receive times out: here one that nobody answers."""
+    """Closes all connections of a gloo group, as gloo does when a receive times out: here one without a sender."""
     nothing = torch.empty(1, dtype=torch.uint8)
     for peer in range(group.size()):
         if peer != group.rank():

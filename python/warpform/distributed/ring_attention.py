@@ -119,7 +119,7 @@ def ring_attention(
         q: [B, L / N, H, D], float16, bfloat16, float32 or float64: this rank's tokens, as `shard_sequence` lays them.
         k, v: [B, L / N, Hkv, D] like q. H is a multiple of Hkv; query head h reads key head h // (H // Hkv).
         group: a process group or a mesh of one dimension. A mesh of two dimensions, (outer, inner), or a pair of
-            process groups is a double ring: rank = outer rank * inner size + inner rank. A LocalGroup stands for N
+            process groups is a double ring: rank = outer rank * inner size + inner rank. A LocalGroup is N
             ranks in this process; q, k, v and the result then have one dimension more, the first, of size N.
         causal: a query sees keys at positions up to its own, in the order of the whole sequence.
         layout: "zigzag" (L divisible by 2 N; the even load under causal masks), "striped" or "contiguous" (by N).
@@ -138,7 +138,7 @@ def ring_attention(
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype or shape.
         RingMismatchError: on all ranks, where they disagree about shapes, dtypes, layouts, flags or which op this is.
-        RingError, RingTimeoutError: a rank is gone or too slow. Nothing is returned; the group cannot be used any more.
+        RingError, RingTimeoutError: a rank is gone or too slow. Nothing is returned; the group cannot be used again.
     """
     op = "ring_attention"
     return _call(op, q, k, v, None, group, causal, layout, softmax_scale, seqlen, timeout, check)

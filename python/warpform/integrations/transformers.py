@@ -5,7 +5,7 @@ drops the padding. `warpform.models.from_transformers` drops it for the whole mo
 
 The mask function gives a model one mask [batch, keys] for all its layers, and attention packs by it: once per mask,
 not per layer. A mask is bool, or int32 where one row holds several sequences, which it then numbers from 1; 0 is
-padding. It has a column for each key that exists, and queries stand at its last columns.
+padding. It has a column for each key that exists, and queries are its last columns.
 """
 
 from __future__ import annotations
@@ -473,7 +473,7 @@ def attention(
     Args:
         query: [B, H, Sq, D]. key: [B, Hkv, Sk, D]. value: [B, Hkv, Sk, Dv] with Dv at most D.
         attention_mask: as `mask` makes it, or any bool or integer [B, keys], nonzero where there is a token. Keys past
-            its last column are not seen; causal queries stand at its last columns. None: no padding.
+            its last column are not seen; causal queries are its last columns. None: no padding.
         cu_seq_lens_q, cu_seq_lens_k: int32 [sequences + 1], for B * S rows that hold several sequences end to end, with
             max_length_q and max_length_k, the longest of them.
         position_ids: checked against cu_seq_lens_q where that needs no synchronisation: on a CPU, and elsewhere with

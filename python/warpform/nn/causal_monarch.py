@@ -31,7 +31,7 @@ class TriangularMonarch(nn.Module):
         blocks: h.
 
     Attributes:
-        outer: [m, m], inner: [m, h, h]; what stands strictly below their diagonals is L and C_a, the rest is not read.
+        outer: [m, m], inner: [m, h, h]; strictly below their diagonals they hold L and C_a; the rest is not read.
     """
 
     def __init__(self, block: int, blocks: int) -> None:
@@ -80,7 +80,7 @@ class TriangularMonarch(nn.Module):
 class _Blocks:
     """Sequences in blocks."""
 
-    tokens: Tensor  # [rows, blocks, block]: token a + m b of a row stands at [b, a]
+    tokens: Tensor  # [rows, blocks, block]: token a + m b of a row is at [b, a]
     seqlen: int
 
     def flattened(self, tokens: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class _Cached(NamedTuple):
     """A spectrum, and what it was made from."""
 
     places: int
-    sources: list[tuple[dict[str, Any], str, Tensor, int, int]]  # where it stands, its name, it, version, address
+    sources: list[tuple[dict[str, Any], str, Tensor, int, int]]  # of each: owner, name, it, version, address
     spectrum: Tensor
 
 
@@ -253,8 +253,11 @@ _KNOWN = (ImplicitFilter, FilterPositions, ExponentialModulation, Sin, nn.Sequen
 
 
 def _sources(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor, int, int]] | None:
-    """Where each parameter and buffer stands, and its state; None where that cannot be told, as in inference mode, or
-    where a module may do more than its parameters tell: an adapter can be switched off."""
+    """The dictionary that holds each parameter and buffer, and its state.
+
+    None where that cannot be told, as in inference mode, or where a module may do more than its parameters tell: an
+    adapter can be switched off.
+    """
     sources = []
     for child in dict.fromkeys(module.modules()):
         if not is_plain(child, type(child)) or not (child is module or type(child) in _KNOWN):
@@ -320,7 +323,7 @@ class MonarchMixerSequenceMixer(nn.Module):
     def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
         """u: [batch, seqlen, hidden]; returns the same shape.
 
-        mask: [batch, seqlen], nonzero = token. What stands elsewhere becomes 0 before each convolution, so that the
+        mask: [batch, seqlen], nonzero = token. Other positions become 0 before each convolution, so that the
         output at tokens does not depend on padding. None: padding takes part, as in the published code.
         """
         u, _, v, gate = self.project(u, mask)

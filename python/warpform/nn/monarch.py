@@ -26,8 +26,8 @@ def _blocks(name: str, features: int, nblocks: int) -> int:
 class _BlockedLinear(nn.Module):
     """What both linear maps do alike: features that blocks do not divide, and a bias that starts like `nn.Linear`'s.
 
-    Where nblocks does not divide the features in, zeros stand behind them; features out beyond those asked for are cut.
-    Either costs a copy.
+    Where nblocks does not divide the features in, zeros are appended to them; features out beyond those asked for are
+    cut. Either costs a copy.
     """
 
     bias: nn.Parameter | None

@@ -39,7 +39,7 @@ def _setup(
 ) -> None:
     q, k, v, cu_seqlens_q, cu_seqlens_k, ctx.max_seqlen_q, ctx.max_seqlen_k = inputs
     ctx.how = dict(keyword_only_inputs)
-    ctx.set_materialize_grads(False)  # so that an lse that nobody differentiates costs nothing
+    ctx.set_materialize_grads(False)  # an lse without a gradient costs nothing
     ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, ctx.how.pop("alibi_slopes"))
 
 
@@ -97,7 +97,7 @@ def varlen_attention(
     """softmax(softmax_scale * q k^T) v for each of B sequences laid end to end (FlashAttention-2, arXiv 2307.08691).
 
     Sequence b has queries cu_seqlens_q[b] to cu_seqlens_q[b + 1] (sq of them) and keys cu_seqlens_k[b] to
-    cu_seqlens_k[b + 1] (sk). Masks and ALiBi are aligned at the end: query i stands at key i + sk - sq.
+    cu_seqlens_k[b + 1] (sk). Masks and ALiBi are aligned at the end: query i is at key i + sk - sq.
 
     Args:
         q: [Tq, Hq, D], float16, bfloat16, float32 or float64; the last dimension contiguous, others of any stride, so

@@ -71,7 +71,7 @@ def attention_step(
     """Attention of a block of queries to a block of keys, added to that to the blocks before (arXiv 2310.01889).
 
     (out, lse) hold the softmax over all keys so far; steps over disjoint blocks, in any order, give attention to their
-    union. Row i of q stands at position q_offset + i * q_stride of the whole sequence, row j of k at
+    union. Row i of q has position q_offset + i * q_stride of the whole sequence, row j of k at
     k_offset + j * k_stride; masks go by positions.
 
     Args:

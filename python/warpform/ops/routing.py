@@ -45,7 +45,7 @@ class RoutingPlan:
 
     A pytree of device tensors whose sizes follow from the number of tokens, groups, classes and the tile, so that
     nothing is read from the device, and a captured CUDA graph or a compiled function serves any routing. Equal masks
-    stand together (the sort is stable), so that the tokens of a tile use few groups between them; a tile whose union of
+    are neighbours (the sort is stable), so that the tokens of a tile use few groups between them; a tile whose union of
     masks lacks a group skips it. Where the tiles together would use more than 85 % of all groups, each uses all.
 
     Attributes:

@@ -143,7 +143,7 @@ def window_attention(
         _check.finite(op, "mask_value", mask_value)
     _check.log(op, qkv=qkv, **parameters, window_size=window, shift_size=shift, scale=scale, mask_value=mask_value)
     if qkv_bias is not None and not _autocast.enabled(qkv.device):
-        qkv_bias = qkv_bias.to(qkv.dtype)  # what stands at a padded position is a product's output
+        qkv_bias = qkv_bias.to(qkv.dtype)  # padded positions hold it as a product's output would
     out, _ = _window_attention(
         qkv, relative_position_bias_table, logit_scale, qkv_bias, window, shift, scale=scale, mask_value=mask_value
     )

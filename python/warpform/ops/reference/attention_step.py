@@ -1,6 +1,6 @@
 """Definition of one step of attention: a block of queries against a block of keys, the softmax carried along.
 
-    row i of the queries stands at position q_offset + i * q_stride, row j of the keys at k_offset + j * k_stride
+    row i of the queries has position q_offset + i * q_stride, row j of the keys at k_offset + j * k_stride
     key j is seen by query i iff  -left <= position of j - position of i <= right  (-1 = unbounded); causal: right = 0
     step_lse[i] = log sum_j exp(softmax_scale * q[i] . k[j]) over the keys seen, step_out[i] the same softmax times v
     lse'[i] = log(exp(lse[i]) + exp(step_lse[i]))
@@ -138,7 +138,7 @@ class _Part:
 
 
 def _state(t: Tensor | None, shape: tuple[int, ...], value: float, like: Tensor) -> Tensor:
-    """A copy of what was carried in, contiguous, or what stands for nothing."""
+    """A contiguous copy of the carried (out, lse), or their neutral values (0, -inf)."""
     if t is not None:
         return t.clone(memory_format=torch.contiguous_format)
     return torch.full(shape, value, dtype=attention._accumulation_dtype(like), device=like.device)

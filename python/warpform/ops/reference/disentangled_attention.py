@@ -26,7 +26,7 @@ _CEIL_SLACK = 2.0**-32
 
 
 def relative_index(distance: Tensor, span: int, position_buckets: int, max_relative_positions: int) -> Tensor:
-    """The row of a table [2 * span, ...] that stands for a distance: int64 of any shape to int64 of that shape."""
+    """The row of a table [2 * span, ...] of a distance: int64 of any shape to int64 of that shape."""
     bucket = distance
     if position_buckets > 0:
         mid = position_buckets // 2

@@ -153,7 +153,7 @@ def add_bias_residual_layer_norm_backward(
         mean.view(statistics),
         rstd.view(statistics),
         wide_weight,
-        wide_weight,  # stands for ln_bias, whose values the gradient does not depend on
+        wide_weight,  # in place of ln_bias, on whose values the gradient does not depend
         (True, True, True),
     )
     if dsum is not None:

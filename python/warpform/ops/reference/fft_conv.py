@@ -100,7 +100,7 @@ def spectral_conv_backward(
     postgate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """With d = postgate * dout, V and D the real FFTs of v and d, and c = 1 for the bins 0 and n / 2, 2 for those
-    between, which stand for their conjugates too:
+    between, which count for their conjugates too:
 
         dv = irfft(D conj(S)) + skip * d;  du = pregate * dv;  dpregate = u * dv
         dspectrum = c / n sum_batch conj(V) D;  dskip = sum d * v

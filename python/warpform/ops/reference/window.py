@@ -10,8 +10,8 @@ The grid is padded at its end to whole windows, rolled by -shift and cut into wi
 A position of the padding has qkv_bias for its q, k and v, or 0, and is not masked. A row whose scores are all -inf, by
 the table or the mask, has output 0, log-sum-exp -inf and no gradients.
 
-Nothing is padded, rolled or cut: `_Windows` says which token stands where in which window, tokens are gathered by that
-and results scattered back. Windows which touch the same seams share one mask, so there are at most 2 ** axes
+Nothing is padded, rolled or cut: `_Windows` says which token has which place in which window, tokens are gathered by
+that and results scattered back. Windows which touch the same seams share one mask, so there are at most 2 ** axes
 masks of [N, N], and each is added to the bias of a head before fused attention takes their sum.
 """
 
@@ -51,7 +51,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Windows:
-    """Which token stands where: of one grid, window and shift."""
+    """The place of each token, for one grid, window and shift."""
 
     tokens: Tensor  # int64 [windows, N], tokens of the flattened grid, row by row; -1 is padding
     relative: Tensor  # int64 [N, N], the row of the table of each pair

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from helpers.compare import assert_close
-from warpform import demo
+from warpform.cli import demo
 
 pytest.importorskip("transformers")
 pytest.importorskip("rich")

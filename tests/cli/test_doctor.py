@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import warpform
-from warpform import __main__, _library, doctor, self_test
+from warpform import _library, cli
+from warpform.cli import doctor, self_test
 from warpform.ops import _register
 
 PACKAGE = Path(warpform.__file__).resolve().parent
@@ -203,12 +204,17 @@ def test_a_library_of_other_sources_is_told(monkeypatch, capsys, quick):
 
 
 def test_commands(capsys):
-    assert __main__.main([]) == 2
-    assert __main__.main(["--help"]) == 0
-    assert __main__.main(["bench", "--help"]) == 0
-    assert __main__.main(["docter"]) == 2
-    captured = capsys.readouterr()
-    assert "unknown command 'docter'" in captured.err
+    assert cli.main([]) == 2
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text and command.help in text for name, command in cli.COMMANDS.items())
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--help"])
+    assert ended.value.code == 0
+    assert cli.main(["bench", "--help"]) == 0
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["docter"])
+    assert ended.value.code == 2
+    assert "invalid choice: 'docter'" in capsys.readouterr().err
 
 
 def test_library_is_where_doctor_says(capsys):

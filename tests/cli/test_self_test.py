@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from warpform import _library, self_test
+from warpform import _library
+from warpform.cli import self_test
 from warpform.ops import _register
 from warpform.ops._example import Call, Draw
 
 OPS = _register.ops()
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CALLS = [(name, call) for name, op in OPS.items() for call in op.calls(torch.float32)]
 FIRST = dict(reversed(CALLS))
 

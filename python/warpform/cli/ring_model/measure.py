@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ._group import LocalGroup
-from ._transport import Pending, ProcessGroupTransport
+from ...distributed._group import LocalGroup
+from ...distributed._transport import Pending, ProcessGroupTransport
+from ...distributed.ring_attention import ring_attention
 from .cost_model import Cluster, Link, StepTime, Workload
-from .ring_attention import ring_attention
 
 SIZES = (1 << 10, 1 << 16, 1 << 18, 1 << 20, 1 << 22)  # bytes of the messages that a hop is measured with
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from . import _env, _library
+from .. import _env, _library
 
 # Examples of ops without a kernel for a floating-point dtype (plans, say) need one to be drawn in.
 _ANY = ("float32",)
@@ -51,7 +51,7 @@ def run(
         device: of the tensors, "cpu" or "cuda".
         library: the ops' namespace, torch.ops.warpform by default; or torch.ops.warpform_simt, which has no autograd.
         kernels: whether kernels are expected on the device: then each dtype that has some is tested, and the reference
-            may not stand in for them.
+            may not replace them.
         dtypes: only these, where an op has one of them.
 
     Yields:

@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from warpform import __main__
-from warpform.distributed.cost_model import (
+from warpform import cli
+from warpform.cli.ring_model.cost_model import (
     DIRECTIONS,
     LAYOUTS,
     Cluster,
@@ -25,7 +25,7 @@ from warpform.distributed.cost_model import (
     predict,
     rsa_saved_elements,
 )
-from warpform.distributed.measure import measure_steps
+from warpform.cli.ring_model.measure import measure_steps
 
 FREE = Link(0.0, math.inf)
 # 8 GPUs of one node: attention as FlashAttention 2 and 3 reach it on Hopper, 160 of NVLink's 200 GB/s each way (a GPU
@@ -277,7 +277,7 @@ FLAGS = ["--tflops", "450", "--alpha-us", "20", "--gbs", "160", "--seqlen", "655
 
 
 def run(capsys, *arguments: str) -> str:
-    assert __main__.main(["ring-model", *arguments]) == 0
+    assert cli.main(["ring-model", *arguments]) == 0
     return capsys.readouterr().out
 
 
@@ -324,7 +324,7 @@ def test_command_plots(capsys, tmp_path: Path):
     ],
 )
 def test_command_refuses(capsys, arguments, words):
-    assert __main__.main(["ring-model", *arguments]) == 2
+    assert cli.main(["ring-model", *arguments]) == 2
     assert words in capsys.readouterr().err
 
 
@@ -348,7 +348,7 @@ def test_command_refuses(capsys, arguments, words):
 )
 def test_command_refuses_numbers(capsys, name, value, words):
     with pytest.raises(SystemExit) as stopped:
-        __main__.main(["ring-model", *FLAGS, f"{name}={value}"])
+        cli.main(["ring-model", *FLAGS, f"{name}={value}"])
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert f"argument {name}: must be " in said and words in said
