@@ -7,10 +7,10 @@
 //           its warp or block walks over rows. A block adds its warps' sums and leaves one float32 partial sum a
 //           column, which column_sum.cuh adds up. Which rows a block takes follows from the sizes and the number of
 //           SMs: on one model of GPU the bits repeat.
-// Loads     16 bytes a lane, of all of a row's tensors before the first is used; in the backward a warp's next row
-// before
-//           this one is reduced, in 16-bit types. Parameters come from L1, a row at a time. A warp a row needs no
-//           barrier: 768 columns are 3 loads a lane of each tensor.
+// Loads     16 bytes a lane, of all of a row's tensors before the first is used; in the backward a warp's next row is
+//           loaded before this one is reduced, in 16-bit types. Parameters come from L1, a row at a time.
+//           A warp a row needs no barrier: 768 columns are 3 loads a lane of each tensor. Wider rows pass one
+//           block-wide barrier a sum.
 // Bounds    bytes. Forward: x + out (+ residual) (+ sum), 2 to 4 times cols * sizeof(T) a row; backward: dout + sum +
 //           dx (+ dsum), plus 24 * cols * groups once, in L2. An SM of an H100 needs some 20 KiB of loads in flight for
 //           3 TB/s: the forward has 32 warps of 3 KiB each at 768 columns, the backward 12 of them, each with its next
