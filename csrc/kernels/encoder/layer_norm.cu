@@ -59,11 +59,13 @@ constexpr Shape<LayerNormBackwardParams> backward() {
            run_backward<bf16_t, kVec<bf16_t, kBytes>, kRowThreads, kElements>}};
 }
 
-// <threads a row, elements a thread, bytes an access>; the first shape that holds a row serves it. 16 elements a thread
-// keep the forward pass near 64 registers, so that some 1024 threads an SM have two vectors of 16 bytes in flight each.
+// <threads a row, elements a thread, bytes an access>; the first shape that holds a row serves it. A warp has rows of
+// up to 1024 columns to itself and needs no barrier.
 constexpr Shape<LayerNormParams> kForward[] = {
-    forward<32, 16, 16>(),    // 512: no barrier
-    forward<64, 16, 16>(),    // 1024
+    forward<32, 8, 16>(),     // 256
+    forward<32, 16, 16>(),    // 512
+    forward<32, 24, 16>(),    // 768
+    forward<32, 32, 16>(),    // 1024
     forward<256, 16, 16>(),   // 4096
     forward<1024, 16, 16>(),  // 16384
 };
@@ -73,10 +75,12 @@ constexpr Shape<LayerNormParams> kForwardUnaligned[] = {
     forward<1024, 16, 1>(),  // 16384
 };
 
-// 16 elements a thread are 48 sums and 16 to 32 values: 128 registers, 512 threads an SM.
+// A column takes 3 sums and, of 16-bit types, 2 registers of this row and the next.
 constexpr Shape<LayerNormBackwardParams> kBackward[] = {
+    backward<32, 8, 16>(),    // 256
     backward<32, 16, 16>(),   // 512
-    backward<64, 16, 16>(),   // 1024
+    backward<32, 24, 16>(),   // 768
+    backward<32, 32, 16>(),   // 1024
     backward<256, 16, 16>(),  // 4096
     backward<512, 32, 16>(),  // 16384: 64 sums in registers, 32 in shared memory, the values read twice
 };

@@ -1,13 +1,24 @@
 // LayerNorm(x + bias + residual) over the last dimension, forward and backward.
-// Forward: one row per kRowThreads threads, kElements columns a thread, each thread's columns kVec neighbours at a time
-// and kRowThreads * kVec apart. A row is read once and stays in registers in float32: sum, mean, squared differences.
-//   Bytes a row: x + out (+ residual) (+ sum), 2 to 4 times cols * sizeof(T). Parameters are read once a row, from L1.
-// Backward: the same ownership of columns, so a thread adds up the parameter gradients of its columns in registers
-// while its block walks over rows; each block leaves one float32 partial sum a column, which column_sum.cuh adds up.
-// Which rows a block takes follows from the sizes and the number of SMs: on one model of GPU the bits repeat.
-//   Bytes a row: dout + sum + dx (+ dsum), 3 or 4 times cols * sizeof(T), plus 24 * cols * groups once, in L2.
-// Both are bound by memory bandwidth: some 10 (forward) and 15 (backward) float32 operations an element against 6 bytes
-// in float16, where an H200 has 4.8 TB/s and could do 80. Not measured on hardware yet.
+//
+// Tile      forward: a warp a row up to 1024 columns, a block a row beyond. A thread owns kElements columns, kVec
+//           neighbours at a time and kRowThreads * kVec apart. A row is read once and stays in registers in float32:
+//           sum, mean, squared differences.
+//           backward: the same ownership, so a thread adds up the parameter gradients of its columns in registers while
+//           its warp or block walks over rows. A block adds its warps' sums and leaves one float32 partial sum a
+//           column, which column_sum.cuh adds up. Which rows a block takes follows from the sizes and the number of
+//           SMs: on one model of GPU the bits repeat.
+// Loads     16 bytes a lane, of all of a row's tensors before the first is used; in the backward a warp's next row is
+//           loaded before this one is reduced, in 16-bit types. Parameters come from L1, a row at a time.
+//           A warp a row needs no barrier: 768 columns are 3 loads a lane of each tensor. Wider rows pass one
+//           block-wide barrier a sum.
+// Bounds    bytes. Forward: x + out (+ residual) (+ sum), 2 to 4 times cols * sizeof(T) a row; backward: dout + sum +
+//           dx (+ dsum), plus 24 * cols * groups once, in L2. An SM of an H100 needs some 20 KiB of loads in flight for
+//           3 TB/s: the forward has 32 warps of 3 KiB each at 768 columns, the backward 12 of them, each with its next
+//           row on the way. Instructions: some 550 (forward) and 450 (backward) a warp and row, 6 and 5 us at 9531 rows
+//           of 768 columns where the bytes take 14.6 us.
+// Measured  on an H100 before a warp had a row of 768 columns, 9531 rows in bfloat16: forward 29.6 us, 1486 GB/s;
+//           backward 42.1 us, 1042 GB/s; a copy has 3011 GB/s. Expected now: forward 19 us, backward 24 us, 5 of them
+//           the column sums.
 #pragma once
 
 #include "device/reduce.cuh"
@@ -16,8 +27,7 @@
 
 namespace warpform {
 
-constexpr int kLayerNormThreads = 128;          // forward, unless one row takes more
-constexpr int kLayerNormBackwardThreads = 256;  // unless one row takes more
+constexpr int kLayerNormThreads = 128;  // forward, unless one row takes more
 
 // The columns of a row that one of its kRowThreads threads owns: `items` groups of kVec neighbours, the first at
 // `first`, kStep from group to group.
@@ -39,29 +49,23 @@ struct Columns {
   }
 };
 
-// Sums over the kRowThreads neighbouring threads that share a row, the same in each of them. Where that is more than a
-// warp, `scratch` is the shared address of kSums * kRowThreads / 32 floats, and the row's threads pass one barrier:
-// alternating between two such areas makes the next call safe.
-template <int kRowThreads, int kThreads, int kSums>
+// Sums over the threads that share a row, a warp or the block, the same in each of them. For a block `scratch` is the
+// shared address of kSums * kRowThreads / 32 floats, and its threads pass one barrier: alternating between two such
+// areas makes the next call safe.
+template <int kRowThreads, int kSums>
 __device__ __forceinline__ void row_sum(float (&v)[kSums], uint32_t scratch) {
 #pragma unroll
   for (int k = 0; k < kSums; ++k) v[k] = warp_reduce(v[k], Sum());
   if constexpr (kRowThreads > kWarpSize) {
     constexpr int kWarps = kRowThreads / kWarpSize;
-    const int row = static_cast<int>(threadIdx.x) / kRowThreads;
     using Sums = Vec<float, kSums>;
-    scratch += row * kWarps * static_cast<int>(sizeof(Sums));
     if (lane_id() == 0) {
       Sums mine;
 #pragma unroll
       for (int k = 0; k < kSums; ++k) mine[k] = v[k];
-      store_shared(scratch + warp_id() % kWarps * static_cast<int>(sizeof(Sums)), mine);
+      store_shared(scratch + warp_id() * static_cast<int>(sizeof(Sums)), mine);
     }
-    if constexpr (kRowThreads == kThreads) {
-      block_sync();
-    } else {
-      named_barrier_sync(1 + row, kRowThreads);
-    }
+    block_sync();
 #pragma unroll
     for (int k = 0; k < kSums; ++k) v[k] = 0;
 #pragma unroll
@@ -73,17 +77,38 @@ __device__ __forceinline__ void row_sum(float (&v)[kSums], uint32_t scratch) {
   }
 }
 
-// Shared memory of row_sum: two areas of two floats a warp.
-__host__ __device__ constexpr int row_sum_area(int threads) { return threads / kWarpSize * 8; }
-__host__ __device__ constexpr int row_sum_bytes(int threads) { return 2 * row_sum_area(threads); }
+// Shared memory of row_sum: two areas of two floats a warp, none where a warp has a row.
+__host__ __device__ constexpr int row_sum_area(int row_threads) {
+  return row_threads > kWarpSize ? row_threads / kWarpSize * 8 : 0;
+}
+__host__ __device__ constexpr int row_sum_bytes(int row_threads) { return 2 * row_sum_area(row_threads); }
+
+// The same elements, as values that the compiler knows nothing about: it would keep their conversions to float32 from
+// one use to the next, in twice the registers.
+template <class T, int kN>
+__device__ __forceinline__ void forget(Vec<T, kN>& v) {
+  if constexpr (sizeof(T) == 2 && kN % 2 == 0) {
+    Vec<uint32_t, sizeof(v) / 4> words;
+    __builtin_memcpy(&words, &v, sizeof(v));
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(v) / 4); ++i) words[i] = opaque(words[i]);
+    __builtin_memcpy(&v, &words, sizeof(v));
+  }
+}
+
+// Whether a row's successor is loaded while it is worked on: two elements a register, so that it costs few.
+template <class T, int kVec>
+constexpr bool kLoadsAhead = sizeof(T) == 2 && kVec > 1;
 
 template <class T, int kVec, int kRowThreads, int kElements>
 struct LayerNormForward {
+  static_assert(kRowThreads == kWarpSize || kRowThreads >= kLayerNormThreads, "a row belongs to a warp or to a block");
   static constexpr int kThreads = kRowThreads > kLayerNormThreads ? kRowThreads : kLayerNormThreads;
-  static constexpr int kBlocksPerSm = 1024 / kThreads;  // 64 registers a thread
+  // 64 registers a thread, 80 or 96 where a warp has a long row.
+  static constexpr int kBlocksPerSm = (kElements > 24 ? 640 : kElements > 16 ? 768 : 1024) / kThreads;
   static constexpr int kRows = kThreads / kRowThreads;  // of a block
   static constexpr int kItems = kElements / kVec;
-  static constexpr int kSharedBytes = row_sum_bytes(kThreads);
+  static constexpr int kSharedBytes = row_sum_bytes(kRowThreads);
 };
 
 template <class T, int kVec, int kRowThreads, int kElements>
@@ -94,6 +119,7 @@ layer_norm_kernel(const LayerNormParams p) {
   constexpr int kItems = Shape::kItems;
   const int thread = static_cast<int>(threadIdx.x) % kRowThreads;
   const int cols = static_cast<int>(p.cols);
+  const float inv_cols = 1.0f / static_cast<float>(cols);
   const uint32_t scratch = shared_base();
   const Columns<kVec, kRowThreads, kItems> columns(thread, cols);
 
@@ -110,6 +136,7 @@ layer_norm_kernel(const LayerNormParams p) {
   }
   float v[kItems][kVec];
   columns([&](int i, int) {
+    forget(x[i]);
 #pragma unroll
     for (int j = 0; j < kVec; ++j)
       v[i][j] = to_float(x[i][j]) + (p.residual == nullptr ? 0.0f : to_float(residual[i][j]));
@@ -131,11 +158,11 @@ layer_norm_kernel(const LayerNormParams p) {
 #pragma unroll
     for (int j = 0; j < kVec; ++j) total[0] += v[i][j];
   });
-  row_sum<kRowThreads, Shape::kThreads>(total, scratch);
+  row_sum<kRowThreads>(total, scratch);
   const float near_mean = total[0] / static_cast<float>(cols);
 
-  // The sum of the differences is what rounding left in near_mean: it corrects the mean and the variance, which matters
-  // where the mean is large beside the deviation.
+  // The sum of the differences is what rounding left in near_mean: it corrects the mean and the variance, which
+  // matters where the mean is large beside the deviation.
   float moments[2] = {0, 0};
   columns([&](int i, int) {
 #pragma unroll
@@ -145,8 +172,7 @@ layer_norm_kernel(const LayerNormParams p) {
       moments[1] += v[i][j] * v[i][j];
     }
   });
-  row_sum<kRowThreads, Shape::kThreads>(moments, scratch + row_sum_area(Shape::kThreads));
-  const float inv_cols = 1.0f / static_cast<float>(cols);
+  row_sum<kRowThreads>(moments, scratch + row_sum_area(kRowThreads));
   const float correction = moments[0] * inv_cols;
   float variance = moments[1] * inv_cols - correction * correction;
   if (variance < 0) variance = 0;  // and NaN stays NaN
@@ -168,19 +194,23 @@ layer_norm_kernel(const LayerNormParams p) {
 
 // Backward, with xhat = (sum - mean) * rstd, g = dout * weight and <.> the mean over a row:
 //   dx = rstd * (g - <g> - xhat * <g * xhat>) + dsum;  dbias, dweight, dln_bias = column sums of dx, dout * xhat, dout.
-// Up to 16 columns a thread everything fits in registers. Wider shapes read dout and sum a second time instead (the
-// block has just read them: from L1 or L2), and keep dbias in shared memory, each thread its own columns.
+// Up to 4096 columns everything fits in registers. Wider shapes read dout and sum a second time instead (the block has
+// just read them: from L1 or L2), and keep dbias in shared memory, each thread its own columns.
 template <class T, int kVec, int kRowThreads, int kElements>
 struct LayerNormBackward {
-  static constexpr int kThreads = kRowThreads > kLayerNormBackwardThreads ? kRowThreads : kLayerNormBackwardThreads;
+  // Of warps with rows of their own as many as have registers: 3 sums a column, the row, the next row.
+  static constexpr int kThreads = kRowThreads > kWarpSize ? kRowThreads
+                                  : kElements <= 16       ? 512
+                                  : kElements <= 24       ? 384
+                                                          : 256;
   static constexpr int kRows = kThreads / kRowThreads;
   static constexpr int kItems = kElements / kVec;
   static constexpr int kCols = kRowThreads * kElements;
   static constexpr bool kWide = kCols > 4096;
-  static constexpr int kBlocksPerSm = kWide ? 1 : 2;
+  static constexpr int kBlocksPerSm = kRowThreads > kWarpSize && !kWide ? 2 : 1;
   // Rows of one block are added up in shared memory, one parameter after the other.
   static constexpr int kSumBytes = kWide || kRows > 1 ? kRows * kCols * 4 : 0;
-  static constexpr int kSharedBytes = kSumBytes + row_sum_bytes(kThreads);
+  static constexpr int kSharedBytes = kSumBytes + row_sum_bytes(kRowThreads);
 };
 
 template <class T, int kVec, int kRowThreads, int kElements>
@@ -222,50 +252,83 @@ layer_norm_backward_kernel(const LayerNormBackwardParams p) {
     });
   }
 
-  static_assert(Shape::kSumBytes % (2 * row_sum_area(Shape::kThreads)) == 0, "the two areas must differ in one bit");
+  constexpr int kArea = row_sum_area(kRowThreads);
+  static_assert((Shape::kSumBytes & kArea) == 0, "the two areas must differ in one bit");
   uint32_t scratch = sums + Shape::kSumBytes;
-  for (int64_t row = int64_t{blockIdx.x} * Shape::kRows + row_in_block; row < p.rows;
-       row += int64_t{gridDim.x} * Shape::kRows) {
-    const int64_t at = row * p.cols + columns.first;
-    const float mean = load_global(p.mean + row);
-    const float rstd = load_global(p.rstd + row);
+  const int64_t step = int64_t{gridDim.x} * Shape::kRows;
+  int64_t row = int64_t{blockIdx.x} * Shape::kRows + row_in_block;
 
-    // As they came: half the registers in 16-bit types.
-    Vec<T, kVec> dout_held[kHeld], sum_held[kHeld];
-    const auto read = [&](int held, int offset) {
-      dout_held[held] = load_vec<kVec>(static_cast<const T*>(p.dout) + at + offset);
-      sum_held[held] = load_vec<kVec>(static_cast<const T*>(p.sum) + at + offset);
-    };
+  // A row as it came: half the registers in 16-bit types. As words: the compiler would carry elements from turn to turn
+  // in a register each.
+  using Elements = Vec<T, kVec>;
+  using Words = std::conditional_t<kLoadsAhead<T, kVec>, Vec<uint32_t, (kVec + 1) / 2>, Elements>;
+  struct Held {
+    Words dout[kHeld], sum[kHeld];
+    float mean, rstd;
+  };
+  const auto read = [&](Held& held, int i, int64_t at) {
+    held.dout[i] = load_global(reinterpret_cast<const Words*>(static_cast<const T*>(p.dout) + at));
+    held.sum[i] = load_global(reinterpret_cast<const Words*>(static_cast<const T*>(p.sum) + at));
+  };
+  const auto elements_of = [](const Words& words) {
+    Elements elements;
+    __builtin_memcpy(&elements, &words, sizeof(elements));
+    forget(elements);
+    return elements;
+  };
+  const auto read_row = [&](Held& held, int64_t of) {
+    held.mean = load_global(p.mean + of);
+    held.rstd = load_global(p.rstd + of);
+    if constexpr (!kWide) {
+      columns([&](int i, int offset) { read(held, i, of * p.cols + columns.first + offset); });
+    }
+  };
+  constexpr bool kAhead = kLoadsAhead<T, kVec> && !kWide;
+  Held next;
+  if (kAhead && row < p.rows) read_row(next, row);
+  for (; row < p.rows; row += step) {
+    const int64_t at = row * p.cols + columns.first;
+    Held held;
+    if constexpr (kAhead) {
+      held = next;
+      read_row(next, min(row + step, p.rows - 1));  // past the last the last again, from L2: no branch
+    } else {
+      read_row(held, row);
+    }
+    const float mean = held.mean, rstd = held.rstd;
+
     float means[2] = {0, 0};  // of g and of g * xhat
     columns([&](int i, int offset) {
-      const int held = kWide ? 0 : i;
-      read(held, offset);
+      const int place = kWide ? 0 : i;
+      if constexpr (kWide) read(held, 0, at + offset);
+      const Elements douts = elements_of(held.dout[place]), row_sums = elements_of(held.sum[place]);
       float weight[kVec];
       load_parameter<T>(weight, p.weight, p.float_parameters, columns.first + offset);
 #pragma unroll
       for (int j = 0; j < kVec; ++j) {
-        const float dout = to_float(dout_held[held][j]);
-        const float xhat = (to_float(sum_held[held][j]) - mean) * rstd;
+        const float dout = to_float(douts[j]);
+        const float xhat = (to_float(row_sums[j]) - mean) * rstd;
         means[0] += dout * weight[j];
         means[1] += dout * weight[j] * xhat;
         acc[0][i][j] += dout;
         acc[1][i][j] += dout * xhat;
       }
     });
-    row_sum<kRowThreads, Shape::kThreads>(means, scratch);
-    scratch ^= row_sum_area(Shape::kThreads);
+    row_sum<kRowThreads>(means, scratch);
+    scratch ^= kArea;
     means[0] *= inv_cols;
     means[1] *= inv_cols;
 
     columns([&](int i, int offset) {
-      const int held = kWide ? 0 : i;
-      if constexpr (kWide) read(0, offset);
+      const int place = kWide ? 0 : i;
+      if constexpr (kWide) read(held, 0, at + offset);
+      const Elements douts = elements_of(held.dout[place]), row_sums = elements_of(held.sum[place]);
       float dx[kVec];
       load_parameter<T>(dx, p.weight, p.float_parameters, columns.first + offset);
 #pragma unroll
       for (int j = 0; j < kVec; ++j) {
-        const float xhat = (to_float(sum_held[held][j]) - mean) * rstd;
-        dx[j] = rstd * (to_float(dout_held[held][j]) * dx[j] - means[0] - xhat * means[1]);
+        const float xhat = (to_float(row_sums[j]) - mean) * rstd;
+        dx[j] = rstd * (to_float(douts[j]) * dx[j] - means[0] - xhat * means[1]);
       }
       if (p.dsum != nullptr) {
         float dsum[kVec];
@@ -300,7 +363,12 @@ layer_norm_backward_kernel(const LayerNormBackwardParams p) {
       if (k > 0) block_sync();
       columns([&](int i, int offset) {
 #pragma unroll
-        for (int j = 0; j < kVec; ++j) store_shared(mine + (offset + j) * 4, acc[k][i][j]);
+        for (int j = 0; j < kVec; j += kPiece) {
+          Piece sum;
+#pragma unroll
+          for (int l = 0; l < kPiece; ++l) sum[l] = acc[k][i][j + l];
+          store_shared(mine + (offset + j) * 4, sum);
+        }
       });
       block_sync();
       for (int col = static_cast<int>(threadIdx.x); col < cols; col += Shape::kThreads) {

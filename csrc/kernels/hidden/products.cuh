@@ -4,17 +4,17 @@
 // Tile      128 tokens in the plan's order by 128 outputs, four warps of 64 x 64, 64 deep.
 // Loads     all threads, 16-byte cp.async, three stages. Rows of x are gathered by the copies themselves: no permuted
 //           copy of x is made. What a token does not use arrives as zeros without being read, so that NaN there goes
-//           nowhere, and a tile of unlike tokens is exact.
+//           nowhere, and a tile of unlike tokens is exact. A thread reads its tokens and their uses before it copies.
 // Gather    the loop over depth walks the groups of the tile's union; gates multiply the left operand's fragments on
-//           their way from shared memory, in float32, rounded once, as x * gate would be. A token's gates are taken
-//           over a power of two that brings the largest to at most 1, and its sums times it: no product passes 16 bits.
+//           their way from shared memory, one step of 16 ahead of the products, in float32, rounded once. A token's
+//           gates are taken over a power of two: no product passes 16 bits.
 // Scatter   a warp's 64 outputs belong to one group (a narrower group leaves some unused); where the tile's union lacks
-//           it, zeros are written and nothing is multiplied. Gates, bias and the products with another tensor (gradient
-//           of gates) are in the epilogue, by token; gates multiply the sums before they are rounded.
+//           it, zeros are written. Gates, before rounding, bias and dots with another tensor are in the epilogue.
 // Stores    from registers, 16 bytes a lane, rows where they belong: each output is written once, no atomics.
-// Bounds    2 tokens O (groups in use) m FLOP; x, w of the union and the output move once. d = 4096, half in use, 8192
-//           tokens: 137 GFLOP, 0.28 ms at mma.sync's 490 TFLOP/s on an H200, against 0.17 GB, 0.04 ms at 4.3 TB/s.
-// Measured  not yet: no GPU run so far.
+// Bounds    2 tokens O (groups in use) m FLOP at block_gemm.cuh's 403 TFLOP/s on an H100. d = 2048, half in use, 8192
+//           tokens: 34 GFLOP, 40 with the unions of tiles, 0.1 ms, against 0.08 GB, 0.03 ms. The plan is 27 us more.
+// Measured  on an H100 with that plan, before tokens were read ahead of the copies and gates ahead of the products:
+//           gather and scatter 206 us, with all groups in use 326 and 267 us. Expected now: 145, 135, 235, 215 us.
 #pragma once
 
 #include "device/block_tile.cuh"
@@ -41,17 +41,30 @@ __device__ __forceinline__ uint64_t groups_at(const Routes& r, int tile) {
   return r.num_groups == 64 ? groups : groups & ((uint64_t{1} << r.num_groups) - 1);
 }
 
-// What a CTA keeps about its tokens beside the stages: which they are, what they use, and of gates [groups][tokens], 0
-// where a token does not use a group, over a power of two, which comes behind them.
+// What a CTA keeps about its tokens beside the stages: what they use, which they are, the rows that use each group, and
+// of gates [groups][tokens], 0 where a token does not use a group, over a power of two, which comes behind them.
 struct TileTokens {
+  static constexpr int kTurns = kHiddenTile / (HiddenTileShape::kThreads / 8);  // rows that a thread copies
+  static constexpr int kRowStep = kHiddenTile / kTurns;                         // from one of them to the next
+  static constexpr int kUsesAt = kHiddenTile * 12, kGatesAt = kUsesAt + kMaxGroups * (kHiddenTile / 8);
+  static_assert(HiddenTileShape::kThreads == kHiddenTile, "a thread a token");
+
   uint32_t base;
 
   __host__ __device__ static constexpr int bytes(int gate_groups) {
-    return kHiddenTile * (4 + 8 + 4 * gate_groups + (gate_groups > 0 ? 4 : 0));
+    return kGatesAt + kHiddenTile * (4 * gate_groups + (gate_groups > 0 ? 4 : 0));
   }
-  __device__ __forceinline__ uint32_t gates() const { return base + kHiddenTile * 12; }
-  __device__ __forceinline__ int token(int row) const { return load_shared<int>(base + kHiddenTile * 8 + row * 4); }
+  // Rows that one thread copies are neighbours.
+  __device__ __forceinline__ uint32_t token_address(int row) const {
+    return base + kHiddenTile * 8 + (row % kRowStep * kTurns + row / kRowStep) * 4;
+  }
+  __device__ __forceinline__ uint32_t gates() const { return base + kGatesAt; }
+  __device__ __forceinline__ int token(int row) const { return load_shared<int>(token_address(row)); }
   __device__ __forceinline__ uint64_t mask(int row) const { return load_shared<uint64_t>(base + row * 8); }
+  // Bit r % 32 of word r / 32: whether row r uses the group.
+  __device__ __forceinline__ Vec<uint32_t, 4> rows_that_use(int group) const {
+    return load_shared<Vec<uint32_t, 4>>(base + kUsesAt + group * 16);
+  }
   __device__ __forceinline__ float gate(int group, int row) const {
     return load_shared<float>(gates() + (group * kHiddenTile + row) * 4);
   }
@@ -60,20 +73,41 @@ struct TileTokens {
     return gates() + (p.num_groups * kHiddenTile + row) * 4;
   }
 
-  // A thread a token. `gates_` may be null. No barrier.
-  __device__ __forceinline__ void load(const Routes& p, int tile, const float* gates_) const {
+  // A thread a token. No barrier.
+  __device__ __forceinline__ void load(const Routes& p, int tile) const {
     const int row = static_cast<int>(threadIdx.x);
     const int token = token_at(p, int64_t{tile} * kHiddenTile + row);
     const uint64_t mask = token < 0 ? 0 : static_cast<uint64_t>(load_global(p.group_mask + token));
-    store_shared(base + kHiddenTile * 8 + row * 4, token);
+    store_shared(token_address(row), token);
     store_shared(base + row * 8, mask);
-    if (gates_ == nullptr) return;
-    float largest = 0.f;
+  }
+  // Of each group the rows that use it. After load().
+  __device__ __forceinline__ void load_uses(const Routes& p) const {
+    const uint64_t mask = this->mask(static_cast<int>(threadIdx.x));
     for (int g = 0; g < p.num_groups; ++g) {
-      const bool used = mask >> g & 1;
-      const float gate = used ? load_global(gates_ + int64_t{token} * p.num_groups + g) : 0.f;
-      largest = fmaxf(largest, fabsf(gate));
-      store_shared(gates() + (g * kHiddenTile + row) * 4, gate);
+      const uint32_t rows = ballot(mask >> g & 1);
+      if (lane_id() == 0) store_shared(base + kUsesAt + g * 16 + warp_id() * 4, rows);
+    }
+  }
+  // The gates. After load(); several are asked for at once, as each waits for memory.
+  __device__ __forceinline__ void load_gates(const Routes& p, const float* from) const {
+    constexpr int kAtOnce = 8;
+    const int row = static_cast<int>(threadIdx.x);
+    const uint64_t mask = this->mask(row);
+    from += int64_t{token(row)} * p.num_groups;
+    float largest = 0.f;
+    for (int first = 0; first < p.num_groups; first += kAtOnce) {
+      float some[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int g = first + i;
+        some[i] = g < p.num_groups && (mask >> g & 1) ? load_global(from + g) : 0.f;
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        largest = fmaxf(largest, fabsf(some[i]));
+        if (first + i < p.num_groups) store_shared(gates() + ((first + i) * kHiddenTile + row) * 4, some[i]);
+      }
     }
     const PowerOfTwo power = power_above(largest);
     store_shared(unit(p, row), power.value);
@@ -84,18 +118,28 @@ struct TileTokens {
   }
 };
 
-// Copies kRows rows of 64 columns of x, as far as cols reach, to the tile: that of the token in row i where `use` says
-// so of its mask, zeros elsewhere.
-template <int kThreads, class T, class Use>
+// Copies the rows of 64 columns of x, as far as cols reach, to the tile: that of the token in row r where bit r of
+// `uses` is set, zeros elsewhere. What a thread needs of its tokens is read before the first copy: behind a copy it
+// would wait for shared memory at each.
+template <class T>
 __device__ __forceinline__ void copy_tokens_async(SharedTile<64> tile, const T* x, int64_t stride, int cols,
-                                                  TileTokens tokens, Use&& use) {
-  const int c = static_cast<int>(threadIdx.x) % 8;
+                                                  TileTokens tokens, Vec<uint32_t, 4> uses) {
+  constexpr int kTurns = TileTokens::kTurns, kStep = TileTokens::kRowStep;
+  const int c = static_cast<int>(threadIdx.x) % 8, first = static_cast<int>(threadIdx.x) / 8;
+  int token[kTurns];
 #pragma unroll
-  for (int i = 0; i < kHiddenTile; i += kThreads / 8) {
-    const int row = i + static_cast<int>(threadIdx.x) / 8;
-    const int token = tokens.token(row);
-    const bool valid = token >= 0 && c * kChunk < cols && use(tokens.mask(row));
-    cp_async_16(tile.chunk(row, c), x + (valid ? token : 0) * stride + (valid ? c * kChunk : 0), valid);
+  for (int i = 0; i < kTurns; i += 4) {
+    const auto four = load_shared<Vec<int, 4>>(tokens.token_address(first) + i * 4);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) token[i + j] = four[j];
+  }
+  const bool in_row = c * kChunk < cols;
+  const T* from = x + c * kChunk;
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) {
+    const int row = i * kStep + first;
+    const bool valid = in_row && token[i] >= 0 && (uses[i * kStep / 32] >> (i * kStep % 32) >> first & 1);
+    cp_async_16(tile.chunk(row, c), from + token[i] * stride, valid);
   }
 }
 
@@ -126,23 +170,32 @@ struct GroupSteps {
   }
 };
 
-// acc[16 kM x 8 kN] += A[16 kM x 16 kSteps] B^T of a tile B; left(m, step, a) gives A's fragments.
-template <class T, int kSteps, int kM, int kN, int kCols, class Left>
-__device__ __forceinline__ void mma_left_bt(float (&acc)[kM][kN][4], Left&& left, SharedTile<kCols> b) {
-  const uint32_t lane = opaque(lane_offset_quarters<kCols>());
+// One step of a warp: acc[64 x 64] += A B^T, 64 deep, B as copy_weight_async left it. left(m, step, a) gives A's
+// fragments. Those of the next 16 columns are asked for between the products of these, so that what `left` does to them
+// runs beside the tensor cores.
+template <class T, bool kTransposed, int kM, int kN, class Left>
+__device__ __forceinline__ void multiply_step(float (&acc)[kM][kN][4], Left&& left, SharedTile<64> b) {
+  static_assert(kN == 2 * kM, "one fragment of A for each two of B");
+  constexpr int kSteps = kHiddenBlock / 16;
+  const uint32_t lane = opaque(kTransposed ? lane_offset_halves<64>() : lane_offset_quarters<64>());
+  uint32_t fa[2][kM][4];
+#pragma unroll
+  for (int m = 0; m < kM; ++m) left(m, 0, fa[0][m]);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    uint32_t fa[kM][4];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) left(m, step, fa[m]);
-#pragma unroll
-    for (int n = 0; n < kN; n += 2) {
+    for (int pair = 0; pair < kM; ++pair) {
       uint32_t fb[4];
-      load_b_transposed(fb, b, lane, 8 * n, 16 * step);
+      if constexpr (kTransposed) {
+        load_b(fb, b, lane, 16 * step, 16 * pair);
+      } else {
+        load_b_transposed(fb, b, lane, 16 * pair, 16 * step);
+      }
+      if (step + 1 < kSteps) left(pair, step + 1, fa[(step + 1) % 2][pair]);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        mma_m16n8k16<T>(acc[m][n], fa[m], fb[0], fb[1]);
-        mma_m16n8k16<T>(acc[m][n + 1], fa[m], fb[2], fb[3]);
+        mma_m16n8k16<T>(acc[m][2 * pair], fa[step % 2][m], fb[0], fb[1]);
+        mma_m16n8k16<T>(acc[m][2 * pair + 1], fa[step % 2][m], fb[2], fb[3]);
       }
     }
   }
@@ -163,17 +216,6 @@ __device__ __forceinline__ void scale_rows(float (&acc)[kM][kN][4], Of&& of) {
         acc[m][n][2 * half + 1] *= factor;
       }
     }
-  }
-}
-
-// One step of a warp: acc[64 x 64] += A B^T, 64 deep, B as copy_weight_async left it. left(m, step, a) gives A's
-// fragments.
-template <class T, bool kTransposed, int kM, int kN, class Left>
-__device__ __forceinline__ void multiply_step(float (&acc)[kM][kN][4], Left&& left, SharedTile<64> b) {
-  if constexpr (kTransposed) {
-    mma_ab<T, 4>(acc, left, b, 0, 0, 64);
-  } else {
-    mma_left_bt<T, 4>(acc, left, b);
   }
 }
 
@@ -210,7 +252,8 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
   if (token_at(r, int64_t{tile} * kHiddenTile) < 0) return;  // no tokens
 
   const TileTokens tokens = Stage::tokens();
-  tokens.load(r, tile, p.gates);
+  tokens.load(r, tile);
+  tokens.load_uses(r);
   uint64_t groups = groups_at(r, tile);
   if (r.out_mask != nullptr) groups &= static_cast<uint64_t>(load_global(r.out_mask + part));
   const int cls = class_at(r, tile);
@@ -218,12 +261,10 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
 
   const int steps = popcount(groups) * ceil_div(r.width, kHiddenBlock);
   GroupSteps now(groups), ahead(groups);
-  const auto load = [&](int /*step*/, int stage) {
-    const int group = ahead.group;
-    const int64_t at = int64_t{group} * r.width + ahead.depth;
-    copy_tokens_async<Shape::kThreads>(Stage::x(stage), static_cast<const T*>(p.x) + at, p.x_stride,
-                                       r.width - ahead.depth, tokens,
-                                       [&](uint64_t mask) { return static_cast<bool>(mask >> group & 1); });
+  const auto load = [&](int step, int stage) {
+    const int64_t at = int64_t{ahead.group} * r.width + ahead.depth;
+    copy_tokens_async(Stage::x(stage), static_cast<const T*>(p.x) + at, p.x_stride, r.width - ahead.depth, tokens,
+                      tokens.rows_that_use(ahead.group));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int first = half * kHiddenBlock;
@@ -232,6 +273,7 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
                                                       cols - first, r.width - ahead.depth);
     }
     ahead.advance(r.width);
+    if (step == 0 && p.gates != nullptr) tokens.load_gates(r, p.gates);  // while the first copies are under way
   };
   const int warp_row = Shape::warp_row(), warp_col = Shape::warp_col();
   float acc[kM][kN][4] = {};
@@ -244,15 +286,20 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
       multiply_step<T, kTransposed>(acc, plain, Stage::w(stage, warp_col / kHiddenBlock));
     } else {
       const int g = opaque_lane() / 4;
+      float gates[kM][2];  // of this lane's rows
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) gates[m][i] = tokens.gate(now.group, warp_row + 16 * m + 8 * i + g);
+      }
       multiply_step<T, kTransposed>(
           acc,
           [&](int m, int k, uint32_t (&a)[4]) {
             plain(m, k, a);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const float gate = tokens.gate(now.group, warp_row + 16 * m + 8 * (i % 2) + g);
               const auto pair = unpack2<T>(a[i]);
-              a[i] = pack2<T>(pair[0] * gate, pair[1] * gate);
+              a[i] = pack2<T>(pair[0] * gates[m][i % 2], pair[1] * gates[m][i % 2]);
             }
           },
           Stage::w(stage, warp_col / kHiddenBlock));
@@ -260,7 +307,7 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
     now.advance(r.width);
   });
 
-  if (p.gates != nullptr) {
+  if (p.gates != nullptr && steps > 0) {
     scale_rows(acc, [&](int row) { return load_shared<float>(tokens.unit(r, warp_row + row)); });
   }
   const int cols_left = cols - warp_col;
@@ -311,7 +358,7 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
   if (token_at(r, int64_t{tile} * kHiddenTile) < 0) return;  // no tokens
 
   const TileTokens tokens = Stage::tokens();
-  tokens.load(r, tile, nullptr);
+  tokens.load(r, tile);
   const uint64_t groups = groups_at(r, tile);
   const int cls = class_at(r, tile);
   const GroupBlock halves[2] = {{work, first_block, groups}, {work, first_block + 1, groups}};
@@ -344,8 +391,8 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
 
   const auto load = [&](int /*step*/, int stage) {
     const int64_t at = int64_t{ahead.part} * r.part + ahead.depth;
-    copy_tokens_async<Shape::kThreads>(Stage::x(stage), static_cast<const T*>(p.x) + at, p.x_stride,
-                                       r.part - ahead.depth, tokens, [](uint64_t) { return true; });
+    copy_tokens_async(Stage::x(stage), static_cast<const T*>(p.x) + at, p.x_stride, r.part - ahead.depth, tokens,
+                      Vec<uint32_t, 4>{{~0u, ~0u, ~0u, ~0u}});
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const GroupBlock& b = halves[half];

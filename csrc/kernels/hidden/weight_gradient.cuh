@@ -3,12 +3,15 @@
 // Tile      128 dimensions of the side that is not routed by two blocks of 64 of the routed one, which may be of two
 //           groups; four warps of 64 x 64; 64 tokens at a time, in the plan's order.
 // Loads     all threads, 16-byte cp.async of rows that the copies gather, three stages. A CTA first lists the tiles of
-//           its range whose union has one of its groups: the others cost nothing. Tokens, masks and gates of the next
-//           64 are fetched while the copies before them are under way.
-// Gates     multiply the routed operand's fragments on their way from shared memory, in float32, rounded once.
+//           its range whose union has one of its groups: the others cost nothing. Tokens, masks and gates are asked for
+//           4, 3 and 2 steps before they are used: each follows from the one before and takes a memory latency.
+// Gates     multiply the routed operand's fragments on their way from shared memory, beside the products of the
+//           fragments before, in float32, rounded once.
 // Sums      float32. Ranges of tiles leave partial sums that column_sum.cuh adds in a fixed order: no atomics.
-// Bounds    as products.cuh, with tokens as depth: 2 tokens O (groups in use) m FLOP.
-// Measured  not yet: no GPU run so far.
+// Bounds    as products.cuh, with tokens as depth: 2 tokens O (groups in use) m FLOP; but a CTA of a group that all
+//           tokens use goes through all of them, and with few CTAs, as at d = 2048, it decides the time.
+// Measured  412 us on an H100 (d = 2048, half in use, 8192 tokens), when each step waited for its tokens, their masks
+//           and their gates one after the other. Expected now: 160 us.
 #pragma once
 
 #include "hidden/products.cuh"
@@ -62,12 +65,13 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
   const Routes& r = p.routes;
   const int thread = static_cast<int>(threadIdx.x);
 
-  // CTAs of one range are neighbours: its rows stay in L2.
+  // CTAs of one range are neighbours: its rows stay in L2. Within it those of one pair: the pairs of groups that all
+  // tokens use, mostly the first, have more to do than others and go to different SMs that way.
   int cta = static_cast<int>(blockIdx.x);
-  const int pair = cta % work.pairs;
-  cta /= work.pairs;
   const int other_tile = cta % work.others;
   cta /= work.others;
+  const int pair = cta % work.pairs;
+  cta /= work.pairs;
   const int cls = cta % r.num_classes, split = cta / r.num_classes;
   const int part = other_tile / work.part_others;
   const int first_in_part = (other_tile - part * work.part_others) * Shape::kM;
@@ -117,56 +121,74 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
   block_sync();
   const int steps = load_shared<int>(list) * kSteps;
 
-  // A token of a step: which, the halves it uses, and its gates; threads 0 to 63 fetch a step's ahead of its copies.
+  // A token of a step: which, the halves it uses, and its gates. Each follows from the one before, and each waits for
+  // memory: threads 0 to 63 ask for one of them a step, so that nothing is waited for in the step that asks.
   struct Fetched {
     int token, uses;
     float gates[2];
   };
-  const auto fetch = [&](int step) {
-    Fetched f{-1, 0, {0.f, 0.f}};
-    if (thread >= kTokens || step >= steps) return f;
+  const bool fetches = thread < kTokens;
+  const auto ask_token = [&](int step) {
+    if (!fetches || step >= steps) return -1;
     const int tile = load_shared<int>(list + 4 * (1 + step / kSteps));
-    f.token = token_at(r, int64_t{tile} * kHiddenTile + step % kSteps * kTokens + thread);
-    if (f.token < 0) return f;
-    f.uses = static_cast<int>(halves_of(static_cast<uint64_t>(load_global(r.group_mask + f.token))));
+    return load_global(r.perm + int64_t{tile} * kHiddenTile + step % kSteps * kTokens + thread);
+  };
+  const auto bounded = [&](int token) { return token < r.tokens ? token : -1; };
+  const auto ask_mask = [&](int token) {
+    return token < 0 ? 0 : static_cast<uint64_t>(load_global(r.group_mask + token));
+  };
+  const auto ask_gates = [&](int token, uint64_t mask) {
+    Fetched f{token, static_cast<int>(halves_of(mask)), {0.f, 0.f}};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (f.uses >> half & 1 && p.gates != nullptr) {
-        f.gates[half] = load_global(p.gates + int64_t{f.token} * r.num_groups + halves[half].group);
+        f.gates[half] = load_global(p.gates + int64_t{token} * r.num_groups + halves[half].group);
       }
     }
     return f;
   };
   const auto keep = [&](int step, const Fetched& f) {
-    if (thread >= kTokens) return;
+    if (!fetches) return;
     store_shared(GradStage::token(step, thread), Vec<int, 2>{{f.token, f.uses}});
 #pragma unroll
     for (int half = 0; half < 2; ++half) store_shared(GradStage::gate(step, half, thread), f.gates[half]);
   };
-  keep(0, fetch(0));
-  Fetched next = fetch(1);
+  const int token0 = bounded(ask_token(0)), token1 = bounded(ask_token(1));
+  int masked = bounded(ask_token(2));  // the token whose mask has been asked for
+  int asked = ask_token(3);            // the token that has been asked for
+  const uint64_t mask0 = ask_mask(token0), mask1 = ask_mask(token1);
+  uint64_t mask = ask_mask(masked);
+  keep(0, ask_gates(token0, mask0));
+  Fetched next = ask_gates(token1, mask1);
   block_sync();
 
   const auto load = [&](int step, int stage) {
     if (step > 0 && step < Shape::kStages - 1) block_sync();  // the first loads follow each other with none between
     // 16 chunks of a row of `other`, 8 of each half: a thread has the same column and the same rows of both.
+    constexpr int kRowStep = Shape::kThreads / 16, kTurns = kTokens / kRowStep;
     const int c = thread % 16, half = c / 8;
     const Half mine = half_at(half);
     const int other_left = rows - c * kChunk, left = mine.cols - c % 8 * kChunk;
     const T* other = static_cast<const T*>(p.other) + first_other + c * kChunk;
     const T* routed = static_cast<const T*>(p.routed) + int64_t{mine.group} * r.width + mine.first + c % 8 * kChunk;
+    Vec<int, 2> tokens[kTurns];  // before the first copy: behind it each would wait for shared memory
 #pragma unroll
-    for (int i = 0; i < kTokens; i += Shape::kThreads / 16) {
-      const int row = i + thread / 16;
-      const auto token = load_shared<Vec<int, 2>>(GradStage::token(step, row));
-      const bool any = token[1] != 0 && other_left > 0;
-      const bool uses = (token[1] >> half & 1) && left > 0;
-      cp_async_16(GradStage::other(stage).chunk(row, c), any ? other + token[0] * p.other_stride : p.other, any);
-      cp_async_16(GradStage::routed(stage, half).chunk(row, c % 8),
-                  uses ? routed + token[0] * p.routed_stride : p.routed, uses);
+    for (int i = 0; i < kTurns; ++i) {
+      tokens[i] = load_shared<Vec<int, 2>>(GradStage::token(step, i * kRowStep + thread / 16));
+    }
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) {
+      const int row = i * kRowStep + thread / 16;
+      const bool any = tokens[i][1] != 0 && other_left > 0;
+      const bool uses = (tokens[i][1] >> half & 1) && left > 0;
+      cp_async_16(GradStage::other(stage).chunk(row, c), other + tokens[i][0] * p.other_stride, any);
+      cp_async_16(GradStage::routed(stage, half).chunk(row, c % 8), routed + tokens[i][0] * p.routed_stride, uses);
     }
     keep(step + 1, next);
-    next = fetch(step + 2);
+    next = ask_gates(masked, mask);
+    masked = bounded(asked);
+    mask = ask_mask(masked);
+    asked = ask_token(step + 4);
   };
   const int warp_row = Shape::warp_row(), half = Shape::warp_col() / kHiddenBlock;
   float acc[kM][kN][4] = {};
@@ -174,33 +196,46 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
   pipeline<Shape::kStages>(steps, load, [&](int stage) {
     const uint32_t lane_a = opaque(lane_offset_quarters<128>()), lane_b = opaque(lane_offset_halves<64>());
     const int t = opaque_lane() % 4;
-#pragma unroll 1
-    for (int k = 0; k < kTokens; k += 16) {
-      uint32_t a[kM][4];
-#pragma unroll
-      for (int m = 0; m < kM; ++m) load_a_transposed(a[m], GradStage::other(stage), lane_a, k, warp_row + 16 * m);
-      float gates[4];  // of tokens 2t, 2t + 1, and 8 further
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        gates[i] = load_shared<float>(GradStage::gate(now, half, k + i / 2 * 8 + 2 * t + i % 2));
-      }
-#pragma unroll
-      for (int n = 0; n < kN; n += 2) {
-        uint32_t b[4];
-        load_b(b, GradStage::routed(stage, half), lane_b, k, 8 * n);
-        if (p.gates != nullptr) {
+    const auto multiply = [&]<bool kGates>() {
+#pragma unroll 2
+      for (int k = 0; k < kTokens; k += 16) {
+        uint32_t a[kM][4], b[2][4];
+        float gates[4];  // of tokens 2t, 2t + 1, and 8 further
+        if constexpr (kGates) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const auto two = unpack2<T>(b[i]);
-            b[i] = pack2<T>(two[0] * gates[i % 2 * 2], two[1] * gates[i % 2 * 2 + 1]);
+            gates[i] = load_shared<float>(GradStage::gate(now, half, k + i / 2 * 8 + 2 * t + i % 2));
           }
         }
+        const auto right = [&](int n, uint32_t (&to)[4]) {
+          load_b(to, GradStage::routed(stage, half), lane_b, k, 8 * n);
+          if constexpr (kGates) {
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
-          mma_m16n8k16<T>(acc[m][n], a[m], b[0], b[1]);
-          mma_m16n8k16<T>(acc[m][n + 1], a[m], b[2], b[3]);
+            for (int i = 0; i < 4; ++i) {
+              const auto two = unpack2<T>(to[i]);
+              to[i] = pack2<T>(two[0] * gates[i % 2 * 2], two[1] * gates[i % 2 * 2 + 1]);
+            }
+          }
+        };
+#pragma unroll
+        for (int m = 0; m < kM; ++m) load_a_transposed(a[m], GradStage::other(stage), lane_a, k, warp_row + 16 * m);
+        right(0, b[0]);
+#pragma unroll
+        for (int n = 0; n < kN; n += 2) {
+          const int place = n / 2 % 2;
+          if (n + 2 < kN) right(n + 2, b[1 - place]);  // beside the products of this
+#pragma unroll
+          for (int m = 0; m < kM; ++m) {
+            mma_m16n8k16<T>(acc[m][n], a[m], b[place][0], b[place][1]);
+            mma_m16n8k16<T>(acc[m][n + 1], a[m], b[place][2], b[place][3]);
+          }
         }
       }
+    };
+    if (p.gates != nullptr) {
+      multiply.template operator()<true>();
+    } else {
+      multiply.template operator()<false>();
     }
     ++now;
   });
