@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/device_facts.h"
+#include "kernels/common/device_facts.h"
 #include "simt/builtins.h"
 #include "simt/copies.h"
 #include "simt/fibre.h"

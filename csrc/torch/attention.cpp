@@ -183,8 +183,8 @@ BackwardResult varlen_attention_backward(Tensor dout, std::optional<Tensor> dlse
   check_aligned(kOp, "q", q);
   check_aligned(kOp, "k", k);
   check_aligned(kOp, "v", v);
-  dout = readable(dout);
-  out = readable(out);
+  dout = with_aligned_rows(dout);
+  out = with_aligned_rows(out);
   BackwardResult result{empty(kOp, sizes_of(q), q.scalar_type(), q), empty(kOp, sizes_of(k), q.scalar_type(), q),
                         empty(kOp, sizes_of(v), q.scalar_type(), q)};
   const Tensor delta = empty(kOp, {q.size(1), q.size(0)}, ScalarType::Float, q);

@@ -91,42 +91,14 @@ const char* no_kernel(const Launch& launch, const Arguments& a, bool backward) {
 
 // ---- tensors as the kernels take them ----
 
-// The stride of a dimension of one element means nothing and may be odd; no address is made of it.
-int64_t stride_of(const Tensor& t, int64_t dim) { return t.size(dim) > 1 ? t.stride(dim) : 0; }
-
-// Of rows and heads, which stand before the last dimension.
 int64_t row_stride(const Tensor& t) { return stride_of(t, t.dim() - 3); }
 int64_t head_stride(const Tensor& t) { return stride_of(t, t.dim() - 2); }
 int64_t gap(const Tensor& t) { return t.dim() == 4 ? stride_of(t, 0) - t.size(1) * row_stride(t) : 0; }
 
-bool aligned_to(const Tensor& t, int64_t alignment) {
-  const auto bytes = static_cast<int64_t>(t.element_size());
-  const int64_t last = t.dim() - 1;
-  if (t.size(last) > 1 && t.stride(last) != 1) return false;
-  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % alignment != 0) return false;
-  for (int64_t dim = 0; dim < last; ++dim) {
-    if (stride_of(t, dim) * bytes % alignment != 0) return false;
-  }
-  return true;
-}
-
-void check_operand(const char* op, const char* name, const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  check(t.size(last) <= 1 || t.stride(last) == 1, op, ": ", name,
-        " must be contiguous in its last dimension; call .contiguous()");
-  check(aligned_to(t, 16), op, ": ", name,
-        " must be 16-byte aligned, its rows and heads too, got a slice that is not; call .clone()");
-}
-
-Tensor made_readable(const Tensor& t, int64_t alignment) {
-  if (aligned_to(t, alignment)) return t;
-  return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
-}
 std::optional<Tensor> readable_state(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(made_readable(*t, 8)) : std::nullopt;
+  return t ? std::optional<Tensor>(with_aligned_rows(*t, 8)) : std::nullopt;
 }
 
-HeadsView heads_view(const Launch& launch, const Tensor& t) { return {launch.in(t), row_stride(t), head_stride(t)}; }
 StateView state_view(const Launch& launch, const std::optional<Tensor>& t) {
   if (!t) return {nullptr, 0, 0, 0};
   return {launch.in<float>(*t), row_stride(*t), head_stride(*t), gap(*t)};
@@ -134,9 +106,9 @@ StateView state_view(const Launch& launch, const std::optional<Tensor>& t) {
 
 AttentionProblem problem(const Launch& launch, const Arguments& a) {
   const auto head_dim = static_cast<int>(a.head_dim());
-  return {.q = heads_view(launch, a.q),
-          .k = heads_view(launch, a.k),
-          .v = heads_view(launch, a.v),
+  return {.q = view(launch, a.q),
+          .k = view(launch, a.k),
+          .v = view(launch, a.v),
           .cu_seqlens_q = a.varlen() ? launch.in<int32_t>(*a.cu_seqlens_q) : nullptr,
           .cu_seqlens_k = a.varlen() ? launch.in<int32_t>(*a.cu_seqlens_k) : nullptr,
           .batch = static_cast<int>(a.batch()),
@@ -191,9 +163,9 @@ ForwardResult attention_step(Tensor q, Tensor k, Tensor v, std::optional<Tensor>
                                           window_right, q_offset, k_offset, q_stride, k_stride, cu_seqlens_q,
                                           cu_seqlens_k);
   }
-  check_operand(kOp, "q", q);
-  check_operand(kOp, "k", k);
-  check_operand(kOp, "v", v);
+  check_aligned(kOp, "q", q);
+  check_aligned(kOp, "k", k);
+  check_aligned(kOp, "v", v);
   if (out) {
     check_state(kOp, "out", *out, sizes_of(q), q);
     check_state(kOp, "lse", *lse, a.row_sizes(), q);
@@ -232,15 +204,15 @@ BackwardResult attention_step_backward(Tensor dout, Tensor delta, Tensor q, Tens
                                                   causal, window_left, window_right, q_offset, k_offset, q_stride,
                                                   k_stride, cu_seqlens_q, cu_seqlens_k, deterministic);
   }
-  check_operand(kOp, "q", q);
-  check_operand(kOp, "k", k);
-  check_operand(kOp, "v", v);
+  check_aligned(kOp, "q", q);
+  check_aligned(kOp, "k", k);
+  check_aligned(kOp, "v", v);
   check_state(kOp, "delta", delta, a.row_sizes(), q);
   check_state(kOp, "lse", lse, a.row_sizes(), q);
   if (dq) check_state(kOp, "dq", *dq, sizes_of(q), q);
   if (dk) check_state(kOp, "dk", *dk, sizes_of(k), q);
   if (dv) check_state(kOp, "dv", *dv, sizes_of(v), q);
-  dout = made_readable(dout, 16);
+  dout = with_aligned_rows(dout);
   delta = torch::stable::contiguous(delta);
   lse = torch::stable::contiguous(lse);
   dk = readable_state(dk);
@@ -260,7 +232,7 @@ BackwardResult attention_step_backward(Tensor dout, Tensor delta, Tensor q, Tens
   }
   launch_attention_step_backward({.problem = problem(launch, a),
                                   .step = layout(a, &dout),
-                                  .dout = heads_view(launch, dout),
+                                  .dout = view(launch, dout),
                                   .lse = launch.in<float>(lse),
                                   .delta = launch.in<float>(delta),
                                   .dq_before = state_view(launch, dq),

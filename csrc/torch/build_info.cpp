@@ -1,11 +1,13 @@
 #include "build_info.h"
 
+#include "kernels/activation/launch.h"
 #include "kernels/attention/launch.h"
-#include "kernels/device_facts.h"
-#include "kernels/encoder/launch.h"
+#include "kernels/common/device_facts.h"
 #include "kernels/fft_conv/launch.h"
-#include "kernels/hidden/launch.h"
 #include "kernels/monarch/launch.h"
+#include "kernels/norm/launch.h"
+#include "kernels/packing/launch.h"
+#include "kernels/routing/launch.h"
 #include "kernels/short_conv/launch.h"
 #include "kernels/window/launch.h"
 
@@ -68,7 +70,9 @@ std::string kernel_table() {
   std::string table;
   for (const std::string& family : {
            attention_kernel_table(),
-           encoder_kernel_table(),
+           packing_kernel_table(),
+           layer_norm_kernel_table(),
+           gelu_kernel_table(),
            fft_conv_kernel_table(),
            hidden_kernel_table(),
            monarch_kernel_table(),

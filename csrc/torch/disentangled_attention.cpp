@@ -301,8 +301,8 @@ BackwardResult disentangled_attention_backward(Tensor dout, Tensor q, Tensor k, 
   check_aligned(kOp, "q", q);
   check_aligned(kOp, "k", k);
   check_aligned(kOp, "v", v);
-  dout = readable(dout);
-  out = readable(out);
+  dout = with_aligned_rows(dout);
+  out = with_aligned_rows(out);
   // Made again rather than kept from the forward: they are heads * width numbers a token.
   const auto c2p = relative_scores(kOp, a, q, pos_key, columns);
   const auto p2c = relative_scores(kOp, a, k, pos_query, columns);

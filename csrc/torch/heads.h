@@ -1,8 +1,6 @@
 // What the bindings of attention ops share: tensors of heads as the kernels take them, and the offsets of sequences.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <cmath>
 #include <optional>
 
@@ -32,30 +30,17 @@ inline const char* no_attention_kernel(const Tensor& q, const Tensor& k, std::op
   return no_attention_kernel(q.scalar_type(), q.size(0), k.size(0), q.size(1), softmax_scale);
 }
 
-inline bool aligned(const Tensor& t) {
-  const auto bytes = static_cast<int64_t>(t.element_size());
-  return (t.size(2) <= 1 || t.stride(2) == 1) && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 &&
-         (t.size(0) <= 1 || t.stride(0) * bytes % 16 == 0) && (t.size(1) <= 1 || t.stride(1) * bytes % 16 == 0);
-}
-
 // The kernels copy 16 bytes at a time. A copy of q, k or v would cost as much as some calls do, so it is left to the
 // caller.
 inline void check_aligned(const char* op, const char* name, const Tensor& t) {
-  check(t.size(2) <= 1 || t.stride(2) == 1, op, ": ", name,
+  check(last_dimension_is_contiguous(t), op, ": ", name,
         " must be contiguous in its last dimension; call .contiguous()");
-  check(aligned(t), op, ": ", name,
+  check(has_aligned_rows(t), op, ": ", name,
         " must be 16-byte aligned, its rows and heads too, got a slice that is not; call .clone()");
 }
 
-// Gradients come as autograd made them, expanded for instance: what the kernels cannot read is copied first.
-inline Tensor readable(const Tensor& t) {
-  if (aligned(t)) return t;
-  return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
-}
-
 inline HeadsView view(const Launch& launch, const Tensor& t) {
-  // The stride of a dimension of one element means nothing and may be odd; no address is made of it.
-  return {launch.in(t), t.size(0) > 1 ? t.stride(0) : 0, t.size(1) > 1 ? t.stride(1) : 0};
+  return {launch.in(t), stride_of(t, t.dim() - 3), stride_of(t, t.dim() - 2)};
 }
 
 }  // namespace warpform

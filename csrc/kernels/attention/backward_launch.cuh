@@ -1,8 +1,8 @@
 // Instantiation and choice of the backward kernels of one head dimension bucket.
 #pragma once
 
-#include "attention/backward.cuh"
-#include "attention/dq.cuh"
+#include "attention/backward_dkdv.cuh"
+#include "attention/backward_dq.cuh"
 #include "attention/instances.h"
 #include "device/launch.cuh"
 

@@ -20,7 +20,7 @@
 #pragma once
 
 #include "attention/relative_gradient.cuh"
-#include "attention/scores.cuh"
+#include "attention/score_mods.cuh"
 #include "attention/tiles.cuh"
 
 namespace warpform {

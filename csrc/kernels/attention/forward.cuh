@@ -14,8 +14,8 @@
 // Measured  not yet: no GPU run so far.
 #pragma once
 
+#include "attention/full_attention.cuh"
 #include "attention/tiles.cuh"
-#include "attention/whole.cuh"
 #include "device/softmax.cuh"
 
 namespace warpform {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <string>
 
-#include "kernels/divisor.h"
+#include "common/divisor.h"
 
 namespace warpform {
 

@@ -7,7 +7,7 @@
 // open for the pairs that follow, in shared memory: there are no registers to spare.
 #pragma once
 
-#include "attention/scores.cuh"
+#include "attention/score_mods.cuh"
 #include "device/mma.cuh"
 
 namespace warpform {

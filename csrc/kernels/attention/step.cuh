@@ -16,7 +16,7 @@
 // Measured  not yet: no GPU run so far.
 #pragma once
 
-#include "attention/whole.cuh"
+#include "attention/full_attention.cuh"
 #include "device/softmax.cuh"
 
 namespace warpform {

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "kernels/device_facts.h"
+#include "common/device_facts.h"
 
 namespace warpform {
 

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
+#include "common/column_sum.h"
 #include "device/launch.cuh"
-#include "encoder/column_sum.h"
 #include "fft_conv/convolve.cuh"
 #include "fft_conv/gradient.cuh"
 #include "fft_conv/prepare.cuh"

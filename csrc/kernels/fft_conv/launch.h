@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <string>
 
+#include "common/dtype.h"
 #include "fft_conv/plan.h"
-#include "kernels/dtype.h"
 
 namespace warpform {
 

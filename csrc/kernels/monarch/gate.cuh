@@ -3,12 +3,12 @@
 //
 // A CTA has 2048 columns of one row, a thread four times two neighbouring ones, so that a warp moves 128 bytes in a
 // row: of 8 neighbouring columns, which go through eight erff with branches, the compiler makes stores of 4 bytes all
-// the same. Bytes: 6 rows cols forward, 14 backward, which bound it but for erff (encoder/gelu.cuh). Measured: not yet,
+// the same. Bytes: 6 rows cols forward, 14 backward, which bound it but for erff (common/gelu.cuh). Measured: not yet,
 // no GPU run so far.
 #pragma once
 
+#include "common/gelu.cuh"
 #include "device/mma.cuh"
-#include "encoder/gelu.cuh"
 #include "monarch/launch.h"
 
 namespace warpform {

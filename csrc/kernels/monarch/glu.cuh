@@ -17,8 +17,8 @@
 // Measured  not yet: no GPU run so far.
 #pragma once
 
+#include "common/gelu.cuh"
 #include "device/block_tile.cuh"
-#include "encoder/gelu.cuh"
 #include "monarch/launch.h"
 
 namespace warpform {

@@ -8,8 +8,8 @@
 #include <cstdint>
 #include <string>
 
-#include "kernels/divisor.h"
-#include "kernels/dtype.h"
+#include "common/divisor.h"
+#include "common/dtype.h"
 
 namespace warpform {
 

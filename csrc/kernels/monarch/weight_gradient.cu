@@ -4,8 +4,8 @@
 #include <climits>
 #include <stdexcept>
 
+#include "common/column_sum.h"
 #include "device/launch.cuh"
-#include "encoder/column_sum.h"
 
 namespace warpform {
 namespace {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <string>
 
-#include "kernels/dtype.h"
+#include "common/dtype.h"
 
 namespace warpform {
 

@@ -1,7 +1,7 @@
 #include <algorithm>
 
+#include "common/column_sum.h"
 #include "device/launch.cuh"
-#include "encoder/column_sum.h"
 #include "short_conv/backward.cuh"
 #include "short_conv/forward.cuh"
 

@@ -9,8 +9,8 @@
 // fall into different banks: neither the copy in nor the reading along time meets a conflict.
 #pragma once
 
+#include "common/elements.cuh"
 #include "device/ptx.cuh"
-#include "encoder/elements.cuh"
 #include "short_conv/launch.h"
 
 namespace warpform {

@@ -1,8 +1,8 @@
 // Dispatch of the window attention family: head dimension to bucket, CTAs, and what is supported.
 #include <algorithm>
 
+#include "common/column_sum.h"
 #include "device/launch.cuh"
-#include "encoder/column_sum.h"
 #include "window/backward_long.cuh"
 #include "window/backward_short.cuh"
 #include "window/forward.cuh"
