@@ -70,7 +70,7 @@ __global__ void shared_race(const __grid_constant__ BrokenParams p) {
 
 __global__ void deadlock(const __grid_constant__ BrokenParams p) {
   if (warp_id() == 1) {
-    named_barrier_sync(1, 2 * kWarpSize);  // nobody else comes
+    named_barrier_sync(1, 2 * kWarpSize);  // no other warp comes
   } else {
     block_sync();
   }

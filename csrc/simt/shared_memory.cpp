@@ -22,7 +22,7 @@ struct Touch {
   bool copy = false;     // written by an asynchronous copy
 };
 
-// What is remembered of a granule: the last write, and the reads since then, one of each warp. A read that is ordered
+// The history of a granule: the last write, and the reads since then, one of each warp. A read that is ordered
 // before a later one need not be kept: what is ordered after the later is ordered after both. Where more warps read at
 // the same time than there is room for, some are forgotten; a race may then be missed but none is made up.
 struct alignas(64) Granule {

@@ -15,10 +15,10 @@ bool is_tanh(const char* op, const std::string& approximate) {
   return approximate == "tanh";
 }
 
-// Why no GELU kernel takes x, or nothing.
-std::string gelu_unsupported(const Launch& launch, const Tensor& x) {
+// Why no kernel takes x, or null.
+const char* no_kernel(const Launch& launch, const Tensor& x) {
   if (const char* reason = launch.unusable()) return reason;
-  return x.scalar_type() == ScalarType::Double ? "float64" : "";
+  return kFloatTypes.why_not(dtype_name(x.scalar_type()));
 }
 
 Tensor bias_gelu(Tensor x, std::optional<Tensor> bias, std::string approximate) {
@@ -27,7 +27,7 @@ Tensor bias_gelu(Tensor x, std::optional<Tensor> bias, std::string approximate) 
   if (bias) check_parameter(kOp, "bias", *bias, cols, x);
   const bool tanh = is_tanh(kOp, approximate);
   const Launch launch(kOp, x);
-  if (const std::string reason = gelu_unsupported(launch, x); !reason.empty()) {
+  if (const char* reason = no_kernel(launch, x)) {
     return std::get<0>(call_reference<Tensor>(kOp, reason, x, bias, approximate));
   }
   x = torch::stable::contiguous(x);
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor dout, Tensor x, std::option
   if (bias) check_parameter(kOp, "bias", *bias, cols, x);
   const bool tanh = is_tanh(kOp, approximate);
   const Launch launch(kOp, x);
-  if (const std::string reason = gelu_unsupported(launch, x); !reason.empty()) {
+  if (const char* reason = no_kernel(launch, x)) {
     return call_reference<Tensor, Tensor>(kOp, reason, dout, x, bias, approximate);
   }
   dout = torch::stable::contiguous(dout);

@@ -24,7 +24,7 @@ struct Arguments {
   int64_t tokens(const Tensor& t) const { return varlen() ? t.size(0) : t.size(0) * t.size(1); }
   int64_t heads(const Tensor& t) const { return t.size(t.dim() - 2); }
   int64_t head_dim() const { return q.size(q.dim() - 1); }
-  // Of lse and delta: [heads, total], dense [batch, heads, length].
+  // The shape of lse and delta: [heads, total], or [batch, heads, length] without cu_seqlens.
   std::vector<int64_t> row_sizes() const {
     if (varlen()) return {q.size(1), q.size(0)};
     return {q.size(0), q.size(2), q.size(1)};
@@ -65,7 +65,7 @@ void check_arguments(const char* op, const Arguments& a) {
   }
 }
 
-// What is carried: of float32, whatever its strides.
+// Checks a tensor of the carried state: float32, with any strides.
 void check_state(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
                  const Tensor& as) {
   check(sizes_of(t) == sizes && t.scalar_type() == ScalarType::Float, op, ": ", name,
@@ -93,7 +93,7 @@ const char* no_kernel(const Launch& launch, const Arguments& a, bool backward) {
 
 int64_t row_stride(const Tensor& t) { return stride_of(t, t.dim() - 3); }
 int64_t head_stride(const Tensor& t) { return stride_of(t, t.dim() - 2); }
-int64_t gap(const Tensor& t) { return t.dim() == 4 ? stride_of(t, 0) - t.size(1) * row_stride(t) : 0; }
+int64_t batch_offset(const Tensor& t) { return t.dim() == 4 ? stride_of(t, 0) - t.size(1) * row_stride(t) : 0; }
 
 std::optional<Tensor> readable_state(const std::optional<Tensor>& t) {
   return t ? std::optional<Tensor>(with_aligned_rows(*t, 8)) : std::nullopt;
@@ -101,7 +101,7 @@ std::optional<Tensor> readable_state(const std::optional<Tensor>& t) {
 
 StateView state_view(const Launch& launch, const std::optional<Tensor>& t) {
   if (!t) return {nullptr, 0, 0, 0};
-  return {launch.in<float>(*t), row_stride(*t), head_stride(*t), gap(*t)};
+  return {launch.in<float>(*t), row_stride(*t), head_stride(*t), batch_offset(*t)};
 }
 
 AttentionProblem problem(const Launch& launch, const Arguments& a) {
@@ -136,10 +136,10 @@ StepLayout layout(const Arguments& a, const Tensor* dout) {
                                       a.causal ? 0 : a.window_right, a.rows(a.q), a.rows(a.k)),
           .by_q_length = by_length(a.q),
           .by_k_length = by_length(a.k),
-          .q_gap = gap(a.q),
-          .k_gap = gap(a.k),
-          .v_gap = gap(a.v),
-          .dout_gap = dout != nullptr ? gap(*dout) : 0,
+          .q_batch_offset = batch_offset(a.q),
+          .k_batch_offset = batch_offset(a.k),
+          .v_batch_offset = batch_offset(a.v),
+          .dout_batch_offset = dout != nullptr ? batch_offset(*dout) : 0,
           .head_rows = a.rows(a.q),
           .sequence_rows = a.varlen() ? 0 : (a.heads(a.q) - 1) * a.rows(a.q)};
 }

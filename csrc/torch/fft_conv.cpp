@@ -45,7 +45,7 @@ void check_arguments(const char* op, const Arguments& a) {
 const char* no_kernel(const Launch& launch, const Arguments& a) {
   if (const char* reason = launch.unusable()) return reason;
   const ScalarType dtype = a.u.scalar_type();
-  if (dtype != ScalarType::Half && dtype != ScalarType::BFloat16) return "the kernels take float16 and bfloat16";
+  if (const char* reason = kHalfTypes.why_not(dtype_name(dtype))) return reason;
   for (const auto& gate : {a.pregate, a.postgate}) {
     if (gate && gate->scalar_type() != dtype) return "a gate is not of u's dtype";
   }
@@ -82,7 +82,7 @@ Tensor workspace(const char* op, int64_t elements, ScalarType dtype, const Tenso
   return empty(op, {elements}, dtype, like);
 }
 
-// What the convolutions of one call share: the spectrum as the kernels read it.
+// Shared by the convolutions of one call: the spectrum as the kernels read it.
 struct Prepared {
   FftConvProblem problem;
   Tensor bins, factors, tables, half_sums;

@@ -1,4 +1,4 @@
-// What the bindings of attention ops share: tensors of heads as the kernels take them, and the offsets of sequences.
+// Shared by the bindings of attention ops: tensors of heads as the kernels take them, and the offsets of sequences.
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,7 @@ inline void check_offsets(const char* op, const char* name, const Tensor& cu_seq
 // Why none of the attention kernels serves tensors like these, or null.
 inline const char* no_attention_kernel(ScalarType dtype, int64_t total_q, int64_t total_k, int64_t heads,
                                        std::optional<double> softmax_scale) {
-  if (dtype != ScalarType::Half && dtype != ScalarType::BFloat16) return "the kernels take float16 and bfloat16";
+  if (const char* reason = kHalfTypes.why_not(dtype_name(dtype))) return reason;
   const auto scale = static_cast<float>(softmax_scale.value_or(1));
   if (!(scale > 0) || !std::isnormal(scale) || scale > 1e30f) return "softmax_scale is not a positive float32";
   if (total_q > kMaxTokens || total_k > kMaxTokens) return "more than 2^30 tokens";

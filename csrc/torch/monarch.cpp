@@ -96,11 +96,9 @@ struct Blocks {
 // Why no kernel serves blocks of these sizes, or null.
 const char* no_kernel(const Launch& launch, const Tensor& x, std::initializer_list<int> block_sizes) {
   if (const char* reason = launch.unusable()) return reason;
-  if (x.scalar_type() != ScalarType::Half && x.scalar_type() != ScalarType::BFloat16) {
-    return "the kernels take float16 and bfloat16";
-  }
+  if (const char* reason = kHalfTypes.why_not(dtype_name(x.scalar_type()))) return reason;
   for (const int size : block_sizes) {
-    if (size % kMonarchAlignment != 0) return "a block has rows or columns that are not a multiple of 8";
+    if (const char* reason = kMonarchBlockSize.why_not(size)) return reason;
     if (size > 1 << 14) return "a block has more than 16384 rows or columns";
   }
   return nullptr;
@@ -253,12 +251,12 @@ Tensor monarch_multiply(Tensor x, Tensor w1, Tensor w2) {
                        .y = nullptr,
                        .rows = rows.rows,
                        .x_stride = rows.stride,
-                       .k = first.count,
-                       .q = first.rows,
-                       .p = first.cols,
-                       .l = second.count,
-                       .s = second.rows,
-                       .r = second.cols,
+                       .blocks1 = first.count,
+                       .rows1 = first.rows,
+                       .cols1 = first.cols,
+                       .blocks2 = second.count,
+                       .rows2 = second.rows,
+                       .cols2 = second.cols,
                        .bfloat16 = is_bfloat16(x)};
   // In one pass, or where the intermediate is too large for shared memory as two products with a transposition of rows
   // behind each: 2 (k p + l s) bytes a row, or that and 8 k q + 4 l s more, of which L2 saves some.

@@ -19,9 +19,10 @@ void check_statistics(const char* op, const char* name, const Tensor& t, int64_t
 // Why no LayerNorm kernel takes x, or nothing.
 std::string layer_norm_unsupported(const Launch& launch, const Tensor& x, int64_t cols) {
   if (const char* reason = launch.unusable()) return reason;
-  if (x.scalar_type() == ScalarType::Double) return "float64";
-  if (cols > kLayerNormMaxCols) {
-    return "rows of " + std::to_string(cols) + " elements; the kernels take up to " + std::to_string(kLayerNormMaxCols);
+  if (const char* reason = kFloatTypes.why_not(dtype_name(x.scalar_type()))) return reason;
+  if (!kLayerNormCols.allows(cols)) {
+    return "rows of " + std::to_string(cols) + " elements; the kernels take up to " +
+           std::to_string(kLayerNormCols.max);
   }
   return "";
 }

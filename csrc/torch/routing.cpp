@@ -74,7 +74,7 @@ PlanTensors routing_plan(Tensor group_mask, std::optional<Tensor> token_class, i
   };
   const Launch launch(kOp, group_mask);
   if (const char* reason = launch.unusable()) return reference(reason);
-  if (num_classes > kMaxClasses) return reference("the kernels sort up to 256 classes");
+  if (const char* reason = kRoutingClasses.why_not(num_classes)) return reference(reason);
   if (token_class && token_class->scalar_type() != ScalarType::Long) return reference("token_class is not int64");
   const int64_t tiles = (tokens + tile - 1) / tile + num_classes;
   if (tiles > INT32_MAX / tile) return reference("more places than 32 bits count");
@@ -102,7 +102,7 @@ PlanTensors routing_plan(Tensor group_mask, std::optional<Tensor> token_class, i
   return {perm, inverse, tile_mask, tile_class};
 }
 
-// ---- what the products have in common ----
+// ---- shared by the products ----
 
 // The plan's arguments, in the schema's order.
 struct Plan {
@@ -189,21 +189,18 @@ void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t outpu
 // Why no kernel serves these widths, or null.
 const char* no_kernel(const Launch& launch, const Plan& plan, const Tensor& x, int64_t routed, int64_t other) {
   if (const char* reason = launch.unusable()) return reason;
-  if (x.scalar_type() != ScalarType::Half && x.scalar_type() != ScalarType::BFloat16) {
-    return "the kernels take float16 and bfloat16";
-  }
+  if (const char* reason = kHalfTypes.why_not(dtype_name(x.scalar_type()))) return reason;
   const int64_t width = routed / plan.num_groups, part = other / plan.num_out();
-  if (width % kAlignment != 0 || width == 0) return "the width of a group is not a multiple of 8";
-  if (part % kAlignment != 0 || part == 0)
-    return "the width of the other dimension, or a part of it, is not a multiple of 8";
+  if (width == 0 || !kGroupWidth.allows(width)) return kGroupWidth.otherwise;
+  if (part == 0 || !kDenseWidth.allows(part)) return kDenseWidth.otherwise;
   if (routed > INT32_MAX / 2 || other > INT32_MAX / 2) return "more columns than 32 bits count";
-  if (plan.tiles() == 0 || plan.perm.size(0) / plan.tiles() != kHiddenTile) return "the plan's tile is not 128 tokens";
+  if (plan.tiles() == 0 || plan.perm.size(0) / plan.tiles() != kHiddenTile) return kRoutingTile.otherwise;
   return nullptr;
 }
 
 int64_t row_stride(const Tensor& t) { return t.size(0) > 1 ? t.stride(0) : t.size(1); }
 
-// A weight, read as it stands where one of its two dimensions is contiguous. `swapped`: its transpose is meant.
+// A weight, read without a copy where one of its two dimensions is contiguous. `swapped`: its transpose is meant.
 struct WeightView {
   Tensor t;
   bool swapped;

@@ -26,9 +26,9 @@ void check_arguments(const char* op, const Tensor& x, const Tensor& weight, cons
 // Why no kernel takes the arguments, or nothing.
 std::string unsupported(const Launch& launch, const Tensor& x, const Tensor& weight) {
   if (const char* reason = launch.unusable()) return reason;
-  if (x.scalar_type() == ScalarType::Double) return "float64";
-  if (weight.size(1) > kShortConvMaxTaps) {
-    return std::to_string(weight.size(1)) + " taps; the kernels take up to " + std::to_string(kShortConvMaxTaps);
+  if (const char* reason = kFloatTypes.why_not(dtype_name(x.scalar_type()))) return reason;
+  if (!kShortConvTaps.allows(weight.size(1))) {
+    return std::to_string(weight.size(1)) + " taps; the kernels take up to " + std::to_string(kShortConvTaps.max);
   }
   return "";
 }

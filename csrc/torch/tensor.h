@@ -1,5 +1,5 @@
-// What a binding needs of torch beyond its stable headers: allocation with errors that keep their text, the pointers of
-// a launch, and the way to the reference.
+// Helpers of all bindings on top of torch's stable headers: allocation with errors that keep their text, layouts that
+// kernels read, the pointers of a launch, and the call of the reference.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

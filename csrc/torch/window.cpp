@@ -66,7 +66,7 @@ void check_arguments(const char* op, const Arguments& a) {
   if (a.qkv_bias) check_parameter(op, "qkv_bias", *a.qkv_bias, {3, a.heads(), a.head_dim()}, a.qkv);
 }
 
-// The problem by its sizes and dtypes; `table` stands for whether there is one.
+// The problem by its sizes and dtypes; `table` is not read; it tells only whether there is one.
 WindowProblem problem(const Arguments& a) {
   const auto bounded = [](int64_t x) { return static_cast<int>(std::min<int64_t>(x, INT32_MAX)); };
   WindowProblem p{};
@@ -102,9 +102,7 @@ WindowProblem problem(const Launch& launch, const Arguments& a) {
 // Why no kernel serves the call, or null.
 const char* no_kernel(const Launch& launch, const Arguments& a, bool backward) {
   if (const char* reason = launch.unusable()) return reason;
-  if (a.qkv.scalar_type() != ScalarType::Half && a.qkv.scalar_type() != ScalarType::BFloat16) {
-    return "the kernels take float16 and bfloat16";
-  }
+  if (const char* reason = kHalfTypes.why_not(dtype_name(a.qkv.scalar_type()))) return reason;
   if (a.qkv_bias && a.qkv_bias->scalar_type() != a.qkv.scalar_type()) return "qkv_bias is not of qkv's dtype";
   for (const auto& t : {a.table, a.logit_scale}) {
     if (t && t->scalar_type() == ScalarType::Double) return "a float64 table or logit_scale";

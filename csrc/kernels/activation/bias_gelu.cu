@@ -120,17 +120,4 @@ void launch_bias_gelu_backward(const BiasGeluBackwardParams& params, void* strea
                     stream);
 }
 
-std::string gelu_kernel_table() {
-  std::string table;
-  for (const char* op : {"bias_gelu", "bias_gelu_backward"}) {
-    for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
-      const std::string name = dtype_name(dtype);
-      table += std::string(table.empty() ? "" : ", ") + "{\"op\": \"" + op + "\", \"dtype\": \"" + name +
-               "\", \"parameter_dtypes\": [" + (dtype == DType::kFloat32 ? "" : "\"" + name + "\", ") +
-               "\"float32\"], \"approximate\": [\"none\", \"tanh\"]}";
-    }
-  }
-  return table;
-}
-
 }  // namespace warpform

@@ -1,10 +1,15 @@
 // GELU(x + bias), forward and backward, elementwise over [rows, cols] with bias [cols].
-// A block of 256 threads is a tile of `width` threads across (a power of two), each with kVec neighbouring columns, by
-// 256 / width rows; a thread stays in its columns while it walks down the rows, so it reads its bias once and,
-// backward, adds up its columns' gradients in registers. A block leaves one float32 partial sum a column, which
-// column_sum.cuh adds up. Bytes: 2 (forward) or 3 (backward) times rows * cols * sizeof(T), once each. Memory bandwidth
-// bounds it, but not by much: erff takes some 25 float32 operations, and an H200 has about 24 for each float16 element
-// of the forward pass in the time that its 4 bytes take; the tanh form takes 10. Not measured on hardware yet.
+//
+// Tile      A block of 256 threads is a tile of `width` threads across (a power of two), each with kVec neighbouring
+//           columns, by 256 / width rows. A thread stays in its columns while it walks down the rows, so it reads its
+//           bias once and, backward, adds up its columns' gradients in registers. A block leaves one float32 partial
+//           sum a column, which column_sum.cuh adds up.
+// Loads     16 bytes a lane straight to registers, kGeluRows rows in flight.
+// Bounds    2 (forward) or 3 (backward) times rows * cols * sizeof(T) bytes, once each. Memory bandwidth bounds it, but
+//           not by much: erff takes some 25 float32 operations, and an H200 has about 24 for each float16 element of
+//           the forward pass in the time that its 4 bytes take; the tanh form takes 10.
+// Measured  H100 80GB HBM3, bfloat16, 9531 x 3072: forward 50.7 us, 2311 GB/s, 77 % of the floor; backward 75.8 us,
+//           2319 GB/s, 77 %.
 #pragma once
 
 #include "activation/launch.h"
@@ -32,7 +37,7 @@ struct Tiled {
   GeluTiles tiles;
 };
 
-// Where a thread stands.
+// The place of a thread in the tensor.
 struct GeluThread {
   int64_t col;
   int64_t row;    // its first

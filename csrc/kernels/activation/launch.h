@@ -3,9 +3,9 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 #include "common/dtype.h"
+#include "common/supported.h"
 
 namespace warpform {
 
@@ -38,7 +38,13 @@ struct BiasGeluBackwardParams {
 int64_t bias_gelu_backward_groups(const BiasGeluBackwardParams& params);
 void launch_bias_gelu_backward(const BiasGeluBackwardParams& params, void* stream);
 
-// The family's supported configurations, JSON objects separated by commas.
-std::string gelu_kernel_table();
+// ---- supported configurations ----
+
+inline constexpr SupportedOption kGeluForms{"approximate", {"none", "tanh"}};
+
+inline constexpr SupportedConfig kGeluConfigs[] = {
+    {.op = "bias_gelu", .dtypes = kFloatTypes, .float_parameters = true, .option = kGeluForms},
+    {.op = "bias_gelu_backward", .dtypes = kFloatTypes, .float_parameters = true, .option = kGeluForms},
+};
 
 }  // namespace warpform

@@ -1,17 +1,22 @@
-// What a launch computes of an attention, a policy of its kernels: Whole, all of it, or a step of it (step.cuh). It
-// says where sequences begin, which keys a query sees, and what becomes of results:
-//   ForwardParams, BackwardParams  the kernels' parameters
-//   queries(p), keys(p)            where the sequences of either side begin (sequences.cuh)
-//   pair(params, lq, lk)           two lengths and a mask, for visible_keys and seeing_queries (scores.cuh)
-//   gap<operand>(params, row)      elements between where a row's number says that it stands and where it does
-//   row(params, head, row)         where lse and delta of a row stand, those of its sequence one after the other
-//   table_gradient<owner>(params)  where a score's Gradient goes
-//   Rows<kM>                       the ends of a warp's rows in the forward: set(m, r, factor, exponent) gives a row
-//                                  what makes O of its sums, and its lse in base 2; write() takes O
-//   kStoresDq, kSumsScaledDq       whether a block of keys may store dQ, and whether sums of dQ are scaled at once
-//   end_keys, end_queries          the ends of the backward kernels
-//   unseen_rows, unseen_keys, unseen_queries   ends of blocks that meet nothing
-// Rows are counted over all sequences.
+// The attention mode that computes whole sequences, and the interface that every mode has. A mode is a policy of the
+// attention kernels: it says where sequences begin, which keys a query sees, and it holds the epilogues that store
+// results. The other mode is AttentionStep (step.cuh). Rows are counted over all sequences.
+//
+//   member                          meaning
+//   ForwardParams, BackwardParams   parameter structs of the kernels
+//   queries(p), keys(p)             where the sequences of either side begin (sequences.cuh)
+//   pair(params, lq, lk)            two lengths and a mask, for visible_keys and seeing_queries (score_mods.cuh)
+//   batch_offset<operand>(params, row)
+//                                   elements to add to row * row_stride, because sequences need not follow each other
+//   row(params, head, row)          index of a row in lse and delta; the rows of one sequence are neighbours
+//   table_gradient<side>(params)    where a score modification's Gradient adds its sums
+//   kStoresDq, kSumsScaledDq        whether the kernel of the keys may store dQ, and whether it scales its sums of dQ
+//   Epilogue<kM>                    forward, after the main loop: set(m, r, factor, exponent) takes the factor that
+//                                   normalises O of a row, and the row's lse in base 2; write() stores O, [16 kM, 8 kO]
+//   epilogue_dkdv                   backward, after the main loop: stores dK and dV of a warp, [16, 8 kOut] each
+//   epilogue_dq                     backward, after the main loop: stores dQ of a warp, [16, 8 kOut]
+//   store_fully_masked_rows, store_fully_masked_keys, store_fully_masked_queries
+//                                   instead of a main loop: the results of a block that no pair belongs to
 #pragma once
 
 #include "attention/score_mods.cuh"
@@ -34,7 +39,7 @@ __device__ __forceinline__ void write_zero_rows(void* data, int heads, int head,
   }
 }
 
-struct Whole {
+struct FullAttention {
   using ForwardParams = AttentionForwardParams;
   using BackwardParams = AttentionBackwardParams;
   using Pair = warpform::Pair;
@@ -52,7 +57,7 @@ struct Whole {
     return {params.problem, q_length, k_length};
   }
   template <Operand kOperand, class Params>
-  __device__ __forceinline__ static int64_t gap(const Params&, int /*row*/) {
+  __device__ __forceinline__ static int64_t batch_offset(const Params&, int /*row*/) {
     return 0;
   }
   template <class Params>
@@ -60,15 +65,16 @@ struct Whole {
     return static_cast<int64_t>(head) * params.problem.total_q + row;
   }
 
-  // Of the score's tables, if it has any.
-  template <Owner kOwner>
+  // The gradient of the tables that a score modification gathers from; null if it has none.
+  template <Side kSide>
   __device__ __forceinline__ static void* table_gradient(const BackwardParams& params) {
-    return kOwner == Owner::kKeys ? params.dp2c : params.dc2p;
+    return kSide == Side::kKeys ? params.dp2c : params.dc2p;
   }
 
   // A query that sees nothing: out 0, lse -inf.
   template <int kThreads, class T>
-  __device__ __forceinline__ static void unseen_rows(const ForwardParams& params, int head, int row, int rows) {
+  __device__ __forceinline__ static void store_fully_masked_rows(const ForwardParams& params, int head, int row,
+                                                                 int rows) {
     const AttentionProblem& p = params.problem;
     const int row_chunks = p.head_dim / kChunk;
     T* out = static_cast<T*>(params.out);
@@ -81,27 +87,27 @@ struct Whole {
     }
   }
 
-  // The ends of 16 kM rows of a warp.
+  // Stores O and lse of a warp's 16 kM rows.
   template <int kM>
-  struct Rows {
+  struct Epilogue {
     const ForwardParams& params;
     int head;
     int row;
     int rows;
     float factors[kM][2];
 
-    __device__ __forceinline__ Rows(const ForwardParams& params_, int head_, int row_, int rows_)
+    __device__ __forceinline__ Epilogue(const ForwardParams& params_, int head_, int row_, int rows_)
         : params(params_), head(head_), row(row_), rows(rows_) {}
 
     __device__ __forceinline__ void set(int m, int r, float factor, float exponent) {
       const int i = 16 * m + 8 * r + lane_id() / 4;
       factors[m][r] = factor;
       if (lane_id() % 4 == 0 && i < rows) {
-        store_global(params.lse + Whole::row(params, head, row) + i, exponent * kLn2);
+        store_global(params.lse + FullAttention::row(params, head, row) + i, exponent * kLn2);
       }
     }
 
-    // A warp's own rows of Q's tile take its rows of O, to be written 16 bytes a lane.
+    // O goes through the warp's own rows of Q's tile, so that each lane stores 16 bytes.
     template <class T, int kO, int kCols>
     __device__ __forceinline__ void write(SharedTile<kCols> tile, int tile_row, const float (&o)[kM][kO][4]) const {
       const AttentionProblem& p = params.problem;
@@ -121,18 +127,19 @@ struct Whole {
   };
 
   template <int kThreads, class T>
-  __device__ __forceinline__ static void unseen_keys(const BackwardParams& params, int head, int row, int rows, int col,
-                                                     int cols) {
+  __device__ __forceinline__ static void store_fully_masked_keys(const BackwardParams& params, int head, int row,
+                                                                 int rows, int col, int cols) {
     const AttentionProblem& p = params.problem;
     write_zero_rows<kThreads, T>(params.dk, p.heads_kv, head, p.head_dim, row, rows, col, cols);
     write_zero_rows<kThreads, T>(params.dv, p.heads_kv, head, p.head_dim, row, rows, col, cols);
   }
 
-  // K's and V's tiles take dK and dV, to be written 16 bytes a lane: after the last reader of K and V, of any warp.
+  // dK and dV go through the tiles of K and V, so that each lane stores 16 bytes. All warps must be done with K and V.
   template <class T, int kOut, int kCols>
-  __device__ __forceinline__ static void end_keys(const BackwardParams& params, int head, int64_t row, int rows,
-                                                  SharedTile<kCols> tile_k, SharedTile<kCols> tile_v, int tile_row,
-                                                  int col, const float (&dk)[kOut][4], const float (&dv)[kOut][4]) {
+  __device__ __forceinline__ static void epilogue_dkdv(const BackwardParams& params, int head, int64_t row, int rows,
+                                                       SharedTile<kCols> tile_k, SharedTile<kCols> tile_v, int tile_row,
+                                                       int col, const float (&dk)[kOut][4],
+                                                       const float (&dv)[kOut][4]) {
     const AttentionProblem& p = params.problem;
     cp_async_wait<0>();
     block_sync();
@@ -146,14 +153,15 @@ struct Whole {
   }
 
   template <int kThreads, class T>
-  __device__ __forceinline__ static void unseen_queries(const BackwardParams& params, int head, int row, int rows) {
+  __device__ __forceinline__ static void store_fully_masked_queries(const BackwardParams& params, int head, int row,
+                                                                    int rows) {
     const AttentionProblem& p = params.problem;
     write_zero_rows<kThreads, T>(params.dq, p.heads_q, head, p.head_dim, row, rows, 0, p.head_dim);
   }
 
-  // A warp's own rows of Q's tile take its rows of dQ.
+  // dQ goes through the warp's own rows of Q's tile.
   template <class T, int kOut, int kCols>
-  __device__ __forceinline__ static void end_queries(const BackwardParams& params, int head, int row, int rows,
+  __device__ __forceinline__ static void epilogue_dq(const BackwardParams& params, int head, int row, int rows,
                                                      SharedTile<kCols> tile, int tile_row, const float (&dq)[kOut][4]) {
     const AttentionProblem& p = params.problem;
     warp_sync();

@@ -1,20 +1,21 @@
-// Which keys a query sees, and what is done to a score before the softmax.
+// Which keys a query sees, and the modification of a score before the softmax.
 //
-// A score policy is built once per tile and head and has
-//   factor()            what turns its values into exponents of 2
-//   gather<owner>(row, own, walk), add<owner>(scores, row)
-//                       add to q.k what comes from tables: gather before the product, add after it; the warp whose 16
-//                       rows of the tile begin at `row` owns the tokens from `own` on, the columns are those from
-//                       `walk` on, 64 of them
-//   visit(i, j, f)      calls f(term) for scores that begin at query i and key j: choices that hold for all of them are
-//                       made here, outside the loops
+// A score modification is a policy of the kernels, built once per tile and head. It has
+//   factor()            the factor that turns its values into exponents of 2
+//   gather<side>(row, row_token, col_token), add<side>(scores, row)
+//                       add what comes from tables to q.k: gather before the product, add after it. The warp's 16 rows
+//                       of the tile begin at `row` and are the tokens from `row_token` on; the 64 columns are the
+//                       tokens from `col_token` on
+//   with_term(i, j, f)  calls f(term) for scores that begin at query i and key j. Choices that hold for all of them are
+//                       made here, outside of the loops
 //   shared_bytes(p), prepare(p, shared)
-//                       shared memory of its own, and what all threads fill it with
-//   Gradient            what is done in the backward with d loss / d score of every pair (relative_gradient.cuh)
+//                       the size of its shared memory, and the function with which all threads fill it
+//   Gradient            its backward: takes d loss / d score of every pair (relative_gradient.cuh)
 // and a term has
-//   term(qk, di, dj, slope)   the value for query i + di and key j + dj from the bare product, and d score /
+//   term(qk, di, dj, slope)
+//                       the value for query i + di and key j + dj from the bare product, and d score /
 //                       d (softmax_scale * qk) for the backward; -inf, a masked pair, stays -inf
-// A further bias is a further policy, not a further kernel.
+// A further bias is a further policy and not a further kernel.
 #pragma once
 
 #include "attention/launch.h"
@@ -24,7 +25,8 @@
 
 namespace warpform {
 
-// One sequence's two sides. They end together: query i stands at position i + k_length - q_length.
+// The queries and the keys of one sequence, aligned at their ends as in FlashAttention: query i is at position
+// i + k_length - q_length.
 struct Pair {
   int q_length;
   int k_length;
@@ -63,40 +65,40 @@ __device__ __forceinline__ Range seeing_queries(const Pair& pair, int j) {
   return {min(max(j - pair.last + 1, 0), pair.q_limit), min(max(j - pair.first + 1, 0), pair.q_limit)};
 }
 
-// Whose 16 tokens a warp has as rows of its tiles; the others it walks.
-enum class Owner : int { kQueries, kKeys };
+// The side whose tokens are the rows of a warp's tile; the tokens of the other side are its columns.
+enum class Side : int { kQueries, kKeys };
 
-// The part of a policy whose scores take nothing from tables.
+// Base of the score modifications that gather nothing from tables.
 struct NoTables {
   struct Gradient {
-    template <Owner kOwner, class Score, int kSteps>
-    __device__ __forceinline__ static void add(const Score&, void*, const uint32_t (&)[kSteps][4], int, int, int) {}
-    template <class Score>
-    __device__ __forceinline__ static void finish(const Score&, void*, int, int) {}
+    template <Side kSide, class ScoreMod, int kSteps>
+    __device__ __forceinline__ static void add(const ScoreMod&, void*, const uint32_t (&)[kSteps][4], int, int, int) {}
+    template <class ScoreMod>
+    __device__ __forceinline__ static void finish(const ScoreMod&, void*, int, int) {}
   };
   __host__ __device__ static constexpr int shared_bytes(const AttentionProblem&) { return 0; }
   template <int kThreads>
   __device__ __forceinline__ static void prepare(const AttentionProblem&, uint32_t /*shared*/) {}
-  template <Owner kOwner>
+  template <Side kSide>
   __device__ __forceinline__ void gather(int, int, int) const {}
-  template <Owner kOwner, int kM, int kN>
+  template <Side kSide, int kM, int kN>
   __device__ __forceinline__ void add(float (&)[kM][kN][4], int) const {}
 };
 
 // softmax_scale * q.k and nothing else.
-struct PlainScore : NoTables {
+struct ScaleOnly : NoTables {
   static constexpr bool kPlain = true;
   static constexpr bool kDqFromKeys = true;  // whether launches may ask the keys' kernel for dQ
 
   float exponent;
 
   template <class AnyPair>
-  __device__ __forceinline__ PlainScore(const AttentionProblem& p, const AnyPair&, int /*sequence*/, int /*head*/,
-                                        int /*first_token*/, uint32_t /*shared*/)
+  __device__ __forceinline__ ScaleOnly(const AttentionProblem& p, const AnyPair&, int /*sequence*/, int /*head*/,
+                                       int /*first_token*/, uint32_t /*shared*/)
       : exponent(p.softmax_scale * kLog2e) {}
   __device__ __forceinline__ float factor() const { return exponent; }
   template <class F>
-  __device__ __forceinline__ void visit(int, int, F&& f) const {
+  __device__ __forceinline__ void with_term(int, int, F&& f) const {
     f(*this);
   }
   __device__ __forceinline__ float operator()(float qk, int, int, float& slope) const {
@@ -113,7 +115,7 @@ struct PlainScore : NoTables {
 constexpr float kFewSoftcap = 256.f;
 
 template <bool kAnySoftcap>
-struct BiasedScoreOf : NoTables {
+struct SoftcapAlibiOf : NoTables {
   static constexpr bool kPlain = false;
   static constexpr bool kDqFromKeys = true;
 
@@ -121,8 +123,8 @@ struct BiasedScoreOf : NoTables {
   float alibi_slope;
   int offset;  // of a query's position from its index
 
-  __device__ __forceinline__ BiasedScoreOf(const AttentionProblem& problem, const Pair& pair, int sequence, int head,
-                                           int /*first_token*/, uint32_t /*shared*/)
+  __device__ __forceinline__ SoftcapAlibiOf(const AttentionProblem& problem, const Pair& pair, int sequence, int head,
+                                            int /*first_token*/, uint32_t /*shared*/)
       : p(problem), alibi_slope(0.f), offset(pair.k_length - pair.q_length) {
     if (p.alibi_slopes != nullptr) {
       alibi_slope = load_global(p.alibi_slopes + static_cast<int64_t>(sequence) * p.alibi_batch_stride + head);
@@ -130,7 +132,7 @@ struct BiasedScoreOf : NoTables {
   }
   __device__ __forceinline__ float factor() const { return kLog2e; }
   template <class F>
-  __device__ __forceinline__ void visit(int i, int j, F&& f) const {
+  __device__ __forceinline__ void with_term(int i, int j, F&& f) const {
     const float distance = static_cast<float>(i + offset - j);
     if (p.softcap > 0.f) {
       f(Term<true>{p, alibi_slope, distance});
@@ -168,6 +170,6 @@ struct BiasedScoreOf : NoTables {
   };
 };
 
-using BiasedScore = BiasedScoreOf<true>;
+using SoftcapAlibi = SoftcapAlibiOf<true>;
 
 }  // namespace warpform

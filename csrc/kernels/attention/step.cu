@@ -3,6 +3,7 @@
 
 #include "attention/instances.h"
 #include "attention/tiles.cuh"
+#include "device/dispatch.cuh"
 #include "device/launch.cuh"
 
 namespace warpform {
@@ -29,17 +30,16 @@ StepPositions step_positions(int64_t q_offset, int64_t k_offset, int64_t q_strid
 }
 
 void launch_attention_step(const AttentionStepParams& params, void* stream) {
-  if (params.problem.head_dim <= 64) return launch_step<64>(params, stream);
-  launch_step<128>(params, stream);
+  dispatch_bucket<64, 128>(params.problem.head_dim, [&]<int kHeadDim>() { launch_step<kHeadDim>(params, stream); });
 }
 
 void launch_attention_step_backward(const AttentionStepBackwardParams& params, void* stream) {
-  if (params.problem.head_dim <= 64) return launch_step_backward<64>(params, stream);
-  launch_step_backward<128>(params, stream);
+  dispatch_bucket<64, 128>(params.problem.head_dim,
+                           [&]<int kHeadDim>() { launch_step_backward<kHeadDim>(params, stream); });
 }
 
 const char* attention_step_unsupported(int head_dim, bool backward) {
-  if (head_dim % 8 != 0 || head_dim > 128) return "head_dim is not a multiple of 8 up to 128";
+  if (const char* reason = kShortHeadDim.why_not(head_dim)) return reason;
   const int bucket = head_dim <= 64 ? 64 : 128;
   const int limit = shared_memory_limit();
   const bool fits = forward_shared_bytes(bucket, forward_tile(bucket, false)) <= limit &&

@@ -1,4 +1,4 @@
-// What decides whether the kernels of this library can run on a GPU at all.
+// Facts that decide whether the kernels of this library can run on a GPU at all.
 #pragma once
 
 namespace warpform {
@@ -24,7 +24,7 @@ int cuda_runtime_version();
 // A driver serves a runtime of its own major version and of those before it.
 constexpr bool driver_serves(int driver, int runtime) { return driver / 1000 >= runtime / 1000; }
 
-// Of the current device. The last two are only known where the driver serves the runtime.
+// Facts about the current device. The last two are known only where the driver serves the runtime.
 DeviceFacts device_facts();
 
 }  // namespace warpform

@@ -1,5 +1,5 @@
-// GELU and its derivative as functions of one float32 value, for every kernel that applies it. erff takes some 25 float32
-// operations, the tanh form 10.
+// GELU and its derivative as functions of one float32 value, for every kernel that applies it. erff takes some 25
+// float32 operations, the tanh form 10.
 #pragma once
 
 #include <cmath>

@@ -3,9 +3,9 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 #include "common/dtype.h"
+#include "common/supported.h"
 
 namespace warpform {
 
@@ -52,7 +52,16 @@ struct LayerNormBackwardParams {
 int64_t layer_norm_backward_groups(const LayerNormBackwardParams& params);
 void launch_layer_norm_backward(const LayerNormBackwardParams& params, void* stream);
 
-// The family's supported configurations, JSON objects separated by commas.
-std::string layer_norm_kernel_table();
+// ---- supported configurations ----
+
+inline constexpr SizeLimit kLayerNormCols{.name = "max_cols", .max = kLayerNormMaxCols, .as_number = true};
+
+inline constexpr SupportedConfig kLayerNormConfigs[] = {
+    {.op = "add_bias_residual_layer_norm", .dtypes = kFloatTypes, .limits = {kLayerNormCols}, .float_parameters = true},
+    {.op = "add_bias_residual_layer_norm_backward",
+     .dtypes = kFloatTypes,
+     .limits = {kLayerNormCols},
+     .float_parameters = true},
+};
 
 }  // namespace warpform

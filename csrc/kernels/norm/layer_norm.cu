@@ -137,17 +137,4 @@ void launch_layer_norm_backward(const LayerNormBackwardParams& p, void* stream) 
                     stream);
 }
 
-std::string layer_norm_kernel_table() {
-  std::string table;
-  for (const char* op : {"add_bias_residual_layer_norm", "add_bias_residual_layer_norm_backward"}) {
-    for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
-      const std::string name = dtype_name(dtype);
-      table += std::string(table.empty() ? "" : ", ") + "{\"op\": \"" + op + "\", \"dtype\": \"" + name +
-               "\", \"parameter_dtypes\": [" + (dtype == DType::kFloat32 ? "" : "\"" + name + "\", ") +
-               "\"float32\"], \"max_cols\": " + std::to_string(kLayerNormMaxCols) + "}";
-    }
-  }
-  return table;
-}
-
 }  // namespace warpform

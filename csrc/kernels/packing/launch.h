@@ -3,7 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
+
+#include "common/supported.h"
 
 namespace warpform {
 
@@ -41,7 +42,12 @@ struct GatherRowsParams {
 };
 void launch_gather_rows(const GatherRowsParams& params, void* stream);
 
-// The family's supported configurations, JSON objects separated by commas.
-std::string packing_kernel_table();
+// ---- supported configurations ----
+
+inline constexpr SupportedConfig kPackingConfigs[] = {
+    {.op = "packing_plan", .dtypes = {{"bool", "uint8", "int8", "int32", "int64"}}},
+    {.op = "pack", .dtypes = {{"any"}}},
+    {.op = "unpack", .dtypes = {{"any"}}},
+};
 
 }  // namespace warpform

@@ -1,9 +1,11 @@
 // The gradient of gates where the ungated output was kept: a product for each token and group, a warp each.
 //
-// Bytes: 4 a dimension that is in use, read once; they bound it. Measured: not yet, no GPU run so far.
+// Bounds    4 bytes a dimension that is in use, read once.
+// Measured  not yet.
 #include <climits>
 #include <stdexcept>
 
+#include "device/dispatch.cuh"
 #include "device/launch.cuh"
 #include "device/memory.cuh"
 #include "device/reduce.cuh"
@@ -40,11 +42,7 @@ __global__ void __launch_bounds__(kDotThreads) group_dots(const __grid_constant_
 void launch_group_dots(const char* op, const GroupDotsParams& p, void* stream) {
   const int64_t blocks = std::min(ceil_div(p.tokens * p.num_groups, int64_t{kDotWarps}), int64_t{16} * sm_count());
   const dim3 grid(static_cast<unsigned>(blocks));
-  if (p.bfloat16) {
-    launch<group_dots<bf16_t>>(op, grid, kDotThreads, 0, stream, p);
-  } else {
-    launch<group_dots<half_t>>(op, grid, kDotThreads, 0, stream, p);
-  }
+  dispatch_dtype(p.bfloat16, [&]<class T>() { launch<group_dots<T>>(op, grid, kDotThreads, 0, stream, p); });
 }
 
 }  // namespace warpform

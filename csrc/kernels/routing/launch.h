@@ -3,10 +3,10 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 #include "common/divisor.h"
 #include "common/dtype.h"
+#include "common/supported.h"
 
 namespace warpform {
 
@@ -139,7 +139,28 @@ struct GroupDotsParams {
 };
 void launch_group_dots(const char* op, const GroupDotsParams& params, void* stream);
 
-// The family's supported configurations, JSON objects separated by commas.
-std::string hidden_kernel_table();
+// ---- supported configurations ----
+
+inline constexpr SizeLimit kRoutingGroups{.name = "num_groups", .max = kMaxGroups};
+inline constexpr SizeLimit kRoutingClasses{
+    .name = "num_classes", .max = kMaxClasses, .otherwise = "the kernels sort up to 256 classes"};
+inline constexpr SizeLimit kGroupWidth{
+    .name = "widths", .multiple_of = 8, .otherwise = "the width of a group is not a multiple of 8"};
+inline constexpr SizeLimit kDenseWidth{
+    .name = "widths",
+    .multiple_of = 8,
+    .otherwise = "the width of the other dimension, or a part of it, is not a multiple of 8"};
+inline constexpr SizeLimit kRoutingTile{
+    .name = "tile", .max = kHiddenTile, .otherwise = "the plan's tile is not 128 tokens", .as_number = true};
+
+inline constexpr SupportedConfig kRoutingConfigs[] = {
+    {.op = "routing_mask", .limits = {kRoutingGroups}},
+    {.op = "routing_plan", .limits = {kRoutingGroups}},
+    {.op = "hidden_gather_linear", .dtypes = kHalfTypes, .limits = {kGroupWidth, kRoutingTile}},
+    {.op = "hidden_gather_linear_backward", .dtypes = kHalfTypes, .limits = {kGroupWidth, kRoutingTile}},
+    {.op = "hidden_scatter_linear", .dtypes = kHalfTypes, .limits = {kGroupWidth, kRoutingTile}},
+    {.op = "hidden_scatter_linear_backward", .dtypes = kHalfTypes, .limits = {kGroupWidth, kRoutingTile}},
+    {.op = "hidden_weight_grad", .dtypes = kHalfTypes, .limits = {kGroupWidth, kRoutingTile}},
+};
 
 }  // namespace warpform

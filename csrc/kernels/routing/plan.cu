@@ -10,7 +10,7 @@ namespace {
 constexpr const char* kOp = "routing_plan";
 constexpr int kLeastItems = 1024;
 
-// Tokens of a block: with more than kSortBlocks blocks of the least, so many more.
+// Tokens a block: kLeastItems, or more where that would need over kSortBlocks blocks.
 int64_t items_of(int64_t tokens) {
   const int64_t share = ceil_div(tokens, int64_t{kSortBlocks});
   return std::max<int64_t>(kLeastItems, ceil_div(share, int64_t{kSortThreads}) * kSortThreads);

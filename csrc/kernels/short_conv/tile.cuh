@@ -1,4 +1,4 @@
-// What the short convolution's kernels share: the tile of x in shared memory, and its parameters beside it.
+// Shared by the short convolution's kernels: the tile of x in shared memory, and its parameters beside it.
 //
 // A tile is 128 bytes of channels by 8 vectors of 16 bytes of times (64 by 64 in 16-bit types, 32 by 32 in float32), of
 // all three parts of x, with the rows before it (and, backward, behind it) that a convolution of kTaps taps reads.
@@ -145,7 +145,7 @@ __device__ __forceinline__ ShortConvFilter load_filter(uint32_t filters, int par
   return {load_shared<Vec<float, 4>>(filters + i * 16), load_shared<float>(filters + 3 * Tile::kChannels * 16 + i * 4)};
 }
 
-// What a thread owns of a tile.
+// The part of a tile that a thread owns.
 template <class Tile>
 struct ShortConvThread {
   int piece = warp_id();
