@@ -107,7 +107,7 @@ __global__ void early_read(const __grid_constant__ BrokenParams p) {
   store_global(p.out + t, load_shared<float>(slot(t)));
 }
 
-// Two groups are under way; the wait leaves one of them, but both are read.
+// Two groups are in flight; the wait leaves one of them, but both are read.
 __global__ void wait_for_too_few(const __grid_constant__ BrokenParams p) {
   const int t = thread();
   for (int stage = 0; stage < 2; ++stage) {

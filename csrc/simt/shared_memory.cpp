@@ -47,7 +47,7 @@ using Array = std::unique_ptr<T[], Free>;
 Array<unsigned char> arena;
 Array<uint16_t> written;   // a bit a byte
 Array<uint8_t> level;      // of each chunk
-Array<uint8_t> in_flight;  // an asynchronous copy is under way into this chunk
+Array<uint8_t> in_flight;  // an asynchronous copy into this chunk is in flight
 Array<Granule> whole;      // of each chunk
 Array<Granule> parts;      // eight a chunk
 

@@ -100,20 +100,8 @@ ForwardResult varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q
                                bool causal, int64_t window_left, int64_t window_right, double softcap,
                                std::optional<Tensor> alibi_slopes, bool deterministic) {
   constexpr const char* kOp = "varlen_attention";
-  Arguments a{q,
-              k,
-              v,
-              cu_seqlens_q,
-              cu_seqlens_k,
-              max_seqlen_q,
-              max_seqlen_k,
-              softmax_scale,
-              causal,
-              window_left,
-              window_right,
-              softcap,
-              alibi_slopes,
-              deterministic};
+  Arguments a(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left,
+              window_right, softcap, alibi_slopes, deterministic);
   check_arguments(kOp, a);
   const Launch launch(kOp, q);
   if (const char* reason = no_kernel(launch, a, /*backward=*/false)) {
@@ -142,20 +130,8 @@ BackwardResult varlen_attention_backward(Tensor dout, std::optional<Tensor> dlse
                                          int64_t window_right, double softcap, std::optional<Tensor> alibi_slopes,
                                          bool deterministic) {
   constexpr const char* kOp = "varlen_attention_backward";
-  Arguments a{q,
-              k,
-              v,
-              cu_seqlens_q,
-              cu_seqlens_k,
-              max_seqlen_q,
-              max_seqlen_k,
-              softmax_scale,
-              causal,
-              window_left,
-              window_right,
-              softcap,
-              alibi_slopes,
-              deterministic};
+  Arguments a(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left,
+              window_right, softcap, alibi_slopes, deterministic);
   check_arguments(kOp, a);
   for (const auto& [name, t] : {std::pair{"dout", dout}, std::pair{"out", out}}) {
     check(t.dim() == 3 && t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(2) == q.size(2) &&

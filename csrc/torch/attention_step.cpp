@@ -153,8 +153,8 @@ ForwardResult attention_step(Tensor q, Tensor k, Tensor v, std::optional<Tensor>
                              int64_t window_right, int64_t q_offset, int64_t k_offset, int64_t q_stride,
                              int64_t k_stride, std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k) {
   constexpr const char* kOp = "attention_step";
-  const Arguments a{q,        k,        v,        softmax_scale, causal,       window_left, window_right,
-                    q_offset, k_offset, q_stride, k_stride,      cu_seqlens_q, cu_seqlens_k};
+  const Arguments a(q, k, v, softmax_scale, causal, window_left, window_right, q_offset, k_offset, q_stride, k_stride,
+                    cu_seqlens_q, cu_seqlens_k);
   check_arguments(kOp, a);
   check(out.has_value() == lse.has_value(), kOp, ": out and lse must both be given, or neither");
   const Launch launch(kOp, q);
@@ -192,8 +192,8 @@ BackwardResult attention_step_backward(Tensor dout, Tensor delta, Tensor q, Tens
                                        int64_t k_stride, std::optional<Tensor> cu_seqlens_q,
                                        std::optional<Tensor> cu_seqlens_k, bool deterministic) {
   constexpr const char* kOp = "attention_step_backward";
-  const Arguments a{q,        k,        v,        softmax_scale, causal,       window_left, window_right,
-                    q_offset, k_offset, q_stride, k_stride,      cu_seqlens_q, cu_seqlens_k};
+  const Arguments a(q, k, v, softmax_scale, causal, window_left, window_right, q_offset, k_offset, q_stride, k_stride,
+                    cu_seqlens_q, cu_seqlens_k);
   check_arguments(kOp, a);
   check(same_sizes(dout, q) && dout.scalar_type() == q.scalar_type(), kOp,
         ": dout must have the shape and dtype of q, ", Got{q}, ", got ", Got{dout});

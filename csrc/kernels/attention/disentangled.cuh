@@ -177,7 +177,7 @@ struct DisentangledBias {
   }
 
   // kRows times two elements a lane from a table to shared memory: of(i, token, column0, column1) says from where and
-  // returns to where. Loads of a batch are under way together.
+  // returns to where. Loads of a batch are in flight together.
   template <int kRows, class Of>
   __device__ __forceinline__ void gather_rows(const void* table, Of&& of) const {
     constexpr int kBatch = 2;

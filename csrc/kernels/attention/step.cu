@@ -10,10 +10,11 @@ namespace warpform {
 
 StepPositions step_positions(int64_t q_offset, int64_t k_offset, int64_t q_stride, int64_t k_stride, int64_t left,
                              int64_t right, int64_t q_rows, int64_t k_rows) {
-  // Twice the longest span: added to one, it leads past the other, either way, and stays within 32 bits.
+  // Twice the longest span: added to a position of one side, it exceeds all positions of the other, and it stays within
+  // 32 bits.
   constexpr int64_t kFar = 2 * (kMaxStepSpan + 1);
   const auto bounded = [=](int64_t x) { return static_cast<int>(std::clamp(x, -kFar, kFar)); };
-  // The stride of a side of one row leads nowhere, and may be anything.
+  // A side of one row may have any stride: no position depends on it.
   if (q_rows <= 1) q_stride = 1;
   if (k_rows <= 1) k_stride = 1;
   const int64_t distance = std::clamp(q_offset - k_offset, -4 * kFar, 4 * kFar);

@@ -47,7 +47,7 @@ static __global__ void __launch_bounds__(kSpectrumThreads) fft_conv_spectrum_ker
 
   auto* bins = reinterpret_cast<Vec<uint32_t, 4>*>(params.bins + channel * 2 * points);
   for (int i = threadIdx.x; i < points / 2; i += kSpectrumThreads) {
-    // fft_bin_place the other way around.
+    // The inverse of fft_bin_place.
     const int lane = i % 32, fragment = i / 32 % p.fragments(), k1 = i / 32 / p.fragments();
     const int tile = fragment / 2;
     Vec<uint32_t, 4> v;

@@ -189,7 +189,7 @@ __device__ __forceinline__ void load_rows(const FftConvProblem& p, const void* u
         }
       }
     };
-    // So many loads are under way at a time; one where values come one by one.
+    // Loads in flight at a time; one where values come one by one.
     constexpr int kAhead = Walk::kSteps < 4 ? Walk::kSteps : 4;
     constexpr std::integral_constant<int, 1> kOne;
     if (begin < 0) {

@@ -3,7 +3,7 @@
 //
 // Tile      2048 columns of one row a CTA. A thread has four pairs of neighbouring columns, so that a warp moves 128
 //           bytes in a row: of 8 neighbouring columns, which go through eight erff with branches, the compiler would
-//           make stores of 4 bytes all the same.
+//           make stores of 4 bytes too.
 // Loads     4 bytes a lane, straight to registers.
 // Bounds    6 rows cols bytes forward, 14 backward, and erff (common/gelu.cuh).
 // Measured  not yet.

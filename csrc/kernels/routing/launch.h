@@ -14,7 +14,7 @@ inline constexpr int kMaxGroups = 64;    // bits of a mask
 inline constexpr int kMaxClasses = 256;  // one digit of the sort
 inline constexpr int kHiddenTile = 128;  // tokens of a tile, for the products
 inline constexpr int kHiddenBlock = 64;  // hidden dimensions that are worked on at a time: narrower groups cost as much
-inline constexpr int kFewTokens = 4;     // at most so many go without tiles
+inline constexpr int kFewTokens = 4;     // up to this many tokens take the GEMV kernels, which need no tiles
 
 // ---- plan ----
 

@@ -89,7 +89,7 @@ __device__ __forceinline__ void copy_rows(uint32_t rows, const T* x, const Short
   const bool exists = at.channel + c < channels;
   const int byte = c % Tile::kVec * static_cast<int>(sizeof(T));
   constexpr int kStep = kShortConvThreads / Tile::kChannels,
-                kBatch = 4;  // rows of the block at once, of loads under way
+                kBatch = 4;  // rows of the block at once; loads in flight
   for (int row = thread / Tile::kChannels; row < kRows; row += kBatch * kStep) {
     T v[kBatch][3];
 #pragma unroll

@@ -136,7 +136,7 @@ struct ScaleSums {
 
 // Epilogue of cosine attention for 16 rows of dq or dk, the gradient through the normalisation of q or k: the
 // accumulators hold y = sum ds k / |k| (or with q), and the gradient of x / |x| is (y - x (x.y) / |x|^2) / |x|. `of` is
-// the tile of x, `norms` the address of the inverse norm of its row `row`, `original` that of x as it came, if the
+// the tile of x, `norms` the address of the inverse norm of its row `row`, `original` that of the unscaled x, if the
 // tile's rows were lengthened. Returns the lane's part of sum (x.y) / |x|, from which the gradient of logit_scale is
 // made; rows of no length have none, whatever y.
 template <class T, int kN, int kCols>
