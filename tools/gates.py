@@ -77,7 +77,7 @@ STACK: tuple[StackRule, ...] = (
 )
 ATTENTION = r"(varlen|window)_attention_(forward|backward_(keys|queries|short|bias))<"
 MONARCH = r"(block_gemm|block_weight_gradient|monarch_forward|glu_(forward|gradient))<"
-STEPS = r"varlen_attention_(forward|backward_(keys|queries))<.*\bStep>"
+STEPS = r"varlen_attention_(forward|backward_(keys|queries))<.*\bAttentionStep>"
 VECTORS = r"(gather_(long|short)_rows<uint4,|(bias_gelu|layer_norm)(_backward)?_kernel<(float, 4|\w+, 8),)"
 SHORT_CONV = r"short_conv_gate(_backward)?_kernel<"
 HIDDEN = r"hidden_(gather|scatter|weight_grad)<"
@@ -87,7 +87,7 @@ OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(ATTENTION, r"LDSM\."),  # ldmatrix
     OpcodeRule(ATTENTION, r"LDGSTS\."),  # cp.async
     # The sums of dQ: two floats at once, where the machine has it.
-    OpcodeRule(r"varlen_attention_backward_keys<.*(PlainScore|BiasedScore)", r"REDG?\.E\.ADD\.F32x2", ("sm_90a",)),
+    OpcodeRule(r"varlen_attention_backward_keys<.*(ScaleOnly|SoftcapAlibi)", r"REDG?\.E\.ADD\.F32x2", ("sm_90a",)),
     OpcodeRule(r"column_sum_(whole|split)<true>", r"LDG\..*128"),
     OpcodeRule(r"column_sum_(whole|split)<true>", r"STG\..*128"),
     OpcodeRule(MONARCH, r"HMMA\.16816\.F32"),

@@ -70,7 +70,7 @@ __global__ void shared_race(const __grid_constant__ BrokenParams p) {
 
 __global__ void deadlock(const __grid_constant__ BrokenParams p) {
   if (warp_id() == 1) {
-    named_barrier_sync(1, 2 * kWarpSize);  // nobody else comes
+    named_barrier_sync(1, 2 * kWarpSize);  // no other warp comes
   } else {
     block_sync();
   }
@@ -107,7 +107,7 @@ __global__ void early_read(const __grid_constant__ BrokenParams p) {
   store_global(p.out + t, load_shared<float>(slot(t)));
 }
 
-// Two groups are under way; the wait leaves one of them, but both are read.
+// Two groups are in flight; the wait leaves one of them, but both are read.
 __global__ void wait_for_too_few(const __grid_constant__ BrokenParams p) {
   const int t = thread();
   for (int stage = 0; stage < 2; ++stage) {

@@ -1,4 +1,4 @@
-// What a CUDA compiler declares by itself. The scheduler sets the variables whenever another thread goes on.
+// Names that a CUDA compiler declares by itself. The scheduler sets the variables whenever another thread goes on.
 #pragma once
 
 #include <vector_types.h>

@@ -1,5 +1,5 @@
 // The column sums by themselves, for tests: every size, and pointers that no op passes.
-#include "kernels/encoder/column_sum.h"
+#include "kernels/common/column_sum.h"
 
 #include <torch/csrc/stable/library.h>
 

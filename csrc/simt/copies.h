@@ -10,7 +10,7 @@
 
 namespace warpform::simt {
 
-// The copies of one thread that are under way.
+// The copies of one thread that are in flight.
 struct Copies {
   struct Copy {
     const void* from;  // null: zeros

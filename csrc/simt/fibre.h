@@ -5,7 +5,7 @@
 
 namespace warpform::simt {
 
-// Where a fibre that is not running stands; what it points at belongs to fibre.cpp.
+// The saved stack pointer of a fibre that is not running; what it points at belongs to fibre.cpp.
 struct Context {
   void* state = nullptr;
 };

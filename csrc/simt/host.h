@@ -1,4 +1,4 @@
-// What the torch bindings say to the emulator (they are compiled a second time for it, with WARPFORM_SIMT).
+// Calls of the torch bindings to the emulator (the bindings are compiled a second time for it, with WARPFORM_SIMT).
 #pragma once
 
 #include <cstddef>

@@ -36,7 +36,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(warpform_simt, m) {
   // Which order of threads and blocks the next launches see (0: the plain one), how many multiprocessors a kernel
   // finds, and how many bytes of shared memory a block may have.
   m.def("_configure(int seed, int sm_count=4, int shared_memory_limit=232448) -> ()");
-  // What the machine says about itself until the next _configure: versions of CUDA as 13000, a compute capability as
+  // The machine's facts until the next _configure: versions of CUDA as 13000, a compute capability as
   // 90, and whether there is code for it ("found", "none", "unreadable", "unknown": DeviceCode).
   m.def("_claim(int driver=13000, int capability=90, str code=\"found\") -> ()");
 }

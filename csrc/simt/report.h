@@ -11,7 +11,7 @@ namespace warpform::simt {
 
 using Where = std::source_location;
 
-// "kernels/encoder/pack.cuh:42"
+// "kernels/packing/pack.cuh:42"
 std::string text_of(const Where& where);
 
 // Throws std::runtime_error for the thread that is running.

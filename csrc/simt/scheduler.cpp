@@ -129,7 +129,7 @@ void open(Barrier& barrier) {
   barrier = Barrier{};
 }
 
-// What the warp did until now is published through the barrier.
+// Publishes through the barrier what the warp did until now.
 void contribute(Warp& warp, Barrier& barrier) {
   const int w = warp_number(warp);
   ++block.now;

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/device_facts.h"
+#include "kernels/common/device_facts.h"
 #include "simt/builtins.h"
 #include "simt/copies.h"
 #include "simt/fibre.h"
@@ -24,7 +24,7 @@ constexpr int kMaxWarps = 32;
 constexpr int kMaxThreads = kLanes * kMaxWarps;
 constexpr int kNamedBarriers = 16;  // 0 is the block's
 
-// What lanes of a warp do together. The first three are barriers: exited lanes count as come. The others need all 32.
+// Collectives of the lanes of a warp. The first three are barriers: exited lanes count as come. The others need all 32.
 enum class Meeting : uint8_t {
   kBlockSync,
   kNamedSync,
@@ -76,7 +76,7 @@ struct Warp {
 };
 
 struct Barrier {
-  int threads = 0;  // that it waits for, 0 while nobody came
+  int threads = 0;  // that it waits for, 0 while none has come
   int come = 0;
   uint32_t waiting = 0;  // warps
   Knowledge knows{};
@@ -134,7 +134,7 @@ void run_grid(const Kernel& kernel, dim3 grid, int threads, int shared_bytes);
 
 constexpr int kRuntimeVersion = 13000;  // of CUDA, as cuda_runtime_version() has it
 
-// What kernels find when they ask for the device's properties.
+// The device's properties as kernels and launches see them.
 struct Device {
   int sm_count = 4;
   int shared_memory_limit = 227 * 1024;

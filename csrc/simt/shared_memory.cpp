@@ -22,7 +22,7 @@ struct Touch {
   bool copy = false;     // written by an asynchronous copy
 };
 
-// What is remembered of a granule: the last write, and the reads since then, one of each warp. A read that is ordered
+// The history of a granule: the last write, and the reads since then, one of each warp. A read that is ordered
 // before a later one need not be kept: what is ordered after the later is ordered after both. Where more warps read at
 // the same time than there is room for, some are forgotten; a race may then be missed but none is made up.
 struct alignas(64) Granule {
@@ -47,7 +47,7 @@ using Array = std::unique_ptr<T[], Free>;
 Array<unsigned char> arena;
 Array<uint16_t> written;   // a bit a byte
 Array<uint8_t> level;      // of each chunk
-Array<uint8_t> in_flight;  // an asynchronous copy is under way into this chunk
+Array<uint8_t> in_flight;  // an asynchronous copy into this chunk is in flight
 Array<Granule> whole;      // of each chunk
 Array<Granule> parts;      // eight a chunk
 

@@ -1,4 +1,4 @@
-// What the lanes of a warp do together without tensor cores: shuffles and votes.
+// Collectives of a warp without tensor cores: shuffles and votes.
 #pragma once
 
 #include <cstdint>

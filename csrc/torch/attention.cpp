@@ -100,20 +100,8 @@ ForwardResult varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q
                                bool causal, int64_t window_left, int64_t window_right, double softcap,
                                std::optional<Tensor> alibi_slopes, bool deterministic) {
   constexpr const char* kOp = "varlen_attention";
-  Arguments a{q,
-              k,
-              v,
-              cu_seqlens_q,
-              cu_seqlens_k,
-              max_seqlen_q,
-              max_seqlen_k,
-              softmax_scale,
-              causal,
-              window_left,
-              window_right,
-              softcap,
-              alibi_slopes,
-              deterministic};
+  Arguments a(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left,
+              window_right, softcap, alibi_slopes, deterministic);
   check_arguments(kOp, a);
   const Launch launch(kOp, q);
   if (const char* reason = no_kernel(launch, a, /*backward=*/false)) {
@@ -142,20 +130,8 @@ BackwardResult varlen_attention_backward(Tensor dout, std::optional<Tensor> dlse
                                          int64_t window_right, double softcap, std::optional<Tensor> alibi_slopes,
                                          bool deterministic) {
   constexpr const char* kOp = "varlen_attention_backward";
-  Arguments a{q,
-              k,
-              v,
-              cu_seqlens_q,
-              cu_seqlens_k,
-              max_seqlen_q,
-              max_seqlen_k,
-              softmax_scale,
-              causal,
-              window_left,
-              window_right,
-              softcap,
-              alibi_slopes,
-              deterministic};
+  Arguments a(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left,
+              window_right, softcap, alibi_slopes, deterministic);
   check_arguments(kOp, a);
   for (const auto& [name, t] : {std::pair{"dout", dout}, std::pair{"out", out}}) {
     check(t.dim() == 3 && t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(2) == q.size(2) &&
@@ -183,8 +159,8 @@ BackwardResult varlen_attention_backward(Tensor dout, std::optional<Tensor> dlse
   check_aligned(kOp, "q", q);
   check_aligned(kOp, "k", k);
   check_aligned(kOp, "v", v);
-  dout = readable(dout);
-  out = readable(out);
+  dout = with_aligned_rows(dout);
+  out = with_aligned_rows(out);
   BackwardResult result{empty(kOp, sizes_of(q), q.scalar_type(), q), empty(kOp, sizes_of(k), q.scalar_type(), q),
                         empty(kOp, sizes_of(v), q.scalar_type(), q)};
   const Tensor delta = empty(kOp, {q.size(1), q.size(0)}, ScalarType::Float, q);

@@ -24,7 +24,7 @@ struct Arguments {
   int64_t tokens(const Tensor& t) const { return varlen() ? t.size(0) : t.size(0) * t.size(1); }
   int64_t heads(const Tensor& t) const { return t.size(t.dim() - 2); }
   int64_t head_dim() const { return q.size(q.dim() - 1); }
-  // Of lse and delta: [heads, total], dense [batch, heads, length].
+  // The shape of lse and delta: [heads, total], or [batch, heads, length] without cu_seqlens.
   std::vector<int64_t> row_sizes() const {
     if (varlen()) return {q.size(1), q.size(0)};
     return {q.size(0), q.size(2), q.size(1)};
@@ -65,7 +65,7 @@ void check_arguments(const char* op, const Arguments& a) {
   }
 }
 
-// What is carried: of float32, whatever its strides.
+// Checks a tensor of the carried state: float32, with any strides.
 void check_state(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
                  const Tensor& as) {
   check(sizes_of(t) == sizes && t.scalar_type() == ScalarType::Float, op, ": ", name,
@@ -91,52 +91,24 @@ const char* no_kernel(const Launch& launch, const Arguments& a, bool backward) {
 
 // ---- tensors as the kernels take them ----
 
-// The stride of a dimension of one element means nothing and may be odd; no address is made of it.
-int64_t stride_of(const Tensor& t, int64_t dim) { return t.size(dim) > 1 ? t.stride(dim) : 0; }
-
-// Of rows and heads, which stand before the last dimension.
 int64_t row_stride(const Tensor& t) { return stride_of(t, t.dim() - 3); }
 int64_t head_stride(const Tensor& t) { return stride_of(t, t.dim() - 2); }
-int64_t gap(const Tensor& t) { return t.dim() == 4 ? stride_of(t, 0) - t.size(1) * row_stride(t) : 0; }
+int64_t batch_offset(const Tensor& t) { return t.dim() == 4 ? stride_of(t, 0) - t.size(1) * row_stride(t) : 0; }
 
-bool aligned_to(const Tensor& t, int64_t alignment) {
-  const auto bytes = static_cast<int64_t>(t.element_size());
-  const int64_t last = t.dim() - 1;
-  if (t.size(last) > 1 && t.stride(last) != 1) return false;
-  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % alignment != 0) return false;
-  for (int64_t dim = 0; dim < last; ++dim) {
-    if (stride_of(t, dim) * bytes % alignment != 0) return false;
-  }
-  return true;
-}
-
-void check_operand(const char* op, const char* name, const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  check(t.size(last) <= 1 || t.stride(last) == 1, op, ": ", name,
-        " must be contiguous in its last dimension; call .contiguous()");
-  check(aligned_to(t, 16), op, ": ", name,
-        " must be 16-byte aligned, its rows and heads too, got a slice that is not; call .clone()");
-}
-
-Tensor made_readable(const Tensor& t, int64_t alignment) {
-  if (aligned_to(t, alignment)) return t;
-  return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
-}
 std::optional<Tensor> readable_state(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(made_readable(*t, 8)) : std::nullopt;
+  return t ? std::optional<Tensor>(with_aligned_rows(*t, 8)) : std::nullopt;
 }
 
-HeadsView heads_view(const Launch& launch, const Tensor& t) { return {launch.in(t), row_stride(t), head_stride(t)}; }
 StateView state_view(const Launch& launch, const std::optional<Tensor>& t) {
   if (!t) return {nullptr, 0, 0, 0};
-  return {launch.in<float>(*t), row_stride(*t), head_stride(*t), gap(*t)};
+  return {launch.in<float>(*t), row_stride(*t), head_stride(*t), batch_offset(*t)};
 }
 
 AttentionProblem problem(const Launch& launch, const Arguments& a) {
   const auto head_dim = static_cast<int>(a.head_dim());
-  return {.q = heads_view(launch, a.q),
-          .k = heads_view(launch, a.k),
-          .v = heads_view(launch, a.v),
+  return {.q = view(launch, a.q),
+          .k = view(launch, a.k),
+          .v = view(launch, a.v),
           .cu_seqlens_q = a.varlen() ? launch.in<int32_t>(*a.cu_seqlens_q) : nullptr,
           .cu_seqlens_k = a.varlen() ? launch.in<int32_t>(*a.cu_seqlens_k) : nullptr,
           .batch = static_cast<int>(a.batch()),
@@ -164,10 +136,10 @@ StepLayout layout(const Arguments& a, const Tensor* dout) {
                                       a.causal ? 0 : a.window_right, a.rows(a.q), a.rows(a.k)),
           .by_q_length = by_length(a.q),
           .by_k_length = by_length(a.k),
-          .q_gap = gap(a.q),
-          .k_gap = gap(a.k),
-          .v_gap = gap(a.v),
-          .dout_gap = dout != nullptr ? gap(*dout) : 0,
+          .q_batch_offset = batch_offset(a.q),
+          .k_batch_offset = batch_offset(a.k),
+          .v_batch_offset = batch_offset(a.v),
+          .dout_batch_offset = dout != nullptr ? batch_offset(*dout) : 0,
           .head_rows = a.rows(a.q),
           .sequence_rows = a.varlen() ? 0 : (a.heads(a.q) - 1) * a.rows(a.q)};
 }
@@ -181,8 +153,8 @@ ForwardResult attention_step(Tensor q, Tensor k, Tensor v, std::optional<Tensor>
                              int64_t window_right, int64_t q_offset, int64_t k_offset, int64_t q_stride,
                              int64_t k_stride, std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k) {
   constexpr const char* kOp = "attention_step";
-  const Arguments a{q,        k,        v,        softmax_scale, causal,       window_left, window_right,
-                    q_offset, k_offset, q_stride, k_stride,      cu_seqlens_q, cu_seqlens_k};
+  const Arguments a(q, k, v, softmax_scale, causal, window_left, window_right, q_offset, k_offset, q_stride, k_stride,
+                    cu_seqlens_q, cu_seqlens_k);
   check_arguments(kOp, a);
   check(out.has_value() == lse.has_value(), kOp, ": out and lse must both be given, or neither");
   const Launch launch(kOp, q);
@@ -191,9 +163,9 @@ ForwardResult attention_step(Tensor q, Tensor k, Tensor v, std::optional<Tensor>
                                           window_right, q_offset, k_offset, q_stride, k_stride, cu_seqlens_q,
                                           cu_seqlens_k);
   }
-  check_operand(kOp, "q", q);
-  check_operand(kOp, "k", k);
-  check_operand(kOp, "v", v);
+  check_aligned(kOp, "q", q);
+  check_aligned(kOp, "k", k);
+  check_aligned(kOp, "v", v);
   if (out) {
     check_state(kOp, "out", *out, sizes_of(q), q);
     check_state(kOp, "lse", *lse, a.row_sizes(), q);
@@ -220,8 +192,8 @@ BackwardResult attention_step_backward(Tensor dout, Tensor delta, Tensor q, Tens
                                        int64_t k_stride, std::optional<Tensor> cu_seqlens_q,
                                        std::optional<Tensor> cu_seqlens_k, bool deterministic) {
   constexpr const char* kOp = "attention_step_backward";
-  const Arguments a{q,        k,        v,        softmax_scale, causal,       window_left, window_right,
-                    q_offset, k_offset, q_stride, k_stride,      cu_seqlens_q, cu_seqlens_k};
+  const Arguments a(q, k, v, softmax_scale, causal, window_left, window_right, q_offset, k_offset, q_stride, k_stride,
+                    cu_seqlens_q, cu_seqlens_k);
   check_arguments(kOp, a);
   check(same_sizes(dout, q) && dout.scalar_type() == q.scalar_type(), kOp,
         ": dout must have the shape and dtype of q, ", Got{q}, ", got ", Got{dout});
@@ -232,15 +204,15 @@ BackwardResult attention_step_backward(Tensor dout, Tensor delta, Tensor q, Tens
                                                   causal, window_left, window_right, q_offset, k_offset, q_stride,
                                                   k_stride, cu_seqlens_q, cu_seqlens_k, deterministic);
   }
-  check_operand(kOp, "q", q);
-  check_operand(kOp, "k", k);
-  check_operand(kOp, "v", v);
+  check_aligned(kOp, "q", q);
+  check_aligned(kOp, "k", k);
+  check_aligned(kOp, "v", v);
   check_state(kOp, "delta", delta, a.row_sizes(), q);
   check_state(kOp, "lse", lse, a.row_sizes(), q);
   if (dq) check_state(kOp, "dq", *dq, sizes_of(q), q);
   if (dk) check_state(kOp, "dk", *dk, sizes_of(k), q);
   if (dv) check_state(kOp, "dv", *dv, sizes_of(v), q);
-  dout = made_readable(dout, 16);
+  dout = with_aligned_rows(dout);
   delta = torch::stable::contiguous(delta);
   lse = torch::stable::contiguous(lse);
   dk = readable_state(dk);
@@ -260,7 +232,7 @@ BackwardResult attention_step_backward(Tensor dout, Tensor delta, Tensor q, Tens
   }
   launch_attention_step_backward({.problem = problem(launch, a),
                                   .step = layout(a, &dout),
-                                  .dout = heads_view(launch, dout),
+                                  .dout = view(launch, dout),
                                   .lse = launch.in<float>(lse),
                                   .delta = launch.in<float>(delta),
                                   .dq_before = state_view(launch, dq),

@@ -198,17 +198,8 @@ ForwardResult disentangled_attention(Tensor q, Tensor k, Tensor v, std::optional
                                      std::optional<Tensor> positions, std::optional<double> softmax_scale,
                                      int64_t position_buckets, int64_t max_relative_positions) {
   constexpr const char* kOp = "disentangled_attention";
-  const Arguments a{q,
-                    k,
-                    v,
-                    pos_key,
-                    pos_query,
-                    cu_seqlens,
-                    max_seqlen,
-                    positions,
-                    softmax_scale,
-                    position_buckets,
-                    max_relative_positions};
+  const Arguments a(q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, positions, softmax_scale, position_buckets,
+                    max_relative_positions);
   check_arguments(kOp, a);
   const Launch launch(kOp, q);
   const Columns columns = columns_of(a);
@@ -269,17 +260,8 @@ BackwardResult disentangled_attention_backward(Tensor dout, Tensor q, Tensor k, 
                                                std::optional<double> softmax_scale, int64_t position_buckets,
                                                int64_t max_relative_positions) {
   constexpr const char* kOp = "disentangled_attention_backward";
-  const Arguments a{q,
-                    k,
-                    v,
-                    pos_key,
-                    pos_query,
-                    cu_seqlens,
-                    max_seqlen,
-                    positions,
-                    softmax_scale,
-                    position_buckets,
-                    max_relative_positions};
+  const Arguments a(q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, positions, softmax_scale, position_buckets,
+                    max_relative_positions);
   check_arguments(kOp, a);
   for (const auto& [name, t] : {std::pair{"dout", dout}, std::pair{"out", out}}) {
     check(sizes_of(t) == sizes_of(q) && t.scalar_type() == q.scalar_type(), kOp, ": ", name,
@@ -301,8 +283,8 @@ BackwardResult disentangled_attention_backward(Tensor dout, Tensor q, Tensor k, 
   check_aligned(kOp, "q", q);
   check_aligned(kOp, "k", k);
   check_aligned(kOp, "v", v);
-  dout = readable(dout);
-  out = readable(out);
+  dout = with_aligned_rows(dout);
+  out = with_aligned_rows(out);
   // Made again rather than kept from the forward: they are heads * width numbers a token.
   const auto c2p = relative_scores(kOp, a, q, pos_key, columns);
   const auto p2c = relative_scores(kOp, a, k, pos_query, columns);

@@ -1,8 +1,6 @@
 // Bindings of the long convolution: checks, allocation, launch.
 #include "kernels/fft_conv/launch.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <optional>
 
 #include "tensor.h"
@@ -16,12 +14,6 @@ struct Arguments {
   Tensor u, spectrum;
   std::optional<Tensor> skip, pregate, postgate;
 };
-
-std::vector<int64_t> sizes_of(const Tensor& t) {
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
-  return sizes;
-}
 
 void check_as_u(const char* op, const char* name, const Tensor& t, const Tensor& u) {
   check(sizes_of(t) == sizes_of(u) && is_float(t.scalar_type()), op, ": ", name,
@@ -53,7 +45,7 @@ void check_arguments(const char* op, const Arguments& a) {
 const char* no_kernel(const Launch& launch, const Arguments& a) {
   if (const char* reason = launch.unusable()) return reason;
   const ScalarType dtype = a.u.scalar_type();
-  if (dtype != ScalarType::Half && dtype != ScalarType::BFloat16) return "the kernels take float16 and bfloat16";
+  if (const char* reason = kHalfTypes.why_not(dtype_name(dtype))) return reason;
   for (const auto& gate : {a.pregate, a.postgate}) {
     if (gate && gate->scalar_type() != dtype) return "a gate is not of u's dtype";
   }
@@ -67,23 +59,13 @@ const char* no_kernel(const Launch& launch, const Arguments& a) {
   return nullptr;
 }
 
-// Kernels read contiguous sequences, 16 bytes at a time; what is not so is copied.
-Tensor readable(const Tensor& t) {
-  if (!t.is_contiguous()) return torch::stable::contiguous(t);
-  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : torch::stable::clone(t);
+void make_dense(Arguments& a) {
+  a.u = dense(a.u);
+  a.spectrum = dense(a.spectrum);
+  a.skip = dense(a.skip);
+  a.pregate = dense(a.pregate);
+  a.postgate = dense(a.postgate);
 }
-std::optional<Tensor> readable(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(readable(*t)) : std::nullopt;
-}
-void make_readable(Arguments& a) {
-  a.u = readable(a.u);
-  a.spectrum = readable(a.spectrum);
-  a.skip = readable(a.skip);
-  a.pregate = readable(a.pregate);
-  a.postgate = readable(a.postgate);
-}
-
-const void* in_or_null(const Launch& launch, const std::optional<Tensor>& t) { return t ? launch.in(*t) : nullptr; }
 
 FftConvProblem problem(const Arguments& a) {
   FftConvProblem p{.bfloat16 = a.u.scalar_type() == ScalarType::BFloat16,
@@ -100,7 +82,7 @@ Tensor workspace(const char* op, int64_t elements, ScalarType dtype, const Tenso
   return empty(op, {elements}, dtype, like);
 }
 
-// What the convolutions of one call share: the spectrum as the kernels read it.
+// Shared by the convolutions of one call: the spectrum as the kernels read it.
 struct Prepared {
   FftConvProblem problem;
   Tensor bins, factors, tables, half_sums;
@@ -123,7 +105,7 @@ struct Prepared {
   FftConvParams params(const Launch& launch, const Arguments& a) const {
     FftConvParams p{};
     p.problem = problem;
-    p.skip = in_or_null(launch, a.skip);
+    p.skip = launch.in_or_null(a.skip);
     p.skip_is_float = a.skip && a.skip->scalar_type() == ScalarType::Float;
     p.bins = launch.in<uint32_t>(bins);
     p.factors = launch.in<float>(factors);
@@ -144,12 +126,12 @@ Tensor spectral_conv(Tensor u, Tensor spectrum, std::optional<Tensor> skip, std:
   }
   const Tensor out = empty(kOp, sizes_of(u), u.scalar_type(), u);
   if (u.numel() == 0) return out;
-  make_readable(a);
+  make_dense(a);
   const Prepared prepared(kOp, launch, a);
   FftConvParams params = prepared.params(launch, a);
   params.u = launch.in(a.u);
-  params.gate = in_or_null(launch, a.pregate);
-  params.out_gate = in_or_null(launch, a.postgate);
+  params.gate = launch.in_or_null(a.pregate);
+  params.out_gate = launch.in_or_null(a.postgate);
   params.out = launch.out(out);
   launch_fft_conv(kOp, params, launch.stream());
   return out;
@@ -182,8 +164,8 @@ BackwardResult spectral_conv_backward(Tensor dout, Tensor u, Tensor spectrum, st
     }
     return result;
   }
-  make_readable(a);
-  dout = readable(dout);
+  make_dense(a);
+  dout = dense(dout);
   const Prepared prepared(kOp, launch, a);
   const FftConvProblem& p = prepared.problem;
   const int64_t ctas = int64_t{p.shares} * p.channels;
@@ -192,9 +174,9 @@ BackwardResult spectral_conv_backward(Tensor dout, Tensor u, Tensor spectrum, st
   const Tensor dot = workspace(kOp, a.skip ? ctas : 0, ScalarType::Float, u);
   FftConvParams correlation = prepared.params(launch, a);
   correlation.u = launch.in(dout);
-  correlation.gate = in_or_null(launch, a.postgate);
+  correlation.gate = launch.in_or_null(a.postgate);
   correlation.correlate = true;
-  correlation.out_gate = in_or_null(launch, a.pregate);
+  correlation.out_gate = launch.in_or_null(a.pregate);
   correlation.out = launch.out(du);
   if (a.pregate || a.skip) correlation.second_gate = launch.in(a.u);
   if (a.pregate) correlation.second_out = launch.out(dpregate);
@@ -209,7 +191,7 @@ BackwardResult spectral_conv_backward(Tensor dout, Tensor u, Tensor spectrum, st
   if (a.postgate) {
     FftConvParams convolution = prepared.params(launch, a);
     convolution.u = launch.in(a.u);
-    convolution.gate = in_or_null(launch, a.pregate);
+    convolution.gate = launch.in_or_null(a.pregate);
     convolution.out_gate = launch.in(dout);
     convolution.out = launch.out(dpostgate);
     launch_fft_conv(kOp, convolution, launch.stream());
@@ -220,9 +202,9 @@ BackwardResult spectral_conv_backward(Tensor dout, Tensor u, Tensor spectrum, st
   launch_fft_conv_gradient(kOp,
                            {.problem = p,
                             .u = launch.in(a.u),
-                            .gate = in_or_null(launch, a.pregate),
+                            .gate = launch.in_or_null(a.pregate),
                             .dout = launch.in(dout),
-                            .dout_gate = in_or_null(launch, a.postgate),
+                            .dout_gate = launch.in_or_null(a.postgate),
                             .tables = launch.in(prepared.tables),
                             .transforms = launch.out<uint32_t>(transforms),
                             .products = launch.out<float>(products),

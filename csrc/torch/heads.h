@@ -1,7 +1,5 @@
-// What the bindings of attention ops share: tensors of heads as the kernels take them, and the offsets of sequences.
+// Shared by the bindings of attention ops: tensors of heads as the kernels take them, and the offsets of sequences.
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
 
 #include <cmath>
 #include <optional>
@@ -21,7 +19,7 @@ inline void check_offsets(const char* op, const char* name, const Tensor& cu_seq
 // Why none of the attention kernels serves tensors like these, or null.
 inline const char* no_attention_kernel(ScalarType dtype, int64_t total_q, int64_t total_k, int64_t heads,
                                        std::optional<double> softmax_scale) {
-  if (dtype != ScalarType::Half && dtype != ScalarType::BFloat16) return "the kernels take float16 and bfloat16";
+  if (const char* reason = kHalfTypes.why_not(dtype_name(dtype))) return reason;
   const auto scale = static_cast<float>(softmax_scale.value_or(1));
   if (!(scale > 0) || !std::isnormal(scale) || scale > 1e30f) return "softmax_scale is not a positive float32";
   if (total_q > kMaxTokens || total_k > kMaxTokens) return "more than 2^30 tokens";
@@ -32,30 +30,17 @@ inline const char* no_attention_kernel(const Tensor& q, const Tensor& k, std::op
   return no_attention_kernel(q.scalar_type(), q.size(0), k.size(0), q.size(1), softmax_scale);
 }
 
-inline bool aligned(const Tensor& t) {
-  const auto bytes = static_cast<int64_t>(t.element_size());
-  return (t.size(2) <= 1 || t.stride(2) == 1) && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 &&
-         (t.size(0) <= 1 || t.stride(0) * bytes % 16 == 0) && (t.size(1) <= 1 || t.stride(1) * bytes % 16 == 0);
-}
-
 // The kernels copy 16 bytes at a time. A copy of q, k or v would cost as much as some calls do, so it is left to the
 // caller.
 inline void check_aligned(const char* op, const char* name, const Tensor& t) {
-  check(t.size(2) <= 1 || t.stride(2) == 1, op, ": ", name,
+  check(last_dimension_is_contiguous(t), op, ": ", name,
         " must be contiguous in its last dimension; call .contiguous()");
-  check(aligned(t), op, ": ", name,
+  check(has_aligned_rows(t), op, ": ", name,
         " must be 16-byte aligned, its rows and heads too, got a slice that is not; call .clone()");
 }
 
-// Gradients come as autograd made them, expanded for instance: what the kernels cannot read is copied first.
-inline Tensor readable(const Tensor& t) {
-  if (aligned(t)) return t;
-  return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
-}
-
 inline HeadsView view(const Launch& launch, const Tensor& t) {
-  // The stride of a dimension of one element means nothing and may be odd; no address is made of it.
-  return {launch.in(t), t.size(0) > 1 ? t.stride(0) : 0, t.size(1) > 1 ? t.stride(1) : 0};
+  return {launch.in(t), stride_of(t, t.dim() - 3), stride_of(t, t.dim() - 2)};
 }
 
 }  // namespace warpform

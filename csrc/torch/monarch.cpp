@@ -1,8 +1,6 @@
 // Bindings of the Monarch products: checks, allocation, launch.
 #include "kernels/monarch/launch.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <optional>
 
 #include "tensor.h"
@@ -54,13 +52,11 @@ void check_gradient(const char* op, const Tensor& dout, const Tensor& x, int64_t
 
 // ---- what kernels read ----
 
-bool starts_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
-
 // Elements between the rows of [..., columns], or nothing where the leading dimensions have no one stride, or the rows
 // are not 16-byte aligned.
 std::optional<int64_t> row_stride(const Tensor& t) {
   const int64_t last = t.dim() - 1;
-  if (!starts_aligned(t) || (t.size(last) > 1 && t.stride(last) != 1)) return std::nullopt;
+  if (!is_aligned(t, 16) || !last_dimension_is_contiguous(t)) return std::nullopt;
   int64_t stride = 0, next = 0;  // next: what the dimension before must have
   for (int64_t i = last - 1; i >= 0; --i) {
     if (t.size(i) == 1) continue;
@@ -83,19 +79,10 @@ struct Matrix {
   explicit Matrix(const Tensor& from) : t(from), rows(1), cols(from.size(from.dim() - 1)), stride(0) {
     for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
     const auto given = row_stride(t);
-    if (!given || (*given == 0 && rows > 1))
-      t = t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
+    if (!given || (*given == 0 && rows > 1)) t = dense_copy(t);
     stride = given && (*given != 0 || rows <= 1) ? *given : cols;
   }
 };
-
-Tensor readable(const Tensor& t) {
-  if (!t.is_contiguous()) return torch::stable::contiguous(t);
-  return starts_aligned(t) ? t : torch::stable::clone(t);
-}
-std::optional<Tensor> readable(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(readable(*t)) : std::nullopt;
-}
 
 // Blocks of a weight.
 struct Blocks {
@@ -109,17 +96,13 @@ struct Blocks {
 // Why no kernel serves blocks of these sizes, or null.
 const char* no_kernel(const Launch& launch, const Tensor& x, std::initializer_list<int> block_sizes) {
   if (const char* reason = launch.unusable()) return reason;
-  if (x.scalar_type() != ScalarType::Half && x.scalar_type() != ScalarType::BFloat16) {
-    return "the kernels take float16 and bfloat16";
-  }
+  if (const char* reason = kHalfTypes.why_not(dtype_name(x.scalar_type()))) return reason;
   for (const int size : block_sizes) {
-    if (size % kMonarchAlignment != 0) return "a block has rows or columns that are not a multiple of 8";
+    if (const char* reason = kMonarchBlockSize.why_not(size)) return reason;
     if (size > 1 << 14) return "a block has more than 16384 rows or columns";
   }
   return nullptr;
 }
-
-bool is_bfloat16(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
 
 // ---- launches that several ops make ----
 
@@ -216,8 +199,8 @@ Tensor blockdiag_multiply(Tensor x, Tensor w, std::optional<Tensor> bias) {
     return std::get<0>(call_reference<Tensor>(kOp, reason, x, w, bias));
   }
   const Matrix rows(x);
-  w = readable(w);
-  bias = readable(bias);
+  w = dense(w);
+  bias = dense(bias);
   const Call call{kOp, x, launch};
   Tensor out = call.make(with_columns(x, blocks.out()));
   call.multiply(rows, w, false, bias, out);
@@ -236,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor> blockdiag_multiply_backward(Tensor dout, Tens
     return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dout, x, w, has_bias);
   }
   const Matrix drows(dout), rows(x);
-  w = readable(w);
+  w = dense(w);
   const Call call{kOp, x, launch};
   Tensor dx = call.make(sizes_of(x)), dw = call.make(sizes_of(w));
   Tensor dbias = call.make({has_bias ? blocks.out() : 0});
@@ -268,12 +251,12 @@ Tensor monarch_multiply(Tensor x, Tensor w1, Tensor w2) {
                        .y = nullptr,
                        .rows = rows.rows,
                        .x_stride = rows.stride,
-                       .k = first.count,
-                       .q = first.rows,
-                       .p = first.cols,
-                       .l = second.count,
-                       .s = second.rows,
-                       .r = second.cols,
+                       .blocks1 = first.count,
+                       .rows1 = first.rows,
+                       .cols1 = first.cols,
+                       .blocks2 = second.count,
+                       .rows2 = second.rows,
+                       .cols2 = second.cols,
                        .bfloat16 = is_bfloat16(x)};
   // In one pass, or where the intermediate is too large for shared memory as two products with a transposition of rows
   // behind each: 2 (k p + l s) bytes a row, or that and 8 k q + 4 l s more, of which L2 saves some.
@@ -281,8 +264,8 @@ Tensor monarch_multiply(Tensor x, Tensor w1, Tensor w2) {
   const char* reason = fused ? no_kernel(launch, x, {first.cols, second.cols})
                              : no_kernel(launch, x, {first.rows, first.cols, second.rows, second.cols});
   if (reason != nullptr) return std::get<0>(call_reference<Tensor>(kOp, reason, x, w1, w2));
-  w1 = readable(w1);
-  w2 = readable(w2);
+  w1 = dense(w1);
+  w2 = dense(w2);
   const Call call{kOp, x, launch};
   Tensor y = call.make(with_columns(x, second.out()));
   if (y.numel() == 0) return y;
@@ -318,8 +301,8 @@ std::tuple<Tensor, Tensor, Tensor> monarch_multiply_backward(Tensor dout, Tensor
     return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dout, x, w1, w2);
   }
   const Matrix drows(dout), rows(x);
-  w1 = readable(w1);
-  w2 = readable(w2);
+  w1 = dense(w1);
+  w2 = dense(w2);
   const Call call{kOp, x, launch};
   Tensor dx = call.make(sizes_of(x)), dw1 = call.make(sizes_of(w1)), dw2 = call.make(sizes_of(w2));
   const Tensor dout_by_lambda = call.make({rows.rows, second.out()});
@@ -370,9 +353,9 @@ Tensor blockdiag_glu(Tensor x, Tensor w_up, Tensor w_down, std::optional<Tensor>
     return std::get<0>(call_reference<Tensor>(kOp, reason, x, w_up, w_down, bias));
   }
   const Matrix rows(x);
-  w_up = readable(w_up);
-  w_down = readable(w_down);
-  bias = readable(bias);
+  w_up = dense(w_up);
+  w_down = dense(w_down);
+  bias = dense(bias);
   const Call call{kOp, x, launch};
   Tensor out = call.make(with_columns(x, down.out()));
   GluParams params = glu_params(rows, up, down);
@@ -404,8 +387,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blockdiag_glu_backward(Tensor dout, T
     return call_reference<Tensor, Tensor, Tensor, Tensor>(kOp, reason, dout, x, w_up, w_down, has_bias);
   }
   const Matrix drows(dout), rows(x);
-  w_up = readable(w_up);
-  w_down = readable(w_down);
+  w_up = dense(w_up);
+  w_down = dense(w_down);
   const Call call{kOp, x, launch};
   Tensor dx = call.make(sizes_of(x)), dw_up = call.make(sizes_of(w_up)), dw_down = call.make(sizes_of(w_down));
   Tensor dbias = call.make({has_bias ? down.out() : 0});

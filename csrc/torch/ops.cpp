@@ -1,4 +1,4 @@
-// Every op of warpform, one sentence each: the index of the API. Shapes, dtypes and formulas stand in the docstrings of
+// Every op of warpform, one sentence each: the index of the API. Shapes, dtypes and formulas are in the docstrings of
 // python/warpform/ops. Each op has a reference in PyTorch (python/warpform/ops/reference), registered from Python;
 // where a CUDA implementation meets a configuration without a kernel it calls NAME_reference, whose first argument says
 // why.
@@ -30,7 +30,7 @@ const std::string kAttentionSequences =
     "bool causal=False, SymInt window_size_left=-1, SymInt window_size_right=-1, float softcap=0.0, "
     "Tensor? alibi_slopes=None, bool deterministic=False";
 
-// What makes a relative position of two tokens, and a score of three terms; the same in forward and backward.
+// The rule of relative positions of two tokens, and of a score of three terms; the same in forward and backward.
 const std::string kDisentangledSequences =
     "Tensor cu_seqlens, SymInt max_seqlen, *, Tensor? positions=None, float? softmax_scale=None, "
     "SymInt position_buckets=0, SymInt max_relative_positions=512";
@@ -43,8 +43,10 @@ const std::string kWindows = "SymInt[] window_size, SymInt[] shift_size, *, floa
 const std::string kRouting =
     "Tensor group_mask, Tensor perm, Tensor inverse, Tensor tile_mask, Tensor tile_class, Tensor? out_mask, SymInt "
     "num_groups, SymInt num_classes";
-// Where a block of queries and one of keys stand in the whole sequence, and who sees whom there; the same in a step of
-// attention forward and backward.
+
+// Positions of a block of queries and of a block of keys in the whole sequence, and the mask by positions; the same in
+//           a
+// step of attention forward and backward.
 const std::string kPositions =
     "*, float? softmax_scale=None, bool causal=False, SymInt window_size_left=-1, SymInt window_size_right=-1, "
     "SymInt q_offset=0, SymInt k_offset=0, SymInt q_stride=1, SymInt k_stride=1, Tensor? cu_seqlens_q=None, "
@@ -187,7 +189,7 @@ STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
 
   // ---- facts about this binary ----
 
-  // What it was built with, as JSON.
+  // The versions and architectures that it was built with, as JSON.
   m.def("_build_info() -> str");
   // Every configuration that has a CUDA kernel, as a JSON list.
   m.def("_kernel_table() -> str");

@@ -1,8 +1,6 @@
 // Bindings of the short convolution in front of a long one: checks, allocation, launch.
 #include "kernels/short_conv/launch.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <optional>
 
 #include "tensor.h"
@@ -25,30 +23,15 @@ void check_arguments(const char* op, const Tensor& x, const Tensor& weight, cons
   check_same_device(op, "bias", *bias, x);
 }
 
-// Of a dtype that has kernels.
-DType element_type(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: return DType::kFloat32;
-  }
-}
-
 // Why no kernel takes the arguments, or nothing.
 std::string unsupported(const Launch& launch, const Tensor& x, const Tensor& weight) {
   if (const char* reason = launch.unusable()) return reason;
-  if (x.scalar_type() == ScalarType::Double) return "float64";
-  if (weight.size(1) > kShortConvMaxTaps) {
-    return std::to_string(weight.size(1)) + " taps; the kernels take up to " + std::to_string(kShortConvMaxTaps);
+  if (const char* reason = kFloatTypes.why_not(dtype_name(x.scalar_type()))) return reason;
+  if (!kShortConvTaps.allows(weight.size(1))) {
+    return std::to_string(weight.size(1)) + " taps; the kernels take up to " + std::to_string(kShortConvTaps.max);
   }
   return "";
 }
-
-std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
-}
-
-const void* in_or_null(const Launch& launch, const std::optional<Tensor>& t) { return t ? launch.in(*t) : nullptr; }
 
 std::tuple<Tensor, Tensor> short_conv_gate(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   constexpr const char* kOp = "short_conv_gate";
@@ -66,7 +49,7 @@ std::tuple<Tensor, Tensor> short_conv_gate(Tensor x, Tensor weight, std::optiona
   Tensor gate = empty(kOp, {batch, channels, seqlen}, x.scalar_type(), x);
   launch_short_conv_gate({.x = launch.in(x),
                           .weight = launch.in(weight),
-                          .bias = in_or_null(launch, bias),
+                          .bias = launch.in_or_null(bias),
                           .gated = launch.out(gated),
                           .gate = launch.out(gate),
                           .batch = batch,
@@ -108,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> short_conv_gate_backward(Tensor dgated, Tenso
                                  .dgate = launch.in(dgate),
                                  .x = launch.in(x),
                                  .weight = launch.in(weight),
-                                 .bias = in_or_null(launch, bias),
+                                 .bias = launch.in_or_null(bias),
                                  .dx = launch.out(dx),
                                  .dweight = launch.out(dweight),
                                  .dbias = launch.out(dbias),

@@ -1,16 +1,19 @@
-// What a binding needs of torch beyond its stable headers: allocation with errors that keep their text, the pointers of
-// a launch, and the way to the reference.
+// Helpers of all bindings on top of torch's stable headers: allocation with errors that keep their text, layouts that
+// kernels read, the pointers of a launch, and the call of the reference.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstring>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "check.h"
+#include "kernels/common/dtype.h"
 #include "usable.h"
 
 #ifdef WARPFORM_SIMT
@@ -62,6 +65,66 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   const auto s = t.sizes();
   return std::vector<int64_t>(s.begin(), s.end());
 }
+
+// ---- layouts that kernels read ----
+
+inline bool is_aligned(const Tensor& t, int64_t alignment) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % static_cast<uintptr_t>(alignment) == 0;
+}
+
+// A copy whose elements lie end to end and begin at an address that the allocator aligns.
+inline Tensor dense_copy(const Tensor& t) {
+  return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
+}
+
+// `t` contiguous and at a multiple of `alignment` bytes; copied where it is not, as gradients of slices are not.
+inline Tensor dense(const Tensor& t, int64_t alignment = 16) {
+  return t.is_contiguous() && is_aligned(t, alignment) ? t : dense_copy(t);
+}
+inline std::optional<Tensor> dense(const std::optional<Tensor>& t, int64_t alignment = 16) {
+  return t ? std::optional<Tensor>(dense(*t, alignment)) : std::nullopt;
+}
+
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
+// Elements from one index of `dim` to the next. A dimension of one element may have any stride and no address is made
+// of it: 0.
+inline int64_t stride_of(const Tensor& t, int64_t dim) { return t.size(dim) > 1 ? t.stride(dim) : 0; }
+
+inline bool last_dimension_is_contiguous(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.size(last) <= 1 || t.stride(last) == 1;
+}
+
+// Whether the last dimension is contiguous and begins at a multiple of `alignment` bytes for every index before it.
+inline bool has_aligned_rows(const Tensor& t, int64_t alignment = 16) {
+  const auto bytes = static_cast<int64_t>(t.element_size());
+  if (!last_dimension_is_contiguous(t) || !is_aligned(t, alignment)) return false;
+  for (int64_t dim = 0; dim + 1 < t.dim(); ++dim) {
+    if (stride_of(t, dim) * bytes % alignment != 0) return false;
+  }
+  return true;
+}
+
+// `t` with aligned rows; copied where it has none, as expanded gradients do not.
+inline Tensor with_aligned_rows(const Tensor& t, int64_t alignment = 16) {
+  return has_aligned_rows(t, alignment) ? t : dense_copy(t);
+}
+
+// The dtype as kernels name it; everything else than float16 and bfloat16 is float32 to them.
+inline DType element_type(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: return DType::kFloat32;
+  }
+}
+
+inline bool is_bfloat16(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
+
+// ---- launches ----
 
 // Makes the tensors' device current for its lifetime, says whether kernels can run there, and hands a launch its
 // pointers and its stream. An op makes it before it asks anything that depends on the device. In the emulator the same
@@ -116,6 +179,11 @@ class Launch {
   template <class T>
   T* out(const Tensor& t) const {
     return static_cast<T*>(out(t));
+  }
+  const void* in_or_null(const std::optional<Tensor>& t) const { return t ? in(*t) : nullptr; }
+  template <class T>
+  const T* in_or_null(const std::optional<Tensor>& t) const {
+    return t ? in<T>(*t) : nullptr;
   }
   void* stream() const { return stream_; }
 

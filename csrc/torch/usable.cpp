@@ -9,7 +9,7 @@
 #include <string>
 
 #include "build_info.h"
-#include "kernels/device_facts.h"
+#include "kernels/common/device_facts.h"
 
 #if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
 namespace warpform {

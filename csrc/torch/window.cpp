@@ -1,8 +1,6 @@
 // Bindings of window attention: checks, allocation, launch.
 #include "kernels/window/launch.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <cmath>
 #include <optional>
 
@@ -68,33 +66,13 @@ void check_arguments(const char* op, const Arguments& a) {
   if (a.qkv_bias) check_parameter(op, "qkv_bias", *a.qkv_bias, {3, a.heads(), a.head_dim()}, a.qkv);
 }
 
-// Rows lie end to end in the kernels and are read 16 bytes at a time. What is not so is copied: gradients of slices,
-// the layout of a transposed projection.
-Tensor readable(const Tensor& t) {
-  if (!t.is_contiguous()) return torch::stable::contiguous(t);
-  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : torch::stable::clone(t);
-}
-std::optional<Tensor> readable(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(readable(*t)) : std::nullopt;
-}
-
-const void* in_or_null(const Launch& launch, const std::optional<Tensor>& t) { return t ? launch.in(*t) : nullptr; }
-
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: return DType::kFloat32;
-  }
-}
-
-// The problem by its sizes and dtypes; `table` stands for whether there is one.
+// The problem by its sizes and dtypes; `table` is not read; it tells only whether there is one.
 WindowProblem problem(const Arguments& a) {
   const auto bounded = [](int64_t x) { return static_cast<int>(std::min<int64_t>(x, INT32_MAX)); };
   WindowProblem p{};
   p.table = a.table ? a.table->const_data_ptr() : nullptr;
-  p.table_dtype = a.table ? dtype_of(*a.table) : DType::kFloat32;
-  p.logit_scale_dtype = a.logit_scale ? dtype_of(*a.logit_scale) : DType::kFloat32;
+  p.table_dtype = a.table ? element_type(*a.table) : DType::kFloat32;
+  p.logit_scale_dtype = a.logit_scale ? element_type(*a.logit_scale) : DType::kFloat32;
   p.bfloat16 = a.qkv.scalar_type() == ScalarType::BFloat16;
   p.batch = bounded(a.qkv.size(0));
   p.heads = bounded(a.heads());
@@ -114,9 +92,9 @@ WindowProblem problem(const Arguments& a) {
 WindowProblem problem(const Launch& launch, const Arguments& a) {
   WindowProblem p = problem(a);
   p.qkv = launch.in(a.qkv);
-  p.table = in_or_null(launch, a.table);
-  p.logit_scale = in_or_null(launch, a.logit_scale);
-  p.qkv_bias = in_or_null(launch, a.qkv_bias);
+  p.table = launch.in_or_null(a.table);
+  p.logit_scale = launch.in_or_null(a.logit_scale);
+  p.qkv_bias = launch.in_or_null(a.qkv_bias);
   p.derive();
   return p;
 }
@@ -124,9 +102,7 @@ WindowProblem problem(const Launch& launch, const Arguments& a) {
 // Why no kernel serves the call, or null.
 const char* no_kernel(const Launch& launch, const Arguments& a, bool backward) {
   if (const char* reason = launch.unusable()) return reason;
-  if (a.qkv.scalar_type() != ScalarType::Half && a.qkv.scalar_type() != ScalarType::BFloat16) {
-    return "the kernels take float16 and bfloat16";
-  }
+  if (const char* reason = kHalfTypes.why_not(dtype_name(a.qkv.scalar_type()))) return reason;
   if (a.qkv_bias && a.qkv_bias->scalar_type() != a.qkv.scalar_type()) return "qkv_bias is not of qkv's dtype";
   for (const auto& t : {a.table, a.logit_scale}) {
     if (t && t->scalar_type() == ScalarType::Double) return "a float64 table or logit_scale";
@@ -147,11 +123,11 @@ std::vector<int64_t> lse_sizes(const Arguments& a) {
   return {a.qkv.size(0), a.windows(), a.heads(), a.tokens()};
 }
 
-void make_readable(Arguments& a) {
-  a.qkv = readable(a.qkv);
-  a.table = readable(a.table);
-  a.logit_scale = readable(a.logit_scale);
-  a.qkv_bias = readable(a.qkv_bias);
+void make_dense(Arguments& a) {
+  a.qkv = dense(a.qkv);
+  a.table = dense(a.table);
+  a.logit_scale = dense(a.logit_scale);
+  a.qkv_bias = dense(a.qkv_bias);
 }
 
 using ForwardResult = std::tuple<Tensor, Tensor>;
@@ -168,7 +144,7 @@ ForwardResult window_attention(Tensor qkv, std::optional<Tensor> relative_positi
     return call_reference<Tensor, Tensor>(kOp, reason, qkv, relative_position_bias_table, logit_scale, qkv_bias,
                                           window_size, shift_size, scale, mask_value);
   }
-  make_readable(a);
+  make_dense(a);
   ForwardResult result{empty(kOp, out_sizes(a), qkv.scalar_type(), qkv),
                        empty(kOp, lse_sizes(a), ScalarType::Float, qkv)};
   launch_window_attention({.problem = problem(launch, a),
@@ -201,10 +177,10 @@ BackwardResult window_attention_backward(Tensor dout, Tensor qkv, std::optional<
   check(sizes_of(lse) == lse_sizes(a) && lse.scalar_type() == ScalarType::Float, kOp,
         ": lse must be float32 as the forward returned it, got ", Got{lse});
   check_same_device(kOp, "lse", lse, qkv);
-  make_readable(a);
-  dout = readable(dout);
-  out = readable(out);
-  lse = readable(lse);
+  make_dense(a);
+  dout = dense(dout);
+  out = dense(out);
+  lse = dense(lse);
 
   const auto like = [&](const std::optional<Tensor>& t) {
     return t ? empty(kOp, sizes_of(*t), t->scalar_type(), *t) : empty(kOp, {0}, qkv.scalar_type(), qkv);

@@ -1,4 +1,4 @@
-"""Sums over groups of partial sums (csrc/kernels/encoder/column_sum.cuh), in every layout."""
+"""Sums over groups of partial sums (csrc/kernels/common/column_sum.cuh), in every layout."""
 
 from __future__ import annotations
 

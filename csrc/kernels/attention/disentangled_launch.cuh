@@ -10,30 +10,20 @@ namespace warpform {
 
 template <int kHeadDim>
 void launch_disentangled_forward(const AttentionForwardParams& params, void* stream) {
-  constexpr const char* kName = "disentangled_attention";
-  if (params.problem.bfloat16) {
-    launch_forward_instance<bf16_t, kHeadDim, true, DisentangledScore<bf16_t>>(kName, params, stream);
-  } else {
-    launch_forward_instance<half_t, kHeadDim, true, DisentangledScore<half_t>>(kName, params, stream);
-  }
-}
-
-template <class T, int kHeadDim>
-void launch_disentangled_backward_type(const AttentionBackwardParams& params, void* stream) {
-  constexpr const char* kName = "disentangled_attention_backward";
-  using Score = DisentangledScore<T>;
-  launch_backward_delta<T, kHeadDim>(kName, params, stream);
-  launch_backward_keys<T, kHeadDim, true, Score>(kName, params, stream);
-  launch_backward_queries<T, kHeadDim, Score>(kName, params, stream);
+  dispatch_dtype(params.problem.bfloat16, [&]<class T>() {
+    launch_forward_kernel<T, kHeadDim, true, DisentangledBias<T>>("disentangled_attention", params, stream);
+  });
 }
 
 template <int kHeadDim>
 void launch_disentangled_backward(const AttentionBackwardParams& params, void* stream) {
-  if (params.problem.bfloat16) {
-    launch_disentangled_backward_type<bf16_t, kHeadDim>(params, stream);
-  } else {
-    launch_disentangled_backward_type<half_t, kHeadDim>(params, stream);
-  }
+  constexpr const char* kName = "disentangled_attention_backward";
+  dispatch_dtype(params.problem.bfloat16, [&]<class T>() {
+    using ScoreMod = DisentangledBias<T>;
+    launch_backward_delta<T, kHeadDim>(kName, params, stream);
+    launch_backward_keys<T, kHeadDim, true, ScoreMod>(kName, params, stream);
+    launch_backward_queries<T, kHeadDim, ScoreMod>(kName, params, stream);
+  });
 }
 
 }  // namespace warpform

@@ -1,57 +1,56 @@
-// Instantiation and choice of the forward kernels of one head dimension bucket.
+// Choice and launch of the forward kernels of one head dimension bucket.
 #pragma once
 
 #include "attention/forward.cuh"
 #include "attention/instances.h"
+#include "device/dispatch.cuh"
 #include "device/launch.cuh"
 
 namespace warpform {
 
-template <class T, int kHeadDim, bool kSmall, class Score, class Extent = Whole>
-void launch_forward_instance(const char* name, const typename Extent::ForwardParams& params, void* stream) {
+template <class T, int kHeadDim, bool kSmall, class ScoreMod, class Mode = FullAttention>
+void launch_forward_kernel(const char* name, const typename Mode::ForwardParams& params, void* stream) {
   constexpr ForwardTile kTile = forward_tile(kHeadDim, kSmall);
   const AttentionProblem& p = params.problem;
-  launch<varlen_attention_forward<T, kHeadDim, kSmall, Score, Extent>>(
+  launch<varlen_attention_forward<T, kHeadDim, kSmall, ScoreMod, Mode>>(
       name, dim3(slots<kTile.block_m>(p.total_q, p.batch), p.heads_q), 32 * kTile.warps,
-      forward_shared_bytes(kHeadDim, kTile) + Score::shared_bytes(p), stream, params);
+      forward_shared_bytes(kHeadDim, kTile) + ScoreMod::shared_bytes(p), stream, params);
 }
 
 // Whether a tile has registers for softcaps of any size; one that has not is not launched for those above kFewSoftcap.
 constexpr bool takes_any_softcap(int head_dim, bool small) { return small || head_dim != 128; }
 
-template <class T, int kHeadDim, bool kSmall>
-void launch_forward_score(const AttentionForwardParams& params, void* stream) {
-  constexpr const char* kName = "varlen_attention";
-  if constexpr (head_dim_bucket(kHeadDim, true) == kHeadDim) {
-    if (has_score_bias(params.problem)) {
-      using Score = BiasedScoreOf<takes_any_softcap(kHeadDim, kSmall)>;
-      return launch_forward_instance<T, kHeadDim, kSmall, Score>(kName, params, stream);
-    }
-  }
-  launch_forward_instance<T, kHeadDim, kSmall, PlainScore>(kName, params, stream);
-}
-
-template <class T, int kHeadDim>
-void launch_forward_tile(const AttentionForwardParams& params, void* stream) {
-  constexpr ForwardTile kLarge = forward_tile(kHeadDim, false);
-  if constexpr (kLarge.block_m > 64) {
-    const AttentionProblem& p = params.problem;
-    const int64_t large_tiles = static_cast<int64_t>(p.total_q / kLarge.block_m + p.batch) * p.heads_q;
-    const bool capped = takes_any_softcap(kHeadDim, false) || p.softcap <= kFewSoftcap;
-    if (p.max_seqlen_q > 64 && large_tiles >= 2 * sm_count() && capped) {
-      return launch_forward_score<T, kHeadDim, false>(params, stream);
-    }
-  }
-  launch_forward_score<T, kHeadDim, true>(params, stream);
+// Whether the forward takes blocks of 64 queries: the sequences are short, or larger blocks would be too few for the
+// GPU, or have no registers for the softcap.
+template <int kHeadDim>
+bool forward_is_small(const AttentionProblem& p) {
+  const int64_t large_tiles =
+      static_cast<int64_t>(p.total_q / forward_tile(kHeadDim, false).block_m + p.batch) * p.heads_q;
+  return p.max_seqlen_q <= 64 || large_tiles < 2 * sm_count() ||
+         !(takes_any_softcap(kHeadDim, false) || p.softcap <= kFewSoftcap);
 }
 
 template <int kHeadDim>
 void launch_forward(const AttentionForwardParams& params, void* stream) {
-  if (params.problem.bfloat16) {
-    launch_forward_tile<bf16_t, kHeadDim>(params, stream);
-  } else {
-    launch_forward_tile<half_t, kHeadDim>(params, stream);
-  }
+  constexpr const char* kName = "varlen_attention";
+  constexpr bool kHasLarge = forward_tile(kHeadDim, false).block_m > 64;
+  constexpr bool kHasScoreBias = head_dim_bucket(kHeadDim, true) == kHeadDim;
+  const AttentionProblem& p = params.problem;
+  dispatch_dtype(p.bfloat16, [&]<class T>() {
+    const auto launch_tile = [&]<bool kSmall>() {
+      if constexpr (kHasScoreBias) {
+        if (has_score_bias(p)) {
+          using ScoreMod = SoftcapAlibiOf<takes_any_softcap(kHeadDim, kSmall)>;
+          return launch_forward_kernel<T, kHeadDim, kSmall, ScoreMod>(kName, params, stream);
+        }
+      }
+      launch_forward_kernel<T, kHeadDim, kSmall, ScaleOnly>(kName, params, stream);
+    };
+    if constexpr (kHasLarge) {
+      if (!forward_is_small<kHeadDim>(p)) return launch_tile.template operator()<false>();
+    }
+    launch_tile.template operator()<true>();
+  });
 }
 
 }  // namespace warpform

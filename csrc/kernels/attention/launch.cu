@@ -1,6 +1,7 @@
 // Dispatch of the attention family: head dimension to bucket, and what is supported.
 #include "attention/instances.h"
 #include "attention/tiles.cuh"
+#include "device/dispatch.cuh"
 #include "device/launch.cuh"
 
 namespace warpform {
@@ -19,38 +20,29 @@ DqMode attention_backward_dq_mode(const AttentionProblem& p, bool deterministic)
   return deterministic ? DqMode::kSeparate : DqMode::kAccumulate;
 }
 
+// The 32 and 96 columns' buckets have no kernels with a score bias: head_dim_bucket skips them.
 void launch_varlen_attention(const AttentionForwardParams& params, void* stream) {
-  switch (head_dim_bucket(params.problem.head_dim, has_score_bias(params.problem))) {
-    case 32: return launch_forward<32>(params, stream);
-    case 64: return launch_forward<64>(params, stream);
-    case 96: return launch_forward<96>(params, stream);
-    case 128: return launch_forward<128>(params, stream);
-    default: return launch_forward<256>(params, stream);
-  }
+  dispatch_bucket<32, 64, 96, 128, 256>(head_dim_bucket(params.problem.head_dim, has_score_bias(params.problem)),
+                                        [&]<int kHeadDim>() { launch_forward<kHeadDim>(params, stream); });
 }
 
 void launch_varlen_attention_backward(const AttentionBackwardParams& params, void* stream) {
-  switch (head_dim_bucket(params.problem.head_dim, has_score_bias(params.problem))) {
-    case 32: return launch_backward<32>(params, stream);
-    case 64: return launch_backward<64>(params, stream);
-    case 96: return launch_backward<96>(params, stream);
-    case 128: return launch_backward<128>(params, stream);
-    default: return launch_backward<256>(params, stream);
-  }
+  dispatch_bucket<32, 64, 96, 128, 256>(head_dim_bucket(params.problem.head_dim, has_score_bias(params.problem)),
+                                        [&]<int kHeadDim>() { launch_backward<kHeadDim>(params, stream); });
 }
 
 void launch_disentangled_attention(const AttentionForwardParams& params, void* stream) {
-  if (params.problem.head_dim <= 64) return launch_disentangled_forward<64>(params, stream);
-  launch_disentangled_forward<128>(params, stream);
+  dispatch_bucket<64, 128>(params.problem.head_dim,
+                           [&]<int kHeadDim>() { launch_disentangled_forward<kHeadDim>(params, stream); });
 }
 
 void launch_disentangled_attention_backward(const AttentionBackwardParams& params, void* stream) {
-  if (params.problem.head_dim <= 64) return launch_disentangled_backward<64>(params, stream);
-  launch_disentangled_backward<128>(params, stream);
+  dispatch_bucket<64, 128>(params.problem.head_dim,
+                           [&]<int kHeadDim>() { launch_disentangled_backward<kHeadDim>(params, stream); });
 }
 
 const char* attention_unsupported(int head_dim, bool backward) {
-  if (head_dim % 8 != 0 || head_dim > 256) return "head_dim is not a multiple of 8 up to 256";
+  if (const char* reason = kAttentionHeadDim.why_not(head_dim)) return reason;
   const int bucket = head_dim_bucket(head_dim, /*biased=*/true);
   const int limit = shared_memory_limit();
   const bool fits = forward_shared_bytes(bucket, forward_tile(bucket, true)) <= limit &&
@@ -62,7 +54,7 @@ const char* attention_unsupported(int head_dim, bool backward) {
 const char* disentangled_attention_unsupported(int head_dim, int64_t reach, bool backward) {
   // Twice a column of two bytes for each.
   constexpr int kMaxReach = 4096;
-  if (head_dim % 8 != 0 || head_dim > 128) return "head_dim is not a multiple of 8 up to 128";
+  if (const char* reason = kShortHeadDim.why_not(head_dim)) return reason;
   if (reach > kMaxReach) return "relative positions differ past a distance of 4096";
   const int bucket = head_dim <= 64 ? 64 : 128;
   const int table = disentangled_shared_bytes(static_cast<int>(reach));
@@ -71,30 +63,6 @@ const char* disentangled_attention_unsupported(int head_dim, int64_t reach, bool
                     (!backward || (backward_shared_bytes(bucket, backward_tile(bucket, true)) + table <= limit &&
                                    dq_shared_bytes(bucket, dq_tile()) + table <= limit));
   return fits ? nullptr : "head_dim and the relative positions need more shared memory a block than this GPU has";
-}
-
-std::string attention_kernel_table() {
-  std::string table;
-  for (const char* op : {"varlen_attention", "varlen_attention_backward"}) {
-    for (const char* dtype : {"float16", "bfloat16"}) {
-      if (!table.empty()) table += ", ";
-      table += std::string("{\"op\": \"") + op + "\", \"dtype\": \"" + dtype +
-               "\", \"head_dim\": {\"multiple_of\": 8, \"max\": 256}}";
-    }
-  }
-  for (const char* op : {"attention_step", "attention_step_backward"}) {
-    for (const char* dtype : {"float16", "bfloat16"}) {
-      table += std::string(", {\"op\": \"") + op + "\", \"dtype\": \"" + dtype +
-               "\", \"head_dim\": {\"multiple_of\": 8, \"max\": 128}}";
-    }
-  }
-  for (const char* op : {"disentangled_attention", "disentangled_attention_backward"}) {
-    for (const char* dtype : {"float16", "bfloat16"}) {
-      table += std::string(", {\"op\": \"") + op + "\", \"dtype\": \"" + dtype +
-               "\", \"head_dim\": {\"multiple_of\": 8, \"max\": 128}}";
-    }
-  }
-  return table;
 }
 
 }  // namespace warpform

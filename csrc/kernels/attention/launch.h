@@ -3,9 +3,9 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
-#include "kernels/divisor.h"
+#include "common/divisor.h"
+#include "common/supported.h"
 
 namespace warpform {
 
@@ -32,7 +32,7 @@ struct RelativeTerms {
   float unit;                // c2p and p2c hold the products over this power of two, so that they fit 16 bits
 };
 
-// What forward and backward share: the sequences, and which pairs count how much.
+// The arguments that forward and backward share: the sequences, and how much each pair counts.
 struct AttentionProblem {
   HeadsView q;                  // [total_q, heads_q, head_dim]
   HeadsView k;                  // [total_k, heads_kv, head_dim]
@@ -107,28 +107,29 @@ struct StepPositions {
 // The longest way between the positions of two rows of one side that the kernels can count.
 inline constexpr int64_t kMaxStepSpan = (int64_t{1} << 29) - 1;
 
-// Row i of `q_rows` queries stands at q_offset + i * q_stride, keys alike, and sees keys from `left` before to `right`
-// after its position; negative: all. Strides positive, offsets within 2^62, (rows - 1) * stride <= kMaxStepSpan.
+// Row i of `q_rows` queries is at position q_offset + i * q_stride, keys alike, and sees keys from `left` before to
+// `right` after its position; negative: all. Strides positive, offsets within 2^62, (rows - 1) * stride <=
+// kMaxStepSpan.
 StepPositions step_positions(int64_t q_offset, int64_t k_offset, int64_t q_stride, int64_t k_stride, int64_t left,
                              int64_t right, int64_t q_rows, int64_t k_rows);
 
-// A tensor [tokens, heads, head_dim] of float32, its last dimension contiguous, everything 8-byte aligned. Dense, row r
-// of sequence b stands b * gap further than its number b * length + r says.
+// A tensor [tokens, heads, head_dim] of float32, its last dimension contiguous, everything 8-byte aligned. In a batch
+// of equal lengths, row r of sequence b begins at element (b * length + r) * row_stride + b * batch_offset.
 struct StateView {
   const float* data;  // null: zeros
   int64_t row_stride;
   int64_t head_stride;
-  int64_t gap;
+  int64_t batch_offset;
 };
 
-// What a step has beyond a whole attention. Its problem has no score bias; without cu_seqlens, `batch` sequences of
-// max_seqlen_q queries and max_seqlen_k keys each; of its window only window_right >= 0 counts, as a hint.
+// The arguments of a step beside those of a whole attention. Its problem has no score bias; without cu_seqlens, `batch`
+// sequences of max_seqlen_q queries and max_seqlen_k keys each; of its window only window_right >= 0 counts, as a hint.
 struct StepLayout {
   StepPositions positions;
-  Divisor by_q_length, by_k_length;       // of a row's number: its sequence; varlen: by 0, always 0
-  int64_t q_gap, k_gap, v_gap, dout_gap;  // as StateView's
-  int64_t head_rows;                      // rows of lse (and delta) from a head to the next: [batch, heads, length]
-  int64_t sequence_rows;                  // and beyond its number for each sequence before; varlen: [heads, total], 0
+  Divisor by_q_length, by_k_length;  // of a row's number: its sequence; varlen: by 0, always 0
+  int64_t q_batch_offset, k_batch_offset, v_batch_offset, dout_batch_offset;  // as StateView's
+  int64_t head_rows;      // rows of lse (and delta) from a head to the next: [batch, heads, length]
+  int64_t sequence_rows;  // and beyond its number for each sequence before; varlen: [heads, total], 0
 };
 
 struct AttentionStepParams {
@@ -162,7 +163,21 @@ const char* attention_unsupported(int head_dim, bool backward);
 const char* attention_step_unsupported(int head_dim, bool backward);
 const char* disentangled_attention_unsupported(int head_dim, int64_t reach, bool backward);
 
-// The family's supported configurations, JSON objects separated by commas.
-std::string attention_kernel_table();
+// ---- supported configurations ----
+
+inline constexpr SizeLimit kAttentionHeadDim{
+    .name = "head_dim", .multiple_of = 8, .max = 256, .otherwise = "head_dim is not a multiple of 8 up to 256"};
+// The limit of a step and of disentangled attention.
+inline constexpr SizeLimit kShortHeadDim{
+    .name = "head_dim", .multiple_of = 8, .max = 128, .otherwise = "head_dim is not a multiple of 8 up to 128"};
+
+inline constexpr SupportedConfig kAttentionConfigs[] = {
+    {.op = "varlen_attention", .dtypes = kHalfTypes, .limits = {kAttentionHeadDim}},
+    {.op = "varlen_attention_backward", .dtypes = kHalfTypes, .limits = {kAttentionHeadDim}},
+    {.op = "attention_step", .dtypes = kHalfTypes, .limits = {kShortHeadDim}},
+    {.op = "attention_step_backward", .dtypes = kHalfTypes, .limits = {kShortHeadDim}},
+    {.op = "disentangled_attention", .dtypes = kHalfTypes, .limits = {kShortHeadDim}},
+    {.op = "disentangled_attention_backward", .dtypes = kHalfTypes, .limits = {kShortHeadDim}},
+};
 
 }  // namespace warpform

@@ -1,10 +1,11 @@
-// From a CTA's number to its tile of its sequence, by a search over cumulative tile counts that nobody has to compute:
-// sequence b begins at slot cu_seqlens[b] / kBlock + b + 1. That leaves every sequence at least ceil(length / kBlock)
-// slots and at most one more, so a launch of slots(total, batch) CTAs has tiles only for tokens that exist, but for
-// less than two empty slots a sequence; no second kernel, no workspace, nothing read back by the host.
+// From a CTA's number to its tile of its sequence, by a search over cumulative tile counts. The counts follow from
+// cu_seqlens and are never materialised: sequence b begins at slot cu_seqlens[b] / kBlock + b + 1. That leaves every
+// sequence at least ceil(length / kBlock) slots and at most one more, so a launch of slots(total, batch) CTAs has tiles
+// only for tokens that exist, and less than two empty slots a sequence. It needs no second kernel, no workspace, and
+// nothing that the host reads back.
 //
 // The rows that belong to no sequence (past cu_seqlens[batch], or before cu_seqlens[0]) are found as sequences `batch`
-// and -1: somebody has to write zeros there.
+// and -1, so that their results are written too.
 #pragma once
 
 #include "device/memory.cuh"

@@ -3,16 +3,18 @@
 
 #include "attention/instances.h"
 #include "attention/tiles.cuh"
+#include "device/dispatch.cuh"
 #include "device/launch.cuh"
 
 namespace warpform {
 
 StepPositions step_positions(int64_t q_offset, int64_t k_offset, int64_t q_stride, int64_t k_stride, int64_t left,
                              int64_t right, int64_t q_rows, int64_t k_rows) {
-  // Twice the longest span: added to one, it leads past the other, either way, and stays within 32 bits.
+  // Twice the longest span: added to a position of one side, it exceeds all positions of the other, and it stays within
+  // 32 bits.
   constexpr int64_t kFar = 2 * (kMaxStepSpan + 1);
   const auto bounded = [=](int64_t x) { return static_cast<int>(std::clamp(x, -kFar, kFar)); };
-  // The stride of a side of one row leads nowhere, and may be anything.
+  // A side of one row may have any stride: no position depends on it.
   if (q_rows <= 1) q_stride = 1;
   if (k_rows <= 1) k_stride = 1;
   const int64_t distance = std::clamp(q_offset - k_offset, -4 * kFar, 4 * kFar);
@@ -29,17 +31,16 @@ StepPositions step_positions(int64_t q_offset, int64_t k_offset, int64_t q_strid
 }
 
 void launch_attention_step(const AttentionStepParams& params, void* stream) {
-  if (params.problem.head_dim <= 64) return launch_step<64>(params, stream);
-  launch_step<128>(params, stream);
+  dispatch_bucket<64, 128>(params.problem.head_dim, [&]<int kHeadDim>() { launch_step<kHeadDim>(params, stream); });
 }
 
 void launch_attention_step_backward(const AttentionStepBackwardParams& params, void* stream) {
-  if (params.problem.head_dim <= 64) return launch_step_backward<64>(params, stream);
-  launch_step_backward<128>(params, stream);
+  dispatch_bucket<64, 128>(params.problem.head_dim,
+                           [&]<int kHeadDim>() { launch_step_backward<kHeadDim>(params, stream); });
 }
 
 const char* attention_step_unsupported(int head_dim, bool backward) {
-  if (head_dim % 8 != 0 || head_dim > 128) return "head_dim is not a multiple of 8 up to 128";
+  if (const char* reason = kShortHeadDim.why_not(head_dim)) return reason;
   const int bucket = head_dim <= 64 ? 64 : 128;
   const int limit = shared_memory_limit();
   const bool fits = forward_shared_bytes(bucket, forward_tile(bucket, false)) <= limit &&

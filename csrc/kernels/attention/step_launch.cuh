@@ -10,35 +10,27 @@ namespace warpform {
 
 template <int kHeadDim>
 void launch_step(const AttentionStepParams& params, void* stream) {
-  constexpr const char* kName = "attention_step";
-  if (params.problem.bfloat16) {
-    launch_forward_instance<bf16_t, kHeadDim, false, PlainScore, Step>(kName, params, stream);
-  } else {
-    launch_forward_instance<half_t, kHeadDim, false, PlainScore, Step>(kName, params, stream);
-  }
-}
-
-template <class T, int kHeadDim>
-void launch_step_backward_type(const AttentionStepBackwardParams& params, void* stream) {
-  constexpr const char* kName = "attention_step_backward";
-  constexpr int kLargeBytes = backward_shared_bytes(kHeadDim, backward_tile(kHeadDim, false));
-  // 99 KiB is what GPUs with less than the 163 of an A100 allow a block.
-  if (kLargeBytes <= 99 * 1024 || kLargeBytes <= shared_memory_limit()) {
-    launch_backward_keys<T, kHeadDim, false, PlainScore, Step>(kName, params, stream);
-  } else if constexpr (kLargeBytes > 99 * 1024) {
-    launch_backward_keys<T, kHeadDim, true, PlainScore, Step>(kName, params, stream);
-  }
-  if (params.dq_mode == DqMode::kSeparate)
-    launch_backward_queries<T, kHeadDim, PlainScore, Step>(kName, params, stream);
+  dispatch_dtype(params.problem.bfloat16, [&]<class T>() {
+    launch_forward_kernel<T, kHeadDim, false, ScaleOnly, AttentionStep>("attention_step", params, stream);
+  });
 }
 
 template <int kHeadDim>
 void launch_step_backward(const AttentionStepBackwardParams& params, void* stream) {
-  if (params.problem.bfloat16) {
-    launch_step_backward_type<bf16_t, kHeadDim>(params, stream);
-  } else {
-    launch_step_backward_type<half_t, kHeadDim>(params, stream);
-  }
+  constexpr const char* kName = "attention_step_backward";
+  // GPUs with less shared memory a block than the 163 KiB of an A100 have 99.
+  constexpr int kLargeBytes = backward_shared_bytes(kHeadDim, backward_tile(kHeadDim, false));
+  constexpr bool kLargeAlwaysFits = kLargeBytes <= 99 * 1024;
+  dispatch_dtype(params.problem.bfloat16, [&]<class T>() {
+    if (kLargeAlwaysFits || kLargeBytes <= shared_memory_limit()) {
+      launch_backward_keys<T, kHeadDim, false, ScaleOnly, AttentionStep>(kName, params, stream);
+    } else {
+      launch_backward_keys<T, kHeadDim, !kLargeAlwaysFits, ScaleOnly, AttentionStep>(kName, params, stream);
+    }
+    if (params.dq_mode == DqMode::kSeparate) {
+      launch_backward_queries<T, kHeadDim, ScaleOnly, AttentionStep>(kName, params, stream);
+    }
+  });
 }
 
 }  // namespace warpform

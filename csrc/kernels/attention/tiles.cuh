@@ -1,4 +1,5 @@
-// Tile sizes of the attention kernels, with the reason for each. Not tuned on hardware yet.
+// Tile sizes of the attention kernels, with the reason for each. They were chosen by registers and shared memory, and
+// not tuned on hardware yet.
 //
 // A head dimension runs in the smallest bucket of 32, 64, 96, 128 and 256 that holds it: products run over the bucket
 // (above 64 columns less the panels of 64 wholly past head_dim), over zeros past head_dim. Rows of a block are split
@@ -33,7 +34,7 @@ struct BackwardTile {
   int out_cols;  // columns of dK and dV that one CTA holds in registers
 };
 
-// `small`: half the keys, where backward_is_small (instances.h) says so.
+// `small`: half the keys, for problems of which backward_is_small (instances.h) is true.
 __host__ __device__ constexpr BackwardTile backward_tile(int head_dim, bool small) {
   // dK and dV of 256 columns are 256 registers a thread: two CTAs take 128 columns each and both compute the scores, 7
   // products instead of 5.
@@ -64,8 +65,8 @@ __host__ __device__ constexpr int backward_shared_bytes(int head_dim, BackwardTi
          t.block_n * t.block_m * 2;
 }
 
-// Beside them for the scores of disentangled.cuh: two tiles of 64 x 64, 8 bytes a row of one, and a column of 2 bytes
-// for each distance from -reach to reach.
+// Further shared memory of the scores of disentangled.cuh: two tiles of 64 x 64, 8 bytes a row of one, and a column of
+// 2 bytes for each distance from -reach to reach.
 __host__ __device__ constexpr int disentangled_shared_bytes(int reach) {
   return 2 * 64 * 64 * 2 + 64 * 8 + ceil_div(2 * (2 * reach + 1), 16) * 16;
 }

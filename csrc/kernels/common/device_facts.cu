@@ -1,6 +1,6 @@
 // Facts about the current device, asked of the machine with a kernel that does nothing: all kernels are built for the
 // same GPUs.
-#include "kernels/device_facts.h"
+#include "common/device_facts.h"
 
 #include "device/facts.cuh"
 

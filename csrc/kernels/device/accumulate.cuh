@@ -1,4 +1,4 @@
-// The way of accumulators to sums in global memory that several blocks add to.
+// Epilogue that adds accumulators to sums in global memory, which several blocks add to.
 #pragma once
 
 #include "device/mma.cuh"
@@ -7,8 +7,8 @@
 namespace warpform {
 
 // Adds the accumulators of one warp, times `factor`, to 16 rows of float32 sums in global memory, as far as `rows` and
-// `cols` (a multiple of 8) reach: dst is where row 0, column 0 goes, 8-byte aligned; rows stand `stride` elements (an
-// even number) apart there. The order of additions is not defined. All lanes come to the call; it uses up acc.
+// `cols` (a multiple of 8) reach: dst is where row 0, column 0 goes, 8-byte aligned; rows are `stride` elements (an
+// even number) apart. The order of additions is not defined. All lanes of the warp call it; it overwrites acc.
 //
 // L2 adds by sectors of 32 bytes, and one instruction fills those that it touches: four lanes of a row with two columns
 // each; or, where an instruction takes no more than one float a lane, eight lanes of two neighbouring rows, which

@@ -1,5 +1,5 @@
-// What products of large matrices share: tile sizes, the pipeline of their loads, and the way of accumulators to global
-// memory.
+// Pieces of products of large matrices by a CTA: tile sizes, the pipeline of cp.async, and the epilogue that stores
+// accumulators.
 #pragma once
 
 #include "device/mma.cuh"
@@ -39,7 +39,7 @@ __device__ __forceinline__ void pipeline(int steps, Load&& load, Work&& work) {
   int stage = 0;
   for (int step = 0; step < steps; ++step) {
     cp_async_wait<kStages - 2>();
-    block_sync();  // this step is here, and nobody works on the one before any more
+    block_sync();  // this step has landed; all warps are done with the previous one, so its buffers may be refilled
     if (step + kStages - 1 < steps) load(step + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);
     cp_async_commit();
     work(stage);
@@ -82,7 +82,7 @@ __device__ __forceinline__ void add_bias(float (&acc)[kM][kN][4], const T* bias,
 
 // Rounds a warp's accumulators to T and gives them to write(row, col, v), eight neighbours in four registers at a time:
 // lanes of a quad exchange what they have of four 8-column tiles, so that each has 16 bytes of a row and the quad 64.
-// No shared memory is used, which the next loads may be filling. All lanes come to every call.
+// No shared memory is used, which the next loads may be filling. All lanes of the warp make every call.
 template <class T, int kM, int kN, class Write>
 __device__ __forceinline__ void for_each_vector(const float (&acc)[kM][kN][4], Write&& write) {
   static_assert(kN % 4 == 0, "four tiles of 8 columns at a time");

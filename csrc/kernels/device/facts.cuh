@@ -1,9 +1,9 @@
-// What the machine says about itself (kernels/device_facts.h).
+// The CUDA runtime's facts about the machine (common/device_facts.h).
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "kernels/device_facts.h"
+#include "common/device_facts.h"
 
 namespace warpform {
 

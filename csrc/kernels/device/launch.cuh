@@ -1,4 +1,4 @@
-// The one way a kernel is launched. Kernels take one params struct and are template arguments here, so that shared
+// Launches of kernels. Kernels take one params struct and are template arguments here, so that shared
 // memory above 48 KiB is asked for once per kernel and device rather than at every call: all that the device has, as
 // one kernel's launches may differ in how much they use.
 #pragma once

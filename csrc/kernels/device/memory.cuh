@@ -17,7 +17,7 @@ __device__ __forceinline__ V load_global(const V* p) {
   return v;
 }
 
-// As load_global, for data that is read once: the first to leave the caches.
+// As load_global, for data that is read once, which may leave the caches first.
 template <class V>
 __device__ __forceinline__ V load_global_streaming(const V* p) {
   using R = typename Raw<sizeof(V)>::type;
@@ -90,7 +90,8 @@ __device__ __forceinline__ void store_shared(uint32_t address, const V& v) {
   }
 }
 
-// Adds v to *p and returns what stood there. Order between threads is not defined: sums are not repeatable bit for bit.
+// Adds v to *p and returns the previous value. Order between threads is not defined: sums are not repeatable bit for
+// bit.
 __device__ __forceinline__ float atomic_add_global(float* p, float v) { return atomicAdd(p, v); }
 __device__ __forceinline__ int atomic_add_global(int* p, int v) { return atomicAdd(p, v); }
 

@@ -1,6 +1,6 @@
 // Tiles in shared memory and products of tiles by one warp, on mma.sync m16n8k16 with float32 accumulators.
 //
-// A SharedTile holds 16-bit elements row by row; 16-byte chunk c of row r stands at chunk c ^ (r % 8), so that the
+// A SharedTile holds 16-bit elements row by row; 16-byte chunk c of row r is stored at chunk c ^ (r % 8), so that the
 // eight rows which one ldmatrix reads at the same column lie in eight different groups of four banks.
 #pragma once
 
@@ -30,7 +30,7 @@ struct SharedTile {
   }
 };
 
-// The lane, but as a number that the compiler knows nothing about: addresses that follow from it are computed where
+// The lane as a number that the compiler knows nothing about: addresses that follow from it are computed where
 // they are used, in a few instructions, instead of being held in registers through loops around with none to spare.
 __device__ __forceinline__ int opaque_lane() { return static_cast<int>(opaque(lane_id())); }
 
@@ -61,15 +61,14 @@ __device__ __forceinline__ void copy_tile_async(SharedTile<kCols> tile, const T*
 // once, `lane`, and combined with the column by XOR, so that rows become immediate offsets. The products below make it
 // opaque: one XOR a load is cheaper than an address register for every column, held through loops with none to spare.
 
-// Lane l gives row l % 16 of the left (l < 16) or right half: A as it stands, or B by transposing loads.
+// Lane l gives row l % 16 of the left (l < 16) or right half, for A, or for B by transposing loads.
 template <int kCols>
 __device__ __forceinline__ uint32_t lane_offset_halves() {
   const int lane = lane_id();
   return (lane % 16) * (kCols * 2) + (((lane / 16) ^ (lane & 7)) << 4);
 }
 
-// Lane l gives row l % 8 of the upper (l < 16) or lower 8 rows, left or right half by turns: the transposes of the
-// above.
+// Lane l gives row l % 8 of the upper (l < 16) or lower 8 rows, left or right half by turns, for transposed operands.
 template <int kCols>
 __device__ __forceinline__ uint32_t lane_offset_quarters() {
   const int lane = lane_id();
@@ -81,28 +80,28 @@ __device__ __forceinline__ uint32_t fragment_address(SharedTile<kCols> tile, uin
   return tile.base + row * SharedTile<kCols>::kRowBytes + (lane ^ (col * 2));
 }
 
-// A[16 x 16] at (row, col); lane: halves.
+// Loads A [16, 16] at (row, col). lane: lane_offset_halves.
 template <int kCols>
 __device__ __forceinline__ void load_a(uint32_t (&a)[4], SharedTile<kCols> tile, uint32_t lane, int row, int col) {
   ldmatrix_x4(a, fragment_address(tile, lane, row, col));
 }
 
-// A[16 x 16] whose transpose stands at (row, col); lane: quarters.
+// Loads A [16, 16] from its transpose at (row, col), with transposing ldmatrix. lane: lane_offset_quarters.
 template <int kCols>
 __device__ __forceinline__ void load_a_transposed(uint32_t (&a)[4], SharedTile<kCols> tile, uint32_t lane, int row,
                                                   int col) {
   ldmatrix_x4_trans(a, fragment_address(tile, lane, row, col));
 }
 
-// B[16 x 16] whose transpose stands at (row, col), lane: quarters; b[0], b[1] are its left 8 columns, b[2], b[3] the
-// right ones.
+// Loads B [16, 16] from its transpose at (row, col): b[0], b[1] are its left 8 columns, b[2], b[3] the right ones.
+// lane: lane_offset_quarters.
 template <int kCols>
 __device__ __forceinline__ void load_b_transposed(uint32_t (&b)[4], SharedTile<kCols> tile, uint32_t lane, int row,
                                                   int col) {
   ldmatrix_x4(b, fragment_address(tile, lane, row, col));
 }
 
-// B[16 x 16] at (row, col), its columns as above; lane: halves.
+// Loads B [16, 16] at (row, col), its columns as above. lane: lane_offset_halves.
 template <int kCols>
 __device__ __forceinline__ void load_b(uint32_t (&b)[4], SharedTile<kCols> tile, uint32_t lane, int row, int col) {
   ldmatrix_x4_trans(b, fragment_address(tile, lane, row, col));
@@ -116,7 +115,7 @@ __device__ __forceinline__ Vec<float, 2> unpack2(uint32_t pair) {
   return {{to_float(v[0]), to_float(v[1])}};
 }
 
-// The A operand of k-step `step` from the accumulators of a product before, rounded to T: no shared memory between.
+// The A operand of k-step `step` from the accumulators of another product, rounded to T, without shared memory.
 template <class T, int kTiles>
 __device__ __forceinline__ void pack_a(uint32_t (&a)[4], const float (&acc)[kTiles][4], int step) {
   a[0] = pack2<T>(acc[2 * step][0], acc[2 * step][1]);
@@ -127,7 +126,7 @@ __device__ __forceinline__ void pack_a(uint32_t (&a)[4], const float (&acc)[kTil
 
 // ---- products ----
 
-// Products over more columns than this go by panels and skip those that lie wholly past `head_dim`. The branch also
+// Products over more columns than this go by panels and skip those that lie wholly past `valid_cols`. The branch also
 // keeps the compiler from loading operands so far ahead that it runs out of registers.
 constexpr int kPanel = 64;
 
@@ -135,14 +134,14 @@ constexpr int kPanel = 64;
 // rows from `row_a` on of tile a, 8 kN from `row_b` on of tile b.
 template <class T, int kDepth, int kM, int kN, int kCols>
 __device__ __forceinline__ void mma_abt(float (&acc)[kM][kN][4], SharedTile<kCols> a, int row_a, SharedTile<kCols> b,
-                                        int row_b, int head_dim, int col = 0) {
+                                        int row_b, int valid_cols, int col = 0) {
   static_assert(kDepth % 16 == 0 && kDepth <= kCols, "whole steps within the tile");
   static_assert(kN % 2 == 0, "B comes in pairs of 8 columns");
   const uint32_t lane_a = opaque(lane_offset_halves<kCols>() ^ (col * 2));
   const uint32_t lane_b = opaque(lane_offset_quarters<kCols>() ^ (col * 2));
 #pragma unroll
   for (int panel = 0; panel < kDepth; panel += kPanel) {
-    if (kDepth <= kPanel || panel < head_dim) {
+    if (kDepth <= kPanel || panel < valid_cols) {
 #pragma unroll
       for (int k = panel; k < panel + kPanel && k < kDepth; k += 16) {
         uint32_t fa[kM][4];
@@ -167,13 +166,13 @@ __device__ __forceinline__ void mma_abt(float (&acc)[kM][kN][4], SharedTile<kCol
 // left(m, step, a) gives A's fragments.
 template <class T, int kSteps, int kM, int kN, int kCols, class Left>
 __device__ __forceinline__ void mma_ab(float (&acc)[kM][kN][4], Left&& left, SharedTile<kCols> b, int row, int col,
-                                       int head_dim) {
+                                       int valid_cols) {
   static_assert(kN % 2 == 0, "B comes in pairs of 8 columns");
   constexpr int kPanelTiles = kPanel / 8;
   const uint32_t lane = opaque(lane_offset_halves<kCols>());
 #pragma unroll
   for (int panel = 0; panel < kN; panel += kPanelTiles) {
-    if (kN <= kPanelTiles || col + 8 * panel < head_dim) {
+    if (kN <= kPanelTiles || col + 8 * panel < valid_cols) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         uint32_t fa[kM][4];
@@ -194,7 +193,7 @@ __device__ __forceinline__ void mma_ab(float (&acc)[kM][kN][4], Left&& left, Sha
   }
 }
 
-// As left operands, rounded to T: half the registers, and no shared memory between two products.
+// Rounds accumulators to T, as left operands: half the registers, and no shared memory between two products.
 template <class T, int kM, int kTiles>
 __device__ __forceinline__ void pack_accumulators(uint32_t (&a)[kM][kTiles / 2][4], const float (&acc)[kM][kTiles][4]) {
 #pragma unroll
@@ -207,14 +206,14 @@ __device__ __forceinline__ void pack_accumulators(uint32_t (&a)[kM][kTiles / 2][
 // acc += A B as above, A from pack_accumulators, B's rows from 0 on.
 template <class T, int kM, int kN, int kSteps, int kCols>
 __device__ __forceinline__ void mma_packed_b(float (&acc)[kM][kN][4], const uint32_t (&a)[kM][kSteps][4],
-                                             SharedTile<kCols> b, int col, int head_dim) {
+                                             SharedTile<kCols> b, int col, int valid_cols) {
   mma_ab<T, kSteps>(
       acc,
       [&](int m, int step, uint32_t (&fragment)[4]) {
 #pragma unroll
         for (int r = 0; r < 4; ++r) fragment[r] = a[m][step][r];
       },
-      b, 0, col, head_dim);
+      b, 0, col, valid_cols);
 }
 
 // Writes 16 rows from `row` on, from packed accumulators.
@@ -256,7 +255,7 @@ __device__ __forceinline__ void store_accumulators(SharedTile<kCols> tile, int r
 }
 
 // One warp writes 16 rows of the tile, columns [col, col + width), to global memory, as far as `rows` and `cols` reach.
-// dst is where the tile's row `row`, column 0 goes; rows stand `stride` elements apart there.
+// dst is where the tile's row `row`, column 0 goes; rows are `stride` elements apart there.
 template <class T, int kWidth, int kCols>
 __device__ __forceinline__ void write_rows(SharedTile<kCols> tile, int row, int col, T* dst, int64_t stride, int rows,
                                            int cols) {

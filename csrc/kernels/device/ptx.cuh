@@ -1,5 +1,5 @@
-// Every instruction that C++ has no word for, one short wrapper each. Kernels call these and never write PTX
-// themselves, so that csrc/simt/include/device/ptx.cuh can stand in for this file on a machine without a GPU.
+// A short wrapper for every instruction that C++ cannot express. Kernels call these and never write PTX
+// themselves, so that csrc/simt/include/device/ptx.cuh can take the place of this file on a machine without a GPU.
 #pragma once
 
 #include "device/types.cuh"
@@ -56,7 +56,7 @@ __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* gmem, boo
                : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most kPending of this thread's groups are under way. Other threads see the data after a barrier.
+// Waits until at most kPending of this thread's groups are in flight. Other threads see the data after a barrier.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -113,8 +113,8 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
 
 // ---- registers ----
 
-// x, but as a value that the compiler knows nothing about: what is computed from it inside a loop is computed there
-// again, instead of being kept in a register each from before the loop on.
+// Returns x as a value that the compiler knows nothing about: numbers that follow from it inside of a loop are computed
+// there, instead of each being kept in a register from before the loop on.
 __device__ __forceinline__ uint32_t opaque(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -140,7 +140,7 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 __device__ __forceinline__ float rsqrt_approx(float x) { return rsqrtf(x); }
-// Of pi x; exact arguments, errors of an ulp.
+// sin(pi x) and cos(pi x): the argument is exact, the result is within 1 ulp.
 __device__ __forceinline__ float sin_pi(float x) { return sinpif(x); }
 __device__ __forceinline__ float cos_pi(float x) { return cospif(x); }
 

@@ -3,8 +3,9 @@
 
 #include <algorithm>
 
+#include "common/column_sum.h"
+#include "device/dispatch.cuh"
 #include "device/launch.cuh"
-#include "encoder/column_sum.h"
 #include "fft_conv/convolve.cuh"
 #include "fft_conv/gradient.cuh"
 #include "fft_conv/prepare.cuh"
@@ -14,19 +15,10 @@
 namespace warpform {
 namespace {
 
-// f(FftSize<points>{})
+// Calls f<kPoints>().
 template <class F>
-auto with_size(int points, F&& f) {
-  switch (points) {
-    case 256: return f(FftSize<256>{});
-    case 512: return f(FftSize<512>{});
-    case 1024: return f(FftSize<1024>{});
-    case 2048: return f(FftSize<2048>{});
-    case 4096: return f(FftSize<4096>{});
-    case 8192: return f(FftSize<8192>{});
-    case 16384: return f(FftSize<16384>{});
-    default: return f(FftSize<32768>{});
-  }
+decltype(auto) dispatch_points(int points, F&& f) {
+  return dispatch_bucket<256, 512, 1024, 2048, 4096, 8192, 16384, 32768>(points, std::forward<F>(f));
 }
 
 }  // namespace
@@ -55,14 +47,12 @@ int64_t fft_conv_half_sum_bytes(const FftConvProblem& p) {
 }
 
 void launch_fft_conv(const char* op, const FftConvParams& params, void* stream) {
-  with_size(params.problem.points,
-            [&]<int kPoints>(FftSize<kPoints>) { launch_fft_conv_size<kPoints>(op, params, stream); });
+  dispatch_points(params.problem.points, [&]<int kPoints>() { launch_fft_conv_size<kPoints>(op, params, stream); });
 }
 
 void launch_fft_conv_gradient(const char* op, const FftConvGradientParams& params, void* stream) {
   const FftConvProblem& p = params.problem;
-  with_size(p.points,
-            [&]<int kPoints>(FftSize<kPoints>) { launch_fft_conv_gradient_size<kPoints>(op, params, stream); });
+  dispatch_points(p.points, [&]<int kPoints>() { launch_fft_conv_gradient_size<kPoints>(op, params, stream); });
   const unsigned blocks = p.points / kProductSumThreads + 1;
   launch<fft_conv_product_sum_kernel>(op, dim3(blocks * p.channels), kProductSumThreads, 0, stream, params);
 }
@@ -75,26 +65,15 @@ void launch_fft_conv_dot_sum(const char* op, const FftConvProblem& p, const floa
 }
 
 const char* fft_conv_unsupported(int64_t length, int64_t batch, int64_t channels) {
-  if (length > kMaxFftConvLength) return "sequences of more than 32768 values";
+  if (const char* reason = kFftConvLength.why_not(length)) return reason;
   // Grids of one dimension: CTAs, and blocks of bins.
   if (batch > 1 << 24 || channels > 1 << 22) return "more than 2^24 sequences or 2^22 channels";
   const int points = fft_conv_points(static_cast<int>(length));
-  const int bytes = with_size(points, [&]<int kPoints>(FftSize<kPoints>) {
+  const int bytes = dispatch_points(points, [&]<int kPoints>() {
     return std::max(fft_conv_shared_bytes<FftSize<kPoints>>(), fft_conv_gradient_shared_bytes<FftSize<kPoints>>());
   });
   return bytes <= shared_memory_limit() ? nullptr
                                         : "sequences of this length need more shared memory than this GPU has";
-}
-
-std::string fft_conv_kernel_table() {
-  std::string table;
-  for (const char* op : {"spectral_conv", "spectral_conv_backward"}) {
-    for (const char* dtype : {"float16", "bfloat16"}) {
-      if (!table.empty()) table += ", ";
-      table += std::string("{\"op\": \"") + op + "\", \"dtype\": \"" + dtype + "\", \"length\": {\"max\": 32768}}";
-    }
-  }
-  return table;
 }
 
 }  // namespace warpform

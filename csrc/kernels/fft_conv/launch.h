@@ -3,10 +3,10 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
+#include "common/dtype.h"
+#include "common/supported.h"
 #include "fft_conv/plan.h"
-#include "kernels/dtype.h"
 
 namespace warpform {
 
@@ -20,7 +20,7 @@ constexpr int fft_conv_points(int length) {
   return points;
 }
 
-// What the kernels of one call share. Tensors are contiguous and 16-byte aligned.
+// The arguments that the kernels of one call share. Tensors are contiguous and 16-byte aligned.
 struct FftConvProblem {
   bool bfloat16;  // else float16
   int batch;
@@ -84,7 +84,14 @@ void launch_fft_conv_dot_sum(const char* op, const FftConvProblem& problem, cons
 // Null if a kernel serves sequences of this length on the current device, else why none does.
 const char* fft_conv_unsupported(int64_t length, int64_t batch, int64_t channels);
 
-// The family's supported configurations, JSON objects separated by commas.
-std::string fft_conv_kernel_table();
+// ---- supported configurations ----
+
+inline constexpr SizeLimit kFftConvLength{
+    .name = "length", .max = kMaxFftConvLength, .otherwise = "sequences of more than 32768 values"};
+
+inline constexpr SupportedConfig kFftConvConfigs[] = {
+    {.op = "spectral_conv", .dtypes = kHalfTypes, .limits = {kFftConvLength}},
+    {.op = "spectral_conv_backward", .dtypes = kHalfTypes, .limits = {kFftConvLength}},
+};
 
 }  // namespace warpform

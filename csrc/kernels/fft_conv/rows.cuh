@@ -58,7 +58,7 @@ __device__ __forceinline__ uint32_t pack_pair(float lo, float hi, bool bfloat16)
   return bfloat16 ? pack2<bf16_t>(lo, hi) : pack2<half_t>(lo, hi);
 }
 
-// Eight 16-bit values of a sequence, as they stand in memory.
+// Eight 16-bit values of a sequence, as they lie in memory.
 using RowValues = Vec<uint32_t, 4>;
 
 // Values [col, col + 8) of the sequence that begins at element `row` of data; zeros from `length` on. Where sequences
@@ -189,7 +189,7 @@ __device__ __forceinline__ void load_rows(const FftConvProblem& p, const void* u
         }
       }
     };
-    // So many loads are under way at a time; one where values come one by one.
+    // Loads in flight at a time; one where values come one by one.
     constexpr int kAhead = Walk::kSteps < 4 ? Walk::kSteps : 4;
     constexpr std::integral_constant<int, 1> kOne;
     if (begin < 0) {

@@ -33,7 +33,7 @@ __device__ __forceinline__ void load_operand(uint32_t (&a)[4], const void* table
   for (int i = 0; i < 4; ++i) a[i] = v[i];
 }
 
-// Signs of both float16 of a pair turned around.
+// Both float16 of a pair with the other sign.
 __device__ __forceinline__ uint32_t negated(uint32_t pair) { return pair ^ 0x80008000u; }
 
 // B[16 kK x 16] of a strip, rows of the slot; rows past kRows meet zeros of the matrix, so any finite ones do.
@@ -405,7 +405,7 @@ __device__ __forceinline__ void inverse_inner(RowTile<Plan::kPlan.inner> tile, i
   });
 }
 
-// What every row's inner transforms need: kept in registers where they are few, read again for each row where not.
+// Operands that every row's inner transforms need: kept in registers where they are few, else read again for each row.
 template <class Plan>
 struct InnerTables {
   static constexpr bool kKept = Plan::kPlan.tiles == 1;

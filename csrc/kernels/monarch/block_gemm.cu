@@ -4,6 +4,7 @@
 #include <climits>
 #include <stdexcept>
 
+#include "device/dispatch.cuh"
 #include "device/launch.cuh"
 
 namespace warpform {
@@ -22,32 +23,21 @@ void launch_tile(const char* op, const BlockGemmParams& p, void* stream) {
   if (items > INT_MAX || row_tiles * ctas > INT_MAX) throw std::runtime_error(std::string(op) + ": too many tokens");
   work.ctas.set(static_cast<int>(ctas));
   const dim3 grid(static_cast<unsigned>(row_tiles * ctas));
-  if (p.b_transposed) {
-    launch<block_gemm<T, Tile, true>>(op, grid, Tile::kThreads, Tile::kBytes, stream, work);
-  } else {
-    launch<block_gemm<T, Tile, false>>(op, grid, Tile::kThreads, Tile::kBytes, stream, work);
-  }
-}
-
-template <class T>
-void launch_type(const char* op, const BlockGemmParams& p, void* stream) {
-  const int64_t large = ceil_div(p.rows, int64_t{LargeTile::kM}) * ceil_div(p.cols, LargeTile::kN) * p.groups;
-  if (p.cols > SmallTile::kN && large >= sm_count()) {
-    launch_tile<T, LargeTile>(op, p, stream);
-  } else {
-    launch_tile<T, SmallTile>(op, p, stream);
-  }
+  dispatch_bool(p.b_transposed, [&]<bool kTransposed>() {
+    launch<block_gemm<T, Tile, kTransposed>>(op, grid, Tile::kThreads, Tile::kBytes, stream, work);
+  });
 }
 
 }  // namespace
 
 void launch_block_gemm(const char* op, const BlockGemmParams& params, void* stream) {
   if (params.rows == 0 || params.groups == 0 || params.cols == 0) return;
-  if (params.bfloat16) {
-    launch_type<bf16_t>(op, params, stream);
-  } else {
-    launch_type<half_t>(op, params, stream);
-  }
+  const int64_t large_tiles =
+      ceil_div(params.rows, int64_t{LargeTile::kM}) * ceil_div(params.cols, LargeTile::kN) * params.groups;
+  const bool large = params.cols > SmallTile::kN && large_tiles >= sm_count();
+  dispatch_dtype(params.bfloat16, [&]<class T>() {
+    large ? launch_tile<T, LargeTile>(op, params, stream) : launch_tile<T, SmallTile>(op, params, stream);
+  });
 }
 
 }  // namespace warpform

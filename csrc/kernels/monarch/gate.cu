@@ -3,21 +3,10 @@
 #include <climits>
 #include <stdexcept>
 
+#include "device/dispatch.cuh"
 #include "device/launch.cuh"
 
 namespace warpform {
-namespace {
-
-template <class T>
-void launch_type(const char* op, const GateWork& work, unsigned ctas, void* stream) {
-  if (work.p.da != nullptr) {
-    launch<gate<T, true>>(op, dim3(ctas), kGateThreads, 0, stream, work);
-  } else {
-    launch<gate<T, false>>(op, dim3(ctas), kGateThreads, 0, stream, work);
-  }
-}
-
-}  // namespace
 
 void launch_gate(const char* op, const GateParams& params, void* stream) {
   if (params.rows == 0 || params.cols == 0) return;
@@ -26,11 +15,10 @@ void launch_gate(const char* op, const GateParams& params, void* stream) {
   if (params.rows * parts > INT_MAX) throw std::runtime_error(std::string(op) + ": too many tokens");
   work.parts.set(static_cast<int>(parts));
   const auto ctas = static_cast<unsigned>(params.rows * parts);
-  if (params.bfloat16) {
-    launch_type<bf16_t>(op, work, ctas, stream);
-  } else {
-    launch_type<half_t>(op, work, ctas, stream);
-  }
+  dispatch_dtype(params.bfloat16, [&]<class T>() {
+    dispatch_bool(params.da != nullptr,
+                  [&]<bool kBackward>() { launch<gate<T, kBackward>>(op, dim3(ctas), kGateThreads, 0, stream, work); });
+  });
 }
 
 }  // namespace warpform

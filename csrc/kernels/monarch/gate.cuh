@@ -1,14 +1,16 @@
-// The gate of Monarch Mixer's MLP by itself, a = gelu(g) * v of z = [g, v], forward and backward; backward recomputes a
-// too, which the gradient of the second weight needs.
+// The gate of Monarch Mixer's MLP by itself, a = gelu(g) * v of z = [g, v], forward and backward. The backward
+// recomputes a too, which the gradient of the second weight needs.
 //
-// A CTA has 2048 columns of one row, a thread four times two neighbouring ones, so that a warp moves 128 bytes in a
-// row: of 8 neighbouring columns, which go through eight erff with branches, the compiler makes stores of 4 bytes all
-// the same. Bytes: 6 rows cols forward, 14 backward, which bound it but for erff (encoder/gelu.cuh). Measured: not yet,
-// no GPU run so far.
+// Tile      2048 columns of one row a CTA. A thread has four pairs of neighbouring columns, so that a warp moves 128
+//           bytes in a row: of 8 neighbouring columns, which go through eight erff with branches, the compiler would
+//           make stores of 4 bytes too.
+// Loads     4 bytes a lane, straight to registers.
+// Bounds    6 rows cols bytes forward, 14 backward, and erff (common/gelu.cuh).
+// Measured  not yet.
 #pragma once
 
+#include "common/gelu.cuh"
 #include "device/mma.cuh"
-#include "encoder/gelu.cuh"
 #include "monarch/launch.h"
 
 namespace warpform {

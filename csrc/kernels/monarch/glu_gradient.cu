@@ -2,6 +2,7 @@
 
 #include <climits>
 
+#include "device/dispatch.cuh"
 #include "device/launch.cuh"
 
 namespace warpform {
@@ -11,26 +12,18 @@ using ManyRows = GluTile<128, 256, 4>;
 using FewRows = GluTile<64, 512, 4>;
 
 template <class G>
-int64_t ctas(const GluParams& p) {
-  return ceil_div(p.rows, int64_t{G::kM}) * p.blocks;
-}
-
-template <class G>
 bool fits(const GluParams& p) {
-  return p.in > 0 && p.out > 0 && glu_gradient_bytes<G>(p.in, p.out) <= shared_memory_limit() && ctas<G>(p) <= INT_MAX;
+  return p.in > 0 && p.out > 0 && glu_gradient_bytes<G>(p.in, p.out) <= shared_memory_limit() &&
+         glu_ctas<G>(p) <= INT_MAX;
 }
 
 template <class G>
 void launch_tile(const GluParams& p, void* stream) {
-  GluWork work{.p = p, .blocks = {}};
-  work.blocks.set(p.blocks);
-  const dim3 grid(static_cast<unsigned>(ctas<G>(p)));
+  const dim3 grid(static_cast<unsigned>(glu_ctas<G>(p)));
   const int bytes = glu_gradient_bytes<G>(p.in, p.out);
-  if (p.bfloat16) {
-    launch<glu_gradient<bf16_t, G>>("blockdiag_glu_backward", grid, G::kThreads, bytes, stream, work);
-  } else {
-    launch<glu_gradient<half_t, G>>("blockdiag_glu_backward", grid, G::kThreads, bytes, stream, work);
-  }
+  dispatch_dtype(p.bfloat16, [&]<class T>() {
+    launch<glu_gradient<T, G>>("blockdiag_glu_backward", grid, G::kThreads, bytes, stream, glu_work(p));
+  });
 }
 
 }  // namespace
@@ -39,7 +32,7 @@ bool glu_gradient_fits(const GluParams& p) { return fits<ManyRows>(p) || fits<Fe
 
 void launch_glu_gradient(const GluParams& p, void* stream) {
   if (p.rows == 0 || p.inner == 0) return;
-  if (fits<ManyRows>(p) && (ctas<ManyRows>(p) >= sm_count() || !fits<FewRows>(p))) {
+  if (fits<ManyRows>(p) && (glu_ctas<ManyRows>(p) >= sm_count() || !fits<FewRows>(p))) {
     launch_tile<ManyRows>(p, stream);
   } else {
     launch_tile<FewRows>(p, stream);

@@ -6,10 +6,10 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
-#include "kernels/divisor.h"
-#include "kernels/dtype.h"
+#include "common/divisor.h"
+#include "common/dtype.h"
+#include "common/supported.h"
 
 namespace warpform {
 
@@ -64,21 +64,22 @@ struct TransposeRowsParams {
 };
 void launch_transpose_rows(const char* op, const TransposeRowsParams& params, void* stream);
 
+// With w1 of [k, q, p] = [blocks1, rows1, cols1] and w2 of [l, s, r] = [blocks2, rows2, cols2]:
 // h[:, kappa q + theta] = sum_i x[:, kappa p + i] w1[kappa, theta, i];
 // y[:, sigma l + lambda] = sum_rho w2[lambda, sigma, rho] h[:, rho l + lambda]
 struct MonarchParams {
-  const void* x;   // [rows, k * p], rows x_stride elements apart
-  const void* w1;  // [k, q, p]
-  const void* w2;  // [l, s, r], l * r = k * q
-  void* y;         // [rows, s * l], contiguous
+  const void* x;   // [rows, blocks1 * cols1], rows x_stride elements apart
+  const void* w1;  // [blocks1, rows1, cols1]
+  const void* w2;  // [blocks2, rows2, cols2], blocks2 * cols2 = blocks1 * rows1
+  void* y;         // [rows, rows2 * blocks2], contiguous
   int64_t rows;
   int64_t x_stride;
-  int k;
-  int q;
-  int p;
-  int l;
-  int s;
-  int r;
+  int blocks1;
+  int rows1;
+  int cols1;
+  int blocks2;
+  int rows2;
+  int cols2;
   bool bfloat16;
 };
 // Whether launch_monarch serves the sizes on the current device: its intermediate has to fit into shared memory.
@@ -126,7 +127,19 @@ struct GateParams {
 };
 void launch_gate(const char* op, const GateParams& params, void* stream);
 
-// The family's supported configurations, JSON objects separated by commas.
-std::string monarch_kernel_table();
+// ---- supported configurations ----
+
+inline constexpr SizeLimit kMonarchBlockSize{.name = "block_sizes",
+                                             .multiple_of = kMonarchAlignment,
+                                             .otherwise = "a block has rows or columns that are not a multiple of 8"};
+
+inline constexpr SupportedConfig kMonarchConfigs[] = {
+    {.op = "blockdiag_multiply", .dtypes = kHalfTypes, .limits = {kMonarchBlockSize}},
+    {.op = "blockdiag_multiply_backward", .dtypes = kHalfTypes, .limits = {kMonarchBlockSize}},
+    {.op = "monarch_multiply", .dtypes = kHalfTypes, .limits = {kMonarchBlockSize}},
+    {.op = "monarch_multiply_backward", .dtypes = kHalfTypes, .limits = {kMonarchBlockSize}},
+    {.op = "blockdiag_glu", .dtypes = kHalfTypes, .limits = {kMonarchBlockSize}},
+    {.op = "blockdiag_glu_backward", .dtypes = kHalfTypes, .limits = {kMonarchBlockSize}},
+};
 
 }  // namespace warpform

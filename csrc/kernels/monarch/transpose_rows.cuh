@@ -1,10 +1,11 @@
 // Every row of [rows, outer * inner], a matrix [outer, inner] of 16-bit elements, transposed: the permutation around
-// the second factor of a Monarch matrix, where it stands alone.
+// the second factor of a Monarch matrix, where no product can do it by the way.
 //
-// A CTA takes one row, or a part of its outer index where a row is too long for shared memory: it reads 4 bytes a lane,
-// puts elements down in rows of an odd number of 4-byte words and reads them across, so that neither way has more than
-// two-fold bank conflicts. Bytes: 4 rows outer inner, which bound it.
-// Measured: not yet, no GPU run so far.
+// Tile      One row a CTA, or a part of its outer index where a row is too long for shared memory.
+// Loads     4 bytes a lane, into shared memory in rows of an odd number of 4-byte words, which are read across, so that
+//           neither way has more than two-fold bank conflicts.
+// Bounds    4 rows outer inner bytes.
+// Measured  not yet.
 #pragma once
 
 #include "device/memory.cuh"

@@ -4,8 +4,9 @@
 #include <climits>
 #include <stdexcept>
 
+#include "common/column_sum.h"
+#include "device/dispatch.cuh"
 #include "device/launch.cuh"
-#include "encoder/column_sum.h"
 
 namespace warpform {
 namespace {
@@ -35,15 +36,6 @@ void launch_tile(const char* op, const WeightGradientParams& p, void* stream) {
                                          work);
 }
 
-template <class T>
-void launch_type(const char* op, const WeightGradientParams& p, void* stream) {
-  if (is_large(p)) {
-    launch_tile<T, LargeTile>(op, p, stream);
-  } else {
-    launch_tile<T, SmallTile>(op, p, stream);
-  }
-}
-
 }  // namespace
 
 int weight_gradient_splits(const WeightGradientParams& p) {
@@ -55,11 +47,9 @@ int weight_gradient_splits(const WeightGradientParams& p) {
 
 void launch_weight_gradient(const char* op, const WeightGradientParams& params, void* stream) {
   if (params.groups == 0 || params.m == 0) return;
-  if (params.bfloat16) {
-    launch_type<bf16_t>(op, params, stream);
-  } else {
-    launch_type<half_t>(op, params, stream);
-  }
+  dispatch_dtype(params.bfloat16, [&]<class T>() {
+    is_large(params) ? launch_tile<T, LargeTile>(op, params, stream) : launch_tile<T, SmallTile>(op, params, stream);
+  });
   if (params.splits == 1) return;
   const DType dtype = params.bfloat16 ? DType::kBFloat16 : DType::kFloat16;
   const auto add_splits = [&](const float* partials, void* out, int64_t cols) {

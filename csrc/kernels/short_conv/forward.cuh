@@ -10,7 +10,7 @@
 // operations it is 15: transposed copy 3 + 3, convolution 3 + 3, product 2 + 1; the strided gate costs its reader more.
 // At batch 64, seqlen 4096, 768 channels in bfloat16 that is 2.0 GB: 0.47 ms at an H200's 4.3 TB/s, against 1.4 ms.
 // 19 FLOP and some 50 instructions for 10 bytes, where the card has time for 69: bytes bound it.
-// Measured: not yet: no GPU run so far.
+// Measured: not yet.
 #pragma once
 
 #include "short_conv/tile.cuh"

@@ -3,9 +3,9 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
-#include "kernels/dtype.h"
+#include "common/dtype.h"
+#include "common/supported.h"
 
 namespace warpform {
 
@@ -48,7 +48,13 @@ struct ShortConvBackwardParams {
 int64_t short_conv_gate_backward_groups(const ShortConvBackwardParams& params);
 void launch_short_conv_gate_backward(const ShortConvBackwardParams& params, void* stream);
 
-// Supported configurations, JSON objects separated by commas.
-std::string short_conv_kernel_table();
+// ---- supported configurations ----
+
+inline constexpr SizeLimit kShortConvTaps{.name = "max_taps", .max = kShortConvMaxTaps, .as_number = true};
+
+inline constexpr SupportedConfig kShortConvConfigs[] = {
+    {.op = "short_conv_gate", .dtypes = kFloatTypes, .limits = {kShortConvTaps}},
+    {.op = "short_conv_gate_backward", .dtypes = kFloatTypes, .limits = {kShortConvTaps}},
+};
 
 }  // namespace warpform

@@ -1,7 +1,7 @@
 #include <algorithm>
 
+#include "common/column_sum.h"
 #include "device/launch.cuh"
-#include "encoder/column_sum.h"
 #include "short_conv/backward.cuh"
 #include "short_conv/forward.cuh"
 
@@ -84,17 +84,6 @@ void launch_short_conv_gate_backward(const ShortConvBackwardParams& p, void* str
   };
   add_up(p.partials, p.dweight, rows * p.taps);
   if (p.bias != nullptr) add_up(p.partials + p.groups * rows * p.taps, p.dbias, rows);
-}
-
-std::string short_conv_kernel_table() {
-  std::string table;
-  for (const char* op : {"short_conv_gate", "short_conv_gate_backward"}) {
-    for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
-      table += std::string(table.empty() ? "" : ", ") + "{\"op\": \"" + op + "\", \"dtype\": \"" + dtype_name(dtype) +
-               "\", \"max_taps\": " + std::to_string(kShortConvMaxTaps) + "}";
-    }
-  }
-  return table;
 }
 
 }  // namespace warpform

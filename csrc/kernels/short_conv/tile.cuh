@@ -1,4 +1,4 @@
-// What the short convolution's kernels share: the tile of x in shared memory, and its parameters beside it.
+// Shared by the short convolution's kernels: the tile of x in shared memory, and its parameters beside it.
 //
 // A tile is 128 bytes of channels by 8 vectors of 16 bytes of times (64 by 64 in 16-bit types, 32 by 32 in float32), of
 // all three parts of x, with the rows before it (and, backward, behind it) that a convolution of kTaps taps reads.
@@ -9,8 +9,8 @@
 // fall into different banks: neither the copy in nor the reading along time meets a conflict.
 #pragma once
 
+#include "common/elements.cuh"
 #include "device/ptx.cuh"
-#include "encoder/elements.cuh"
 #include "short_conv/launch.h"
 
 namespace warpform {
@@ -89,7 +89,7 @@ __device__ __forceinline__ void copy_rows(uint32_t rows, const T* x, const Short
   const bool exists = at.channel + c < channels;
   const int byte = c % Tile::kVec * static_cast<int>(sizeof(T));
   constexpr int kStep = kShortConvThreads / Tile::kChannels,
-                kBatch = 4;  // rows of the block at once, of loads under way
+                kBatch = 4;  // rows of the block at once; loads in flight
   for (int row = thread / Tile::kChannels; row < kRows; row += kBatch * kStep) {
     T v[kBatch][3];
 #pragma unroll
@@ -145,7 +145,7 @@ __device__ __forceinline__ ShortConvFilter load_filter(uint32_t filters, int par
   return {load_shared<Vec<float, 4>>(filters + i * 16), load_shared<float>(filters + 3 * Tile::kChannels * 16 + i * 4)};
 }
 
-// What a thread owns of a tile.
+// The part of a tile that a thread owns.
 template <class Tile>
 struct ShortConvThread {
   int piece = warp_id();

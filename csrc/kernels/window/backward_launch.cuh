@@ -1,6 +1,7 @@
 // Instantiation and order of the backward kernels of one head dimension bucket.
 #pragma once
 
+#include "device/dispatch.cuh"
 #include "device/launch.cuh"
 #include "window/backward_long.cuh"
 #include "window/backward_short.cuh"
@@ -9,7 +10,7 @@
 namespace warpform {
 
 template <class T, int kBucket>
-void launch_window_backward_type(const WindowBackwardParams& params, void* stream) {
+void launch_window_backward_kernels(const WindowBackwardParams& params, void* stream) {
   constexpr const char* kName = "window_attention_backward";
   constexpr int kThreads = window_threads(kBucket);
   const WindowProblem& p = params.problem;
@@ -35,11 +36,8 @@ void launch_window_backward_type(const WindowBackwardParams& params, void* strea
 
 template <int kBucket>
 void launch_window_backward(const WindowBackwardParams& params, void* stream) {
-  if (params.problem.bfloat16) {
-    launch_window_backward_type<bf16_t, kBucket>(params, stream);
-  } else {
-    launch_window_backward_type<half_t, kBucket>(params, stream);
-  }
+  dispatch_dtype(params.problem.bfloat16,
+                 [&]<class T>() { launch_window_backward_kernels<T, kBucket>(params, stream); });
 }
 
 }  // namespace warpform

@@ -1,4 +1,4 @@
-// What the backward kernels share: the sums that a CTA keeps over its windows, and the last step from products to
+// Shared by the backward kernels: the sums that a CTA keeps over its windows, and the epilogue that turns products into
 // gradients of q and k.
 #pragma once
 
@@ -35,7 +35,7 @@ struct PaddingSums {
     const int lane = opaque_lane(), g = lane / 4, t = lane % 4;
     const bool upper = rows[first + g] == kPadded, lower = rows[first + g + 8] == kPadded;
     if (ballot(upper || lower) == 0) return;
-    const uint32_t mine = base + (Work<kBucket>::thread() / kWarpSize * 2 + which) * kBucket * 4 + 2 * t * 4;
+    const uint32_t mine = base + (WindowTile<kBucket>::thread() / kWarpSize * 2 + which) * kBucket * 4 + 2 * t * 4;
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       Vec<float, 2> sum;
@@ -52,7 +52,7 @@ struct PaddingSums {
     constexpr int kThreads = window_threads(kBucket);
     for (int i = static_cast<int>(threadIdx.x); i < kTeams * 3 * kBucket; i += kThreads) {
       const int col = i % kBucket, which = i / kBucket % 3, team = i / kBucket / 3;
-      const int head = Work<kBucket>::first_head() + team;
+      const int head = WindowTile<kBucket>::first_head() + team;
       if (head >= p.heads || col >= p.head_dim) continue;
       float sum = 0.f;
       if (which > 0) {
@@ -77,7 +77,7 @@ struct ScoreSums {
   static constexpr int kBytes = kThreads * (kBlock / 8) * 16;
 
   __device__ __forceinline__ uint32_t at(int n) const {
-    return base + n * kThreads * 16 + Work<kBucket>::thread() * 16;
+    return base + n * kThreads * 16 + WindowTile<kBucket>::thread() * 16;
   }
   __device__ __forceinline__ void clear() const {
 #pragma unroll
@@ -117,30 +117,31 @@ struct ScaleSums {
   __host__ __device__ static constexpr int bytes(const WindowProblem& p) {
     return p.logit_scale == nullptr ? 0 : kBytes;
   }
-  __device__ __forceinline__ uint32_t mine() const { return base + Work<kBucket>::thread() * 4; }
+  __device__ __forceinline__ uint32_t mine() const { return base + WindowTile<kBucket>::thread() * 4; }
   __device__ __forceinline__ void clear() const { store_shared(mine(), 0.f); }
   __device__ __forceinline__ void add(float part) const { store_shared(mine(), load_shared<float>(mine()) + part); }
 
   // After a barrier.
   __device__ __forceinline__ void write(const WindowProblem& p, float* sums, int share) const {
-    if (warp_id() % kTeamWarps != 0 || Work<kBucket>::head() >= p.heads) return;
+    if (warp_id() % kTeamWarps != 0 || WindowTile<kBucket>::head() >= p.heads) return;
     float sum = 0.f;
 #pragma unroll
     for (int w = 0; w < kTeamWarps; ++w) sum += load_shared<float>(mine() + w * kWarpSize * 4);
     sum = warp_reduce(sum, Sum{});
     // Past the clamp the logit scale is a constant.
-    if (load_scalar(p.logit_scale, p.logit_scale_dtype, Work<kBucket>::head()) > kMaxLogitScale) sum = 0.f;
-    if (lane_id() == 0) store_global(sums + static_cast<int64_t>(share) * p.heads + Work<kBucket>::head(), sum);
+    if (load_scalar(p.logit_scale, p.logit_scale_dtype, WindowTile<kBucket>::head()) > kMaxLogitScale) sum = 0.f;
+    if (lane_id() == 0) store_global(sums + static_cast<int64_t>(share) * p.heads + WindowTile<kBucket>::head(), sum);
   }
 };
 
-// Of cosine attention, what is left to do for 16 rows of dq or dk: the accumulators hold y = sum ds k / |k| (or with
-// q), and the gradient of x / |x| is (y - x (x.y) / |x|^2) / |x|. `of` is the tile of x, `norms` the address of the
-// inverse norm of its row `row`, `given` that of x as it came, if the tile's rows were lengthened. Returns the lane's
-// part of sum (x.y) / |x|, from which the gradient of logit_scale is made; rows of no length have none, whatever y.
+// Epilogue of cosine attention for 16 rows of dq or dk, the gradient through the normalisation of q or k: the
+// accumulators hold y = sum ds k / |k| (or with q), and the gradient of x / |x| is (y - x (x.y) / |x|^2) / |x|. `of` is
+// the tile of x, `norms` the address of the inverse norm of its row `row`, `original` that of the unscaled x, if the
+// tile's rows were lengthened. Returns the lane's part of sum (x.y) / |x|, from which the gradient of logit_scale is
+// made; rows of no length have none, whatever y.
 template <class T, int kN, int kCols>
 __device__ __forceinline__ float finish_cosine(float (&acc)[kN][4], SharedTile<kCols> of, int row, int col,
-                                               uint32_t norms, uint32_t given) {
+                                               uint32_t norms, uint32_t original) {
   const int lane = opaque_lane(), g = lane / 4, t = lane % 4;
   float total = 0.f;
 #pragma unroll
@@ -154,7 +155,7 @@ __device__ __forceinline__ float finish_cosine(float (&acc)[kN][4], SharedTile<k
     }
     if (inverse != 0.f) total += dot * inverse;
     const float along = warp_reduce<4>(dot, Sum{}) * inverse * inverse;
-    const float last = load_shared<float>(given + (g + 8 * r) * 4);
+    const float last = load_shared<float>(original + (g + 8 * r) * 4);
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       const auto x = unpack2<T>(load_shared<uint32_t>(of.pair(row + g + 8 * r, col + 8 * n + 2 * t)));
@@ -190,7 +191,7 @@ __device__ __forceinline__ void scale_rows(float (&s)[kN][4], uint32_t norms) {
 }
 
 // Rounds a warp's 16 rows of a gradient to T and writes those of tokens that exist, through the rows of a tile that
-// nobody else reads. `data` is the tensor at the image and at the team's head.
+// no other warp reads. `data` is the tensor at the image and at the team's head.
 template <int kBucket, class T, int kCols>
 __device__ __forceinline__ void write_gradient(const float (&acc)[kBucket / 8][4], float factor, SharedTile<kCols> tile,
                                                int row, int col, T* data, int64_t stride, const Rows& rows, int first,

@@ -1,8 +1,9 @@
 // Dispatch of the window attention family: head dimension to bucket, CTAs, and what is supported.
 #include <algorithm>
 
+#include "common/column_sum.h"
+#include "device/dispatch.cuh"
 #include "device/launch.cuh"
-#include "encoder/column_sum.h"
 #include "window/backward_long.cuh"
 #include "window/backward_short.cuh"
 #include "window/forward.cuh"
@@ -19,11 +20,8 @@ int window_shares(int64_t items, int64_t groups, int per_sm) {
 }
 
 void launch_window_attention(const WindowForwardParams& params, void* stream) {
-  switch (window_bucket(params.problem.head_dim)) {
-    case 32: return launch_window_forward<32>(params, stream);
-    case 64: return launch_window_forward<64>(params, stream);
-    default: return launch_window_forward<128>(params, stream);
-  }
+  dispatch_bucket<32, 64, 128>(params.problem.head_dim,
+                               [&]<int kBucket>() { launch_window_forward<kBucket>(params, stream); });
 }
 
 WindowShares window_backward_shares(const WindowProblem& p) {
@@ -38,31 +36,15 @@ WindowShares window_backward_shares(const WindowProblem& p) {
           window_shares(p.windows, groups * blocks * blocks, per_sm)};
 }
 
-namespace {
-
-template <class T>
-void launch_table_gradient(const WindowBackwardParams& params, void* stream) {
-  const WindowProblem& p = params.problem;
-  launch<window_attention_table_gradient<T>>("window_attention_backward",
-                                             dim3(ceil_div(p.table_entries, kWarpSize), p.heads),
-                                             kTableGradientWarps * kWarpSize, kTableGradientBytes, stream, params);
-}
-
-}  // namespace
-
 void launch_window_attention_backward(const WindowBackwardParams& params, void* stream) {
   const WindowProblem& p = params.problem;
-  switch (window_bucket(p.head_dim)) {
-    case 32: launch_window_backward<32>(params, stream); break;
-    case 64: launch_window_backward<64>(params, stream); break;
-    default: launch_window_backward<128>(params, stream);
-  }
+  dispatch_bucket<32, 64, 128>(p.head_dim, [&]<int kBucket>() { launch_window_backward<kBucket>(params, stream); });
   if (p.table != nullptr) {
-    switch (p.table_dtype) {
-      case DType::kFloat32: launch_table_gradient<float>(params, stream); break;
-      case DType::kFloat16: launch_table_gradient<half_t>(params, stream); break;
-      case DType::kBFloat16: launch_table_gradient<bf16_t>(params, stream); break;
-    }
+    dispatch_dtype(p.table_dtype, [&]<class T>() {
+      launch<window_attention_table_gradient<T>>("window_attention_backward",
+                                                 dim3(ceil_div(p.table_entries, kWarpSize), p.heads),
+                                                 kTableGradientWarps * kWarpSize, kTableGradientBytes, stream, params);
+    });
   }
   const auto add_shares = [&](const float* partials, void* out, int64_t cols, DType dtype) {
     const ColumnSumParams sum{
@@ -89,7 +71,8 @@ int shared_bytes(const WindowProblem& p, bool backward) {
 }  // namespace
 
 const char* window_attention_unsupported(WindowProblem p, bool backward) {
-  if (p.head_dim < 8 || p.head_dim % 8 != 0 || p.head_dim > 128) return "head_dim is not a multiple of 8 up to 128";
+  if (p.head_dim <= 0) return kWindowHeadDim.otherwise;
+  if (const char* reason = kWindowHeadDim.why_not(p.head_dim)) return reason;
   // Sizes that fit the arithmetic below; shared memory is the narrower bound.
   double tokens = 1, entries = 1, padded = p.batch;
   for (int k = 0; k < 3; ++k) {
@@ -101,23 +84,9 @@ const char* window_attention_unsupported(WindowProblem p, bool backward) {
   if (tokens > 1 << 15 || entries > 1 << 17) return "the window is too large for shared memory";
   if (padded > 1 << 30 || p.heads > 65535) return "more than 2^30 tokens or 65535 heads";
   p.derive();
-  const int bucket = window_bucket(p.head_dim);
-  const int bytes = bucket == 32   ? shared_bytes<32>(p, backward)
-                    : bucket == 64 ? shared_bytes<64>(p, backward)
-                                   : shared_bytes<128>(p, backward);
+  const int bytes =
+      dispatch_bucket<32, 64, 128>(p.head_dim, [&]<int kBucket>() { return shared_bytes<kBucket>(p, backward); });
   return bytes <= shared_memory_limit() ? nullptr : "the window needs more shared memory a block than this GPU has";
-}
-
-std::string window_kernel_table() {
-  std::string table;
-  for (const char* op : {"window_attention", "window_attention_backward"}) {
-    for (const char* dtype : {"float16", "bfloat16"}) {
-      if (!table.empty()) table += ", ";
-      table += std::string("{\"op\": \"") + op + "\", \"dtype\": \"" + dtype +
-               "\", \"head_dim\": {\"multiple_of\": 8, \"max\": 128}}";
-    }
-  }
-  return table;
 }
 
 }  // namespace warpform

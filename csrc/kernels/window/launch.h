@@ -3,10 +3,10 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
-#include "kernels/divisor.h"
-#include "kernels/dtype.h"
+#include "common/divisor.h"
+#include "common/dtype.h"
+#include "common/supported.h"
 
 namespace warpform {
 
@@ -16,8 +16,8 @@ inline constexpr int kWindowBlock = 64;
 // Tokens along one axis of a window, at most.
 inline constexpr int kMaxWindow = 1024;
 
-// What forward and backward share. A grid of two axes has depth 1, window 1, shift 0. Tensors are contiguous, those of
-// 16-bit elements 16-byte aligned.
+// The arguments that forward and backward share. A grid of two axes has depth 1, window 1, shift 0. Tensors are
+// contiguous, those of 16-bit elements 16-byte aligned.
 struct WindowProblem {
   const void* qkv;          // [batch, size[0], size[1], size[2], 3, heads, head_dim]
   const void* table;        // [product of 2 window - 1, heads], or null
@@ -35,7 +35,7 @@ struct WindowProblem {
   float scale;    // of q.k, where there is no logit_scale
   float mask_value;
 
-  // What follows from the above. Kernels read it from constant memory instead of keeping it in registers.
+  // Numbers that follow from the above. Kernels read it from constant memory instead of keeping it in registers.
   Divisor count[3];      // windows along each axis
   int windows;           // of all images
   int tokens;            // of a window
@@ -93,7 +93,14 @@ void launch_window_attention_backward(const WindowBackwardParams& params, void* 
 // rest.
 const char* window_attention_unsupported(WindowProblem problem, bool backward);
 
-// The family's supported configurations, JSON objects separated by commas.
-std::string window_kernel_table();
+// ---- supported configurations ----
+
+inline constexpr SizeLimit kWindowHeadDim{
+    .name = "head_dim", .multiple_of = 8, .max = 128, .otherwise = "head_dim is not a multiple of 8 up to 128"};
+
+inline constexpr SupportedConfig kWindowConfigs[] = {
+    {.op = "window_attention", .dtypes = kHalfTypes, .limits = {kWindowHeadDim}},
+    {.op = "window_attention_backward", .dtypes = kHalfTypes, .limits = {kWindowHeadDim}},
+};
 
 }  // namespace warpform

@@ -37,7 +37,7 @@ struct WindowShared {
   // Rows of one of the windows.
   __device__ __forceinline__ Rows rows(int window = 0) const { return {first_rows + window * tokens.capacity * 4}; }
 
-  // What holds for every window: places and bias. All threads; a barrier must follow.
+  // Fills the facts that hold for every window: places and bias. All threads call it; a barrier must follow.
   template <int kBucket>
   __device__ __forceinline__ void set(const WindowProblem& p, int first_head) const {
     constexpr int kThreads = window_threads(kBucket), kTeams = window_teams(kBucket);
@@ -69,12 +69,12 @@ __device__ __forceinline__ float power_of_two_below(float x) {
 // Rows of a tile to lengthen are first multiplied by the power of 2 that makes them 1/2 to 1 long, if they are shorter,
 // which rounds nothing; the inverse norm is that of the row as it is then. A gradient of scores times it stays as large
 // as the gradient, where times 1 / norm of a very short row it would overflow float16 (bfloat16 cannot, and is left
-// alone). `given`, if not 0, is where the inverse norms of the rows as they came are put.
+// alone). `original_norms`, if not 0, is where the inverse norms of the unscaled rows are stored.
 template <int kBucket, class T, int kCols>
 __device__ __forceinline__ void set_inverse_norms(const WindowShared& shared, SharedTile<kCols> queries,
                                                   SharedTile<kCols> keys, bool lengthen_queries = false,
-                                                  bool lengthen_keys = false, uint32_t given = 0) {
-  const int thread = Work<kBucket>::thread(), team = thread / kTeamThreads, index = thread % kTeamThreads;
+                                                  bool lengthen_keys = false, uint32_t original_norms = 0) {
+  const int thread = WindowTile<kBucket>::thread(), team = thread / kTeamThreads, index = thread % kTeamThreads;
   const int row = index % kBlock;
   const SharedTile<kCols> tile = index < kBlock ? queries : keys;
   float sum = 0.f;
@@ -85,7 +85,7 @@ __device__ __forceinline__ void set_inverse_norms(const WindowShared& shared, Sh
     for (int i = 0; i < kChunk; ++i) sum += to_float(chunk[i]) * to_float(chunk[i]);
   }
   float inverse = sum > 1e-24f ? rsqrt_approx(sum) : 0.f;
-  if (given != 0) store_shared(given + thread * 4, inverse);
+  if (original_norms != 0) store_shared(original_norms + thread * 4, inverse);
   if constexpr (std::is_same_v<T, half_t>) {
     if (inverse > 1.f && (index < kBlock ? lengthen_queries : lengthen_keys)) {
       const float power = power_of_two_below(inverse);
@@ -114,13 +114,14 @@ struct WindowScore {
 
   __device__ WindowScore(const WindowProblem& p, const WindowShared& shared_)
       : shared(shared_),
-        bias(p.table == nullptr ? 0
-                                : shared.bias + (Work<kBucket>::team() * p.table_entries + p.table_entries / 2) * 4),
+        bias(p.table == nullptr
+                 ? 0
+                 : shared.bias + (WindowTile<kBucket>::team() * p.table_entries + p.table_entries / 2) * 4),
         factor(p.scale * kLog2e),
         mask(p.mask_value * kLog2e),
         cosine(p.logit_scale != nullptr) {
     if (cosine) {
-      const int head = Work<kBucket>::head();
+      const int head = WindowTile<kBucket>::head();
       const float logit = head < p.heads ? load_scalar(p.logit_scale, p.logit_scale_dtype, head) : 0.f;
       factor = exp2_approx(fminf(logit, kMaxLogitScale) * kLog2e) * kLog2e;
     }
@@ -128,7 +129,7 @@ struct WindowScore {
 
   // Addresses of the inverse norms of the team's tiles.
   __device__ __forceinline__ uint32_t query_norms() const {
-    return shared.norms + Work<kBucket>::team() * 2 * kBlock * 4;
+    return shared.norms + WindowTile<kBucket>::team() * 2 * kBlock * 4;
   }
   __device__ __forceinline__ uint32_t key_norms() const { return query_norms() + kBlock * 4; }
 

@@ -1,12 +1,12 @@
-// Which token stands where: windows of a shifted, padded grid as index arithmetic. Nothing is rolled, padded or
+// The windows of a shifted, padded grid as index arithmetic: which token is where. Nothing is rolled, padded or
 // partitioned in memory.
 //
 // The grid is padded at the end of each axis to whole windows and rolled by -shift, so place r of the rolled axis is
 // place r + shift of the padded one, modulo its length. Only the last window of an axis holds tokens from both of its
 // ends: its places before and from window - shift on belong to different regions, which do not see each other.
 //
-// A CTA keeps in shared memory, of each token of its window, where its row is, which changes from window to window, and
-// its place in the bias table and its regions, which do not.
+// A CTA keeps two facts about each token of its window in shared memory: where its row is, which changes from window to
+// window, and its place in the bias table and its regions, which do not change.
 #pragma once
 
 #include "device/memory.cuh"
@@ -72,7 +72,8 @@ struct Tokens {
 
   __host__ __device__ static constexpr int bytes(int capacity) { return capacity * 12; }
 
-  // Address of a token's place in the bias table: 4 sum of place x stride over the axes. Neighbours stand side by side.
+  // Address of a token's place in the bias table: 4 sum of place x stride over the axes. The addresses of neighbours
+  // follow each other.
   __device__ __forceinline__ uint32_t place(int token) const { return base + token * 4; }
   // Address of its regions, a bit an axis.
   __device__ __forceinline__ uint32_t regions(int token) const { return base + (capacity + token) * 4; }
@@ -127,7 +128,7 @@ struct TokenRows {
   const T* padding;  // the row of padded positions, or null for zeros
 };
 
-// Number of the image's first token, a product that is made again wherever it is needed (see Work).
+// Number of the image's first token, a product that is made again wherever it is needed (see WindowTile).
 __device__ __forceinline__ int64_t image_begin(const WindowProblem& p, int image) {
   return static_cast<int>(opaque(image)) * p.image_tokens;
 }
@@ -140,16 +141,16 @@ __device__ __forceinline__ TokenRows<T> qkv_rows(const WindowProblem& p, int whi
   return {static_cast<const T*>(p.qkv) + image_begin(p, image) * 3 * p.width + at, 3 * p.width, padding};
 }
 
-// The same of a tensor shaped as the output; zeros at padded positions, which nobody reads.
+// The same of a tensor shaped as the output; zeros at padded positions, which no kernel reads.
 template <class T>
 __device__ __forceinline__ TokenRows<T> out_rows(const WindowProblem& p, const void* data, int image, int first_head) {
   return {static_cast<const T*>(data) + image_begin(p, image) * p.width + first_head * p.head_dim, p.width, nullptr};
 }
 
-// What the calling thread works on. Numbers that follow from the thread's own are computed at each call, as
-// opaque_lane() is: held through the loops, they would be spilled.
+// The part of a tile that the calling thread works on. Numbers that follow from the thread's own are computed at each
+// call, as opaque_lane() is: held through the loops, they would be spilled.
 template <int kBucket>
-struct Work {
+struct WindowTile {
   static constexpr int kTeams = window_teams(kBucket);
 
   __device__ static __forceinline__ int thread() { return static_cast<int>(opaque(threadIdx.x)); }
@@ -173,10 +174,10 @@ __device__ __forceinline__ void copy_rows_async(SharedTile<kCols> tile, const To
                                                 int first, const WindowProblem& p) {
   constexpr int kRowChunks = kCols / kChunk, kHeadChunks = kBucket / kChunk;
   constexpr int kStep = window_threads(kBucket) / kRowChunks;
-  const int thread = Work<kBucket>::thread();
+  const int thread = WindowTile<kBucket>::thread();
   const int c = thread % kRowChunks;
   const int head = c / kHeadChunks, col = c % kHeadChunks * kChunk;
-  const bool wanted = head < Work<kBucket>::heads(p) && col < p.head_dim;
+  const bool wanted = head < WindowTile<kBucket>::heads(p) && col < p.head_dim;
   const int at = head * p.head_dim + col;
 #pragma unroll
   for (int i = 0; i < kBlock; i += kStep) {

@@ -1,7 +1,7 @@
 // The host's body of kernels/device/facts.cuh: what a test says.
 #pragma once
 
-#include "kernels/device_facts.h"
+#include "kernels/common/device_facts.h"
 #include "simt/scheduler.h"
 
 namespace warpform {

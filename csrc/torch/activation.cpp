@@ -1,0 +1,91 @@
+// Bindings of bias_gelu: checks, allocation, launch.
+#include "kernels/activation/launch.h"
+
+#include <optional>
+
+#include "rows.h"
+
+#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
+namespace warpform {
+namespace {
+
+bool is_tanh(const char* op, const std::string& approximate) {
+  check(approximate == "none" || approximate == "tanh", op, ": approximate must be \"none\" or \"tanh\", got \"",
+        approximate, "\"");
+  return approximate == "tanh";
+}
+
+// Why no kernel takes x, or null.
+const char* no_kernel(const Launch& launch, const Tensor& x) {
+  if (const char* reason = launch.unusable()) return reason;
+  return kFloatTypes.why_not(dtype_name(x.scalar_type()));
+}
+
+Tensor bias_gelu(Tensor x, std::optional<Tensor> bias, std::string approximate) {
+  constexpr const char* kOp = "bias_gelu";
+  const auto [rows, cols] = rows_of(kOp, "x", x);
+  if (bias) check_parameter(kOp, "bias", *bias, cols, x);
+  const bool tanh = is_tanh(kOp, approximate);
+  const Launch launch(kOp, x);
+  if (const char* reason = no_kernel(launch, x)) {
+    return std::get<0>(call_reference<Tensor>(kOp, reason, x, bias, approximate));
+  }
+  x = torch::stable::contiguous(x);
+  bias = contiguous(bias);
+  Tensor out = empty(kOp, sizes_of(x), x.scalar_type(), x);
+  launch_bias_gelu({.x = launch.in(x),
+                    .bias = launch.in_or_null(bias),
+                    .out = launch.out(out),
+                    .rows = rows,
+                    .cols = cols,
+                    .dtype = element_type(x),
+                    .float_parameters = bias && bias->scalar_type() == ScalarType::Float,
+                    .tanh = tanh},
+                   launch.stream());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor dout, Tensor x, std::optional<Tensor> bias,
+                                              std::string approximate) {
+  constexpr const char* kOp = "bias_gelu_backward";
+  const auto [rows, cols] = rows_of(kOp, "x", x);
+  check_like(kOp, "dout", dout, "x", x);
+  if (bias) check_parameter(kOp, "bias", *bias, cols, x);
+  const bool tanh = is_tanh(kOp, approximate);
+  const Launch launch(kOp, x);
+  if (const char* reason = no_kernel(launch, x)) {
+    return call_reference<Tensor, Tensor>(kOp, reason, dout, x, bias, approximate);
+  }
+  dout = torch::stable::contiguous(dout);
+  x = torch::stable::contiguous(x);
+  bias = contiguous(bias);
+  Tensor dx = empty(kOp, sizes_of(x), x.scalar_type(), x);
+  Tensor dbias = empty(kOp, {bias ? cols : 0}, bias ? bias->scalar_type() : x.scalar_type(), x);
+  BiasGeluBackwardParams params{.dout = launch.in(dout),
+                                .x = launch.in(x),
+                                .bias = launch.in_or_null(bias),
+                                .dx = launch.out(dx),
+                                .dbias = launch.out(dbias),
+                                .partials = nullptr,
+                                .groups = 0,
+                                .rows = rows,
+                                .cols = cols,
+                                .dtype = element_type(x),
+                                .float_parameters = bias && bias->scalar_type() == ScalarType::Float,
+                                .tanh = tanh};
+  params.groups = bias_gelu_backward_groups(params);
+  Tensor partials = empty(kOp, {params.groups, cols}, ScalarType::Float, x);
+  params.partials = launch.out<float>(partials);
+  launch_bias_gelu_backward(params, launch.stream());
+  return {dx, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
+  m.impl("bias_gelu", TORCH_BOX(&bias_gelu));
+  m.impl("bias_gelu_backward", TORCH_BOX(&bias_gelu_backward));
+}
+
+}  // namespace warpform
+#endif

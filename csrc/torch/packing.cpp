@@ -1,0 +1,120 @@
+// Bindings of packing: checks, allocation, launch.
+#include "kernels/packing/launch.h"
+
+#include "tensor.h"
+
+#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
+namespace warpform {
+namespace {
+
+using Plan = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Plan packing_plan(Tensor mask, int64_t capacity) {
+  constexpr const char* kOp = "packing_plan";
+  check(mask.dim() == 2, kOp, ": mask must be of shape [batch, seqlen], got ", Got{mask});
+  check(!is_float(mask.scalar_type()), kOp, ": mask must be bool or integer, got ", Got{mask});
+  check(capacity >= 0, kOp, ": capacity must not be negative, got ", capacity);
+  const int64_t batch = mask.size(0), seqlen = mask.size(1);
+  check(batch * seqlen <= INT32_MAX && capacity <= INT32_MAX, kOp,
+        ": mask and capacity must count at most 2^31 - 1 tokens, since cu_seqlens is int32; got ", Got{mask},
+        " and capacity ", capacity);
+  const int mask_bytes = static_cast<int>(mask.element_size());
+  const Launch launch(kOp, mask);
+  const char* reason = launch.unusable();
+  if (reason == nullptr && (mask_bytes == 2 || (seqlen > 1 && mask.stride(1) != 1))) {
+    reason = "the mask is int16 or its last dimension is not contiguous";
+  }
+  if (reason != nullptr) {
+    return call_reference<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(kOp, reason, mask, capacity);
+  }
+  Plan plan{empty(kOp, {batch + 1}, ScalarType::Int, mask),     empty(kOp, {batch}, ScalarType::Int, mask),
+            empty(kOp, {capacity}, ScalarType::Long, mask),     empty(kOp, {capacity}, ScalarType::Long, mask),
+            empty(kOp, {batch, seqlen}, ScalarType::Int, mask), empty(kOp, {2}, ScalarType::Long, mask)};
+  launch_packing_plan({.mask = launch.in(mask),
+                       .mask_bytes = mask_bytes,
+                       .mask_stride = mask.stride(0),
+                       .batch = batch,
+                       .seqlen = seqlen,
+                       .capacity = capacity,
+                       .cu_seqlens = launch.out<int32_t>(std::get<0>(plan)),
+                       .lengths = launch.out<int32_t>(std::get<1>(plan)),
+                       .indices = launch.out<int64_t>(std::get<2>(plan)),
+                       .position_ids = launch.out<int64_t>(std::get<3>(plan)),
+                       .ranks = launch.out<int32_t>(std::get<4>(plan)),
+                       .summary = launch.out<int64_t>(std::get<5>(plan))},
+                      launch.stream());
+  return plan;
+}
+
+// pack and unpack are one gather: the rows of `x` (its first `in_dims` dimensions) are read where `index` says. x is
+// contiguous: gradients often are not, and are copied before.
+Tensor gather(const char* op, const Launch& launch, const Tensor& x, int in_dims, const Tensor& index) {
+  std::vector<int64_t> sizes = sizes_of(index);
+  int64_t in_rows = 1, row = 1;
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    if (i < in_dims) {
+      in_rows *= x.size(i);
+    } else {
+      sizes.push_back(x.size(i));
+      row *= x.size(i);
+    }
+  }
+  Tensor out = empty(op, sizes, x.scalar_type(), x);
+  const int64_t row_bytes = row * static_cast<int64_t>(x.element_size());
+  launch_gather_rows({.in = launch.in(x),
+                      .out = launch.out(out),
+                      .index = launch.in(index),
+                      .index_bytes = static_cast<int>(index.element_size()),
+                      .in_rows = in_rows,
+                      .out_rows = index.numel(),
+                      .row_bytes = row_bytes,
+                      .in_stride = row_bytes},
+                     launch.stream());
+  return out;
+}
+
+void check_packing(const char* op, const Tensor& x, const Tensor& indices, const Tensor& ranks) {
+  check(indices.dim() == 1 && indices.scalar_type() == ScalarType::Long, op,
+        ": indices must be int64 of shape [total], got ", Got{indices});
+  check(ranks.dim() == 2 && ranks.scalar_type() == ScalarType::Int, op,
+        ": ranks must be int32 of shape [batch, seqlen], got ", Got{ranks});
+  check_same_device(op, "indices", indices, x);
+  check_same_device(op, "ranks", ranks, x);
+  check_contiguous(op, "indices", indices);
+  check_contiguous(op, "ranks", ranks);
+}
+
+Tensor pack(Tensor x, Tensor indices, Tensor ranks) {
+  constexpr const char* kOp = "pack";
+  check_packing(kOp, x, indices, ranks);
+  check(x.dim() >= 2 && x.size(0) == ranks.size(0) && x.size(1) == ranks.size(1), kOp, ": x must be of shape [",
+        ranks.size(0), ", ", ranks.size(1), ", ...] as the mask was, got ", Got{x});
+  const Launch launch(kOp, x);
+  if (const char* reason = launch.unusable()) {
+    return std::get<0>(call_reference<Tensor>(kOp, reason, x, indices, ranks));
+  }
+  return gather(kOp, launch, torch::stable::contiguous(x), 2, indices);
+}
+
+Tensor unpack(Tensor t, Tensor indices, Tensor ranks) {
+  constexpr const char* kOp = "unpack";
+  check_packing(kOp, t, indices, ranks);
+  check(t.dim() >= 1 && t.size(0) == indices.size(0), kOp, ": t must be of shape [", indices.size(0),
+        ", ...], the packed rows, got ", Got{t});
+  const Launch launch(kOp, t);
+  if (const char* reason = launch.unusable()) {
+    return std::get<0>(call_reference<Tensor>(kOp, reason, t, indices, ranks));
+  }
+  return gather(kOp, launch, torch::stable::contiguous(t), 1, ranks);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
+  m.impl("packing_plan", TORCH_BOX(&packing_plan));
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("unpack", TORCH_BOX(&unpack));
+}
+
+}  // namespace warpform
+#endif

@@ -1,0 +1,463 @@
+// Bindings of hidden routing: checks, allocation, launch.
+#include "kernels/routing/launch.h"
+
+#include <optional>
+
+#include "tensor.h"
+
+#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
+namespace warpform {
+namespace {
+
+constexpr int kAlignment = 8;  // elements in 16 bytes
+
+// ---- the plan ----
+
+void check_groups(const char* op, int64_t num_groups) {
+  check(num_groups >= 1 && num_groups <= kMaxGroups, op, ": num_groups must be within 1 to ", kMaxGroups, ", got ",
+        num_groups);
+}
+
+void check_vector(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t size,
+                  const Tensor& like) {
+  check(t.dim() == 1 && t.scalar_type() == dtype && t.size(0) == size, op, ": ", name, " must be ", dtype_name(dtype),
+        " of shape [", size, "], got ", Got{t});
+  check_same_device(op, name, t, like);
+  check_contiguous(op, name, t);
+}
+
+Tensor routing_mask(Tensor idx, int64_t num_groups, int64_t num_shared) {
+  constexpr const char* kOp = "routing_mask";
+  const bool wide = idx.scalar_type() == ScalarType::Long;
+  check(idx.dim() == 2 && (wide || idx.scalar_type() == ScalarType::Int), kOp,
+        ": idx must be int64 or int32 of shape [tokens, k], got ", Got{idx});
+  check_groups(kOp, num_groups);
+  check(num_shared >= 0 && num_shared <= num_groups, kOp, ": num_shared must be within 0 to num_groups, ", num_groups,
+        ", got ", num_shared);
+  check(idx.size(0) <= INT32_MAX && idx.size(1) <= INT32_MAX, kOp, ": idx has too many elements, got ", Got{idx});
+  const Launch launch(kOp, idx);
+  if (const char* reason = launch.unusable()) {
+    return std::get<0>(call_reference<Tensor>(kOp, reason, idx, num_groups, num_shared));
+  }
+  idx = torch::stable::contiguous(idx);
+  Tensor out = empty(kOp, {idx.size(0)}, ScalarType::Long, idx);
+  launch_routing_mask({.idx = launch.in(idx),
+                       .group_mask = launch.out<int64_t>(out),
+                       .tokens = idx.size(0),
+                       .choices = static_cast<int>(idx.size(1)),
+                       .num_groups = static_cast<int>(num_groups),
+                       .num_shared = static_cast<int>(num_shared),
+                       .wide = wide},
+                      launch.stream());
+  return out;
+}
+
+using PlanTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+PlanTensors routing_plan(Tensor group_mask, std::optional<Tensor> token_class, int64_t num_groups, int64_t num_classes,
+                         int64_t tile) {
+  constexpr const char* kOp = "routing_plan";
+  check(group_mask.dim() == 1 && group_mask.scalar_type() == ScalarType::Long, kOp,
+        ": group_mask must be int64 of shape [tokens], got ", Got{group_mask});
+  check_groups(kOp, num_groups);
+  check(num_classes >= 1, kOp, ": num_classes must be at least 1, got ", num_classes);
+  check(tile >= 1, kOp, ": tile must be at least 1, got ", tile);
+  const int64_t tokens = group_mask.size(0);
+  if (token_class) {
+    check(token_class->dim() == 1 && token_class->size(0) == tokens, kOp, ": token_class must be of shape [", tokens,
+          "], got ", Got{*token_class});
+    check_same_device(kOp, "token_class", *token_class, group_mask);
+  }
+  const auto reference = [&](const char* reason) {
+    return call_reference<Tensor, Tensor, Tensor, Tensor>(kOp, reason, group_mask, token_class, num_groups, num_classes,
+                                                          tile);
+  };
+  const Launch launch(kOp, group_mask);
+  if (const char* reason = launch.unusable()) return reference(reason);
+  if (const char* reason = kRoutingClasses.why_not(num_classes)) return reference(reason);
+  if (token_class && token_class->scalar_type() != ScalarType::Long) return reference("token_class is not int64");
+  const int64_t tiles = (tokens + tile - 1) / tile + num_classes;
+  if (tiles > INT32_MAX / tile) return reference("more places than 32 bits count");
+
+  group_mask = torch::stable::contiguous(group_mask);
+  if (token_class) token_class = torch::stable::contiguous(*token_class);
+  Tensor perm = empty(kOp, {tiles * tile}, ScalarType::Int, group_mask);
+  Tensor inverse = empty(kOp, {tokens}, ScalarType::Int, group_mask);
+  Tensor tile_mask = empty(kOp, {tiles}, ScalarType::Long, group_mask);
+  Tensor tile_class = empty(kOp, {tiles}, ScalarType::Int, group_mask);
+  Tensor workspace = empty(kOp, {routing_plan_workspace(tokens)}, ScalarType::Int, group_mask);
+  launch_routing_plan({.group_mask = launch.in<int64_t>(group_mask),
+                       .token_class = token_class ? launch.in<int64_t>(*token_class) : nullptr,
+                       .perm = launch.out<int32_t>(perm),
+                       .inverse = launch.out<int32_t>(inverse),
+                       .tile_mask = launch.out<int64_t>(tile_mask),
+                       .tile_class = launch.out<int32_t>(tile_class),
+                       .workspace = launch.out<int32_t>(workspace),
+                       .tokens = static_cast<int>(tokens),
+                       .tiles = static_cast<int>(tiles),
+                       .tile = static_cast<int>(tile),
+                       .num_groups = static_cast<int>(num_groups),
+                       .num_classes = static_cast<int>(num_classes)},
+                      launch.stream());
+  return {perm, inverse, tile_mask, tile_class};
+}
+
+// ---- shared by the products ----
+
+// The plan's arguments, in the schema's order.
+struct Plan {
+  Tensor group_mask, perm, inverse, tile_mask, tile_class;
+  std::optional<Tensor> out_mask;
+  int64_t num_groups, num_classes;
+
+  int64_t num_out() const { return out_mask ? out_mask->size(0) : 1; }
+  int64_t tiles() const { return tile_mask.size(0); }
+
+  // `routed` and `other`: the widths of the two dimensions.
+  Routes routes(const Launch& launch, int64_t routed, int64_t other) const {
+    return {.group_mask = launch.in<int64_t>(group_mask),
+            .perm = launch.in<int32_t>(perm),
+            .tile_mask = launch.in<int64_t>(tile_mask),
+            .tile_class = launch.in<int32_t>(tile_class),
+            .out_mask = out_mask ? launch.in<int64_t>(*out_mask) : nullptr,
+            .tokens = static_cast<int>(group_mask.size(0)),
+            .tiles = static_cast<int>(tiles()),
+            .num_groups = static_cast<int>(num_groups),
+            .num_classes = static_cast<int>(num_classes),
+            .width = static_cast<int>(routed / num_groups),
+            .num_out = static_cast<int>(num_out()),
+            .part = static_cast<int>(other / num_out())};
+  }
+};
+
+void check_plan(const char* op, const Plan& plan, const Tensor& x) {
+  check_groups(op, plan.num_groups);
+  check(plan.num_classes >= 1, op, ": num_classes must be at least 1, got ", plan.num_classes);
+  const int64_t tokens = x.size(0);
+  check(plan.tile_mask.dim() == 1 && plan.perm.dim() == 1, op, ": perm and tile_mask must be of one dimension");
+  check_vector(op, "group_mask", plan.group_mask, ScalarType::Long, tokens, x);
+  check_vector(op, "inverse", plan.inverse, ScalarType::Int, tokens, x);
+  check_vector(op, "perm", plan.perm, ScalarType::Int, plan.perm.size(0), x);
+  check_vector(op, "tile_mask", plan.tile_mask, ScalarType::Long, plan.tiles(), x);
+  check_vector(op, "tile_class", plan.tile_class, ScalarType::Int, plan.tiles(), x);
+  check(plan.tiles() > 0 ? plan.perm.size(0) % plan.tiles() == 0 : plan.perm.size(0) == 0, op,
+        ": perm must have the same number of places for each of the ", plan.tiles(), " tiles, got ", Got{plan.perm});
+  if (plan.out_mask) {
+    check_vector(op, "out_mask", *plan.out_mask, ScalarType::Long, plan.out_mask->size(0), x);
+    check(plan.out_mask->size(0) > 0, op, ": out_mask must not be empty");
+  }
+}
+
+void check_matrix(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  check(t.dim() == 2 && t.size(0) == like.size(0) && t.scalar_type() == like.scalar_type(), op, ": ", name, " must be ",
+        dtype_name(like.scalar_type()), " of shape [", like.size(0), ", width], got ", Got{t});
+  check_same_device(op, name, t, like);
+}
+
+void check_divides(const char* op, const char* name, int64_t width, int64_t into) {
+  check(width % into == 0, op, ": ", name, " must come in ", into, " parts of equal width, got ", width);
+}
+
+// [outputs, inputs], behind the classes where there are some.
+void check_weight(const char* op, const Tensor& w, int64_t outputs, int64_t inputs, const Plan& plan, const Tensor& x) {
+  const bool fits = (w.dim() == 2 && plan.num_classes == 1) || (w.dim() == 3 && w.size(0) == plan.num_classes);
+  check(fits && w.size(w.dim() - 2) == outputs && w.size(w.dim() - 1) == inputs && w.scalar_type() == x.scalar_type(),
+        op, ": w must be ", dtype_name(x.scalar_type()), " of shape [", outputs, ", ", inputs, "] for each of ",
+        plan.num_classes, " classes, got ", Got{w});
+  check_same_device(op, "w", w, x);
+}
+
+void check_gates(const char* op, const std::optional<Tensor>& gates, const Plan& plan, const Tensor& x) {
+  if (!gates) return;
+  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check(gates->dim() == 2 && gates->size(0) == x.size(0) && gates->size(1) == plan.num_groups &&
+            gates->scalar_type() == dtype,
+        op, ": gates must be ", dtype_name(dtype), " of shape [", x.size(0), ", ", plan.num_groups, "], got ",
+        Got{*gates});
+  check_same_device(op, "gates", *gates, x);
+}
+
+void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t outputs, const Plan& plan, const Tensor& x) {
+  if (!bias) return;
+  const bool fits = (bias->dim() == 1 && bias->size(0) == outputs) ||
+                    (bias->dim() == 2 && bias->size(0) == plan.num_classes && bias->size(1) == outputs);
+  check(fits && bias->scalar_type() == x.scalar_type(), op, ": bias must be ", dtype_name(x.scalar_type()),
+        " of shape [", outputs, "] or [", plan.num_classes, ", ", outputs, "], got ", Got{*bias});
+  check_same_device(op, "bias", *bias, x);
+}
+
+// Why no kernel serves these widths, or null.
+const char* no_kernel(const Launch& launch, const Plan& plan, const Tensor& x, int64_t routed, int64_t other) {
+  if (const char* reason = launch.unusable()) return reason;
+  if (const char* reason = kHalfTypes.why_not(dtype_name(x.scalar_type()))) return reason;
+  const int64_t width = routed / plan.num_groups, part = other / plan.num_out();
+  if (width == 0 || !kGroupWidth.allows(width)) return kGroupWidth.otherwise;
+  if (part == 0 || !kDenseWidth.allows(part)) return kDenseWidth.otherwise;
+  if (routed > INT32_MAX / 2 || other > INT32_MAX / 2) return "more columns than 32 bits count";
+  if (plan.tiles() == 0 || plan.perm.size(0) / plan.tiles() != kHiddenTile) return kRoutingTile.otherwise;
+  return nullptr;
+}
+
+int64_t row_stride(const Tensor& t) { return t.size(0) > 1 ? t.stride(0) : t.size(1); }
+
+// A weight, read without a copy where one of its two dimensions is contiguous. `swapped`: its transpose is meant.
+struct WeightView {
+  Tensor t;
+  bool swapped;
+
+  WeightView(const Tensor& w, bool swapped_) : t(w), swapped(swapped_) {
+    if (!stands_well()) t = dense(w);
+  }
+  bool stands_well() const {
+    const int64_t d = t.dim();
+    const bool inner = t.stride(d - 1) == 1 && t.stride(d - 2) % kAlignment == 0 && t.stride(d - 2) > 0;
+    const bool outer = t.stride(d - 2) == 1 && t.stride(d - 1) % kAlignment == 0 && t.stride(d - 1) > 0;
+    return is_aligned(t, 16) && (inner || outer) && (d == 2 || t.stride(0) % kAlignment == 0);
+  }
+  RoutedWeight weight(const Launch& launch) const {
+    const int64_t d = t.dim();
+    const bool inner = t.stride(d - 1) == 1 && t.stride(d - 2) % kAlignment == 0;  // the last dimension is contiguous
+    return {.data = launch.in(t),
+            .stride = inner ? t.stride(d - 2) : t.stride(d - 1),
+            .class_stride = d == 3 ? t.stride(0) : 0,
+            .transposed = inner == swapped};
+  }
+};
+
+int64_t bias_stride(const std::optional<Tensor>& bias) { return bias && bias->dim() == 2 ? bias->size(1) : 0; }
+
+// ---- the products ----
+
+// x times w, or w transposed, from the groups of x.
+Tensor gather(const char* op, const Launch& launch, const Tensor& x, const Tensor& w, bool swapped,
+              const std::optional<Tensor>& gates_, const std::optional<Tensor>& bias_, const Plan& plan) {
+  const int64_t outputs = w.size(w.dim() - (swapped ? 1 : 2));
+  Tensor out = empty(op, {x.size(0), outputs}, x.scalar_type(), x);
+  if (out.numel() == 0) return out;
+  const Tensor rows = with_aligned_rows(x);
+  const WeightView view(w, swapped);
+  const auto gates = contiguous(gates_), bias = dense(bias_);
+  launch_hidden_gather(op,
+                       {.routes = plan.routes(launch, x.size(1), outputs),
+                        .w = view.weight(launch),
+                        .x = launch.in(rows),
+                        .gates = launch.in_or_null<float>(gates),
+                        .bias = bias ? launch.in(*bias) : nullptr,
+                        .out = launch.out(out),
+                        .x_stride = row_stride(rows),
+                        .bias_stride = bias_stride(bias),
+                        .bfloat16 = x.scalar_type() == ScalarType::BFloat16},
+                       launch.stream());
+  return out;
+}
+
+struct Scattered {
+  Tensor out, ungated, dots;
+};
+
+Scattered scatter(const char* op, const Launch& launch, const Tensor& x, const Tensor& w, bool swapped,
+                  const std::optional<Tensor>& gates_, const std::optional<Tensor>& bias_,
+                  const std::optional<Tensor>& dot_with_, bool keep_ungated, const Plan& plan) {
+  const int64_t tokens = x.size(0), outputs = w.size(w.dim() - (swapped ? 1 : 2));
+  const std::vector<int64_t> none = {0}, sizes = {tokens, outputs};
+  const int64_t blocks = (outputs / plan.num_groups + kHiddenBlock - 1) / kHiddenBlock;
+  Scattered s{empty(op, sizes, x.scalar_type(), x), empty(op, keep_ungated ? sizes : none, x.scalar_type(), x),
+              empty(op, dot_with_ ? std::vector<int64_t>{tokens, plan.num_groups} : none, ScalarType::Float, x)};
+  if (s.out.numel() == 0) return s;
+  const Tensor partials = empty(
+      op, dot_with_ && blocks > 1 ? std::vector<int64_t>{blocks, tokens, plan.num_groups} : none, ScalarType::Float, x);
+  const Tensor rows = with_aligned_rows(x);
+  const WeightView view(w, swapped);
+  const auto gates = contiguous(gates_), bias = dense(bias_);
+  const auto dot_with = dot_with_ ? std::optional<Tensor>(with_aligned_rows(*dot_with_)) : std::nullopt;
+  launch_hidden_scatter(op,
+                        {.routes = plan.routes(launch, outputs, x.size(1)),
+                         .w = view.weight(launch),
+                         .x = launch.in(rows),
+                         .gates = launch.in_or_null<float>(gates),
+                         .bias = bias ? launch.in(*bias) : nullptr,
+                         .dot_with = dot_with ? launch.in(*dot_with) : nullptr,
+                         .out = launch.out(s.out),
+                         .ungated = keep_ungated ? launch.out(s.ungated) : nullptr,
+                         .dots = dot_with ? launch.out<float>(s.dots) : nullptr,
+                         .dot_partials = partials.numel() > 0 ? launch.out<float>(partials) : nullptr,
+                         .x_stride = row_stride(rows),
+                         .dot_stride = dot_with ? row_stride(*dot_with) : 0,
+                         .bias_stride = bias_stride(bias),
+                         .bfloat16 = x.scalar_type() == ScalarType::BFloat16},
+                        launch.stream());
+  return s;
+}
+
+Tensor hidden_gather_linear(Tensor x, Tensor w, std::optional<Tensor> gates, std::optional<Tensor> bias,
+                            Tensor group_mask, Tensor perm, Tensor inverse, Tensor tile_mask, Tensor tile_class,
+                            std::optional<Tensor> out_mask, int64_t num_groups, int64_t num_classes) {
+  constexpr const char* kOp = "hidden_gather_linear";
+  const Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
+  check(x.dim() == 2 && is_float(x.scalar_type()), kOp,
+        ": x must be a floating-point tensor of shape [tokens, width], got ", Got{x});
+  check(w.dim() >= 2, kOp, ": w must have two dimensions, or three with classes, got ", Got{w});
+  check_plan(kOp, plan, x);
+  const int64_t outputs = w.size(w.dim() - 2);
+  check_weight(kOp, w, outputs, x.size(1), plan, x);
+  check_divides(kOp, "x", x.size(1), num_groups);
+  check_divides(kOp, "w's outputs", outputs, plan.num_out());
+  check_gates(kOp, gates, plan, x);
+  check_bias(kOp, bias, outputs, plan, x);
+  const Launch launch(kOp, x);
+  if (const char* reason = no_kernel(launch, plan, x, x.size(1), outputs)) {
+    return std::get<0>(call_reference<Tensor>(kOp, reason, x, w, gates, bias, group_mask, perm, inverse, tile_mask,
+                                              tile_class, out_mask, num_groups, num_classes));
+  }
+  return gather(kOp, launch, x, w, /*swapped=*/false, gates, bias, plan);
+}
+
+std::tuple<Tensor, Tensor> hidden_gather_linear_backward(Tensor dout, Tensor x, Tensor w, std::optional<Tensor> gates,
+                                                         Tensor group_mask, Tensor perm, Tensor inverse,
+                                                         Tensor tile_mask, Tensor tile_class,
+                                                         std::optional<Tensor> out_mask, int64_t num_groups,
+                                                         int64_t num_classes) {
+  constexpr const char* kOp = "hidden_gather_linear_backward";
+  const Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
+  check(x.dim() == 2 && is_float(x.scalar_type()), kOp,
+        ": x must be a floating-point tensor of shape [tokens, width], got ", Got{x});
+  check_matrix(kOp, "dout", dout, x);
+  check_plan(kOp, plan, x);
+  check_weight(kOp, w, dout.size(1), x.size(1), plan, x);
+  check_divides(kOp, "x", x.size(1), num_groups);
+  check_divides(kOp, "dout", dout.size(1), plan.num_out());
+  check_gates(kOp, gates, plan, x);
+  const Launch launch(kOp, x);
+  if (const char* reason = no_kernel(launch, plan, x, x.size(1), dout.size(1))) {
+    return call_reference<Tensor, Tensor>(kOp, reason, dout, x, w, gates, group_mask, perm, inverse, tile_mask,
+                                          tile_class, out_mask, num_groups, num_classes);
+  }
+  const auto dot_with = gates ? std::optional<Tensor>(x) : std::nullopt;
+  const Scattered s = scatter(kOp, launch, dout, w, /*swapped=*/true, gates, std::nullopt, dot_with, false, plan);
+  return {s.out, s.dots};
+}
+
+std::tuple<Tensor, Tensor> hidden_scatter_linear(Tensor x, Tensor w, std::optional<Tensor> gates,
+                                                 std::optional<Tensor> bias, bool keep_ungated, Tensor group_mask,
+                                                 Tensor perm, Tensor inverse, Tensor tile_mask, Tensor tile_class,
+                                                 std::optional<Tensor> out_mask, int64_t num_groups,
+                                                 int64_t num_classes) {
+  constexpr const char* kOp = "hidden_scatter_linear";
+  const Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
+  check(x.dim() == 2 && is_float(x.scalar_type()), kOp,
+        ": x must be a floating-point tensor of shape [tokens, width], got ", Got{x});
+  check(w.dim() >= 2, kOp, ": w must have two dimensions, or three with classes, got ", Got{w});
+  check_plan(kOp, plan, x);
+  const int64_t outputs = w.size(w.dim() - 2);
+  check_weight(kOp, w, outputs, x.size(1), plan, x);
+  check_divides(kOp, "w's outputs", outputs, num_groups);
+  check_divides(kOp, "x", x.size(1), plan.num_out());
+  check_gates(kOp, gates, plan, x);
+  check_bias(kOp, bias, outputs, plan, x);
+  const Launch launch(kOp, x);
+  if (const char* reason = no_kernel(launch, plan, x, outputs, x.size(1))) {
+    return call_reference<Tensor, Tensor>(kOp, reason, x, w, gates, bias, keep_ungated, group_mask, perm, inverse,
+                                          tile_mask, tile_class, out_mask, num_groups, num_classes);
+  }
+  const Scattered s = scatter(kOp, launch, x, w, /*swapped=*/false, gates, bias, std::nullopt, keep_ungated, plan);
+  return {s.out, s.ungated};
+}
+
+std::tuple<Tensor, Tensor> hidden_scatter_linear_backward(Tensor dout, std::optional<Tensor> ungated, Tensor w,
+                                                          std::optional<Tensor> gates, Tensor group_mask, Tensor perm,
+                                                          Tensor inverse, Tensor tile_mask, Tensor tile_class,
+                                                          std::optional<Tensor> out_mask, int64_t num_groups,
+                                                          int64_t num_classes) {
+  constexpr const char* kOp = "hidden_scatter_linear_backward";
+  const Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
+  check(dout.dim() == 2 && is_float(dout.scalar_type()), kOp,
+        ": dout must be a floating-point tensor of shape [tokens, width], got ", Got{dout});
+  check(w.dim() >= 2, kOp, ": w must have two dimensions, or three with classes, got ", Got{w});
+  check_plan(kOp, plan, dout);
+  const int64_t inputs = w.size(w.dim() - 1);
+  check_weight(kOp, w, dout.size(1), inputs, plan, dout);
+  check_divides(kOp, "dout", dout.size(1), num_groups);
+  check_divides(kOp, "w's inputs", inputs, plan.num_out());
+  check_gates(kOp, gates, plan, dout);
+  if (ungated) {
+    check_matrix(kOp, "ungated", *ungated, dout);
+    check(ungated->size(1) == dout.size(1), kOp, ": ungated must have the shape of dout, got ", Got{*ungated});
+  }
+  const Launch launch(kOp, dout);
+  if (const char* reason = no_kernel(launch, plan, dout, dout.size(1), inputs)) {
+    return call_reference<Tensor, Tensor>(kOp, reason, dout, ungated, w, gates, group_mask, perm, inverse, tile_mask,
+                                          tile_class, out_mask, num_groups, num_classes);
+  }
+  Tensor dx = gather(kOp, launch, dout, w, /*swapped=*/true, gates, std::nullopt, plan);
+  const int64_t tokens = dout.size(0);
+  Tensor dgates =
+      empty(kOp, ungated ? std::vector<int64_t>{tokens, num_groups} : std::vector<int64_t>{0}, ScalarType::Float, dout);
+  if (dgates.numel() > 0) {
+    const Tensor a = dense(dout), b = dense(*ungated);
+    launch_group_dots(kOp,
+                      {.a = launch.in(a),
+                       .b = launch.in(b),
+                       .group_mask = launch.in<int64_t>(group_mask),
+                       .dots = launch.out<float>(dgates),
+                       .tokens = tokens,
+                       .num_groups = static_cast<int>(num_groups),
+                       .width = static_cast<int>(dout.size(1) / num_groups),
+                       .bfloat16 = dout.scalar_type() == ScalarType::BFloat16},
+                      launch.stream());
+  }
+  return {dx, dgates};
+}
+
+Tensor hidden_weight_grad(Tensor x, Tensor dy, std::optional<Tensor> gates, bool routed_out, Tensor group_mask,
+                          Tensor perm, Tensor inverse, Tensor tile_mask, Tensor tile_class,
+                          std::optional<Tensor> out_mask, int64_t num_groups, int64_t num_classes) {
+  constexpr const char* kOp = "hidden_weight_grad";
+  const Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
+  check(x.dim() == 2 && is_float(x.scalar_type()), kOp,
+        ": x must be a floating-point tensor of shape [tokens, width], got ", Got{x});
+  check_matrix(kOp, "dy", dy, x);
+  check_plan(kOp, plan, x);
+  const Tensor& routed = routed_out ? dy : x;
+  const Tensor& other = routed_out ? x : dy;
+  check_divides(kOp, routed_out ? "dy" : "x", routed.size(1), num_groups);
+  check_divides(kOp, routed_out ? "x" : "dy", other.size(1), plan.num_out());
+  check_gates(kOp, gates, plan, x);
+  const Launch launch(kOp, x);
+  if (const char* reason = no_kernel(launch, plan, x, routed.size(1), other.size(1))) {
+    return std::get<0>(call_reference<Tensor>(kOp, reason, x, dy, gates, routed_out, group_mask, perm, inverse,
+                                              tile_mask, tile_class, out_mask, num_groups, num_classes));
+  }
+  Tensor dw = empty(kOp, {num_classes, dy.size(1), x.size(1)}, ScalarType::Float, x);
+  const Tensor a = with_aligned_rows(other), b = with_aligned_rows(routed);
+  const auto factors = contiguous(gates);
+  HiddenWeightGradParams params{.routes = plan.routes(launch, routed.size(1), other.size(1)),
+                                .other = launch.in(a),
+                                .routed = launch.in(b),
+                                .gates = launch.in_or_null<float>(factors),
+                                .dw = launch.out<float>(dw),
+                                .partials = nullptr,
+                                .other_stride = row_stride(a),
+                                .routed_stride = row_stride(b),
+                                .splits = 1,
+                                .routed_out = routed_out,
+                                .bfloat16 = x.scalar_type() == ScalarType::BFloat16};
+  params.splits = hidden_weight_grad_splits(params.routes);
+  Tensor partials = empty(kOp, {params.splits > 1 ? params.splits * dw.numel() : 0}, ScalarType::Float, x);
+  if (params.splits > 1) params.partials = launch.out<float>(partials);
+  launch_hidden_weight_grad(params, launch.stream());
+  return dw;
+}
+
+}  // namespace
+}  // namespace warpform
+
+STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
+  m.impl("routing_mask", TORCH_BOX(&warpform::routing_mask));
+  m.impl("routing_plan", TORCH_BOX(&warpform::routing_plan));
+  m.impl("hidden_gather_linear", TORCH_BOX(&warpform::hidden_gather_linear));
+  m.impl("hidden_gather_linear_backward", TORCH_BOX(&warpform::hidden_gather_linear_backward));
+  m.impl("hidden_scatter_linear", TORCH_BOX(&warpform::hidden_scatter_linear));
+  m.impl("hidden_scatter_linear_backward", TORCH_BOX(&warpform::hidden_scatter_linear_backward));
+  m.impl("hidden_weight_grad", TORCH_BOX(&warpform::hidden_weight_grad));
+}
+#endif
