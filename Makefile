@@ -1,5 +1,6 @@
 # make demo, make test: everything from nothing, in .venv; a second call reuses what is there. make help lists the rest.
-# PYTHON chooses the interpreter that .venv is made from; ARGS goes to the demo and to the checks, PYTEST_ARGS to pytest.
+# PYTHON chooses the interpreter that .venv is made from; ARGS goes to the demo and to the checks, PYTEST_ARGS to pytest
+# (-n 0 runs all tests in one process).
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 SETUP := $(PYTHON) tools/environment.py
@@ -27,7 +28,7 @@ demo:
 
 test:
 	@$(SETUP) run test build
-	@$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+	@$(VENV_PYTHON) -m pytest $$($(VENV_PYTHON) tools/test_workers.py) $(PYTEST_ARGS)
 
 build:
 	@$(SETUP) run build

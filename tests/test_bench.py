@@ -34,6 +34,9 @@ if not BENCH.is_dir():
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("transformers")
 
+# One run of all benchmarks serves several tests.
+pytestmark = pytest.mark.one_worker
+
 
 def load(name: str) -> ModuleType:
     if str(BENCH) not in sys.path:
