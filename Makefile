@@ -22,8 +22,9 @@ help:
 	@echo "make bench      times every op and model beside its peers, rows to bench/results (ARGS='-k attention')"
 	@echo "make clean      removes what was built; make distclean removes .venv too"
 
+# The emulator of kernels is for tests: the demo does without.
 demo:
-	@$(SETUP) run build
+	@WARPFORM_SIMT=$${WARPFORM_SIMT:-0} $(SETUP) run build
 	@$(VENV_PYTHON) -m warpform demo $(ARGS)
 
 test:
