@@ -1,5 +1,6 @@
 # make demo, make test: everything from nothing, in .venv; a second call reuses what is there. make help lists the rest.
-# PYTHON chooses the interpreter that .venv is made from; ARGS goes to the demo and to the checks, PYTEST_ARGS to pytest.
+# PYTHON chooses the interpreter that .venv is made from; ARGS goes to the demo and to the checks, PYTEST_ARGS to pytest
+# (-n 0 runs all tests in one process).
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 SETUP := $(PYTHON) tools/environment.py
@@ -21,13 +22,14 @@ help:
 	@echo "make bench      times every op and model beside its peers, rows to bench/results (ARGS='-k attention')"
 	@echo "make clean      removes what was built; make distclean removes .venv too"
 
+# The emulator of kernels is for tests: the demo does without.
 demo:
-	@$(SETUP) run build
+	@WARPFORM_SIMT=$${WARPFORM_SIMT:-0} $(SETUP) run build
 	@$(VENV_PYTHON) -m warpform demo $(ARGS)
 
 test:
 	@$(SETUP) run test build
-	@$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+	@$(VENV_PYTHON) -m pytest $$($(VENV_PYTHON) tools/test_workers.py) $(PYTEST_ARGS)
 
 build:
 	@$(SETUP) run build

@@ -6,9 +6,12 @@ import functools
 import hashlib
 import os
 import random
+import re
 import sys
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,8 +20,8 @@ try:
 except ImportError:
     hypothesis = None  # type: ignore[assignment]
 
-# Two threads are enough for the sizes used here, and many cores would only fight over them.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# One thread is enough for the sizes used here. Other cores serve other workers: see tools/test_workers.py.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if hypothesis is not None:
     # The same examples in every run and on every machine: no test fails by chance or by the load of a machine.
@@ -81,6 +84,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if seed is not None:
         # By a hash of the file's name, so that some of the files keep the order that they have among all.
         items.sort(key=lambda item: hashlib.sha256(f"{seed} {item.nodeid.split('::')[0]}".encode()).digest())
+
+
+@functools.cache
+def _unit(root: Path, file: str) -> str | None:
+    """What the tests of a file run with in one worker of pytest-xdist; None where each is on its own."""
+    text = (root / file).read_text(encoding="utf-8")
+    marks = re.findall(r"^(?:@|pytestmark = )pytest\.mark\.(\w+)", text, re.MULTILINE)
+    if "distributed" in marks:
+        # Several of these at once would need more processes than there are cores, and they share processes.
+        return "distributed"
+    return file if "one_worker" in marks else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hands out test after test, those of a unit together, and the units with most tests first.
+
+    The groups of --dist loadgroup are lost in pytest 9.2, where pytest-xdist 3.8 writes them into an unused attribute.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Units(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _unit(config.rootpath, nodeid.partition("::")[0]) or nodeid
+
+    return Units(config, log)
 
 
 @pytest.fixture(autouse=True)

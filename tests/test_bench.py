@@ -34,6 +34,9 @@ if not BENCH.is_dir():
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("transformers")
 
+# One run of all benchmarks serves several tests.
+pytestmark = pytest.mark.one_worker
+
 
 def load(name: str) -> ModuleType:
     if str(BENCH) not in sys.path:
@@ -61,6 +64,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_benchmark_runs(results: Path) -> None:
     rows = report.read(results)
     assert {row["family"] for row in rows} == set(FAMILIES) == set(harness.DEADLINES)
@@ -87,6 +91,7 @@ def test_every_benchmark_runs(results: Path) -> None:
             assert {part.partition("=")[0] for part in row["ratios"].split()} == peers
 
 
+@pytest.mark.slow
 def test_report(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     page, plots = tmp_path / "report.md", tmp_path / "plots"
@@ -124,6 +129,7 @@ def test_report(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert report.main(["--results", str(results), "--device", "no such device"]) == 2
 
 
+@pytest.mark.slow
 def test_readme_is_written_from_results(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Machine, date, commit and files; plots that are there; the same bytes again; and nothing but the blocks."""
     pytest.importorskip("matplotlib")
@@ -316,6 +322,7 @@ def spoiled(output: object, which: int) -> object:
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(("experiment", "rows"), [("model", 4), ("longest", 2)])
 def test_ring_experiments(experiment: str, rows: int, tmp_path: Path) -> None:

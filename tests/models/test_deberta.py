@@ -359,8 +359,11 @@ def test_parity_of_heads(kind: str, head: str, fields: dict, tmp_path: Path) -> 
         (torch.tensor([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0], [0.4, 0.4, 0.2]]), {}),
         (torch.tensor([0.3, -1.0, 2.0]), {"num_labels": 1}),
         (torch.tensor([2, 1, 0]), {"problem_type": "single_label_classification"}),
-        (torch.rand(3, 3).round(), {"problem_type": "multi_label_classification"}),
-        (torch.rand(3, 3), {"problem_type": "regression"}),
+        (
+            torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 1.0, 0.0]]),
+            {"problem_type": "multi_label_classification"},
+        ),
+        (torch.tensor([[0.6, 0.2, 0.1], [0.4, 0.9, 0.3], [0.2, 0.5, 0.8]]), {"problem_type": "regression"}),
     ],
     ids=str,
 )

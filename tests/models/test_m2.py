@@ -498,6 +498,7 @@ def test_bad_published_weights(tmp_path: Any) -> None:
 # ---- training ----
 
 
+@pytest.mark.slow
 def test_masked_lm_learns_more_than_how_frequent_words_are() -> None:
     """CPython's help topics in the tokens of MiniLM: the loss of tokens it has not seen falls from 7.99 to below 5.4.
 

@@ -107,6 +107,7 @@ def test_compiles_as_one_graph_for_all_batch_sizes() -> None:
     assert backend.count == 1
 
 
+@pytest.mark.slow
 def test_learns_digits() -> None:
     """scikit-learn's 1,797 images of 8 x 8 pixels, of which every fifth is held out."""
     datasets = pytest.importorskip("sklearn.datasets")

@@ -315,6 +315,7 @@ def test_balance_loss_is_one_where_loads_are_even_and_more_where_not() -> None:
 # ---- training ----
 
 
+@pytest.mark.slow
 def test_it_learns_text_and_spreads_its_load() -> None:
     """Bytes of CPython's help topics: below what the frequency of bytes alone gives, with every group in use."""
     text = torch.tensor(list("\n".join(topics[name] for name in sorted(topics)).encode()))

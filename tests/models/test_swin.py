@@ -689,6 +689,7 @@ def test_distances_stay_exact_in_half_precision() -> None:
         assert attention.position_bias(attention.distances).dtype == torch.float32
 
 
+@pytest.mark.slow
 @versions
 def test_compiles_whole_and_once_for_all_batches(version: str) -> None:
     torch._dynamo.reset()

@@ -23,6 +23,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ("Swin", "Swinv2"))
 def test_learns_digits(version: str) -> None:
     torch.manual_seed(0)

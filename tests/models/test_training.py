@@ -62,6 +62,7 @@ RELATIVE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "options", "steps"),
     (("Bert", SMALL, 450), ("DebertaV2", {**SMALL, **RELATIVE}, 150)),
