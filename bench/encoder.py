@@ -81,9 +81,21 @@ def eager_unpack(t: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     return t.new_zeros(batch * seqlen, t.size(1)).index_put((indices,), t).view(batch, seqlen, -1)
 
 
-def eager_norm(x: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, ln_bias: Tensor, eps: float) -> Tensor:
-    total = x + residual if bias is None else x + bias + residual
-    return F.layer_norm(total, (x.size(-1),), weight, ln_bias, eps)
+def eager_norm(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """ops.add_bias_residual_layer_norm, with the same arguments, by torch's own operations."""
+    total = x if bias is None else x + bias
+    total = total if residual is None else total + residual
+    out = F.layer_norm(total, (x.size(-1),), weight, ln_bias, eps)
+    return (out, total) if return_sum else out
 
 
 def eager_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:

@@ -335,6 +335,14 @@ def test_sanitizer_report():
     nothing = sanitizer_report.parse("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n")
     assert nothing.errors == 0 and not nothing.kernels
     assert sanitizer_report.parse("Segmentation fault").errors is None
+    # An error of the tool's own is no verdict on the kernels, unless it comes with one.
+    internal = "========= Internal Sanitizer Error: The Sanitizer failed to handle a hardware exception.\n"
+    gave_up = sanitizer_report.parse(
+        f"{internal}=========\n========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
+    )
+    assert gave_up.gave_up and gave_up.errors == 1 and not races.gave_up and not nothing.gave_up
+    gave_up.add(races)
+    assert not gave_up.gave_up
 
 
 def test_every_gpu_test_is_found(run):

@@ -327,7 +327,7 @@ def spectral_conv(
     weight = torch.full((bins,), 2.0, dtype=u.dtype, device=u.device)
     weight[0] = weight[-1] = 1
     v = u if pregate is None else u * pregate
-    if seqlen <= _LONGEST_SUM:
+    if seqlen <= _LONGEST_SUM or v.numel() == 0:  # FFT libraries refuse an empty batch
         steps = torch.arange(bins, device=u.device)[:, None] * torch.arange(points, device=u.device) % points
         angle = steps.to(u.dtype) * (2 * math.pi / points)
         real, imaginary = (spectrum * weight[:, None]).unbind(-1)
@@ -423,14 +423,10 @@ def _spectral_oracle(
     definition: Callable[..., Tensor], inputs: FftConvInputs, dtype: torch.dtype | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """y and the gradients by name; dtype None leaves every tensor its own."""
-    # cuFFT refuses an empty batch.
-    device = inputs.u.device if inputs.u.numel() else torch.device("cpu")
-    tensors = [
-        None if t is None else t.detach().to(device, dtype or t.dtype, copy=True).contiguous() for t in inputs.tensors
-    ]
+    tensors = [None if t is None else t.detach().to(dtype or t.dtype, copy=True).contiguous() for t in inputs.tensors]
     leaves = [t.requires_grad_() for t in tensors if t is not None]
     y = definition(*tensors)
-    found = iter(torch.autograd.grad((y * inputs.dout.to(y)).sum(), leaves))
+    found = iter(torch.autograd.grad((y * inputs.dout.to(y.dtype)).sum(), leaves))
     names = ("du", "dspectrum", "dskip", "dpregate", "dpostgate")
     return y.detach(), {name: next(found) for name, t in zip(names, tensors, strict=True) if t is not None}
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from gpu_check.op_processes import OpProcesses, chosen
 from gpu_check.processes import Done
 from gpu_check.run import Outcome, Run
-from gpu_check.sanitizer_report import PREFIX, Report, parse
+from gpu_check.sanitizer_report import NO_KERNEL, PREFIX, Report, parse
 
 STAGE = "sanitizer"
 # In the order in which they run while there is time: what makes results wrong first.
@@ -86,6 +86,9 @@ class _Sanitized(OpProcesses):
         text = "\n\n".join([counts, *self.problems, *found])
         bad = self.problems or report.errors
         outcome = "failed" if bad else "not run" if self.time_was_over else "passed"
+        if report.gave_up:
+            # It says nothing about these kernels. Seen of racecheck, in a batched product of cuBLAS on an H100.
+            outcome, text = "skipped", f"the sanitizer itself failed and checked nothing: {report.kernels[NO_KERNEL]}"
         self.run.case(STAGE, self.identifier, outcome, seconds=seconds, text=text, group=self.tool)
         kernels = {"errors": report.errors, "warnings": report.warnings, "kernels": report.kernels}
         self.run.record(STAGE, "reports", {f"{self.tool} {self.family}": kernels})

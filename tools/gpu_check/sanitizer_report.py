@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 PREFIX = "========="
 # "warpform::varlen_attention_forward<...>(...)+0x1f0": the name, without what follows it.
 KERNEL = re.compile(r"\b(warpform::(?:[\w:]|\(anonymous namespace\)::)+)")
+# In place of the name, where an error names no kernel of this library.
+NO_KERNEL = "(no kernel of warpform)"
+INTERNAL = "Internal Sanitizer Error"
 # Lines of an error's block that are kept: what happened, where, by which thread, at which address.
 BLOCK_LINES = 8
 ERRORS = re.compile(r"ERROR SUMMARY: (\d+) errors?")
@@ -23,6 +26,11 @@ class Report:
     errors: int | None = None
     warnings: int = 0
     kernels: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether an error of the tool's own is all there is."""
+        return set(self.kernels) == {NO_KERNEL} and self.kernels[NO_KERNEL].startswith(INTERNAL)
 
     def add(self, other: Report) -> None:
         """Takes in the report of one more process."""
@@ -58,5 +66,5 @@ def _close(block: list[str], report: Report) -> None:
     if not block or block[0].startswith(CHATTER):
         return
     kernel = KERNEL.search(" ".join(block))
-    name = kernel[1] if kernel else "(no kernel of warpform)"
+    name = kernel[1] if kernel else NO_KERNEL
     report.kernels.setdefault(name, "\n".join(block[:BLOCK_LINES]))

@@ -8,10 +8,11 @@
 // Gates     multiply the routed operand's fragments on their way from shared memory, beside the products of the
 //           fragments before, in float32, rounded once.
 // Sums      float32. Ranges of tiles leave partial sums that column_sum.cuh adds in a fixed order: no atomics.
-// Bounds    as products.cuh, with tokens as depth: 2 tokens O (groups in use) m FLOP; but a CTA of a group that all
+// Bounds    as routed_gemm.cuh, with tokens as depth: 2 tokens O (groups in use) m FLOP; but a CTA of a group that all
 //           tokens use goes through all of them, and with few CTAs, as at d = 2048, it decides the time.
-// Measured  412 us on an H100 (d = 2048, half in use, 8192 tokens), when each step waited for its tokens, their masks
-//           and their gates one after the other. Expected now: 160 us.
+// Measured  192 us on an H100 (d = 2048, half in use, 8192 tokens), 179 TFLOP/s of useful work; cuBLAS takes 86 us for
+//           the dense gradient. It was 412 us when each step waited for its tokens, their masks and their gates one
+//           after the other.
 #pragma once
 
 #include "routing/routed_gemm.cuh"
