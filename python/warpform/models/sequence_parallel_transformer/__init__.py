@@ -1,0 +1,10 @@
+"""A transformer for sequences longer than one device holds (arXiv 2105.13120)."""
+
+from .config import SequenceParallelTransformerConfig
+from .model import SequenceParallelOutput, SequenceParallelTransformer
+
+__all__ = [
+    "SequenceParallelOutput",
+    "SequenceParallelTransformer",
+    "SequenceParallelTransformerConfig",
+]
