@@ -57,6 +57,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "SequenceParallelOutput",
         "SequenceParallelTransformer",
         "SequenceParallelTransformerConfig",
+        "next_tokens",
     ),
     "swin": (
         "SwinConfig",
@@ -99,5 +100,5 @@ PLACES: dict[str, str] = {name: place for place, names in (FAMILIES | OTHERS).it
 
 
 def is_model(name: str) -> bool:
-    """Whether a public name is that of a model: neither that of a config nor of an output."""
-    return not name.endswith(("Config", "Output"))
+    """Whether a public name is that of a model: neither that of a config, of an output nor of a function."""
+    return name[0].isupper() and not name.endswith(("Config", "Output"))

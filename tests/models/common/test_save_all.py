@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from warpform import models
-from warpform.models.families import FAMILIES, MODEL_TYPES
 from warpform.models.common.config import ModelConfig
 from warpform.models.common.convertible import ConvertibleModel
 from warpform.models.common.pretrained import PretrainedModel
+from warpform.models.families import FAMILIES, MODEL_TYPES
 
 pytest.importorskip("safetensors")
 

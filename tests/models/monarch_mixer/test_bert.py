@@ -483,7 +483,7 @@ def test_bad_published_weights(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="have unknown embeddings.surprise"):
         M2BertModel.from_published({**weights, "bert.embeddings.surprise": torch.zeros(1)})
     with pytest.raises(
-        ValueError, match=r"4\.bias must be floating point of shape \[6\], as the config says, got \[5\]"
+        ValueError, match=r"4\.bias must be floating point of shape \[6\], as the config says, got .* \[5\]"
     ):
         M2BertModel.from_published({**weights, name: torch.zeros(5)})
     with pytest.raises(ValueError, match=r"the weights lack classifier\.bias, classifier\.weight"):
