@@ -1,4 +1,4 @@
-"""Every model that is listed is made from its config, saved, loaded in two ways, and gives the same outputs bit by bit."""
+"""Each model that is listed is made from its config, saved, loaded in two ways, and gives the same outputs exactly."""
 
 from __future__ import annotations
 
