@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from ..nn import first_tokens, last_tokens, max_pool, mean_pool
 from ..packing import Packing
-from ._registry import ConvertibleModel, from_pretrained
-from ._texts import read_texts
+from .auto import from_pretrained
+from .common.pretrained import PretrainedModel
+from .common.texts import read_texts
+
+__all__ = ["SentenceEncoder"]
 
 Self = TypeVar("Self", bound="SentenceEncoder")
 
@@ -56,7 +59,7 @@ class SentenceEncoder(nn.Module):
 
     def __init__(
         self,
-        model: ConvertibleModel,
+        model: PretrainedModel,
         tokenizer: Callable[..., Any],
         *,
         pooling: str | Sequence[str] = "mean",

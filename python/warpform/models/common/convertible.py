@@ -1,0 +1,210 @@
+"""Models that transformers has too: how their weights and configs become transformers', and back.
+
+An architecture says how names correspond; the rest is here. Nothing here knows an architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .pretrained import PretrainedModel, check_names, check_weight, has_optional, named_weights, set_weight
+
+Self = TypeVar("Self", bound="ConvertibleModel")
+
+
+class ConvertibleModel(PretrainedModel):
+    """A model that exists in transformers too. An architecture says how names and configs correspond; the rest is here.
+
+    Attributes:
+        config_class: its Config dataclass, with `from_transformers(mapping, **overrides)` and `to_transformers()`.
+        transformers_class, transformers_config_class: names of the classes in `transformers`.
+        weight_prefix: what checkpoints with a head put before the names of this model's weights.
+        ignored_weights: prefixes of weights in checkpoints that are not this model's: those of (other) heads.
+        constant_weights: prefixes of constant buffers that old checkpoints hold, ignored too.
+        aliases: other names in checkpoints of weights that are tied, with the names in `weight_names`.
+        is_encoder: whether it is a model without a head, which `warpform.models.from_pretrained` makes.
+    """
+
+    transformers_class: ClassVar[str]
+    transformers_config_class: ClassVar[str]
+    weight_prefix: ClassVar[str]
+    ignored_weights: ClassVar[tuple[str, ...]] = ()
+    constant_weights: ClassVar[tuple[str, ...]] = ()
+    aliases: ClassVar[Mapping[str, str]] = {}
+    is_encoder: ClassVar[bool] = True
+
+    file_reader = "transformers"
+    # The model this one was made from. In a list, so that its parameters are not registered a second time.
+    _origin: list[nn.Module]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._origin = []
+        self._register_load_state_dict_pre_hook(_take_their_names, with_module=True)
+
+    @classmethod
+    def build(cls, config: Any, *, with_optional: bool = True) -> ConvertibleModel:
+        raise NotImplementedError
+
+    def weight_names(self) -> dict[str, tuple[str, ...]]:
+        """For each weight of this model the names in transformers whose tensors, joined on dim 0, it holds.
+
+        Weights are the parameters, and the buffers that transformers' files hold too.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def file_name(cls, name: str) -> str:
+        """The name in files, which `weight_names` has, of a parameter of a live transformers model."""
+        return name
+
+    @classmethod
+    def canonical_weights(cls, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a file under the names that `weight_names` has, where files have others too."""
+        return dict(weights)
+
+    @classmethod
+    def own_weights(cls, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        weights, prefix = cls.canonical_weights(weights), cls.weight_prefix
+        if any(name.startswith(prefix) for name in weights):
+            # A checkpoint with a head: what is outside the encoder is the head's.
+            weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+        # Names of TensorFlow days, still found in old checkpoints.
+        renamed = {
+            name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): w
+            for name, w in weights.items()
+        }
+        for alias, name in cls.aliases.items():
+            if alias in renamed:
+                renamed.setdefault(name, renamed.pop(alias))
+        ignored = (*cls.ignored_weights, *cls.constant_weights)
+        return {name: w for name, w in renamed.items() if not name.startswith(ignored)}
+
+    @classmethod
+    def from_live(cls: type[Self], hf_model: nn.Module, overrides: dict[str, Any]) -> Self:
+        """The counterpart of a model of `transformers_class`, as `warpform.models.from_transformers` says."""
+        fields, live = _config_dict(hf_model), _live_weights(hf_model)
+        config = cls.config_class.from_transformers(fields, **overrides)
+        config.id2label = fields.get("id2label")
+        theirs = {cls.file_name(name): weight for name, weight in live.items()}
+        with torch.device("meta"):
+            model = cls.build(config, with_optional=has_optional(cls, theirs))
+        assert isinstance(model, cls)
+        names, state = model.weight_names(), model.state_dict(keep_vars=True)
+        used = {part for parts in names.values() for part in parts}
+        given = [n for n, weight in theirs.items() if n in used or isinstance(weight, nn.Parameter)]
+        check_names(names, given, f"from_transformers: the parameters of this {type(hf_model).__name__}")
+        for ours, parts in names.items():
+            sources = [theirs[part] for part in parts]
+            check_weight(state[ours], parts, sources, "from_transformers")
+            if len(sources) == 1:
+                set_weight(model, ours, sources[0])
+                continue
+            trained = {source.requires_grad for source in sources}
+            if len(trained) > 1:
+                raise ValueError(
+                    f"from_transformers: {', '.join(parts)} become one parameter, so requires_grad must be the same "
+                    "for all"
+                )
+            joined = torch.cat([source.detach() for source in sources])
+            set_weight(model, ours, nn.Parameter(joined, requires_grad=trained.pop()))
+        if "layer_norm_eps" not in overrides:
+            _adopt_eps(model, names, hf_model)
+        model.adopt(hf_model)
+        model.restore_buffers()
+        model._origin.append(hf_model)
+        return model.train(hf_model.training)
+
+    def adopt(self, hf_model: nn.Module) -> None:
+        """Takes over what of a transformers model is in neither its config nor its weights."""
+
+    def to_transformers(self) -> nn.Module:
+        """Writes the weights back and returns the transformers model: the one this was made from, else a new one.
+
+        Parameters that both models share need no copy; concatenated ones are split into their parts.
+
+        Raises:
+            ImportError: transformers is not installed.
+        """
+        origin = self._origin[0] if self._origin else self._new_origin()
+        theirs = {self.file_name(name): weight for name, weight in _live_weights(origin).items()}
+        ours = named_weights(self)
+        with torch.no_grad():
+            for name, parts in self.weight_names().items():
+                chunks = ours[name].chunk(len(parts), dim=0) if len(parts) > 1 else (ours[name],)
+                for part, chunk in zip(parts, chunks, strict=True):
+                    if theirs[part] is not ours[name]:
+                        theirs[part].data = chunk.detach().clone(memory_format=torch.contiguous_format)
+        device = next(iter(ours.values())).device
+        origin.to(device)  # what is left are constant buffers
+        return origin.train(self.training)
+
+    def _new_origin(self) -> nn.Module:
+        transformers = _import_transformers("to_transformers")
+        config = getattr(transformers, self.transformers_config_class)(**self.config.to_transformers())
+        return getattr(transformers, self.transformers_class)(config, **self.transformers_options())
+
+    def transformers_options(self) -> dict[str, Any]:
+        """Keywords of the transformers class beside its config."""
+        return {}
+
+
+def _take_their_names(model: Any, weights: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """The hook before `load_state_dict`: puts weights under transformers' names under the model's own, in place.
+
+    Names that are the model's own already stay as they are.
+    """
+    theirs = {}
+    for name in weights:
+        if name.startswith(prefix):
+            inner = name.removeprefix(prefix)
+            theirs[model.file_name(inner)] = name
+    for name, parts in model.weight_names().items():
+        if prefix + name in weights or not all(part in theirs for part in parts):
+            continue
+        found = [weights[theirs[part]] for part in parts]
+        weights[prefix + name] = found[0] if len(found) == 1 else torch.cat(found)
+        for part in parts:
+            del weights[theirs[part]]
+
+
+def _live_weights(hf_model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and the persistent buffers of a transformers model, tied parameters once."""
+    parameters = dict(hf_model.named_parameters())
+    buffers = {name: b for name, b in hf_model.state_dict(keep_vars=True).items() if not isinstance(b, nn.Parameter)}
+    return {**parameters, **buffers}
+
+
+def _adopt_eps(model: ConvertibleModel, names: dict[str, tuple[str, ...]], hf_model: nn.Module) -> None:
+    """Gives each LayerNorm the eps of the live module that its weight is of: it may differ from the config's."""
+    live = {model.file_name(name): name for name, _ in hf_model.named_parameters()}
+    for ours, module in model.named_modules():
+        if getattr(module, "eps", None) is None or f"{ours}.weight" not in names:
+            continue
+        place = live[names[f"{ours}.weight"][0]].removesuffix(".weight")
+        theirs: Any = hf_model.get_submodule(place)
+        kind = type(theirs)
+        plain = isinstance(theirs, nn.LayerNorm) and kind.forward is nn.LayerNorm.forward
+        if not plain and not (kind.__module__.startswith("transformers.") and kind.__name__.endswith("LayerNorm")):
+            raise ValueError(
+                f"from_transformers: {place} must be a LayerNorm, got {kind.__module__}.{kind.__qualname__}"
+            )
+        module.eps = float(theirs.eps if hasattr(theirs, "eps") else theirs.variance_epsilon)
+
+
+def _config_dict(hf_model: nn.Module) -> dict[str, Any]:
+    config: Any = hf_model.config
+    # Before transformers 5 an attribute of the config could be set without being in its dictionary.
+    return {**config.to_dict(), **{k: v for k, v in vars(config).items() if not k.startswith("_")}}
+
+
+def _import_transformers(what: str) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(f"{what} needs transformers: pip install transformers") from error
+    return transformers

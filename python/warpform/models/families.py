@@ -1,0 +1,104 @@
+"""The table of families: which folder has which public names. Nothing is imported to read it.
+
+A new architecture is a folder with its own `__all__`, and a line here.
+"""
+
+from __future__ import annotations
+
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "albert": (
+        "AlbertConfig",
+        "AlbertForMaskedLM",
+        "AlbertForSequenceClassification",
+        "AlbertForTokenClassification",
+        "AlbertModel",
+    ),
+    "bert": (
+        "BertConfig",
+        "BertForMaskedLM",
+        "BertForSequenceClassification",
+        "BertForTokenClassification",
+        "BertModel",
+    ),
+    "deberta": (
+        "DebertaConfig",
+        "DebertaForMaskedLM",
+        "DebertaForSequenceClassification",
+        "DebertaForTokenClassification",
+        "DebertaModel",
+        "DebertaV2Config",
+        "DebertaV2ForMaskedLM",
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2ForTokenClassification",
+        "DebertaV2Model",
+    ),
+    "distilbert": (
+        "DistilBertConfig",
+        "DistilBertForMaskedLM",
+        "DistilBertForSequenceClassification",
+        "DistilBertForTokenClassification",
+        "DistilBertModel",
+    ),
+    "dit3d": ("DiT3DConfig", "DiT3DModel"),
+    "mohd": ("MoHDConfig", "MoHDForCausalLM"),
+    "monarch_mixer": (
+        "M2BertConfig",
+        "M2BertForMaskedLM",
+        "M2BertForSentenceEmbedding",
+        "M2BertForSequenceClassification",
+        "M2BertModel",
+        "M2GPTConfig",
+        "M2GPTForCausalLM",
+        "M2ViTConfig",
+        "M2ViTForImageClassification",
+        "SentenceOutput",
+    ),
+    "sequence_parallel_transformer": (
+        "SequenceParallelOutput",
+        "SequenceParallelTransformer",
+        "SequenceParallelTransformerConfig",
+        "next_tokens",
+    ),
+    "swin": (
+        "SwinConfig",
+        "SwinForImageClassification",
+        "SwinModel",
+        "SwinOutput",
+        "Swinv2Config",
+        "Swinv2ForImageClassification",
+        "Swinv2Model",
+    ),
+}
+
+# What belongs to no family, with the module that has it.
+OTHERS: dict[str, tuple[str, ...]] = {
+    "auto": ("from_pretrained", "from_transformers", "list_models"),
+    "common.outputs": ("EncoderOutput", "HeadOutput", "ImageClassifierOutput"),
+    "sentence_encoder": ("SentenceEncoder",),
+}
+
+# For each model_type in a config.json the class that `from_pretrained` makes: the model without a head where
+# transformers has the architecture, else what the file names, or this where it names nothing.
+MODEL_TYPES: dict[str, str] = {
+    "albert": "AlbertModel",
+    "bert": "BertModel",
+    "deberta": "DebertaModel",
+    "deberta-v2": "DebertaV2Model",
+    "distilbert": "DistilBertModel",
+    "dit3d": "DiT3DModel",
+    "m2_bert": "M2BertModel",
+    "m2_gpt": "M2GPTForCausalLM",
+    "m2_vit": "M2ViTForImageClassification",
+    "mohd": "MoHDForCausalLM",
+    "sequence_parallel_transformer": "SequenceParallelTransformer",
+    "swin": "SwinModel",
+    "swinv2": "Swinv2Model",
+}
+
+# The module of each public name.
+PLACES: dict[str, str] = {name: place for place, names in (FAMILIES | OTHERS).items() for name in names}
+
+
+def is_model(name: str) -> bool:
+    """Whether a public name is that of a model: neither that of a config, of an output nor of a function."""
+    return name[0].isupper() and not name.endswith(("Config", "Output"))

@@ -1,0 +1,146 @@
+"""The options of MoHD and its sizes. What the sources leave open is an option."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ...nn.hidden import SCALE_MODES
+from ..common.config import ModelConfig
+
+# hidden, intermediate, layers, heads: sizes that come to these counts of parameters with 32,000 embeddings, in and out.
+_SIZES = {
+    "355M": (1024, 2560, 24, 16),
+    "495M": (1280, 2752, 24, 20),
+    "1.13B": (2048, 4032, 24, 32),
+}
+
+
+# How much wider the hidden dimension is, then groups, shared, routed: as many dimensions in use as the share of the
+# dense model's that the name says, all of them from "2x" on.
+_SETTINGS = {
+    "50%": (1, 16, 6, 2),
+    "75%": (1, 16, 9, 3),
+    "2x": (2, 16, 6, 2),
+    "3x": (3, 24, 6, 2),
+    "4x": (4, 32, 6, 2),
+}
+
+
+@dataclasses.dataclass
+class MoHDConfig(ModelConfig):
+    """Sizes by default are those of the 355M decoder at 50 % activation.
+
+    Certain from the paper's abstract: shared dimensions that are always on, specialised ones that are routed per token,
+    activation scaling and group fusion. Second-hand, and so the defaults: N = 16 groups, three quarters of the active
+    ones shared, attention and feed-forward both sparse, softmax scores, the scale N * sum(g), a Monarch matrix for
+    fusion, a balance loss of weight 0.01. A guess: one router for each block, that gates multiply what a block reads
+    and not what it writes, and all sizes but the number of parameters.
+
+    Attributes:
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
+            rms_norm_eps, rope_theta, max_position_embeddings, tie_word_embeddings, initializer_range: as in LLaMA.
+        head_dim: None: that of `num_attention_heads` in `hidden_size`; wider models than the dense one keep its heads.
+        num_groups, num_shared, top_k: groups of hidden dimensions, the first that all tokens use, and the choices.
+            num_groups 0: a dense decoder.
+        sparse_attention, sparse_feed_forward: which blocks are routed.
+        route_in, route_out: whether a block reads, and writes, routed dimensions.
+        gates: where the gates multiply: "in", "out", "both" or "none" (they are 1).
+        scale_mode, renormalise: as in `nn.HiddenRouter`.
+        fusion: a `nn.GroupFusion` after each routed output.
+        balance_loss_weight: of the mean balance loss in the loss.
+
+    Raises:
+        ValueError: sizes that do not fit, an unknown choice.
+    """
+
+    model_type = "mohd"
+
+    vocab_size: int = 32_000
+    hidden_size: int = 1024
+    intermediate_size: int = 2560
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    num_groups: int = 16
+    num_shared: int = 6
+    top_k: int = 2
+    sparse_attention: bool = True
+    sparse_feed_forward: bool = True
+    route_in: bool = True
+    route_out: bool = True
+    gates: str = "in"
+    scale_mode: str = "sum"
+    renormalise: bool = False
+    fusion: bool = True
+    balance_loss_weight: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "max_position_embeddings",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads must divide hidden_size {self.hidden_size} where head_dim is None, "
+                f"got {self.num_attention_heads}"
+            )
+        if self.heads_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, got {self.heads_dim}")
+        if self.kv_heads < 1 or self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads {self.num_attention_heads}, got {self.kv_heads}"
+            )
+        if self.num_groups and self.hidden_size % self.num_groups:
+            raise ValueError(f"num_groups must divide hidden_size {self.hidden_size}, got {self.num_groups}")
+        for name, choices in (("gates", ("in", "out", "both", "none")), ("scale_mode", SCALE_MODES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def heads_dim(self) -> int:
+        """Dimensions of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def sparse(self) -> bool:
+        """Whether anything is routed."""
+        return self.num_groups > 0 and (self.sparse_attention or self.sparse_feed_forward)
+
+    @classmethod
+    def preset(cls, size: str = "355M", setting: str = "50%", **fields: Any) -> MoHDConfig:
+        """A decoder of "355M", "495M" or "1.13B" parameters, "dense", at "50%" or "75%" activation, or "2x", "3x", "4x"
+        as wide with as many dimensions in use as the dense one has ("2x" and wider: groups of the same number).
+
+        Raises:
+            ValueError: another size or setting.
+        """
+        if size not in _SIZES:
+            raise ValueError(f"size must be one of {', '.join(_SIZES)}, got {size!r}")
+        if setting not in ("dense", *_SETTINGS):
+            raise ValueError(f"setting must be one of dense, {', '.join(_SETTINGS)}, got {setting!r}")
+        hidden, intermediate, layers, heads = _SIZES[size]
+        wider, groups, shared, routed = _SETTINGS.get(setting, (1, 0, 0, 0))
+        sizes = {
+            "hidden_size": hidden * wider,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "head_dim": hidden // heads,
+            "num_groups": groups,
+            "num_shared": shared,
+            "top_k": routed,
+        }
+        return cls(**{**sizes, **fields})

@@ -1,0 +1,178 @@
+"""Each model that is listed is made from its config, saved, loaded in two ways, and gives the same outputs exactly."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from warpform import models
+from warpform.models.common.config import ModelConfig
+from warpform.models.common.convertible import ConvertibleModel
+from warpform.models.common.pretrained import PretrainedModel
+from warpform.models.families import FAMILIES, MODEL_TYPES
+
+pytest.importorskip("safetensors")
+
+WIDTH = {
+    "vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+    "max_position_embeddings": 16,
+}  # fmt: skip
+GRID = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "window_size": 4}
+POSITIONS = {"relative_attention": True, "pos_att_type": ("c2p", "p2c")}
+FILTER = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 16}
+# The beginning of the names of the classes, and a small config of each.
+TINY: dict[str, dict[str, Any]] = {
+    "Albert": {**WIDTH, "embedding_size": 8},
+    "Bert": WIDTH,
+    "DebertaV2": {**WIDTH, **POSITIONS, "position_buckets": 8},
+    "Deberta": {**WIDTH, **POSITIONS},
+    "DistilBert": {
+        "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "vocab_size": 30, "max_position_embeddings": 16,
+    },
+    "DiT3D": {"input_size": 4, "patch_size": 2, "hidden_size": 12, "depth": 2, "num_heads": 2, "window_size": 1},
+    "MoHD": {**WIDTH, "num_groups": 4, "num_shared": 1, "top_k": 1, "tie_word_embeddings": True},
+    "M2Bert": {**FILTER, "monarch_mlp_nblocks": 2, "hyena_filter_order": 8},
+    "M2GPT": {**FILTER, "filter_order": 8},
+    "M2ViT": {
+        "image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "nblocks": 2, "filter_order": 8,
+        "num_labels": 3,
+    },
+    "SequenceParallelTransformer": WIDTH,
+    "Swinv2": GRID,
+    "Swin": GRID,
+}  # fmt: skip
+
+
+def make(name: str) -> PretrainedModel:
+    torch.manual_seed(0)
+    fields = next(fields for prefix, fields in TINY.items() if name.startswith(prefix))
+    kind = getattr(models, name)
+    model: PretrainedModel = kind(kind.config_class(**fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # some begin at zero, where outputs would tell nothing
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return model
+
+
+def run(model: nn.Module) -> list[Tensor]:
+    ids = torch.arange(24).view(2, 12) + 3
+    with torch.no_grad():
+        if isinstance(model, models.DiT3DModel):
+            return [model(torch.linspace(0, 9, 2 * 3 * 64).sin().view(2, 3, 4, 4, 4), torch.tensor([3, 500]))]
+        image = hasattr(model.config, "num_channels")
+        out = model(torch.linspace(0, 30, 3 * 256).sin().view(1, 3, 16, 16) if image else ids)
+    return [value for value in out.values() if isinstance(value, Tensor)]
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    assert type(one) is type(other) and one.config == other.config and not other.training
+    first, second = run(one), run(other)
+    assert first and len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("name", models.list_models())
+def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    model = make(name)
+    model.save_pretrained(tmp_path)
+    assert_same(model, type(model).from_pretrained(tmp_path))
+    # Of an architecture that transformers has, a folder gives the encoder.
+    head = isinstance(model, ConvertibleModel) and not type(model).is_encoder
+    found = models.from_pretrained(tmp_path)
+    if not head:
+        assert_same(model, found)
+        return
+    own, read = model.base.state_dict(), found.state_dict()  # type: ignore[union-attr,operator]
+    assert all(torch.equal(own[weight], read[weight]) for weight in own)
+
+
+def test_the_tables_say_what_the_families_have() -> None:
+    for family, names in FAMILIES.items():
+        module = getattr(models, family)
+        assert sorted(module.__all__) == sorted(names)
+        assert set(models.list_models(family)) <= set(names)
+    for model_type, name in MODEL_TYPES.items():
+        assert getattr(models, name).config_class.model_type == model_type
+    with pytest.raises(ValueError, match="family must be one of albert"):
+        models.list_models("nonsense")
+
+
+def test_importing_the_table_imports_no_family() -> None:
+    program = (
+        "import sys, warpform.models as m; m.list_models(); "
+        "found = [n for n in sys.modules if n.startswith('warpform.models.') "
+        "and n.split('.')[2] not in ('families', 'auto', 'common')]; assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+class NormConfig(ModelConfig):
+    model_type = "throw-away"
+
+    def __init__(self, **unused: Any) -> None:
+        pass
+
+    @classmethod
+    def from_fields(cls, fields: Any, **overrides: Any) -> NormConfig:
+        return cls()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model_type": self.model_type}
+
+
+class Scaled(nn.Module):
+    def __init__(self, restored: bool = True) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("steps", torch.arange(4.0), persistent=False)
+        if restored:
+            self.restore_buffers = lambda: setattr(self, "steps", torch.arange(4.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) + self.steps
+
+
+class NormModel(PretrainedModel):
+    config_class = NormConfig
+    restored = True
+
+    def __init__(self, config: NormConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.part = Scaled(self.restored)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x)
+
+
+class Forgetful(NormModel):
+    restored = False
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_buffers_of_batch_norm_come_along(dtype: torch.dtype | None, tmp_path: Path) -> None:
+    model = NormModel(NormConfig())
+    for _ in range(3):
+        model(torch.randn(8, 4) * 3 + 1)
+    model.eval().save_pretrained(tmp_path)
+    again = NormModel.from_pretrained(tmp_path, dtype=dtype)
+    x = torch.randn(5, 4)
+    norm = again.part.norm
+    assert norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 3
+    assert norm.num_batches_tracked.dtype == torch.int64
+    if dtype is None:
+        assert torch.equal(model(x), again(x))
+    else:
+        assert norm.running_var is not None and norm.running_var.dtype == torch.float64
+
+
+def test_a_buffer_without_values_is_an_error(tmp_path: Path) -> None:
+    model = Forgetful(NormConfig())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"buffer part\.steps is in no file"):
+        Forgetful.from_pretrained(tmp_path)
