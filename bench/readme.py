@@ -121,12 +121,21 @@ def benchmarks(device: str, kernels: Kernels, plots: dict[str, str], results: st
     return lines
 
 
+def ratios(providers: dict[str, Row]) -> dict[str, float]:
+    """The time of each other provider over that of warpform in the same run; {} where warpform was not timed."""
+    own = providers.get("warpform", {}).get("p50_us")
+    if not own:
+        return {}
+    others = {p: row for p, row in providers.items() if p != "warpform" and row["p50_us"]}
+    return {p: float(row["p50_us"]) / float(row.get("own_us") or own) for p, row in others.items()}
+
+
 def ratio(providers: dict[str, Row]) -> float | None:
     """The fastest peer over warpform in its fastest mode; None where there is no peer."""
-    times = {p: float(row["p50_us"]) for p, row in providers.items() if row["p50_us"]}
-    own = [time for p, time in times.items() if p.startswith("warpform")]
-    peers = [time for p, time in times.items() if not p.startswith("warpform")]
-    return min(peers) / min(own) if own and peers else None
+    found = ratios(providers)
+    own = [1.0, *(ratio for p, ratio in found.items() if p.startswith("warpform"))]
+    peers = [ratio for p, ratio in found.items() if not p.startswith("warpform")]
+    return min(peers) / min(own) if peers else None
 
 
 def wrapped(text: str) -> list[str]:

@@ -49,7 +49,9 @@ Kernels = dict[tuple[str, str, str], dict[str, dict[str, Row]]]
 def newest(rows: Iterable[Row]) -> dict[str, Kernels]:
     """device -> (family, kernel, direction) -> workload -> provider -> row.
 
-    Ratios are only made within one run, so of each workload all rows come from the run that measured warpform last.
+    Of each workload the rows come from the run that measured warpform last. A peer that this run did not time comes
+    from the last one that timed both: its row has `own_us`, warpform's time in that run, as ratios are only made within
+    one run.
     """
     runs: dict[tuple[str, str], dict[str, dict[str, Row]]] = {}
     for row in rows:
@@ -61,7 +63,11 @@ def newest(rows: Iterable[Row]) -> dict[str, Kernels]:
     found: dict[str, Kernels] = {}
     for (device, workload), dates in runs.items():
         timed = [date for date, providers in dates.items() if providers.get("warpform", {}).get("p50_us")]
-        providers = dates[max(timed or dates)]
+        providers = dict(dates[max(timed or dates)])
+        for date in sorted(timed, reverse=True)[1:]:
+            for provider, row in dates[date].items():
+                if row["p50_us"] and not providers.get(provider, {}).get("p50_us"):
+                    providers[provider] = {**row, "own_us": dates[date]["warpform"]["p50_us"]}
         first = next(iter(providers.values()))
         key3 = first["family"], first["kernel"], first["direction"]
         found.setdefault(device, {}).setdefault(key3, {})[workload] = providers
@@ -102,6 +108,7 @@ def table(workloads: dict[str, dict[str, Row]]) -> list[str]:
     for providers in workloads.values():
         first = next(iter(providers.values()))
         own = providers.get("warpform", {}).get("p50_us")
+        ratios = readme.ratios(providers)
         cells = []
         for provider in timed:
             row = providers.get(provider, {})
@@ -111,7 +118,7 @@ def table(workloads: dict[str, dict[str, Row]]) -> list[str]:
             elif provider == "warpform" or not own:
                 cells.append(f"{number(float(value))} ({number(float(row['p20_us']))}..{number(float(row['p80_us']))})")
             else:
-                cells.append(f"{number(float(value))} ({float(value) / float(own):.2f}x)")
+                cells.append(f"{number(float(value))} ({ratios[provider]:.2f}x)")
         ours = providers.get("warpform", {})
         if images:
             cells.append(number(float(ours["images_s"])) if ours.get("images_s") else "-")
@@ -183,15 +190,16 @@ def figures(device: str, kernels: Kernels) -> dict[str, plots.Figure]:
             continue
         several = len({k for f, k, _ in kernels if f == family}) > 1
         for providers in workloads.values():
-            times = {p: float(row["p50_us"]) for p, row in providers.items() if row["p50_us"]}
-            if "warpform" not in times:
+            row = providers.get("warpform", {})
+            if not row.get("p50_us"):
                 continue
-            row = providers["warpform"]
+            own = float(row["p50_us"])
+            times = {p: own * ratio for p, ratio in readme.ratios(providers).items()}
             figure = found.setdefault(family, plots.Figure(f"{TITLES[family]} on {machine(row)}", source(row)))
             label = sizes(row).replace(" x ", " × ").replace(" tokens, ", " tokens,\n", 1)
             if several:
                 label = f"{kernel}, {label}"
-            figure.rows.setdefault(label, {})[direction] = plots.Cell(times.pop("warpform"), times)
+            figure.rows.setdefault(label, {})[direction] = plots.Cell(own, times)
     return found
 
 
