@@ -151,11 +151,7 @@ def _load() -> None:
 
 
 def _namespace_exists(torch: Any) -> bool:
-    try:
-        torch._C._dispatch_find_schema_or_throw("warpform::_build_info", "")
-    except RuntimeError:
-        return False
-    return True
+    return hasattr(torch.ops.warpform, "_build_info")
 
 
 def _mapped_copies() -> list[Path]:

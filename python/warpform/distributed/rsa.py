@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch_private import process_group
 from ..ops import _check
 from ._agreement import agree, choose, finish
 from ._group import LocalGroup, Ring, execute, name_of, process_groups, rank_and_size
@@ -138,8 +139,7 @@ def _ranks(group: str, like: Tensor) -> int:
     """How many ranks there are; in one process they are the first dimension."""
     if LocalGroup.named(group) is not None:
         return like.shape[0]
-    resolve: Any = torch.distributed.distributed_c10d._resolve_process_group
-    return int(resolve(group).size())
+    return int(process_group(group).size())
 
 
 def _qk(q: Tensor, k: Tensor, scale: float, causal: bool, layout: str, group: str, timeout: float | None) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from .. import _env
+from .._torch_private import is_fake
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _logger = logging.getLogger("warpform")

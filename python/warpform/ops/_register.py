@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
-from .. import _env, _library
+from .. import _env, _library, _torch_private
 from ._example import Call, Draw, Example
 
 NAMESPACE = "warpform"
@@ -149,13 +148,13 @@ def _autograd_kernel(
             )
         raise RuntimeError(f"{name} has no gradient; call the differentiable op instead")
 
-    rule = make_autograd_impl(op, Info(backward or not_differentiable, setup_context))
+    rule = _torch_private.autograd_rule(op, backward or not_differentiable, setup_context)
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        # Both look at a global first: this runs on every call outside of inference mode.
-        if forward_ad._current_level >= 0 and _has_tangent((*args, *kwargs.values())):
+        # Both look at a global alone: this runs on every call outside of inference mode.
+        if _torch_private.in_forward_mode() and _has_tangent((*args, *kwargs.values())):
             raise NotImplementedError(f"{name}: forward-mode differentiation is not implemented")
-        if torch._C._are_functorch_transforms_active():
+        if _torch_private.in_functorch():
             raise NotImplementedError(f"{name}: torch.func transforms are not implemented; use torch.autograd")
         for key, value in kwargs.items():
             if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
