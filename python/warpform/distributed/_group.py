@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch_private import process_group
 from ..ops import _check
 from ._transport import LocalTransport, ProcessGroupTransport, Steps, Transport, run, run_in_lock_step
 
@@ -129,8 +130,7 @@ def rank_and_size(op: str, group: Any) -> tuple[int, int]:
 
 
 def _named_process_groups(name: str) -> list[dist.ProcessGroup]:
-    resolve: Any = dist.distributed_c10d._resolve_process_group
-    return [resolve(one) for one in name.split("/")]
+    return [process_group(one) for one in name.split("/")]
 
 
 def size_of(name: str) -> int:
