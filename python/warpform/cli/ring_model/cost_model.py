@@ -226,7 +226,7 @@ class Cluster:
     checked: bool = False
 
     def hop(self, ranks: int, size: float) -> Array:
-        """Seconds that a message of `size` bytes to each rank from the one before it takes."""
+        """Seconds that a message of `size` bytes takes from each rank to the next."""
         seconds = np.full(ranks, self.link(size))
         if self.ranks_per_node is not None and self.ranks_per_node < ranks:
             seconds[np.arange(ranks) % self.ranks_per_node == 0] = (self.between or self.link)(size)

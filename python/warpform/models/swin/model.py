@@ -222,7 +222,7 @@ class SwinModel(SwinBase, CheckpointedLayers):
 
 
 def _run_blocks(model: CheckpointedLayers, blocks: nn.Module, hidden: Tensor) -> Tensor:
-    """One block after another, each making the last addition of the one before it."""
+    """One block after another; each makes the last addition of its predecessor."""
     terms: tuple[Tensor, Tensor | None, Tensor | None] = (hidden, None, None)
     for block in blocks.children():
         if is_plain(block, SwinBlock) or is_plain(block, SwinV2Block):
