@@ -41,10 +41,13 @@ def main(arguments: list[str]) -> int:
         return 2
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    # Called by a test that runs in a worker: this run is one of its own, and pytest-benchmark times nothing in a worker.
+    environment.pop("PYTEST_XDIST_WORKER", None)
     words = [_absolute(word, before) for word, before in zip(arguments, ["", *arguments], strict=False)]
     command = [sys.executable, "-m", "pytest", "--progress", ".", *words]
     try:
-        return subprocess.call(command, cwd=FOLDER, env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"})
+        return subprocess.call(command, cwd=FOLDER, env=environment)
     except KeyboardInterrupt:
         print("warpform: interrupted; rows of the groups that were finished are kept", file=sys.stderr)
         return 130
