@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-    # Called by a test that runs in a worker: this run is one of its own, and pytest-benchmark times nothing in a worker.
+    # pytest-benchmark times nothing in a worker of pytest-xdist, and a test in one may have called this.
     environment.pop("PYTEST_XDIST_WORKER", None)
     words = [_absolute(word, before) for word, before in zip(arguments, ["", *arguments], strict=False)]
     command = [sys.executable, "-m", "pytest", "--progress", ".", *words]
