@@ -6,6 +6,8 @@ import os
 import re
 import runpy
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +25,7 @@ PAGES = [
     if page.is_file()
 ]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-# Those with a test of their own: ring_attention runs under torchrun, in distributed/test_ring_example.py.
+# Those with a test of their own. Under torchrun ring_attention runs in distributed/test_ring_example.py.
 APART = ("compile_and_cuda_graph", "ring_attention")
 # It trains until the model has learnt.
 SLOW = ("train_masked_lm",)
@@ -72,6 +74,14 @@ def _state() -> Iterator[None]:
 @pytest.mark.parametrize("script", PLAIN)
 def test_example(script: Path, run: Callable[[Path], str]) -> None:
     assert run(script)
+
+
+def test_a_ring_of_one() -> None:
+    """A process of its own: the default process group of this one may exist."""
+    script = ROOT / "examples" / "ring_attention.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 of 1" in done.stdout and "largest difference from one process" in done.stdout
 
 
 def test_compile_and_cuda_graph(run: Callable[[Path], str], fresh_dynamo: None) -> None:

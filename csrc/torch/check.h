@@ -6,7 +6,6 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
@@ -24,24 +23,13 @@ inline void check(bool ok, const Parts&... parts) {
   throw std::runtime_error(text.str());
 }
 
-// The text of an exception that Python code called from here has raised in this thread, "" after it was read. Torch
-// before 2.13 drops that text on the way back into C++, so the caller in Python leaves it here (`_keep_error`).
-inline std::string& kept_error() {
-  thread_local std::string text;
-  return text;
-}
-
 // Checks the return code of a call into torch and keeps torch's own words. The stable headers of torch 2.10 have no
 // such macro, and the function that has the text came later, hence weak. Without it torch prints the text.
 inline void torch_check(int32_t code, const char* op) {
   if (__builtin_expect(code == 0, true)) return;
-  const std::string kept = std::exchange(kept_error(), "");
-  if (torch_exception_get_what_without_backtrace) {
-    const char* what = torch_exception_get_what_without_backtrace();
-    if (what != nullptr) throw std::runtime_error(std::string(op) + ": " + what);
-  }
-  if (!kept.empty()) throw std::runtime_error(kept);
-  throw std::runtime_error(std::string(op) + ": a call into torch failed; stderr says why");
+  const char* what =
+      torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
+  throw std::runtime_error(std::string(op) + ": " + (what ? what : "a call into torch failed; stderr says why"));
 }
 
 inline const char* dtype_name(ScalarType t) {

@@ -196,7 +196,7 @@ STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
 
   // ---- errors ----
 
-  // Keeps the text of an exception for the binding that called Python (check.h).
+  // Keeps the text of an exception for the binding that called the reference (tensor.h).
   m.def("_keep_error(str text) -> ()");
 }
 

@@ -210,6 +210,13 @@ inline StableIValue box(const T& v) {
 }
 }  // namespace detail
 
+// The text of an exception that a reference raised in this thread. Torch 2.10 and 2.11 drop that text on the way back
+// into C++, so the reference leaves it here as well (`_keep_error`).
+inline std::string& kept_error() {
+  thread_local std::string text;
+  return text;
+}
+
 // Calls warpform::NAME_reference(reason, args...) through the dispatcher: PyTorch code that warns once and names the
 // reason. In the emulator there is no way out: a configuration without a kernel is an error there.
 template <class... Results, class... Args>
@@ -222,7 +229,10 @@ inline std::tuple<Results...> call_reference(const char* name, const std::string
   constexpr size_t kSlots = kArgs > sizeof...(Results) ? kArgs : sizeof...(Results);
   StableIValue stack[kSlots] = {detail::box(reason), detail::box(args)...};
   const std::string op = std::string("warpform::") + name + "_reference";
-  torch_check(torch_call_dispatcher(op.c_str(), "", stack, TORCH_ABI_VERSION), name);
+  kept_error().clear();
+  const auto code = torch_call_dispatcher(op.c_str(), "", stack, TORCH_ABI_VERSION);
+  if (code != 0 && !kept_error().empty()) throw std::runtime_error(kept_error());
+  torch_check(code, name);
   return torch::stable::detail::unbox_to_tuple<Results...>(stack);
 #endif
 }

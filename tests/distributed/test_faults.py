@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
 # What a rank waits for one that is stopped; and for one that is killed, which it need not wait for.
 TIMEOUT_S = {"stop": 1.0, "kill": 20.0}
 # What else the machine does may cost.
-SLACK_S = 5.0
+SLACK_S = 4.0
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_lost_rank_is_noticed_by_all(shape: tuple[int, ...], victim: int, how:
     others = [seen for rank, seen in enumerate(results) if rank != victim]
     assert any(seen.peer == victim for seen in others)
     if how == "kill":
-        assert all(seen.seconds < timeout_s for seen in others), "nobody has to wait for a connection that is gone"
+        assert all(seen.seconds < timeout_s for seen in others), "a connection that is gone ends its receives at once"
     else:
         assert any(seen.outcome == "RingTimeoutError" for seen in others)
 

@@ -4,7 +4,7 @@
 //           groups; four warps of 64 x 64; 64 tokens at a time, in the plan's order.
 // Loads     all threads, 16-byte cp.async of rows that the copies gather, three stages. A CTA first lists the tiles of
 //           its range whose union has one of its groups: the others cost nothing. Tokens, masks and gates are asked for
-//           4, 3 and 2 steps before they are used: each follows from the one before and takes a memory latency.
+//           4, 3 and 2 steps before they are used: a mask's address follows from its token, a gate's from the mask.
 // Gates     multiply the routed operand's fragments on their way from shared memory, beside the products of the
 //           fragments before, in float32, rounded once.
 // Sums      float32. Ranges of tiles leave partial sums that column_sum.cuh adds in a fixed order: no atomics.
@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
   block_sync();
   const int steps = load_shared<int>(list) * kSteps;
 
-  // A token of a step: which, the halves it uses, and its gates. Each follows from the one before, and each waits for
-  // memory: threads 0 to 63 ask for one of them a step, so that nothing is waited for in the step that asks.
+  // A token of a step, the halves that it uses, and its gates. The addresses of the halves and of the gates follow from
+  // the token. Threads 0 to 63 load one of the three a step, and use it in a later step, when it has arrived.
   struct Fetched {
     int token, uses;
     float gates[2];

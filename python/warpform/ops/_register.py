@@ -107,7 +107,7 @@ def register_op(
             _report(name, reason)
             return reference(*args, **kwargs)
         except Exception as error:
-            # This is called from C++, and torch before 2.13 loses the text on the way back.
+            # This is called from C++, and torch 2.10 and 2.11 lose the text on the way back.
             getattr(torch.ops, NAMESPACE)._keep_error(str(error))
             raise
 

@@ -22,6 +22,9 @@ def imported(path: Path) -> set[str]:
     package = parts[:-1]  # of an __init__.py the package itself
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [getattr(node, "module", None) or "", *(name.name for name in node.names)]
+            assert not any(name.split(".")[0] == "warpform" for name in names), f"{path}: import relatively"
         if not isinstance(node, ast.ImportFrom) or node.level == 0:
             continue
         depth = len(package) - (node.level - 1)
