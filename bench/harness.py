@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import suites
 import torch
 from torch import Tensor
 
@@ -44,14 +45,9 @@ COLUMNS = (
     "ratios", "threads", "warpform", "torch", "cuda", "transformers", "python",
 )  # fmt: skip
 
-# Seconds that one run may take, by default, and by which part of them each file has to be done, in the order in which
-# pytest runs them; what one leaves over the next may use. Past COMPILE_SHARE of its time compiled peers of a file are
-# left out, past all of it everything else; each is listed as such.
+# Seconds that one run may take, by default; suites.DEADLINES divides them among the families. Past COMPILE_SHARE of its
+# time a family leaves out compiled peers, past all of it everything else; each is listed as such.
 BUDGET = 660.0
-DEADLINES = {
-    "attention": 0.14, "disentangled_attention": 0.18, "encoder": 0.21, "fft_conv": 0.3, "hidden": 0.37, "host": 0.4,
-    "m2": 0.54, "models": 0.66, "monarch": 0.75, "ring": 0.83, "short_conv": 0.84, "swin": 0.94, "window": 1.0,
-}  # fmt: skip
 COMPILE_SHARE = 0.7
 # Inputs together exceed the largest L2 cache there is about three times over.
 ROTATE_BYTES = 160e6
@@ -366,7 +362,7 @@ class Session:
             return now > self.stop_at - (COMPILE_SECONDS if share < 1 else 0)
         begin = self._started.setdefault("", now)
         start = self._started.setdefault(family, now)
-        deadline = begin + self.budget * DEADLINES[family]
+        deadline = begin + self.budget * suites.DEADLINES.get(family, 1.0)
         return bool(self.budget) and now > start + share * (deadline - start)
 
     def measure(self, spec: Spec, provider: str, clock: Clock = stopwatch) -> tuple[dict[str, Any], Exception | None]:

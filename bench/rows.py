@@ -28,8 +28,8 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "python"), str(ROOT / "tests")]
 
 import harness  # noqa: E402
 import torch  # noqa: E402
+from suites import FAMILIES  # noqa: E402
 
-FAMILIES = tuple(harness.DEADLINES)
 # Which providers each choice takes besides warpform's plain call, which is timed last, so that its ratios are complete.
 CHOICES = {
     "warpform": lambda provider: False,
@@ -99,7 +99,7 @@ def chosen(spec: harness.Spec, choice: str) -> list[str]:
 
 
 def load(family: str, session: harness.Session) -> list[harness.Spec]:
-    found: list[harness.Spec] = importlib.import_module(family).specs(session)
+    found: list[harness.Spec] = importlib.import_module(f"suites.{family}").specs(session)
     return found
 
 

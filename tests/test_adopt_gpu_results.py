@@ -18,8 +18,8 @@ if not (ROOT / "tools").is_dir():
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench")]
 
 import harness  # noqa: E402
-import predictions  # noqa: E402
 import report  # noqa: E402
+from report import predictions  # noqa: E402
 
 import adopt_gpu_results  # noqa: E402
 import hardware_page  # noqa: E402

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.util
 import json
 import os
@@ -25,10 +26,6 @@ from warpform.cli import bench
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
-FAMILIES = (
-    "attention", "disentangled_attention", "encoder", "fft_conv", "hidden", "host", "m2", "models", "monarch", "ring",
-    "short_conv", "swin", "window",
-)  # fmt: skip
 if not BENCH.is_dir():
     pytest.skip("needs a checkout", allow_module_level=True)
 pytest.importorskip("pytest_benchmark")
@@ -38,18 +35,30 @@ pytest.importorskip("transformers")
 pytestmark = pytest.mark.one_worker
 
 
-def load(name: str) -> ModuleType:
-    if str(BENCH) not in sys.path:
-        sys.path.append(str(BENCH))  # the files of bench/ import each other
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+sys.path.insert(0, str(BENCH))
+
+import harness  # noqa: E402
+import report  # noqa: E402
+from suites import DEADLINES, FAMILIES  # noqa: E402
+
+
+def load_conftest() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_conftest", BENCH / "conftest.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
-harness, report, conftest = load("harness"), load("report"), load("conftest")
+conftest = load_conftest()
+
+
+def test_a_family_is_declared_in_one_place() -> None:
+    """What FAMILIES names is a file with benchmarks and a row of the docs, and the other way round."""
+    files = {path.stem for path in (BENCH / "suites").glob("*.py") if "\ndef specs(" in path.read_text()}
+    rows = re.findall(r"^\| `bench/suites/(\w+)\.py` \|", (ROOT / "docs" / "benchmarks.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(FAMILIES) == sorted(files)
+    assert list(DEADLINES.values())[-1] == pytest.approx(1)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +76,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_every_benchmark_runs(results: Path) -> None:
     rows = report.read(results)
-    assert {row["family"] for row in rows} == set(FAMILIES) == set(harness.DEADLINES)
+    assert {row["family"] for row in rows} == set(FAMILIES)
     # Projections and spectra are made once, outside of any model's forward.
     ops = {name for name in warpform.ops.__all__ if not name.startswith("project_")} - {"fft_conv_spectrum"}
     assert {row["kernel"] for row in rows if row["family"] == "host"} == ops
@@ -247,14 +256,12 @@ def test_only_what_agrees_is_timed() -> None:
     session.facts = {"device": "a"}
     spec = harness.Spec("k", "forward", (), ("warpform", "wrong", "absent", "broken"))
     session._spec, session._case = spec, _Case()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(harness.DEADLINES, "", 1.0)
-        conftest.measure_one(session, spec, "warpform", _Benchmark())
-        with pytest.raises(AssertionError, match="got 2"):
-            conftest.measure_one(session, spec, "wrong", _Benchmark())
-        for provider in ("absent", "broken"):
-            with pytest.raises(pytest.skip.Exception):
-                conftest.measure_one(session, spec, provider, _Benchmark())
+    conftest.measure_one(session, spec, "warpform", _Benchmark())
+    with pytest.raises(AssertionError, match="got 2"):
+        conftest.measure_one(session, spec, "wrong", _Benchmark())
+    for provider in ("absent", "broken"):
+        with pytest.raises(pytest.skip.Exception):
+            conftest.measure_one(session, spec, provider, _Benchmark())
     session.flush()
     states = {row["provider"]: row["status"] for row in session.rows}
     assert states["warpform"] == "ok" and states["wrong"].startswith("disagrees: got 2")
@@ -270,7 +277,7 @@ def test_torch_varlen_is_called_as_this_torch_has_it() -> None:
 
     def without_window(q: None, is_causal: bool = False) -> None: ...
 
-    options = load("attention").varlen_options
+    options = importlib.import_module("suites.attention").varlen_options
     assert options(today, True, gqa) == {"window_size": (-1, 0), "enable_gqa": True} and options(today, False, {}) == {}
     assert options(without_gqa, True, gqa) == {"window_size": (-1, 0)} and options(without_gqa, False, gqa) == {}
     assert options(without_window, True, gqa) == {"is_causal": True} and options(without_window, False, gqa) == {}
@@ -281,7 +288,7 @@ def test_every_check_can_fail(family: str) -> None:
     """Outputs that are a little off are refused, of peers and of warpform alike."""
     session = harness.Session("cpu", tiny=True)
     seen = set()
-    for spec in load(family).specs(session):
+    for spec in importlib.import_module(f"suites.{family}").specs(session):
         if (spec.kernel, spec.direction) in seen:
             continue
         seen.add((spec.kernel, spec.direction))
@@ -328,7 +335,7 @@ def spoiled(output: object, which: int) -> object:
 def test_ring_experiments(experiment: str, rows: int, tmp_path: Path) -> None:
     """At a tiny size: predictions beside measured times, which are labelled; sequences that fit."""
     out = tmp_path / "out.json"
-    command = [sys.executable, str(BENCH / "ring_experiments.py"), experiment, "--tiny", "--out", str(out)]
+    command = [sys.executable, str(BENCH / "experiments" / "ring.py"), experiment, "--tiny", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     found = json.loads(out.read_text())

@@ -114,7 +114,7 @@ def test_time_runs_out_and_a_family_cannot_be_loaded(tmp_path: Path, monkeypatch
     words = [*TINY, "--providers", "warpform", "--results", str(tmp_path)]
     assert rows.main([*words, "--family", "short_conv", "--seconds", "1e-9"]) == 1
     assert not list(tmp_path.iterdir()), "nothing is known of what was not begun"
-    monkeypatch.setitem(sys.modules, "window", None)
+    monkeypatch.setitem(sys.modules, "suites.window", None)
     assert rows.main([*words, "--family", "window"]) == 1
     (row,) = read(tmp_path / "window.csv")
     assert row["status"].startswith("failed: ModuleNotFoundError") and row["provider"] == "warpform"

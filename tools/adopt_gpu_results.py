@@ -19,7 +19,8 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "bench")]
 
 import harness  # noqa: E402
-import readme  # noqa: E402
+from report import readme  # noqa: E402
+from suites import FAMILIES  # noqa: E402
 
 import hardware_page  # noqa: E402
 
@@ -63,7 +64,7 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
     for row in rows:
         if row["kind"] != "cuda":
             raise Unusable(f"{path} holds rows of a {row['kind'] or 'nameless device'}; only a GPU's are adopted")
-        if row["family"] not in harness.DEADLINES:
+        if row["family"] not in FAMILIES:
             raise Unusable(f"{path} holds rows of {row['family']!r}, which is no family of bench/")
     return rows
 

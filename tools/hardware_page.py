@@ -21,9 +21,8 @@ PAGE = ROOT / "docs" / "hardware.md"
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "python"), str(ROOT / "tests"), str(ROOT / "tools")]
 
 import harness  # noqa: E402
-import predictions  # noqa: E402
-import readme  # noqa: E402
 import report  # noqa: E402
+from report import predictions, readme  # noqa: E402
 
 from gpu_check import ncu  # noqa: E402
 
@@ -145,7 +144,7 @@ def workloads() -> list[Workload]:
     session = harness.Session("cuda")
     found = []
     for family in FAMILIES:
-        for spec in importlib.import_module(family).specs(session):
+        for spec in importlib.import_module(f"suites.{family}").specs(session):
             # A ring over several ranks is many steps and no kernel.
             if spec.main and not spec.kernel.startswith("ring_attention"):
                 work = spec.work(session.dtype.itemsize)

@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
-from readme import replace  # noqa: E402
+from report.readme import replace  # noqa: E402
 
 HEADER = [
     "| op | CPU | CUDA float16, bfloat16 | CUDA float32 | CUDA float64 | what the kernels take |",

@@ -1,9 +1,9 @@
 """Tables (Markdown) and plots (SVG) of committed results.
 
-    python bench/report.py                                 the tables, on standard output
-    python bench/report.py --markdown FILE --plots FOLDER  written to files
-    python bench/report.py --readme                        README's numbers and the plots that it shows, in place
-    python bench/report.py --device H200                   one device of several
+    python bench/report                                 the tables, on standard output
+    python bench/report --markdown FILE --plots FOLDER  written to files
+    python bench/report --readme                        README's numbers and the plots that it shows, in place
+    python bench/report --device H200                   one device of several
 
 Of each device, workload and provider the newest row counts. Nothing is computed here but ratios of what the rows say.
 """
@@ -18,10 +18,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import plots
-import readme
+from suites import FAMILIES
 
-ROOT = Path(__file__).resolve().parent.parent
+from . import plots, readme
+
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 Row = dict[str, str]
 
@@ -165,28 +166,12 @@ def markdown(found: dict[str, Kernels]) -> str:
     return "\n".join(lines)
 
 
-# What the figure of a family is called; what a call costs the host is no race and has none.
-TITLES = {
-    "attention": "Attention",
-    "disentangled_attention": "Disentangled attention (DeBERTa)",
-    "encoder": "Encoder ops",
-    "fft_conv": "Long convolutions",
-    "hidden": "Sparse hidden dimensions",
-    "m2": "M2-BERT beside BERT",
-    "models": "Models end to end",
-    "monarch": "Monarch products",
-    "ring": "Ring attention over N ranks",
-    "short_conv": "Short convolutions with a gate",
-    "swin": "Swin end to end",
-    "window": "Window attention",
-}
-
-
 def figures(device: str, kernels: Kernels) -> dict[str, plots.Figure]:
     """A figure for each family of a device."""
     found: dict[str, plots.Figure] = {}
     for (family, kernel, direction), workloads in kernels.items():
-        if family not in TITLES:
+        title = FAMILIES[family].title if family in FAMILIES else ""
+        if not title:
             continue
         several = len({k for f, k, _ in kernels if f == family}) > 1
         for providers in workloads.values():
@@ -195,7 +180,7 @@ def figures(device: str, kernels: Kernels) -> dict[str, plots.Figure]:
                 continue
             own = float(row["p50_us"])
             times = {p: own * ratio for p, ratio in readme.ratios(providers).items()}
-            figure = found.setdefault(family, plots.Figure(f"{TITLES[family]} on {machine(row)}", source(row)))
+            figure = found.setdefault(family, plots.Figure(f"{title} on {machine(row)}", source(row)))
             label = sizes(row).replace(" x ", " × ").replace(" tokens, ", " tokens,\n", 1)
             if several:
                 label = f"{kernel}, {label}"
@@ -234,7 +219,7 @@ def draw(folder: Path, found: dict[str, Kernels]) -> dict[tuple[str, str], Path]
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="report.py", description="tables and plots of benchmark results")
+    parser = argparse.ArgumentParser(prog="report", description="tables and plots of benchmark results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="a folder of results (default bench/results)")
     parser.add_argument("--device", default="", help="only devices whose name has this in it")
     parser.add_argument("--markdown", type=Path, help="write the tables there; default: standard output")
@@ -266,7 +251,3 @@ def main(arguments: list[str]) -> int:
     if given.plots is not None:
         draw(given.plots, found)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

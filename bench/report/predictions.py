@@ -37,7 +37,7 @@ class Prediction:
         return value < (1 - MISS) * self.low or value > (1 + MISS) * self.high
 
 
-# By workload, as bench/ names it: kernel, direction and sizes are in the name.
+# By workload, as bench/suites names it: kernel, direction and sizes are in the name.
 PREDICTIONS = {
     "varlen_attention-forward-B1-S16384-T16384-H16-16-D128": Prediction(340, 380, RATE),
     "varlen_attention-forward-B8-S2048-T16384-H32-32-D64": Prediction(290, 330, RATE),

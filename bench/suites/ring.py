@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import harness
-import ring_ranks
 import torch
 import torch.nn.functional as F
 from harness import Case, Missing, Session
@@ -22,6 +21,7 @@ from torch import Tensor
 import warpform
 from helpers import oracle
 from helpers.compare import assert_close
+from suites import ring_ranks
 from warpform.distributed import LocalGroup, ring_attention, shard_sequence, unshard_sequence
 
 RANKS = (2, 4, 8)

@@ -16,11 +16,11 @@ import harness
 import torch
 import torch.nn.functional as F
 from harness import Case, Missing, Session
-from hidden_parts import CHOSEN, GROUPS, SHARED, PlanCase, WeightGradientCase
 from torch import Tensor
 
 import warpform
 from helpers.compare import assert_close
+from suites.hidden_parts import CHOSEN, GROUPS, SHARED, PlanCase, WeightGradientCase
 from warpform.ops import RoutingPlan
 
 PROVIDERS = ("warpform", "warpform_all_on", "dense", "masked_dense", "index_select", "grouped_mm")

@@ -1,7 +1,7 @@
 """Two experiments on ring attention over gloo, printed, and as JSON with --out FILE.
 
-    python bench/ring_experiments.py model       the cost model's prediction beside what was measured
-    python bench/ring_experiments.py longest     the longest sequence that fits, as in arXiv 2105.13120, section 5.3
+    python bench/experiments/ring.py model       the cost model's prediction beside what was measured
+    python bench/experiments/ring.py longest     the longest sequence that fits, as in arXiv 2105.13120, section 5.3
 
 `model` measures ring attention of 1 and 2 ranks in one process on one thread, layout by layout, and hops between two
 processes. From these alone it predicts, and then times, ring attention over 2, 4 and 8 processes, and over 4, 8 and 16
@@ -30,14 +30,14 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = [str(ROOT / folder) for folder in ("bench", "tests", "python")]
 sys.path[:0] = FOLDERS
 # The processes of the pools are forked from a server that begins with what is in here.
 os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH", "")])
 
 import harness  # noqa: E402
-import ring_ranks  # noqa: E402
+from suites import ring_ranks  # noqa: E402
 
 from warpform.cli.ring_model.cost_model import LAYOUTS, Cluster, Link, Workload, predict  # noqa: E402
 from warpform.cli.ring_model.measure import measure_steps, median_seconds  # noqa: E402

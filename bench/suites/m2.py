@@ -13,15 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import fft_conv
 import harness
-import monarch
 import torch
 import torch.nn.functional as F
 from harness import Case, Missing, Session
 from torch import Tensor, nn
 
 import warpform
+from suites import fft_conv, monarch
 
 PROVIDERS = ("warpform", "padding_free_bert", "transformers_sdpa", "transformers_eager", "torch_m2")
 

@@ -13,9 +13,9 @@ import harness
 import torch
 from harness import Case, Missing, Session
 from torch import Tensor, nn
-from torch_windows import Sizes, Windows, flex_windows
 
 import warpform
+from suites.torch_windows import Sizes, Windows, flex_windows
 
 PROVIDERS = (
     "warpform",

@@ -1,6 +1,6 @@
 """MoHD beside a dense decoder, trained side by side on real text; the losses are printed, and as JSON with --out FILE.
 
-    python bench/mohd_losses.py [--steps 600] [--out FILE]
+    python bench/experiments/mohd_losses.py [--steps 600] [--out FILE]
 
 The text is the bytes of CPython's help topics, a tenth of it held out. The models are tiny: a dense decoder, one whose
 tokens use half of as many hidden dimensions, and one twice as wide whose tokens use as many as the dense one has. All
@@ -19,7 +19,7 @@ from pydoc_data.topics import topics
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "python")]
 
 import harness  # noqa: E402

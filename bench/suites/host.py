@@ -7,16 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import disentangled_attention
 import harness
 import torch
 import torch.nn.functional as F
 from harness import Case, Session
-from monarch import two_bmm, two_bmm_glu
 from torch import Tensor
 
 import warpform
 from helpers.fft_conv import eager_spectral_conv, short_conv_gate
+from suites import disentangled_attention
+from suites.monarch import two_bmm, two_bmm_glu
 
 OPS = (
     "packing_plan",

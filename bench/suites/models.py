@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import encoder
 import harness
 import torch
 from harness import Case, Missing, Session
 from torch import Tensor, nn
 
 import warpform
+from suites import encoder
 
 PROVIDERS = (
     "warpform",

@@ -16,11 +16,11 @@ import harness
 import torch
 from harness import Case, Missing, Session
 from torch import Tensor
-from torch_windows import Sizes, Windows, eager_block, flex_block, sdpa_block
 
 import warpform
 from helpers import oracle
 from helpers.compare import assert_close
+from suites.torch_windows import Sizes, Windows, eager_block, flex_block, sdpa_block
 
 PROVIDERS = ("warpform", "eager", "sdpa", "eager_compiled", "sdpa_compiled", "flex_compiled")
 
