@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import os
 import random
@@ -86,6 +87,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: hashlib.sha256(f"{seed} {item.nodeid.split('::')[0]}".encode()).digest())
 
 
+def pytest_collection_finish() -> None:
+    # What the imports made stays until the end: the collections of garbage need not look through it again and again.
+    gc.collect()
+    gc.freeze()
+
+
 @functools.cache
 def _unit(root: Path, file: str) -> str | None:
     """What the tests of a file run with in one worker of pytest-xdist; None where each is on its own."""
@@ -116,10 +123,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def _seed(request: pytest.FixtureRequest) -> None:
     """Random inputs differ from test to test and are the same in every run of one."""
     try:
-        import torch
-    except Exception:
+        from helpers.seeds import seed_everything
+    except Exception:  # there is no torch, or none that can be imported
         return
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    seed_everything(zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from .seeds import seed_everything
 
 SEEDS = st.integers(0, 2**16)
 
@@ -31,7 +32,7 @@ def drawn(max_examples: int, **strategies: Any) -> Callable[[Callable[..., None]
         @functools.wraps(test)
         def seeded(*args: Any, **kwargs: Any) -> None:
             values = signature.bind(*args, **kwargs).arguments
-            torch.manual_seed(values["seed"])
+            seed_everything(values["seed"])
             if not wants_seed:
                 del values["seed"]
             test(**values)
