@@ -42,12 +42,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="SEED",
         help="run the files in an order drawn from SEED (default: any), and the tests of a file in their own",
     )
-    parser.addoption("--slow", action="store_true", help="also run what is marked slow, as CI does")
+    parser.addoption(
+        "--slow", action="store_true", help="also run what is marked slow and draw four times as many cases, as CI does"
+    )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     if hypothesis is None:
         raise pytest.UsageError("the tests draw their cases with hypothesis, which is not installed")
+    if config.getoption("--slow"):
+        os.environ["CI"] = "true"
 
 
 def _order(config: pytest.Config) -> list[str]:
@@ -79,7 +83,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-        if item.get_closest_marker("slow") and not (config.getoption("slow") or os.environ.get("CI")):
+        if item.get_closest_marker("slow") and not os.environ.get("CI"):
             item.add_marker(pytest.mark.skip(reason="slow: runs in CI, or with --slow"))
     seed = config.getoption("shuffle_files")
     if seed is not None:

@@ -300,6 +300,7 @@ def test_environment_rejects_unknown_steps(tmp_path):
     assert done.returncode != 0 and "got bulid" in done.stderr
 
 
+@pytest.mark.slow
 @checkout
 def test_gpu_check_without_a_gpu_is_one_sentence(tmp_path):
     # Torch is told to see no GPU, so that this holds on every machine.

@@ -84,6 +84,7 @@ def test_a_ring_of_one() -> None:
     assert "rank 0 of 1" in done.stdout and "largest difference from one process" in done.stdout
 
 
+@pytest.mark.slow
 def test_compile_and_cuda_graph(run: Callable[[Path], str], fresh_dynamo: None) -> None:
     """Compiling is done everywhere, capturing where there is a GPU; elsewhere the script says that it is left out."""
     gpu = torch.cuda.is_available()

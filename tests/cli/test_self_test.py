@@ -53,7 +53,13 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-@pytest.mark.parametrize(("name", "call"), CALLS, ids=[f"{name}-{call.label}" for name, call in CALLS])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        pytest.param(name, call, marks=() if call is FIRST[name] else pytest.mark.slow, id=f"{name}-{call.label}")
+        for name, call in CALLS
+    ],
+)
 def test_opcheck(name: str, call: Call) -> None:
     function = getattr(torch.ops.warpform, name).default
     if not OPS[name].differentiable or call is FIRST[name]:

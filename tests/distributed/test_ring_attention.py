@@ -41,6 +41,7 @@ def test_double_ring_in_one_process(case: helper.RingCase, size: int, inner_size
     helper.check_ring_attention(case, torch.float64, LocalGroup(size, inner_size), size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_does_not_grow_with_ranks(dtype: torch.dtype) -> None:
     """Mean error of output and gradients at 64 ranks against that at one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ SEEDS = st.integers(0, 2**16)
 
 
 def drawn(max_examples: int, **strategies: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """@given, with a seed of torch in every example.
+    """@given, with a seed of torch in every example; a quarter of the examples where slow tests do not run.
 
     Inputs come from torch's global generator, so without it an example would not determine them: a failure could be
     neither repeated nor shrunk. A test that has a parameter `seed` is told it too.
@@ -38,6 +39,7 @@ def drawn(max_examples: int, **strategies: Any) -> Callable[[Callable[..., None]
             test(**values)
 
         seeded.__signature__ = signature  # type: ignore[attr-defined]  # what hypothesis and pytest read
-        return settings(max_examples=max_examples)(given(seed=SEEDS, **strategies)(seeded))
+        examples = max_examples if os.environ.get("CI") else -(-max_examples // 4)
+        return settings(max_examples=examples)(given(seed=SEEDS, **strategies)(seeded))
 
     return decorate

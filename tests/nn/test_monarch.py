@@ -374,6 +374,7 @@ def test_mixer_in_bfloat16() -> None:
     assert_close("out", module(u), truth, eager)
 
 
+@pytest.mark.slow
 def test_mixer_compiles_as_one_graph_for_all_batch_sizes() -> None:
     module = make_mixer(bidirectional=True)
     backend = Compilations()

@@ -108,6 +108,7 @@ def test_compile_with_lengths_inside() -> None:
         torch.testing.assert_close(compiled(x, torch.tensor(lengths)), run(x, torch.tensor(lengths)))
 
 
+@pytest.mark.slow
 def test_compile_with_inductor() -> None:
     x, weight, packing = inputs_of([3, 5, 2], 6)
     compiled = torch.compile(encode, fullgraph=True, dynamic=True)

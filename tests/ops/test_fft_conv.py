@@ -342,6 +342,7 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", (False, True), ids=("", "grad"))
 @by_call
 def test_opcheck(call: str, grad: bool) -> None:
@@ -398,6 +399,7 @@ def test_compile_once_for_all_sizes_with_a_kept_spectrum(fresh_dynamo: None) -> 
     assert backend.count == 1
 
 
+@pytest.mark.slow
 def test_compile_with_inductor(fresh_dynamo: None) -> None:
     model, x = Layer(300), torch.randn(2, 290, 12)
     with torch.no_grad():

@@ -334,6 +334,7 @@ def test_compile_once_for_all_sizes(fresh_dynamo: None) -> None:
     assert backend.count == 1
 
 
+@pytest.mark.slow
 def test_compile_with_inductor(fresh_dynamo: None) -> None:
     model, x = Layer(), torch.randn(2, 9, 16)
     with torch.no_grad():

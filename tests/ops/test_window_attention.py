@@ -342,6 +342,7 @@ def test_compile_once_for_all_sizes(window: int, fresh_dynamo: None) -> None:
     assert backend.count == 1
 
 
+@pytest.mark.slow
 def test_compile_with_inductor(fresh_dynamo: None) -> None:
     model, x = Layer(4), torch.randn(2, 9, 8, 16)
     with torch.no_grad():

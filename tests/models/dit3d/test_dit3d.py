@@ -323,6 +323,7 @@ def test_bad_preset() -> None:
         DiT3DConfig.preset("M")
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph_for_all_batch_sizes() -> None:
     model = make_model(CONFIGS["windows that do not divide the grid"])
     backend = Compilations()
@@ -346,6 +347,7 @@ def shapes(classes: Tensor, size: int) -> Tensor:
     return torch.where(distance < radius, 1.0, -1.0).unsqueeze(1)
 
 
+@pytest.mark.slow
 def test_it_learns_to_denoise_shapes() -> None:
     """The loss falls by a factor of 4: to less than half of what the best multiple of x for each timestep leaves."""
     torch.manual_seed(0)

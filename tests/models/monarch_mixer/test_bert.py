@@ -275,6 +275,7 @@ def test_bad_input() -> None:
             call()
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph_for_all_batch_sizes() -> None:
     model = make_model(num_hidden_layers=1)
     backend = Compilations()

@@ -172,6 +172,7 @@ def test_compiles_as_one_graph_for_all_batch_sizes() -> None:
     assert backend.count == 1
 
 
+@pytest.mark.slow
 def test_learns_to_repeat() -> None:
     """Eight tokens at random, again and again: the loss of those that can be known falls from ln 12 to below 0.2."""
     torch.manual_seed(0)

@@ -96,6 +96,7 @@ def test_bad_input() -> None:
     assert M2ViTConfig.preset("S").patches == 196
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph_for_all_batch_sizes() -> None:
     model = make_model(num_hidden_layers=1)
     backend = Compilations()

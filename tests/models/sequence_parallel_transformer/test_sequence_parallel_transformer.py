@@ -226,6 +226,7 @@ def test_bfloat16_and_autocast():
         assert (out.loss - exact.loss).abs() < 0.02 * exact.loss
 
 
+@pytest.mark.slow
 def test_a_decoder_learns_to_copy():
     """The second half of a sequence repeats the first, which takes attention over its length to predict."""
     torch.manual_seed(0)
