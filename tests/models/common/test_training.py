@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import warpform
+from helpers.training import train
 from warpform import models
 
 UNKNOWN, MASK = 0, 1
@@ -91,18 +92,15 @@ def test_masked_lm_learns_more_than_how_frequent_words_are(family: str, options:
     by_frequency = -((counts + 1) / (counts + 1).sum())[asked].log().mean().item()
 
     before = held_out_loss()
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    for _ in range(steps):
+
+    def loss() -> Tensor:
         batch: list[Tensor] = []
         while sum(map(len, batch)) < batch_tokens:
             batch.append(texts[int(torch.randint(len(texts), ()))])
         ids, labels, packing = masked(batch)
-        loss = model(ids, labels=labels, packing=packing, return_logits=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        return model(ids, labels=labels, packing=packing, return_logits=False).loss
+
+    train(model, loss, steps, rate=4e-3)
     after = held_out_loss()
     # Below what the frequency of words gives, for the same tokens: only the words around them can tell more.
     assert before > by_frequency and after < by_frequency - 0.05, (before, after, by_frequency)

@@ -13,6 +13,7 @@ from torch import Tensor
 from helpers.compare import assert_close
 from helpers.compilations import Compilations
 from helpers.parity import randomise
+from helpers.training import train
 from warpform.models import DiT3DConfig, DiT3DModel
 
 SMALL = {"input_size": 16, "patch_size": 2, "in_channels": 2, "hidden_size": 24, "depth": 4, "num_heads": 3}
@@ -372,13 +373,7 @@ def test_it_learns_to_denoise_shapes() -> None:
     by_factor = (angle.sin() * x - noise).square().mean().item()
     with torch.inference_mode():
         before = loss(*held_out).item()
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss(*noisy(batch)).backward()
-        optimizer.step()
-        schedule.step()
+    train(model, lambda: loss(*noisy(batch)), steps, rate=5e-3, weight_decay=0.0)
     model.eval()
     with torch.inference_mode():
         after = loss(*held_out).item()

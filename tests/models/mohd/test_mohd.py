@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.compare import assert_close
+from helpers.training import train
 from warpform import Packing, ops
 from warpform.models import MoHDConfig, MoHDForCausalLM
 from warpform.nn import HiddenRouter
@@ -319,11 +320,11 @@ def test_balance_loss_is_one_where_loads_are_even_and_more_where_not() -> None:
 def test_it_learns_text_and_spreads_its_load() -> None:
     """Bytes of CPython's help topics: below what the frequency of bytes alone gives, with every group in use."""
     text = torch.tensor(list("\n".join(topics[name] for name in sorted(topics)).encode()))
-    train, held_out = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+    known, held_out = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
     sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "balance_loss_weight": 0.02}
     torch.manual_seed(0)
     model = MoHDForCausalLM(MoHDConfig(**{**TINY, **sizes, "scale_mode": "groups"}))
-    counts = train.bincount(minlength=256).float() + 1
+    counts = known.bincount(minlength=256).float() + 1
     by_frequency = -(counts / counts.sum())[held_out].log().mean().item()
     evaluation = held_out[: 64 * 60].view(-1, 64)
 
@@ -333,17 +334,13 @@ def test_it_learns_text_and_spreads_its_load() -> None:
             return float(out.loss - model.config.balance_loss_weight * out.balance_loss), float(out.balance_loss)
 
     before, _ = held_out_loss()
-    steps = 150
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps)
-    for _ in range(steps):
-        begin = torch.randint(len(train) - 64, (16, 1))
-        ids = train[begin + torch.arange(64)]
-        loss = model(ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+
+    def loss() -> Tensor:
+        begin = torch.randint(len(known) - 64, (16, 1))
+        ids = known[begin + torch.arange(64)]
+        return model(ids, labels=ids).loss
+
+    train(model, loss, steps=150, rate=6e-3)
     after, balance = held_out_loss()
     assert before > by_frequency and after < by_frequency - 0.6, (before, after, by_frequency)
     assert balance < 1.3, balance

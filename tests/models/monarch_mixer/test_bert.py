@@ -17,6 +17,7 @@ from helpers import plain_m2 as plain
 from helpers.compare import assert_close
 from helpers.compilations import Compilations
 from helpers.parity import check_losses, randomise
+from helpers.training import train
 from warpform import models
 from warpform.models import (
     M2BertConfig,
@@ -511,7 +512,7 @@ def test_masked_lm_learns_more_than_how_frequent_words_are() -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     torch.manual_seed(0)
-    seqlen, steps, batch = 64, 400, 16
+    seqlen, batch = 64, 16
     paragraphs = [p for _, topic in sorted(topics.items()) for p in topic.split("\n\n") if len(p.split()) >= 8]
     tokens = tokenizer(paragraphs, truncation=True, max_length=seqlen, padding="max_length", return_tensors="pt")
     # Of the tokenizer's 30,522 tokens those that are there; 0 is padding, and the last one the mask.
@@ -545,14 +546,11 @@ def test_masked_lm_learns_more_than_how_frequent_words_are() -> None:
     asked = evaluation[1][evaluation[1] >= 0]
     by_frequency = -((counts + 1) / (counts + 1).sum())[asked].log().mean().item()
     before = held_out_loss()
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in range(steps):
+
+    def loss() -> Tensor:
         ids, labels = masked(texts[torch.randint(len(texts), (batch,))])
-        loss = model(ids, labels=labels, return_logits=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        return model(ids, labels=labels, return_logits=False).loss
+
+    train(model, loss, steps=400, rate=2e-3)
     after = held_out_loss()
     assert before > 7.8 and after < min(5.4, by_frequency - 0.3), (before, after, by_frequency)

@@ -13,6 +13,7 @@ from helpers import plain_m2 as plain
 from helpers.compare import assert_close
 from helpers.compilations import Compilations
 from helpers.parity import randomise
+from helpers.training import train
 from warpform.models import M2GPTConfig, M2GPTForCausalLM
 
 TINY = {
@@ -179,7 +180,7 @@ def test_learns_to_repeat() -> None:
     config = M2GPTConfig(
         vocab_size=12, hidden_size=32, num_hidden_layers=2, max_position_embeddings=24, filter_order=16
     )
-    model, steps = M2GPTForCausalLM(config).train(), 150
+    model = M2GPTForCausalLM(config).train()
 
     def sequences(count: int) -> tuple[Tensor, Tensor]:
         ids = torch.randint(12, (count, 8)).repeat(1, 3)
@@ -188,14 +189,7 @@ def test_learns_to_repeat() -> None:
     held_out = sequences(64)
     with torch.inference_mode():
         before = model(*held_out).loss.item()
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
-    for _ in range(steps):
-        loss = model(*sequences(32)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    train(model, lambda: model(*sequences(32)).loss, steps=150, rate=1e-2)
     model.eval()
     with torch.inference_mode():
         after = model(*held_out).loss.item()

@@ -13,6 +13,7 @@ from helpers import plain_m2 as plain
 from helpers.compare import assert_close
 from helpers.compilations import Compilations
 from helpers.parity import randomise
+from helpers.training import accuracy_on_digits
 from warpform.models import M2ViTConfig, M2ViTForImageClassification
 
 TINY = {
@@ -110,30 +111,10 @@ def test_compiles_as_one_graph_for_all_batch_sizes() -> None:
 
 @pytest.mark.slow
 def test_learns_digits() -> None:
-    """scikit-learn's 1,797 images of 8 x 8 pixels, of which every fifth is held out."""
-    datasets = pytest.importorskip("sklearn.datasets")
     torch.manual_seed(0)
-    digits = datasets.load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    labels = torch.tensor(digits.target)
-    held_out = torch.arange(len(images)) % 5 == 0
     config = M2ViTConfig(
         image_size=8, patch_size=2, num_channels=1, hidden_size=32, num_hidden_layers=2, intermediate_size=64,
         filter_order=16, num_labels=10,
     )  # fmt: skip
-    model = M2ViTForImageClassification(config).train()
-    train_images, train_labels = images[~held_out], labels[~held_out]
-    steps, batch = 150, 64
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
-    for _ in range(steps):
-        chosen = torch.randint(len(train_images), (batch,))
-        loss = model(train_images[chosen], train_labels[chosen]).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    model.eval()
-    with torch.inference_mode():
-        accuracy = (model(images[held_out]).logits.argmax(1) == labels[held_out]).float().mean().item()
+    accuracy = accuracy_on_digits(M2ViTForImageClassification(config), steps=150, rate=5e-3)
     assert accuracy >= 0.95, accuracy
