@@ -263,7 +263,7 @@ class SequenceParallel:
             count: how many there were, a scalar without gradient.
 
         Returns:
-            A scalar, the same on all ranks. NaN if there was nothing to count.
+            A scalar, the same on all ranks; 0 if there was nothing to count.
         """
         return _Mean.apply(total, count, self)
 
@@ -303,8 +303,9 @@ class _Mean(torch.autograd.Function):
         both = torch.stack([total.detach().double(), count.detach().double()])  # whose integers are exact to 2^53
         for group in filter(None, (plan.group, plan.data_group)):
             dist.all_reduce(both, group=group)
-        ctx.save_for_backward(both[1])
-        return (both[0] / both[1]).to(total.dtype)
+        summed, counted = both[0], torch.where(both[1] == 0, 1, both[1])
+        ctx.save_for_backward(counted)
+        return (summed / counted).to(total.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from ...nn._checkpoint import CheckpointedLayers
 from ...nn.rotary import rotary_tables
 from ...packing import Packing
+from ..common.losses import next_token_loss
 from ..common.outputs import Output
 from ..common.pretrained import PretrainedModel
 from .config import MoHDConfig
 from .layers import KeyValueCache, MoHDLayer, RoutedBlock, Step
 
-IGNORED = -100
-
 
 @dataclasses.dataclass
 class MoHDOutput(Output):
     """Attributes:
-    loss: a scalar, where labels were given: the mean cross-entropy of the next token, plus the weighted balance loss.
+    loss: a scalar, where labels were given: the mean cross-entropy of the next token (0 where no label counts), in
+        float32 at least, plus the weighted balance loss.
     logits: [B, S, vocab], 0 at padded tokens, or [total, vocab] where packed ids were given.
     balance_loss: the mean over routers, a scalar; None for a dense model.
     """
@@ -128,7 +128,7 @@ class MoHDForCausalLM(PretrainedModel, CheckpointedLayers):
         balance = torch.stack(losses).mean() if losses else None
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits, _next_tokens(labels, packing), ignore_index=IGNORED)
+            loss = next_token_loss(logits, labels, offsets)
             if balance is not None:
                 loss = loss + self.config.balance_loss_weight * balance
         return MoHDOutput(loss, packing.unpack(logits) if padded else logits, balance)
@@ -237,11 +237,3 @@ def _ranks(packing: Packing) -> Tensor:
     rows = torch.arange(packing.total, device=packing.cu_seqlens.device)
     sequence = torch.searchsorted(packing.cu_seqlens[1:].contiguous(), rows.int(), right=True)
     return rows - packing.cu_seqlens[sequence.clamp(max=packing.batch_size - 1)]
-
-
-def _next_tokens(labels: Tensor, packing: Packing) -> Tensor:
-    """labels [total] one place earlier, and none for the last token of each sequence."""
-    following = F.pad(labels[1:], (0, 1), value=IGNORED)
-    rows = torch.arange(packing.total, device=labels.device)
-    last = torch.isin(rows + 1, packing.cu_seqlens[1:])
-    return following.masked_fill(last, IGNORED)

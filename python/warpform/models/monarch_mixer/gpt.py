@@ -13,7 +13,7 @@ from ...nn import AddBiasResidualLayerNorm, CausalMonarchMixer, MixerState, Mona
 from ...nn._checkpoint import CheckpointedLayers
 from ...nn._product import decoder_table
 from ..common.checks import check_shape
-from ..common.losses import token_loss
+from ..common.losses import next_token_loss
 from ..common.outputs import HeadOutput
 from ..common.pretrained import PretrainedModel
 from .config import M2GPTConfig
@@ -99,8 +99,8 @@ class M2GPTForCausalLM(PretrainedModel, CheckpointedLayers):
                 where the loss does not look.
 
         Returns:
-            HeadOutput: loss, the mean cross-entropy over labelled tokens, in float32 at least; logits [batch, seqlen,
-            vocab].
+            HeadOutput: loss, the mean cross-entropy over labelled tokens (0 where there is none), in float32 at least;
+            logits [batch, seqlen, vocab].
 
         Raises:
             ValueError: input_ids that are not [batch, seqlen] or too long, labels of another shape.
@@ -112,9 +112,7 @@ class M2GPTForCausalLM(PretrainedModel, CheckpointedLayers):
         for layer in self.layers:
             x = self.run_layer(layer, x)
         logits = self._decode(x)
-        loss = None
-        if labels is not None:
-            loss = token_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss = None if labels is None else next_token_loss(logits, labels)
         return HeadOutput(loss, logits)
 
     @torch.inference_mode()

@@ -13,18 +13,16 @@ import dataclasses
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
 from ...distributed.sequence_parallel import SequenceParallel, SequenceParallelAttention
 from ...nn import FeedForward
 from ...nn._product import is_plain
+from ..common.losses import mean_loss, token_loss_sum
 from ..common.outputs import Output
 from ..common.pretrained import PretrainedModel
 from .config import SequenceParallelTransformerConfig
-
-IGNORED = -100  # the label that counts for nothing, as in torch's cross-entropy
 
 
 @dataclasses.dataclass
@@ -32,7 +30,8 @@ class SequenceParallelOutput(Output):
     """Of the rows of this rank.
 
     Attributes:
-        loss: the mean over all labels of all ranks that are not -100, the same on every rank; None without labels.
+        loss: the mean over all labels of all ranks that are not -100 (0 where there is none), the same on every rank;
+            None without labels.
         logits: [B, L/N, vocab].
         last_hidden_state: [B, L/N, hidden], after the last normalisation.
     """
@@ -171,15 +170,12 @@ class SequenceParallelTransformer(PretrainedModel):
         return SequenceParallelOutput(loss, logits, hidden)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean of the cross-entropy over all labels that are not -100, those of other ranks included.
+        """The mean cross-entropy over all labels but -100, those of other ranks included; 0 where there is none.
 
         Ranks differ in how many labels they have, so a mean of the means of ranks would be another loss.
         """
-        wide = logits.flatten(0, 1)
-        wide = wide.float() if wide.dtype in (torch.float16, torch.bfloat16) else wide
-        total = F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        count = (labels != IGNORED).sum()
-        return total / count if self.plan is None else self.plan.mean(total, count)
+        total, count = token_loss_sum(logits.flatten(0, 1), labels.flatten())
+        return mean_loss(total, count) if self.plan is None else self.plan.mean(total, count)
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -187,8 +183,3 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dt
     half = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float64)
     angles = positions.to(torch.float64)[:, None] * theta ** (-2 * half / head_dim)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def next_tokens(input_ids: Tensor) -> Tensor:
-    """What a decoder is to predict: [B, L] of whole sequences, each place its next token and the last -100."""
-    return F.pad(input_ids[:, 1:], (0, 1), value=IGNORED)
