@@ -19,6 +19,7 @@ from ... import ops
 from ...distributed.sequence_parallel import SequenceParallel, SequenceParallelAttention
 from ...nn import FeedForward
 from ...nn._product import is_plain
+from ...nn.rotary import rotary_tables
 from ..common.losses import mean_loss, token_loss_sum
 from ..common.outputs import Output
 from ..common.pretrained import PretrainedModel
@@ -159,7 +160,7 @@ class SequenceParallelTransformer(PretrainedModel):
         if self.positions is not None:
             added = added + self.positions(position_ids)
         else:
-            rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, added.dtype)
+            rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, added.dtype)
         bias: Tensor | None = None
         stream: Tensor | None = None
         for layer in self.layers:
@@ -176,10 +177,3 @@ class SequenceParallelTransformer(PretrainedModel):
         """
         total, count = token_loss_sum(logits.flatten(0, 1), labels.flatten())
         return mean_loss(total, count) if self.plan is None else self.plan.mean(total, count)
-
-
-def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [L/N, head_dim / 2] of rotary embedding (arXiv 2104.09864, equation 15), rounded once."""
-    half = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float64)
-    angles = positions.to(torch.float64)[:, None] * theta ** (-2 * half / head_dim)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
