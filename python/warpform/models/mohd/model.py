@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...nn._checkpoint import CheckpointedLayers
 from ...nn.rotary import rotary_tables
 from ...packing import Packing
+from ..common.generation import check_sampling, continue_texts
 from ..common.losses import next_token_loss
 from ..common.outputs import Output
 from ..common.pretrained import PretrainedModel
@@ -151,6 +152,7 @@ class MoHDForCausalLM(PretrainedModel, CheckpointedLayers):
         max_new_tokens: int,
         *,
         temperature: float = 0.0,
+        top_k: int | None = None,
         eos_token_id: int | None = None,
         generator: torch.Generator | None = None,
     ) -> list[Tensor]:
@@ -159,7 +161,8 @@ class MoHDForCausalLM(PretrainedModel, CheckpointedLayers):
         Args:
             prompts: B int64 tensors, each of at least one token; or one tensor, [B, length] or for one prompt [length].
             max_new_tokens: at most so many are added to each.
-            temperature: 0 takes the most probable token, above it one is drawn.
+            temperature: 0 takes the likeliest token; above, logits are divided by it and a token is drawn.
+            top_k: draws from this many likeliest tokens only.
             eos_token_id: ends a sequence, and is its last token.
             generator: of the draws.
 
@@ -167,8 +170,10 @@ class MoHDForCausalLM(PretrainedModel, CheckpointedLayers):
             B int64 tensors: prompts and what follows.
 
         Raises:
-            ValueError: no prompts, an empty one, or one that would come to more than max_position_embeddings tokens.
+            ValueError: no prompts, an empty one, or one that would come to more than max_position_embeddings tokens; a
+                max_new_tokens or temperature below 0, a top_k below 1.
         """
+        check_sampling(f"{type(self).__name__}.generate", max_new_tokens, temperature, top_k)
         if isinstance(prompts, Tensor):
             prompts = [prompts] if prompts.dim() == 1 else list(prompts)
         if not prompts or min(map(len, prompts)) == 0:
@@ -181,26 +186,17 @@ class MoHDForCausalLM(PretrainedModel, CheckpointedLayers):
             )
         device = self.device
         cache = KeyValueCache(self.config, len(prompts), longest, device, self.dtype)
-        texts = [prompt.to(device) for prompt in prompts]
-        active, new = list(range(len(prompts))), list(texts)
-        for _ in range(max_new_tokens):
-            logits = self._decode(new, active, cache)
-            if temperature > 0:
-                chosen = torch.multinomial((logits.float() / temperature).softmax(1), 1, generator=generator)
-            else:
-                chosen = logits.argmax(1, keepdim=True)
-            for b, token in zip(active, chosen, strict=True):
-                texts[b] = torch.cat((texts[b], token))
-            if eos_token_id is not None:
-                ended = (chosen.squeeze(1) == eos_token_id).tolist()
-                chosen = chosen[[i for i, end in enumerate(ended) if not end]]
-                active = [b for b, end in zip(active, ended, strict=True) if not end]
-                if not active:
-                    break
-            new = list(chosen)
-        return texts
+        return continue_texts(
+            lambda new, rows: self._decode(new, rows, cache),
+            [prompt.to(device) for prompt in prompts],
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            eos_token_id=eos_token_id,
+            generator=generator,
+        )
 
-    def _decode(self, new: list[Tensor], active: list[int], cache: KeyValueCache) -> Tensor:
+    def _decode(self, new: Sequence[Tensor], active: Sequence[int], cache: KeyValueCache) -> Tensor:
         """The logits after the last of the new tokens of each active sequence, [len(active), vocab]."""
         device, capacity = cache.buffer.device, cache.buffer.size(3)
         before = [cache.lengths[b] for b in active]
@@ -224,7 +220,7 @@ class MoHDForCausalLM(PretrainedModel, CheckpointedLayers):
             (positions + base).to(device),
             kept,
         )
-        hidden, _ = self._run(torch.cat(new), step)
+        hidden, _ = self._run(torch.cat(list(new)), step)
         return self.head(hidden[step.cu_seqlens_q[1:] - 1])
 
 
