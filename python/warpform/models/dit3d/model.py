@@ -11,27 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ...nn import BiasActivation
+from ...nn import BiasActivation, PatchEmbedding
 from ...nn._checkpoint import CheckpointedLayers
-from ...nn._product import dtype_of, is_plain, patches, product
+from ...nn._product import dtype_of, is_plain, product
 from ..common.pretrained import PretrainedModel
 from .config import Axes, DiT3DConfig
 
 FREQUENCIES = 256  # channels of the timestep's sinusoids
 EPS = 1e-6
-
-
-class PatchEmbed(nn.Module):
-    """Voxels [B, C, X, Y, Z] to tokens [B, X / p, Y / p, Z / p, hidden]."""
-
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        # Holds the weights under their usual name. Its windows do not overlap, so it is one product.
-        self.proj = nn.Conv3d(in_channels, hidden_size, patch_size, patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return patches(x, self.proj, nn.Conv3d)
 
 
 class TimestepEmbedder(nn.Module):
@@ -201,7 +188,7 @@ class DiT3DModel(PretrainedModel, CheckpointedLayers):
         super().__init__()
         self.config = config
         hidden = config.hidden_size
-        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, hidden)
+        self.x_embedder = PatchEmbedding(config.in_channels, hidden, (config.patch_size,) * 3, name="proj")
         self.t_embedder = TimestepEmbedder(hidden)
         self.y_embedder = LabelEmbedder(config.num_classes, hidden, config.class_dropout_prob)
         # Constant, yet in the state dict, for published checkpoints hold it.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...nn import AddBiasResidualLayerNorm, MonarchMixerMLP, MonarchMixerSequenceMixer
 from ...nn._checkpoint import CheckpointedLayers
-from ...nn._product import patches
+from ...nn.patch_embedding import embed_patches
 from ..common.losses import classification_loss
 from ..common.outputs import ImageClassifierOutput
 from ..common.pretrained import PretrainedModel
@@ -59,7 +59,6 @@ class M2ViTForImageClassification(PretrainedModel, CheckpointedLayers):
         super().__init__()
         self.config = config
         size = config.patch_size
-        # Holds the weights under their usual name and shape. Patches do not overlap, so it is one product.
         self.projection = nn.Conv2d(config.num_channels, config.hidden_size, size, size)
         self.position_embeddings = nn.Parameter(torch.empty(1, config.patches, config.hidden_size))
         self.layers = nn.ModuleList([M2ViTBlock(config) for _ in range(config.num_hidden_layers)])
@@ -95,7 +94,7 @@ class M2ViTForImageClassification(PretrainedModel, CheckpointedLayers):
                 f"{name}: pixel_values must be of shape [batch, {', '.join(map(str, expected))}], "
                 f"got {list(pixel_values.shape)}"
             )
-        x = patches(pixel_values, self.projection, nn.Conv2d).flatten(1, 2) + self.position_embeddings
+        x = embed_patches(pixel_values, self.projection).flatten(1, 2) + self.position_embeddings
         for layer in self.layers:
             x = self.run_layer(layer, x)
         logits = self.classifier(self.norm(x, None, None).mean(1))
