@@ -6,6 +6,8 @@ the names of the published code, so that `load_state_dict` reads its checkpoints
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from ... import ops
 from ...nn import BiasActivation, PatchEmbedding
 from ...nn._checkpoint import CheckpointedLayers
 from ...nn._product import dtype_of, is_plain, product
+from ..common.init import init_normal
 from ..common.pretrained import PretrainedModel
 from .config import Axes, DiT3DConfig
 
@@ -206,10 +209,8 @@ class DiT3DModel(PretrainedModel, CheckpointedLayers):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for module in self.t_embedder.mlp:
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+        for embedder in (self.y_embedder, self.t_embedder):
+            embedder.apply(partial(init_normal, std=0.02))
         nn.init.zeros_(self.final_layer.linear.weight)
         for module in self.modules():
             if isinstance(module, AdaLN):

@@ -54,13 +54,9 @@ class MoHDForCausalLM(PretrainedModel, CheckpointedLayers):
         self.layers = nn.ModuleList(MoHDLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.apply(self._init_weights)
+        self.apply(self.init_weights)
         if config.tie_word_embeddings:
             self.head.weight = self.tokens.weight
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
 
     def activated_parameters(self) -> int:
         """Parameters that one token's way through the layers multiplies: of routed weights the share in use.

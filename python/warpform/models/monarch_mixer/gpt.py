@@ -82,13 +82,6 @@ class M2GPTForCausalLM(PretrainedModel, CheckpointedLayers):
         self.norm = AddBiasResidualLayerNorm(config.hidden_size, config.layer_norm_eps)
         self.apply(self.init_weights)
 
-    def init_weights(self, module: nn.Module) -> None:
-        """For `apply`: normal weights of standard deviation initializer_range, biases 0."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
     def get_input_embeddings(self) -> nn.Embedding:
         """The token table, for callers that know transformers models."""
         return self.tokens

@@ -54,6 +54,7 @@ class M2ViTForImageClassification(PretrainedModel, CheckpointedLayers):
     """
 
     config_class = M2ViTConfig
+    drawn_convolutions = (nn.Conv2d,)
 
     def __init__(self, config: M2ViTConfig) -> None:
         super().__init__()
@@ -66,13 +67,6 @@ class M2ViTForImageClassification(PretrainedModel, CheckpointedLayers):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         nn.init.normal_(self.position_embeddings, std=config.initializer_range)
         self.apply(self.init_weights)
-
-    def init_weights(self, module: nn.Module) -> None:
-        """For `apply`: normal weights of standard deviation initializer_range, biases 0."""
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         """Classifies images.

@@ -94,6 +94,7 @@ class SequenceParallelTransformer(PretrainedModel):
     """
 
     config_class = SequenceParallelTransformerConfig
+    reset = PretrainedModel.init_weights
 
     def __init__(self, config: SequenceParallelTransformerConfig) -> None:
         super().__init__()
@@ -108,16 +109,9 @@ class SequenceParallelTransformer(PretrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.plan: SequenceParallel | None = None  # set by SequenceParallel.apply
-        self.apply(self.reset)
+        self.apply(self.init_weights)  # projections of Linformer have a scale of their own
         if config.tie_word_embeddings:
             self.head.weight = self.tokens.weight
-
-    def reset(self, module: nn.Module) -> None:
-        """Normal weights, no biases, as in BERT. Projections of Linformer have a scale of their own."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
 
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None

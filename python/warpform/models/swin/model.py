@@ -104,13 +104,6 @@ class SwinModel(SwinBase, CheckpointedLayers):
     def attention_options(self, stage: int) -> dict[str, Any]:
         return {}
 
-    def init_weights(self, module: nn.Module) -> None:
-        """For `apply`: normal weights of standard deviation initializer_range, biases 0."""
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
     @classmethod
     def build(cls, config: SwinConfig, *, with_optional: bool = True) -> SwinModel:
         return cls(config, add_pooling_layer=with_optional)
