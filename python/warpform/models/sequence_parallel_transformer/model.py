@@ -10,15 +10,13 @@ train over many.
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ... import ops
 from ...distributed.sequence_parallel import SequenceParallel, SequenceParallelAttention
 from ...nn import FeedForward
-from ...nn._product import is_plain
+from ...nn.norm import norm_of_sum
 from ...nn.rotary import rotary_tables
 from ..common.losses import mean_loss, token_loss_sum
 from ..common.outputs import Output
@@ -72,18 +70,6 @@ class SequenceParallelLayer(nn.Module):
         normed, stream = norm_of_sum(self.feed_forward_norm, added, bias, stream)
         added, bias = self.feed_forward(normed.flatten(0, 1))
         return added.view_as(stream), bias, stream
-
-
-def norm_of_sum(norm: nn.LayerNorm, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(LayerNorm(x + bias + residual), x + bias + residual)."""
-    if bias is None and residual is None:
-        return norm(x), x
-    if not is_plain(norm, nn.LayerNorm):
-        for term in (bias, residual):
-            x = x if term is None else x + term
-        return norm(x), x
-    out = ops.add_bias_residual_layer_norm(x, bias, residual, norm.weight, norm.bias, norm.eps, return_sum=True)
-    return cast("tuple[Tensor, Tensor]", out)
 
 
 class SequenceParallelTransformer(PretrainedModel):
