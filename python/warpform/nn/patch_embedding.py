@@ -52,10 +52,6 @@ class PatchEmbedding(nn.Module):
         Raises:
             ValueError: another number of axes or of channels; without `pad` sizes that patches do not divide.
         """
-        return self.embed(x)
-
-    def embed(self, x: Tensor) -> Tensor:
-        """`forward`, for modules that derive from this one and do more."""
         sides = self.patch_size
         if x.dim() != len(sides) + 2 or x.shape[1] != self.in_channels:
             raise ValueError(
@@ -69,7 +65,8 @@ class PatchEmbedding(nn.Module):
                 )
             missing = [-size % side for size, side in zip(x.shape[2:], sides, strict=True)]
             x = F.pad(x, [n for amount in reversed(missing) for n in (0, amount)])
-        return embed_patches(x, self.get_submodule(self.name))
+        projection: nn.Module = getattr(self, self.name)
+        return embed_patches(x, projection)
 
     def extra_repr(self) -> str:
         return f"patch_size={self.patch_size}, pad={self.pad}"

@@ -32,7 +32,7 @@ class SwinEmbeddings(PatchEmbedding):
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """pixel_values: [batch, channels, height, width]; returns [batch, rows, columns, embed_dim]."""
-        tokens = self.norm(self.embed(pixel_values), None, None)
+        tokens = self.norm(super().forward(pixel_values), None, None)
         if self.position_embeddings is not None:
             grid = (tokens.shape[1], tokens.shape[2])
             if grid != self.patch_grid and not interpolate_pos_encoding:
