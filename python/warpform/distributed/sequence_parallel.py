@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.rotary import apply_rotary
 from ..ops import _check
 from .layouts import check_layout, shard_positions, shard_sequence, unshard_sequence
 from .linformer import linformer_attention
@@ -77,14 +78,15 @@ class SequenceParallelAttention(nn.Module):
                 self.register_parameter(name, parameter)
 
     def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
-        """hidden: [B, L/N, hidden]; rotary: cosines and sines [L/N, D / 2] of these rows, or None.
+        """hidden: [B, L/N, hidden]; rotary: cosines and sines [L/N, D / 2] of these rows as `nn.rotary` makes
+        them, or None.
 
         Returns the output [B, L/N, hidden], and None: no bias is left to add.
         """
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q, k, v = self.qkv(hidden).unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)  # [B, L/N, heads, D]
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         return self.out(self.attend(q, k, v).flatten(2)), None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -109,13 +111,6 @@ class SequenceParallelAttention(nn.Module):
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
             f"causal={self.causal}, attention={self.attention}"
         )
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864, equation 34), of the two halves of a head. x: [B, L/N, H, D]."""
-    cos, sin = cos[:, None], sin[:, None]
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 class SequenceParallel:
@@ -263,7 +258,7 @@ class SequenceParallel:
             count: how many there were, a scalar without gradient.
 
         Returns:
-            A scalar, the same on all ranks. NaN if there was nothing to count.
+            A scalar, the same on all ranks; 0 if there was nothing to count.
         """
         return _Mean.apply(total, count, self)
 
@@ -303,8 +298,9 @@ class _Mean(torch.autograd.Function):
         both = torch.stack([total.detach().double(), count.detach().double()])  # whose integers are exact to 2^53
         for group in filter(None, (plan.group, plan.data_group)):
             dist.all_reduce(both, group=group)
-        ctx.save_for_backward(both[1])
-        return (both[0] / both[1]).to(total.dtype)
+        summed, counted = both[0], torch.where(both[1] == 0, 1, both[1])
+        ctx.save_for_backward(counted)
+        return (summed / counted).to(total.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

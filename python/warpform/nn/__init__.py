@@ -13,6 +13,7 @@ from .long_convolution import ImplicitFilter, MonarchMixerSequenceMixer
 from .masked_lm import MaskedLMHead
 from .monarch import BlockdiagLinear, MonarchLinear, MonarchMixerMLP
 from .norm import AddBiasResidualLayerNorm
+from .patch_embedding import PatchEmbedding
 from .pooling import FirstTokenPooler, first_tokens, last_tokens, max_pool, mean_pool
 from .window import CosineWindowAttention, DropPath, PatchMerging, SwinBlock, SwinV2Block, WindowAttention
 
@@ -42,6 +43,7 @@ __all__ = [
     "MonarchLinear",
     "MonarchMixerMLP",
     "MonarchMixerSequenceMixer",
+    "PatchEmbedding",
     "PatchMerging",
     "SelfAttention",
     "SwinBlock",

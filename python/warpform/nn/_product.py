@@ -49,25 +49,6 @@ def product_with_bias(x: Tensor, linear: nn.Module, bias: Tensor | None) -> Tens
     return out if bias is None else out + bias.to(out.dtype)
 
 
-def patches(x: Tensor, projection: nn.Module, kind: type[nn.Module]) -> Tensor:
-    """projection(x), channels last, for a convolution whose patches do not overlap: one product over their rows.
-
-    x: [batch, channels, *sizes], each size a multiple of the patch's; returns [batch, *grid, out_channels].
-    """
-    if not is_plain(projection, kind):
-        out: Tensor = projection(x)
-        return out.movedim(1, -1)
-    weight: Tensor = projection.weight  # type: ignore[assignment]
-    bias: Tensor | None = projection.bias  # type: ignore[assignment]
-    axes = weight.dim() - 2
-    for axis in range(axes + 1, 1, -1):
-        x = x.unflatten(axis, (-1, weight.shape[axis]))
-    # [batch, channels, rows, p, columns, q] -> [batch, rows, columns, channels, p, q]
-    grid, inside = range(2, 2 * axes + 2, 2), range(3, 2 * axes + 2, 2)
-    rows = x.permute(0, *grid, 1, *inside).flatten(axes + 1)
-    return F.linear(rows, weight.flatten(1), bias)
-
-
 def row(embedding: nn.Module, index: int, device: torch.device) -> Tensor:
     """Row `index` of an embedding, [width]."""
     if is_plain(embedding, nn.Embedding):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ._product import is_plain
 
 
 class AddBiasResidualLayerNorm(nn.Module):
@@ -39,3 +42,25 @@ class AddBiasResidualLayerNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, dropout={self.dropout}"
+
+
+def norm_of_sum(norm: nn.Module, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a block that normalises first needs: the normalised sum, and the sum, which the next block adds to.
+
+    Args:
+        norm: `nn.LayerNorm`, which is fused with the sum, or a module that takes its place and is called on the sum.
+        x, residual: [..., N].
+        bias: [N].
+
+    Returns:
+        norm(x + bias + residual) and x + bias + residual, each [..., N]; None adds nothing.
+    """
+    if bias is None and residual is None:
+        return norm(x), x
+    if not is_plain(norm, nn.LayerNorm):
+        for term in (bias, residual):
+            x = x if term is None else x + term
+        return norm(x), x
+    plain = cast("nn.LayerNorm", norm)
+    out = ops.add_bias_residual_layer_norm(x, bias, residual, plain.weight, plain.bias, plain.eps, return_sum=True)
+    return cast("tuple[Tensor, Tensor]", out)

@@ -6,31 +6,35 @@ import torch
 from torch import Tensor
 
 
-def rotary_tables(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    positions: Tensor, head_dim: int, theta: float = 10_000.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of position * theta ** (-2 i / head_dim), with angles in float64: far positions keep their place.
 
     Args:
         positions: integer [...].
         head_dim: of the heads that will be rotated, even.
         theta: the base of the frequencies.
+        dtype: of the heads that will be rotated; tables are in float32 at least.
 
     Returns:
-        cos and sin, float32 [..., head_dim / 2].
+        cos and sin [..., head_dim / 2], in float32, or in float64 where dtype is.
     """
+    wide = torch.promote_types(dtype, torch.float32)
     steps = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
     angles = positions.unsqueeze(-1) * theta ** (-steps / head_dim)
-    return angles.cos().float(), angles.sin().float()
+    return angles.cos().to(wide), angles.sin().to(wide)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (x_i, x_{i + D / 2}) of each head, as LLaMA of transformers lays them out.
 
     Args:
-        x: [T, H, D].
-        cos, sin: [T, D / 2] as `rotary_tables` makes them.
+        x: packed [T, H, D], or sequences [B, L, H, D].
+        cos, sin: as `rotary_tables` makes them: [T, D / 2], or [L, D / 2] for all sequences alike, or [B, L, D / 2].
 
     Returns:
-        [T, H, D] like x, computed in float32 (float64 for float64).
+        Like x, computed in float32 (float64 for float64).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     first, second = x.to(wide).chunk(2, -1)

@@ -70,8 +70,20 @@ def run(model: nn.Module) -> list[Tensor]:
     return [value for value in out.values() if isinstance(value, Tensor)]
 
 
+def options(model: nn.Module) -> dict[str, Any]:
+    """The class of every module, and what it keeps in public attributes that are plain values, by its name."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return {
+        name: (type(module), {k: v for k, v in vars(module).items() if k[0] != "_" and isinstance(v, plain)})
+        for name, module in model.named_modules()
+    }
+
+
 def assert_same(one: nn.Module, other: nn.Module) -> None:
     assert type(one) is type(other) and one.config == other.config and not other.training
+    assert options(one) == options(other)
+    own, read = one.state_dict(), other.state_dict()
+    assert own.keys() == read.keys() and all(torch.equal(own[name], read[name]) for name in own)
     first, second = run(one), run(other)
     assert first and len(first) == len(second) and all(map(torch.equal, first, second))
 
@@ -87,8 +99,31 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
     if not head:
         assert_same(model, found)
         return
-    own, read = model.base.state_dict(), found.state_dict()  # type: ignore[union-attr,operator]
+    base: Any = model.base
+    own, read = base.state_dict(), found.state_dict()
     assert all(torch.equal(own[weight], read[weight]) for weight in own)
+    assert torch.equal(run(base)[0], run(found)[0])
+
+
+@pytest.mark.parametrize("normalize", [None, True, False])
+@pytest.mark.parametrize("pooling", [None, "pooler", "cls", "mean"])
+def test_a_sentence_embedding_keeps_its_pooling(pooling: str | None, normalize: bool | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = models.M2BertModel(models.M2BertConfig(**TINY["M2Bert"])).eval()
+    kind = models.M2BertForSentenceEmbedding
+    for head in (
+        kind(base.config, base, pooling=pooling, normalize=normalize),
+        kind(base.config, pooling=pooling, normalize=normalize).eval(),
+    ):
+        head.save_pretrained(tmp_path)
+        loaded = kind.from_pretrained(tmp_path)
+        assert_same(head, loaded)
+        assert loaded.pooling == (pooling or "pooler") and loaded.normalize == bool(normalize)
+        # The head is put on its own model again, and its options can be changed as it is loaded.
+        again = kind(head.config, head.bert)
+        assert (again.pooling, again.normalize) == (loaded.pooling, loaded.normalize)
+        assert kind.from_pretrained(tmp_path, use_normalized_embeddings=True).normalize
+    assert base.config == models.M2BertConfig(**TINY["M2Bert"])
 
 
 def test_the_tables_say_what_the_families_have() -> None:

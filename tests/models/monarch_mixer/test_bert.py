@@ -239,6 +239,8 @@ def test_embeddings_of_texts() -> None:
         model.encode(["a", 3], tokenizer)
     with pytest.raises(ValueError, match="pooling must be pooler or mean, got 'max'"):
         models.M2BertForSentenceEmbedding(config, pooling="max")
+    with pytest.raises(ValueError, match="sentence_pooling must be None or one of pooler, cls, mean, got 'max'"):
+        M2BertConfig(**TINY, sentence_pooling="max")
 
 
 def test_heads_share_the_parameters_of_a_base() -> None:

@@ -45,6 +45,8 @@ class EncoderModel(ConvertibleModel):
     Its config has hidden_size, max_position_embeddings, initializer_range, output_hidden_states and return_dict.
     """
 
+    drawn_convolutions = (nn.Conv1d,)
+
     embeddings: Embeddings
     encoder: Encoder
     pooler: nn.Module | None
@@ -52,16 +54,6 @@ class EncoderModel(ConvertibleModel):
     def get_input_embeddings(self) -> nn.Embedding:
         """The token table, for callers that know transformers models."""
         return self.embeddings.tokens
-
-    def init_weights(self, module: nn.Module) -> None:
-        """For `apply`: normal weights of standard deviation initializer_range, biases 0."""
-        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear | nn.Conv1d) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            with torch.no_grad():
-                module.weight[module.padding_idx].zero_()
 
     def without_pooler(self: Self) -> Self:
         """The same parameters in a model without its pooler; itself where it has none."""

@@ -1,4 +1,4 @@
-"""The losses of all models. In float32 at least, and 0 where no label counts."""
+"""The losses of all models: in float32 at least, and 0 where no label counts."""
 
 from __future__ import annotations
 
@@ -41,23 +41,70 @@ def classification_loss(
     logits = _wide(logits)
     labels = labels.to(logits.dtype).view_as(logits)
     loss = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
-    return loss(logits, labels) if items is None else loss(logits, labels, reduction="sum") / _at_least_one(items)
+    return loss(logits, labels) if items is None else mean_loss(loss(logits, labels, reduction="sum"), items)
 
 
 def token_loss(logits: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:
-    """The mean cross-entropy over rows whose label is not `IGNORED`; 0 where there is none. In float32 at least.
+    """The mean cross-entropy over rows whose label is not `IGNORED`, a scalar; 0 where there is none.
 
-    items: what the sum is divided by in place of the number of such rows.
+    Args:
+        logits: [rows, classes]; the loss is in float32 at least.
+        labels: integers [rows].
+        items: what the sum is divided by in place of the number of such rows.
+    """
+    total, count = token_loss_sum(logits, labels)
+    return mean_loss(total, count if items is None else items)
+
+
+def token_loss_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the cross-entropy and the number of rows in it, for a mean over several devices or batches.
+
+    Args:
+        logits, labels: as of `token_loss`.
+
+    Returns:
+        The sum over rows whose label is not `IGNORED`, a scalar in float32 at least, and their number, int64.
     """
     labels = labels.long()
-    if items is None:
-        items = (labels != IGNORED).sum()
-    return F.cross_entropy(_wide(logits), labels, ignore_index=IGNORED, reduction="sum") / _at_least_one(items)
+    total = F.cross_entropy(_wide(logits), labels, ignore_index=IGNORED, reduction="sum")
+    return total, (labels != IGNORED).sum()
 
 
-def _at_least_one(items: Tensor | int) -> Tensor | int:
-    """A divisor of a sum over so many labels, which is 0 where there are none."""
-    return torch.where(items == 0, 1, items) if isinstance(items, Tensor) else items or 1
+def next_tokens(input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """What a decoder is to predict: at each place the next token of its sequence, and `IGNORED` (-100) at the last.
+
+    Args:
+        input_ids: integers [B, L], tokens or labels; or [total] with cu_seqlens.
+        cu_seqlens: integers [B + 1]: sequence b has rows cu_seqlens[b] to cu_seqlens[b + 1]. Rows after the last
+            sequence hold no token and get `IGNORED`.
+
+    Returns:
+        Integers of the same shape.
+    """
+    following = F.pad(input_ids[..., 1:], (0, 1), value=IGNORED)
+    if cu_seqlens is None:
+        return following
+    ends = torch.arange(1, input_ids.size(0) + 1, device=input_ids.device)
+    return following.masked_fill(torch.isin(ends, cu_seqlens[1:]) | (ends > cu_seqlens[-1]), IGNORED)
+
+
+def next_token_loss(
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None, items: Tensor | int | None = None
+) -> Tensor:
+    """`token_loss` of a decoder, whose logits at a place are for the next token of its sequence.
+
+    Args:
+        logits: [B, L, vocab], or [total, vocab] with cu_seqlens.
+        labels: integers [B, L] or [total]: the tokens themselves, not shifted, and `IGNORED` where none is asked for.
+        cu_seqlens: as of `next_tokens`.
+        items: as of `token_loss`.
+    """
+    return token_loss(logits.flatten(0, -2), next_tokens(labels, cu_seqlens).flatten(), items)
+
+
+def mean_loss(total: Tensor, count: Tensor | int) -> Tensor:
+    """total / count, a scalar; total itself, which is then 0, where count is 0."""
+    return total / (torch.where(count == 0, 1, count) if isinstance(count, Tensor) else count or 1)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .init import init_normal
 from .model import Model
 from .weights import read_weights, write_weights
 
@@ -30,6 +31,7 @@ class PretrainedModel(Model):
         file_reader: whom the names in files are for, in messages of errors.
         spare_weights: prefixes of weights that some checkpoints hold beside a config that has no use for them.
         optional_module: a module that a checkpoint may lack as a whole (the pooler).
+        drawn_convolutions: classes of convolutions that `init_weights` draws, as it does linear layers and embeddings.
     """
 
     config_class: ClassVar[Any]
@@ -37,8 +39,13 @@ class PretrainedModel(Model):
     file_reader: ClassVar[str] = "from_pretrained"
     spare_weights: ClassVar[tuple[str, ...]] = ()
     optional_module: ClassVar[str | None] = None
+    drawn_convolutions: ClassVar[tuple[type[nn.Module], ...]] = ()
 
     config: Any
+
+    def init_weights(self, module: nn.Module) -> None:
+        """For `apply`: `init_normal` with the config's initializer_range."""
+        init_normal(module, self.config.initializer_range, self.drawn_convolutions)
 
     @classmethod
     def build(cls, config: Any, *, with_optional: bool = True) -> PretrainedModel:

@@ -6,32 +6,22 @@ the names of the published code, so that `load_state_dict` reads its checkpoints
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ...nn import BiasActivation
+from ...nn import BiasActivation, PatchEmbedding
 from ...nn._checkpoint import CheckpointedLayers
-from ...nn._product import dtype_of, is_plain, patches, product
+from ...nn._product import dtype_of, is_plain, product
+from ..common.init import init_normal
 from ..common.pretrained import PretrainedModel
 from .config import Axes, DiT3DConfig
 
 FREQUENCIES = 256  # channels of the timestep's sinusoids
 EPS = 1e-6
-
-
-class PatchEmbed(nn.Module):
-    """Voxels [B, C, X, Y, Z] to tokens [B, X / p, Y / p, Z / p, hidden]."""
-
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        # Holds the weights under their usual name. Its windows do not overlap, so it is one product.
-        self.proj = nn.Conv3d(in_channels, hidden_size, patch_size, patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return patches(x, self.proj, nn.Conv3d)
 
 
 class TimestepEmbedder(nn.Module):
@@ -201,7 +191,7 @@ class DiT3DModel(PretrainedModel, CheckpointedLayers):
         super().__init__()
         self.config = config
         hidden = config.hidden_size
-        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, hidden)
+        self.x_embedder = PatchEmbedding(config.in_channels, hidden, (config.patch_size,) * 3, name="proj")
         self.t_embedder = TimestepEmbedder(hidden)
         self.y_embedder = LabelEmbedder(config.num_classes, hidden, config.class_dropout_prob)
         # Constant, yet in the state dict, for published checkpoints hold it.
@@ -219,10 +209,8 @@ class DiT3DModel(PretrainedModel, CheckpointedLayers):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for module in self.t_embedder.mlp:
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+        for embedder in (self.y_embedder, self.t_embedder):
+            embedder.apply(partial(init_normal, std=0.02))
         nn.init.zeros_(self.final_layer.linear.weight)
         for module in self.modules():
             if isinstance(module, AdaLN):

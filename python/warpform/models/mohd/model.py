@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from ...nn._checkpoint import CheckpointedLayers
 from ...nn.rotary import rotary_tables
 from ...packing import Packing
+from ..common.generation import check_sampling, continue_texts
+from ..common.losses import next_token_loss
 from ..common.outputs import Output
 from ..common.pretrained import PretrainedModel
 from .config import MoHDConfig
 from .layers import KeyValueCache, MoHDLayer, RoutedBlock, Step
 
-IGNORED = -100
-
 
 @dataclasses.dataclass
 class MoHDOutput(Output):
     """Attributes:
-    loss: a scalar, where labels were given: the mean cross-entropy of the next token, plus the weighted balance loss.
+    loss: a scalar, where labels were given: the mean cross-entropy of the next token (0 where no label counts), in
+        float32 at least, plus the weighted balance loss.
     logits: [B, S, vocab], 0 at padded tokens, or [total, vocab] where packed ids were given.
     balance_loss: the mean over routers, a scalar; None for a dense model.
     """
@@ -53,13 +54,9 @@ class MoHDForCausalLM(PretrainedModel, CheckpointedLayers):
         self.layers = nn.ModuleList(MoHDLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.apply(self._init_weights)
+        self.apply(self.init_weights)
         if config.tie_word_embeddings:
             self.head.weight = self.tokens.weight
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
 
     def activated_parameters(self) -> int:
         """Parameters that one token's way through the layers multiplies: of routed weights the share in use.
@@ -128,7 +125,7 @@ class MoHDForCausalLM(PretrainedModel, CheckpointedLayers):
         balance = torch.stack(losses).mean() if losses else None
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits, _next_tokens(labels, packing), ignore_index=IGNORED)
+            loss = next_token_loss(logits, labels, offsets)
             if balance is not None:
                 loss = loss + self.config.balance_loss_weight * balance
         return MoHDOutput(loss, packing.unpack(logits) if padded else logits, balance)
@@ -151,6 +148,7 @@ class MoHDForCausalLM(PretrainedModel, CheckpointedLayers):
         max_new_tokens: int,
         *,
         temperature: float = 0.0,
+        top_k: int | None = None,
         eos_token_id: int | None = None,
         generator: torch.Generator | None = None,
     ) -> list[Tensor]:
@@ -159,7 +157,8 @@ class MoHDForCausalLM(PretrainedModel, CheckpointedLayers):
         Args:
             prompts: B int64 tensors, each of at least one token; or one tensor, [B, length] or for one prompt [length].
             max_new_tokens: at most so many are added to each.
-            temperature: 0 takes the most probable token, above it one is drawn.
+            temperature: 0 takes the likeliest token; above, logits are divided by it and a token is drawn.
+            top_k: draws from this many likeliest tokens only.
             eos_token_id: ends a sequence, and is its last token.
             generator: of the draws.
 
@@ -167,8 +166,10 @@ class MoHDForCausalLM(PretrainedModel, CheckpointedLayers):
             B int64 tensors: prompts and what follows.
 
         Raises:
-            ValueError: no prompts, an empty one, or one that would come to more than max_position_embeddings tokens.
+            ValueError: no prompts, an empty one, or one that would come to more than max_position_embeddings tokens; a
+                max_new_tokens or temperature below 0, a top_k below 1.
         """
+        check_sampling(f"{type(self).__name__}.generate", max_new_tokens, temperature, top_k)
         if isinstance(prompts, Tensor):
             prompts = [prompts] if prompts.dim() == 1 else list(prompts)
         if not prompts or min(map(len, prompts)) == 0:
@@ -181,26 +182,17 @@ class MoHDForCausalLM(PretrainedModel, CheckpointedLayers):
             )
         device = self.device
         cache = KeyValueCache(self.config, len(prompts), longest, device, self.dtype)
-        texts = [prompt.to(device) for prompt in prompts]
-        active, new = list(range(len(prompts))), list(texts)
-        for _ in range(max_new_tokens):
-            logits = self._decode(new, active, cache)
-            if temperature > 0:
-                chosen = torch.multinomial((logits.float() / temperature).softmax(1), 1, generator=generator)
-            else:
-                chosen = logits.argmax(1, keepdim=True)
-            for b, token in zip(active, chosen, strict=True):
-                texts[b] = torch.cat((texts[b], token))
-            if eos_token_id is not None:
-                ended = (chosen.squeeze(1) == eos_token_id).tolist()
-                chosen = chosen[[i for i, end in enumerate(ended) if not end]]
-                active = [b for b, end in zip(active, ended, strict=True) if not end]
-                if not active:
-                    break
-            new = list(chosen)
-        return texts
+        return continue_texts(
+            lambda new, rows: self._decode(new, rows, cache),
+            [prompt.to(device) for prompt in prompts],
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            eos_token_id=eos_token_id,
+            generator=generator,
+        )
 
-    def _decode(self, new: list[Tensor], active: list[int], cache: KeyValueCache) -> Tensor:
+    def _decode(self, new: Sequence[Tensor], active: Sequence[int], cache: KeyValueCache) -> Tensor:
         """The logits after the last of the new tokens of each active sequence, [len(active), vocab]."""
         device, capacity = cache.buffer.device, cache.buffer.size(3)
         before = [cache.lengths[b] for b in active]
@@ -224,7 +216,7 @@ class MoHDForCausalLM(PretrainedModel, CheckpointedLayers):
             (positions + base).to(device),
             kept,
         )
-        hidden, _ = self._run(torch.cat(new), step)
+        hidden, _ = self._run(torch.cat(list(new)), step)
         return self.head(hidden[step.cu_seqlens_q[1:] - 1])
 
 
@@ -237,11 +229,3 @@ def _ranks(packing: Packing) -> Tensor:
     rows = torch.arange(packing.total, device=packing.cu_seqlens.device)
     sequence = torch.searchsorted(packing.cu_seqlens[1:].contiguous(), rows.int(), right=True)
     return rows - packing.cu_seqlens[sequence.clamp(max=packing.batch_size - 1)]
-
-
-def _next_tokens(labels: Tensor, packing: Packing) -> Tensor:
-    """labels [total] one place earlier, and none for the last token of each sequence."""
-    following = F.pad(labels[1:], (0, 1), value=IGNORED)
-    rows = torch.arange(packing.total, device=labels.device)
-    last = torch.isin(rows + 1, packing.cu_seqlens[1:])
-    return following.masked_fill(last, IGNORED)

@@ -27,7 +27,7 @@ Self = TypeVar("Self", bound="M2Base")
 
 
 class M2Base(PretrainedModel):
-    """What M2-BERT and its heads do alike: published weights in and out, initialisation.
+    """What M2-BERT and its heads do alike: published weights in and out.
 
     Attributes:
         reads_pooler: whether the model needs the pooler; None: it takes what there is.
@@ -52,16 +52,6 @@ class M2Base(PretrainedModel):
     @classmethod
     def check_published(cls, what: str, fields: Mapping[str, Any]) -> None:
         """Raises ValueError for fields of a published config that this class does not serve."""
-
-    def init_weights(self, module: nn.Module) -> None:
-        """For `apply`: normal weights of standard deviation initializer_range, in filters too; biases 0."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            with torch.no_grad():
-                module.weight[module.padding_idx].zero_()
 
     @classmethod
     def from_published(

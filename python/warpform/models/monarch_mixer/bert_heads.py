@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
@@ -17,9 +18,12 @@ from ..common.losses import IGNORED, classification_loss, token_loss
 from ..common.outputs import EncoderOutput, HeadOutput, Output
 from ..common.texts import read_texts
 from .bert import M2Base, M2BertModel, mean_over_tokens
-from .config import M2BertConfig
+from .config import POOLINGS, M2BertConfig
 
 Self = TypeVar("Self", bound="M2Head")
+
+# Fields of the config in which a head may differ from the model that it is put on.
+HEAD_FIELDS = ("sentence_pooling", "use_normalized_embeddings")
 
 
 class M2Head(M2Base):
@@ -41,7 +45,7 @@ class M2Head(M2Base):
         name = type(self).__name__
         if base is None:
             base = M2BertModel(config, add_pooling_layer=bool(self.reads_pooler))
-        elif base.config != config:
+        elif dataclasses.replace(config, **{f: getattr(base.config, f) for f in HEAD_FIELDS}) != base.config:
             raise ValueError(f"{name}: config must be base.config where base is given")
         elif self.reads_pooler and base.pooler is None:
             raise ValueError(f"{name}: base must have a pooler, got one without")
@@ -289,8 +293,10 @@ class M2BertForSentenceEmbedding(M2Head):
 
     Args:
         config, base: as of `M2Head`.
-        pooling: "pooler", "cls" or "mean". None: "cls" where the config has use_cls_token, else "pooler".
+        pooling: "pooler", "cls" or "mean". None: as sentence_pooling of the config says.
         normalize: whether vectors get length 1. None: as use_normalized_embeddings of the config says.
+
+    The head's config says both as they are here, so that it is saved and loaded with them; `base` keeps its own.
 
     Raises:
         ValueError: another pooling; as of `M2Head`.
@@ -306,20 +312,22 @@ class M2BertForSentenceEmbedding(M2Head):
         pooling: str | None = None,
         normalize: bool | None = None,
     ) -> None:
-        if pooling is None:
-            pooling = "cls" if config.use_cls_token else "pooler"
-        if pooling not in ("pooler", "cls", "mean"):
+        pooling = config.pooling if pooling is None else pooling
+        if pooling not in POOLINGS:
             raise ValueError(
                 f"{type(self).__name__}: pooling must be pooler or mean, got {pooling!r}; cls is the first token itself"
             )
-        self.reads_pooler = pooling == "pooler"  # type: ignore[misc]
+        normalize = config.use_normalized_embeddings if normalize is None else normalize
+        if (pooling, normalize) != (config.pooling, config.use_normalized_embeddings):
+            config = copy.copy(config)
+            config.sentence_pooling, config.use_normalized_embeddings = pooling, normalize
+        self.reads_pooler = self.wants_pooler(config)  # type: ignore[misc]
         super().__init__(config, base)
-        self.pooling = pooling
-        self.normalize = config.use_normalized_embeddings if normalize is None else normalize
+        self.pooling, self.normalize = pooling, normalize
 
     @classmethod
     def wants_pooler(cls, config: M2BertConfig) -> bool:
-        return not config.use_cls_token
+        return config.pooling == "pooler"
 
     def forward(
         self,

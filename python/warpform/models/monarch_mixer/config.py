@@ -12,6 +12,8 @@ from ..common.config import PROBLEM_TYPES, ModelConfig, config_overrides, known_
 # The parameters of the masked-LM model on 128 positions, in millions, are the names; widths are the papers'.
 _BERT_SIZES = {"80M": 768, "110M": 960, "260M": 1536, "341M": 1792}
 
+POOLINGS = ("pooler", "cls", "mean")
+
 # Fields of published configs that change results, with the only value that is supported.
 _REQUIRED = {
     "monarch_mixer_sequence_mixing": True,
@@ -52,11 +54,13 @@ class M2BertConfig(ModelConfig):
         pool_all: the pooler reads the mean over tokens of the mask, in place of the first token.
         use_cls_token: heads read the last state of the first token itself, and no pooler.
         use_normalized_embeddings: embeddings of texts get length 1.
+        sentence_pooling: what an embedding of a text is read from: "pooler", "cls" (the last state of the first token
+            itself) or "mean" (over the tokens); None: "cls" with use_cls_token, else "pooler".
         mask_padding: keeps padding out of the mixers, so that outputs at tokens do not depend on it. False as in the
             published code, whose checkpoints were trained on sequences padded to their full length.
 
     Raises:
-        ValueError: sizes that do not fit, a dropout outside [0, 1], an unknown problem_type.
+        ValueError: sizes that do not fit, a dropout outside [0, 1], an unknown problem_type or sentence_pooling.
     """
 
     model_type = "m2_bert"
@@ -84,6 +88,7 @@ class M2BertConfig(ModelConfig):
     pool_all: bool = False
     use_cls_token: bool = False
     use_normalized_embeddings: bool = False
+    sentence_pooling: str | None = None
     mask_padding: bool = False
     output_hidden_states: bool = False
     return_dict: bool = True
@@ -119,6 +124,15 @@ class M2BertConfig(ModelConfig):
             raise ValueError(
                 f"problem_type must be None or one of {', '.join(PROBLEM_TYPES)}, got {self.problem_type!r}"
             )
+        if self.sentence_pooling not in (None, *POOLINGS):
+            raise ValueError(
+                f"sentence_pooling must be None or one of {', '.join(POOLINGS)}, got {self.sentence_pooling!r}"
+            )
+
+    @property
+    def pooling(self) -> str:
+        """What an embedding of a text is read from: "pooler", "cls" or "mean"."""
+        return self.sentence_pooling or ("cls" if self.use_cls_token else "pooler")
 
     @classmethod
     def preset(cls, size: str, **overrides: Any) -> M2BertConfig:

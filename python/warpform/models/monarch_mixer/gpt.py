@@ -6,6 +6,8 @@ learned causal Monarch matrices (`nn.CausalMonarchConvolution`) unless the confi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,8 @@ from ...nn import AddBiasResidualLayerNorm, CausalMonarchMixer, MixerState, Mona
 from ...nn._checkpoint import CheckpointedLayers
 from ...nn._product import decoder_table
 from ..common.checks import check_shape
-from ..common.losses import token_loss
+from ..common.generation import check_sampling, continue_texts
+from ..common.losses import next_token_loss
 from ..common.outputs import HeadOutput
 from ..common.pretrained import PretrainedModel
 from .config import M2GPTConfig
@@ -79,13 +82,6 @@ class M2GPTForCausalLM(PretrainedModel, CheckpointedLayers):
         self.norm = AddBiasResidualLayerNorm(config.hidden_size, config.layer_norm_eps)
         self.apply(self.init_weights)
 
-    def init_weights(self, module: nn.Module) -> None:
-        """For `apply`: normal weights of standard deviation initializer_range, biases 0."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
     def get_input_embeddings(self) -> nn.Embedding:
         """The token table, for callers that know transformers models."""
         return self.tokens
@@ -99,8 +95,8 @@ class M2GPTForCausalLM(PretrainedModel, CheckpointedLayers):
                 where the loss does not look.
 
         Returns:
-            HeadOutput: loss, the mean cross-entropy over labelled tokens, in float32 at least; logits [batch, seqlen,
-            vocab].
+            HeadOutput: loss, the mean cross-entropy over labelled tokens (0 where there is none), in float32 at least;
+            logits [batch, seqlen, vocab].
 
         Raises:
             ValueError: input_ids that are not [batch, seqlen] or too long, labels of another shape.
@@ -112,9 +108,7 @@ class M2GPTForCausalLM(PretrainedModel, CheckpointedLayers):
         for layer in self.layers:
             x = self.run_layer(layer, x)
         logits = self._decode(x)
-        loss = None
-        if labels is not None:
-            loss = token_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss = None if labels is None else next_token_loss(logits, labels)
         return HeadOutput(loss, logits)
 
     @torch.inference_mode()
@@ -149,34 +143,37 @@ class M2GPTForCausalLM(PretrainedModel, CheckpointedLayers):
                 below 0, a top_k below 1.
         """
         name = f"{type(self).__name__}.generate"
-        if max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
-            raise ValueError(
-                f"{name}: max_new_tokens and temperature must be at least 0 and top_k at least 1, "
-                f"got {max_new_tokens}, {temperature} and {top_k}"
-            )
+        check_sampling(name, max_new_tokens, temperature, top_k)
         self._check_ids(input_ids, max_new_tokens)
         if input_ids.shape[1] == 0:
             raise ValueError(f"{name}: input_ids must have at least one token, got shape {list(input_ids.shape)}")
-        if max_new_tokens == 0:
+        if not len(input_ids):
             return input_ids
-        x, states = self.tokens(input_ids), []
-        for layer in self._layers():
-            x, state = layer.start(x)
-            states.append(state)
-        x, ids = x[:, -1], [input_ids]
-        ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        for place in range(max_new_tokens):
-            token = _choose(self._decode(x), temperature, top_k, generator)
-            if eos_token_id is not None:
-                token = token.masked_fill(ended, eos_token_id)
-                ended = ended | (token == eos_token_id)
-            ids.append(token[:, None])
-            if place + 1 == max_new_tokens or (eos_token_id is not None and bool(ended.all())):
-                break
-            x = self.tokens(token)
+        states: list[MixerState] = []
+
+        def step(new: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+            x = self.tokens(torch.stack(list(new)))  # [batch, length, hidden]: the prompt, then single tokens
+            if not states:
+                for layer in self._layers():
+                    x, state = layer.start(x)
+                    states.append(state)
+                return self._decode(x[:, -1])
+            x = x.squeeze(1)
             for layer, state in zip(self._layers(), states, strict=True):
                 x = layer.step(x, state)
-        return torch.cat(ids, dim=1)
+            return self._decode(x)
+
+        texts = continue_texts(
+            step,
+            list(input_ids),
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            eos_token_id=eos_token_id,
+            generator=generator,
+            drop_ended=False,  # states are of the whole batch
+        )
+        return nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=eos_token_id or 0)
 
     def _layers(self) -> list[M2GPTLayer]:
         return [layer for layer in self.layers if isinstance(layer, M2GPTLayer)]
@@ -194,14 +191,3 @@ class M2GPTForCausalLM(PretrainedModel, CheckpointedLayers):
                 f"{name}: sequences must be at most max_position_embeddings = {longest} long, "
                 f"got {input_ids.shape[1]} tokens{f' and {more} new ones' if more else ''}"
             )
-
-
-def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """logits: [batch, vocab]; returns [batch]."""
-    if temperature == 0:
-        return logits.argmax(1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    if top_k is not None and top_k < logits.shape[1]:
-        least = logits.topk(top_k, dim=1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    return torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)

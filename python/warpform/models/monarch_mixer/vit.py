@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...nn import AddBiasResidualLayerNorm, MonarchMixerMLP, MonarchMixerSequenceMixer
 from ...nn._checkpoint import CheckpointedLayers
-from ...nn._product import patches
+from ...nn.patch_embedding import embed_patches
 from ..common.losses import classification_loss
 from ..common.outputs import ImageClassifierOutput
 from ..common.pretrained import PretrainedModel
@@ -54,12 +54,12 @@ class M2ViTForImageClassification(PretrainedModel, CheckpointedLayers):
     """
 
     config_class = M2ViTConfig
+    drawn_convolutions = (nn.Conv2d,)
 
     def __init__(self, config: M2ViTConfig) -> None:
         super().__init__()
         self.config = config
         size = config.patch_size
-        # Holds the weights under their usual name and shape. Patches do not overlap, so it is one product.
         self.projection = nn.Conv2d(config.num_channels, config.hidden_size, size, size)
         self.position_embeddings = nn.Parameter(torch.empty(1, config.patches, config.hidden_size))
         self.layers = nn.ModuleList([M2ViTBlock(config) for _ in range(config.num_hidden_layers)])
@@ -67,13 +67,6 @@ class M2ViTForImageClassification(PretrainedModel, CheckpointedLayers):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         nn.init.normal_(self.position_embeddings, std=config.initializer_range)
         self.apply(self.init_weights)
-
-    def init_weights(self, module: nn.Module) -> None:
-        """For `apply`: normal weights of standard deviation initializer_range, biases 0."""
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         """Classifies images.
@@ -95,7 +88,7 @@ class M2ViTForImageClassification(PretrainedModel, CheckpointedLayers):
                 f"{name}: pixel_values must be of shape [batch, {', '.join(map(str, expected))}], "
                 f"got {list(pixel_values.shape)}"
             )
-        x = patches(pixel_values, self.projection, nn.Conv2d).flatten(1, 2) + self.position_embeddings
+        x = embed_patches(pixel_values, self.projection).flatten(1, 2) + self.position_embeddings
         for layer in self.layers:
             x = self.run_layer(layer, x)
         logits = self.classifier(self.norm(x, None, None).mean(1))

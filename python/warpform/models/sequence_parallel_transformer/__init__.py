@@ -1,7 +1,8 @@
 """A transformer for sequences longer than one device holds (arXiv 2105.13120)."""
 
+from ..common.losses import next_tokens
 from .config import SequenceParallelTransformerConfig
-from .model import SequenceParallelOutput, SequenceParallelTransformer, next_tokens
+from .model import SequenceParallelOutput, SequenceParallelTransformer
 
 __all__ = [
     "SequenceParallelOutput",

@@ -10,21 +10,18 @@ train over many.
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import ops
 from ...distributed.sequence_parallel import SequenceParallel, SequenceParallelAttention
 from ...nn import FeedForward
-from ...nn._product import is_plain
+from ...nn.norm import norm_of_sum
+from ...nn.rotary import rotary_tables
+from ..common.losses import mean_loss, token_loss_sum
 from ..common.outputs import Output
 from ..common.pretrained import PretrainedModel
 from .config import SequenceParallelTransformerConfig
-
-IGNORED = -100  # the label that counts for nothing, as in torch's cross-entropy
 
 
 @dataclasses.dataclass
@@ -32,7 +29,8 @@ class SequenceParallelOutput(Output):
     """Of the rows of this rank.
 
     Attributes:
-        loss: the mean over all labels of all ranks that are not -100, the same on every rank; None without labels.
+        loss: the mean over all labels of all ranks that are not -100 (0 where there is none), the same on every rank;
+            None without labels.
         logits: [B, L/N, vocab].
         last_hidden_state: [B, L/N, hidden], after the last normalisation.
     """
@@ -74,18 +72,6 @@ class SequenceParallelLayer(nn.Module):
         return added.view_as(stream), bias, stream
 
 
-def norm_of_sum(norm: nn.LayerNorm, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(LayerNorm(x + bias + residual), x + bias + residual)."""
-    if bias is None and residual is None:
-        return norm(x), x
-    if not is_plain(norm, nn.LayerNorm):
-        for term in (bias, residual):
-            x = x if term is None else x + term
-        return norm(x), x
-    out = ops.add_bias_residual_layer_norm(x, bias, residual, norm.weight, norm.bias, norm.eps, return_sum=True)
-    return cast("tuple[Tensor, Tensor]", out)
-
-
 class SequenceParallelTransformer(PretrainedModel):
     """Tokens of this rank in, logits of this rank out; on one process all of them.
 
@@ -94,6 +80,7 @@ class SequenceParallelTransformer(PretrainedModel):
     """
 
     config_class = SequenceParallelTransformerConfig
+    reset = PretrainedModel.init_weights
 
     def __init__(self, config: SequenceParallelTransformerConfig) -> None:
         super().__init__()
@@ -108,16 +95,9 @@ class SequenceParallelTransformer(PretrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.plan: SequenceParallel | None = None  # set by SequenceParallel.apply
-        self.apply(self.reset)
+        self.apply(self.init_weights)  # projections of Linformer have a scale of their own
         if config.tie_word_embeddings:
             self.head.weight = self.tokens.weight
-
-    def reset(self, module: nn.Module) -> None:
-        """Normal weights, no biases, as in BERT. Projections of Linformer have a scale of their own."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
 
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None
@@ -160,7 +140,7 @@ class SequenceParallelTransformer(PretrainedModel):
         if self.positions is not None:
             added = added + self.positions(position_ids)
         else:
-            rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, added.dtype)
+            rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, added.dtype)
         bias: Tensor | None = None
         stream: Tensor | None = None
         for layer in self.layers:
@@ -171,24 +151,9 @@ class SequenceParallelTransformer(PretrainedModel):
         return SequenceParallelOutput(loss, logits, hidden)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean of the cross-entropy over all labels that are not -100, those of other ranks included.
+        """The mean cross-entropy over all labels but -100, those of other ranks included; 0 where there is none.
 
         Ranks differ in how many labels they have, so a mean of the means of ranks would be another loss.
         """
-        wide = logits.flatten(0, 1)
-        wide = wide.float() if wide.dtype in (torch.float16, torch.bfloat16) else wide
-        total = F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        count = (labels != IGNORED).sum()
-        return total / count if self.plan is None else self.plan.mean(total, count)
-
-
-def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [L/N, head_dim / 2] of rotary embedding (arXiv 2104.09864, equation 15), rounded once."""
-    half = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float64)
-    angles = positions.to(torch.float64)[:, None] * theta ** (-2 * half / head_dim)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def next_tokens(input_ids: Tensor) -> Tensor:
-    """What a decoder is to predict: [B, L] of whole sequences, each place its next token and the last -100."""
-    return F.pad(input_ids[:, 1:], (0, 1), value=IGNORED)
+        total, count = token_loss_sum(logits.flatten(0, 1), labels.flatten())
+        return mean_loss(total, count) if self.plan is None else self.plan.mean(total, count)

@@ -55,6 +55,7 @@ class SwinBase(ConvertibleModel):
     config: SwinConfig
     has_pooler: bool  # of a model without a head
     weight_prefix = "swin."
+    drawn_convolutions = (nn.Conv2d,)
 
     @classmethod
     def file_name(cls, name: str) -> str:

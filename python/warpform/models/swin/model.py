@@ -9,23 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...nn import AddBiasResidualLayerNorm, PatchMerging, SwinBlock, SwinV2Block
+from ...nn import AddBiasResidualLayerNorm, PatchEmbedding, PatchMerging, SwinBlock, SwinV2Block
 from ...nn._checkpoint import CheckpointedLayers
-from ...nn._product import is_plain, patches
+from ...nn._product import is_plain
 from ...nn.window import add_terms
 from ..common.checks import refuse_arguments
 from .base import SwinBase, SwinOutput, resize_grid
 from .config import Pair, SwinConfig, Swinv2Config, pair
 
 
-class SwinEmbeddings(nn.Module):
+class SwinEmbeddings(PatchEmbedding):
     """Images to a grid of tokens: one product a patch, normalised, and absolute positions where the config says so."""
 
     def __init__(self, config: SwinConfig) -> None:
-        super().__init__()
-        self.patch_size = pair(config.patch_size)
-        # Holds the weights under their usual name and shape. Patches do not overlap, so it is one product.
-        self.projection = nn.Conv2d(config.num_channels, config.embed_dim, self.patch_size, self.patch_size)
+        super().__init__(config.num_channels, config.embed_dim, pair(config.patch_size), pad=True)
         self.norm = AddBiasResidualLayerNorm(config.embed_dim, 1e-5)
         self.patch_grid = config.patch_grid
         self.position_embeddings = None
@@ -35,10 +32,7 @@ class SwinEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """pixel_values: [batch, channels, height, width]; returns [batch, rows, columns, embed_dim]."""
-        (height, width), (p, q) = pixel_values.shape[2:], self.patch_size
-        if height % p or width % q:
-            pixel_values = F.pad(pixel_values, (0, -width % q, 0, -height % p))
-        tokens = self.norm(patches(pixel_values, self.projection, nn.Conv2d), None, None)
+        tokens = self.norm(super().forward(pixel_values), None, None)
         if self.position_embeddings is not None:
             grid = (tokens.shape[1], tokens.shape[2])
             if grid != self.patch_grid and not interpolate_pos_encoding:
@@ -109,13 +103,6 @@ class SwinModel(SwinBase, CheckpointedLayers):
 
     def attention_options(self, stage: int) -> dict[str, Any]:
         return {}
-
-    def init_weights(self, module: nn.Module) -> None:
-        """For `apply`: normal weights of standard deviation initializer_range, biases 0."""
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
     @classmethod
     def build(cls, config: SwinConfig, *, with_optional: bool = True) -> SwinModel:
