@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers import plain_m2 as plain
 from helpers.compare import assert_close
 from warpform import ops
-from warpform.nn import CausalMonarchConvolution, CausalMonarchMixer, TriangularMonarch
+from warpform.nn import CausalMonarchConvolution, CausalMonarchMixer, ImplicitFilter, TriangularMonarch
 
 
 @pytest.fixture(autouse=True)
@@ -215,3 +215,20 @@ def test_mixer_gradients() -> None:
         weights = plain.weights_of(module, dtype)
         runs.append((weights, [plain.mixer(weights, u.to(dtype)).square().sum() for u in inputs]))
     plain.check_gradients(module, [module(u).square().sum() for u in inputs], *runs)
+
+
+def test_filters_are_made_on_the_meta_device_whatever_transformers_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers replaces torch.linspace while it loads a model; torch may list what takes a device just then."""
+    from torch.utils import _device
+
+    constructors = _device._device_constructors
+    constructors.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "linspace", lambda *args, **options: None)
+        constructors()
+    try:
+        with torch.device("meta"):
+            made = ImplicitFilter(8, 32, emb_dim=5)
+        assert all(t.is_meta for t in (*made.parameters(), *made.buffers()))
+    finally:
+        constructors.cache_clear()

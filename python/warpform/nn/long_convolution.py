@@ -23,6 +23,15 @@ TARGET, SLOWEST, FASTEST = 1e-2, 1.5, 0.3
 SHORTEST = 256  # `ops.fft_conv_spectrum` has no transform of fewer than twice as many points
 
 
+def _linspace(start: float, end: float, steps: int) -> Tensor:
+    """torch.linspace on the device of an enclosing `with torch.device(...)`.
+
+    Named, because transformers replaces torch.linspace while it loads a model; where torch first lists the functions
+    that take the device at that time, the original never takes it again in this process.
+    """
+    return torch.linspace(start, end, steps, device=torch.get_default_device())
+
+
 class Sin(nn.Module):
     """sin(w_mod * freq * x) with a trained frequency for each channel.
 
@@ -69,9 +78,9 @@ class FilterPositions(nn.Module):
         if l_max < 1:
             raise ValueError(f"l_max must be at least 1, got {l_max}")
         bands = (emb_dim - 1) // 2
-        t = torch.linspace(0, 1, l_max)[:, None]
+        t = _linspace(0, 1, l_max)[:, None]
         angles = 2 * math.pi / l_max * torch.arange(l_max, dtype=t.dtype)[:, None]
-        angles = angles * torch.linspace(1e-4, bands - 1, bands)
+        angles = angles * _linspace(1e-4, bands - 1, bands)
         self.z = nn.Parameter(torch.cat([t, angles.cos(), -angles.sin()], dim=1)[None])
         self.register_buffer("t", t[None])
 
@@ -91,7 +100,7 @@ class ExponentialModulation(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         slow, fast = math.log(TARGET) / SLOWEST, math.log(TARGET) / FASTEST
-        self.register_buffer("deltas", torch.linspace(slow, fast, hidden_size)[None, None])
+        self.register_buffer("deltas", _linspace(slow, fast, hidden_size)[None, None])
 
     def forward(self, t: Tensor) -> Tensor:
         """t: [taps, 1]; returns [hidden, taps]."""
