@@ -86,25 +86,12 @@ def test_disentangled_attention_on_drawn_cases(case: cases.DisentangledCase, dty
 
 
 @floats
-@pytest.mark.parametrize("case", cases.WINDOW_CASES, ids=str)
-def test_window_attention(case: cases.WindowCase, dtype: torch.dtype) -> None:
-    with poisoned():
-        checks.check_window_attention(OPS, case, dtype)
-
-
-@floats
 @pytest.mark.parametrize("case", cases.WINDOW_CASES[::3], ids=str)
 def test_window_attention_where_it_is_not_a_cpus(
     case: cases.WindowCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(window_reference, "_flash", None)
     checks.check_window_attention(OPS, case, dtype)
-
-
-@drawn(40, case=cases.window_cases(), dtype=st.sampled_from(cases.FLOATS))
-def test_window_attention_on_drawn_cases(case: cases.WindowCase, dtype: torch.dtype) -> None:
-    with poisoned():
-        checks.check_window_attention(OPS, case, dtype)
 
 
 @floats
