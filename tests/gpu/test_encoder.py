@@ -25,18 +25,6 @@ by_form = pytest.mark.parametrize("approximate", ("none", "tanh"))
 # ---- packing ----
 
 
-@pytest.mark.parametrize("dtype", (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64), ids=str)
-@pytest.mark.parametrize("case", cases.MASK_CASES, ids=str)
-def test_packing_plan(case: cases.MaskCase, dtype: torch.dtype) -> None:
-    checks.check_packing_plan(OPS, case, "cuda", dtype)
-
-
-@pytest.mark.parametrize("rows", cases.ROW_CASES, ids=str)
-@pytest.mark.parametrize("case", cases.MASK_CASES, ids=str)
-def test_pack_and_unpack(case: cases.MaskCase, rows: cases.RowCase) -> None:
-    checks.check_pack(OPS, case, rows, "cuda")
-
-
 @pytest.mark.huge(gigabytes=16)
 def test_pack_more_elements_than_32_bits_count() -> None:
     batch, seqlen, width = 3000, 700, 1040

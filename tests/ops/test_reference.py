@@ -22,31 +22,6 @@ def dtype_id(dtype: torch.dtype) -> str:
 floats = pytest.mark.parametrize("dtype", cases.FLOATS, ids=dtype_id)
 
 
-@pytest.mark.parametrize("case", cases.MASK_CASES, ids=str)
-@pytest.mark.parametrize("dtype", (torch.bool, torch.int64, torch.uint8, torch.int16), ids=dtype_id)
-def test_packing_plan(case: cases.MaskCase, dtype: torch.dtype) -> None:
-    with poisoned():
-        checks.check_packing_plan(OPS, case, dtype=dtype)
-
-
-@pytest.mark.parametrize("case", cases.MASK_CASES, ids=str)
-@pytest.mark.parametrize("rows", cases.ROW_CASES, ids=str)
-def test_pack_and_unpack(case: cases.MaskCase, rows: cases.RowCase) -> None:
-    with poisoned():
-        checks.check_pack(OPS, case, rows)
-
-
-@drawn(
-    40,
-    rows=st.integers(0, 12).flatmap(lambda n: st.lists(st.text("01", min_size=n, max_size=n), min_size=1, max_size=6)),
-    capacity=st.none() | st.integers(0, 40),
-)
-def test_packing_of_drawn_masks(rows: list[str], capacity: int | None) -> None:
-    case = cases.MaskCase("drawn", tuple(rows), capacity)
-    checks.check_packing_plan(OPS, case)
-    checks.check_pack(OPS, case, cases.RowCase(torch.float32, (3,)))
-
-
 @floats
 @pytest.mark.parametrize("case", cases.ATTENTION_CASES, ids=str)
 def test_varlen_attention(case: cases.AttentionCase, dtype: torch.dtype) -> None:
