@@ -23,19 +23,6 @@ floats = pytest.mark.parametrize("dtype", cases.FLOATS, ids=dtype_id)
 
 
 @floats
-@pytest.mark.parametrize("case", cases.ATTENTION_CASES, ids=str)
-def test_varlen_attention(case: cases.AttentionCase, dtype: torch.dtype) -> None:
-    with poisoned():
-        checks.check_attention(OPS, case, dtype)
-
-
-@drawn(40, case=cases.attention_cases(), dtype=st.sampled_from(cases.FLOATS))
-def test_varlen_attention_on_drawn_cases(case: cases.AttentionCase, dtype: torch.dtype) -> None:
-    with poisoned():
-        checks.check_attention(OPS, case, dtype)
-
-
-@floats
 @pytest.mark.parametrize("case", cases.DISENTANGLED_CASES, ids=str)
 def test_disentangled_attention(case: cases.DisentangledCase, dtype: torch.dtype) -> None:
     with poisoned():
