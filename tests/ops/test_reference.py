@@ -24,25 +24,12 @@ floats = pytest.mark.parametrize("dtype", cases.FLOATS, ids=dtype_id)
 
 @floats
 @pytest.mark.parametrize("case", cases.DISENTANGLED_CASES, ids=str)
-def test_disentangled_attention(case: cases.DisentangledCase, dtype: torch.dtype) -> None:
-    with poisoned():
-        checks.check_disentangled_attention(OPS, case, dtype)
-
-
-@floats
-@pytest.mark.parametrize("case", cases.DISENTANGLED_CASES, ids=str)
 def test_disentangled_attention_in_blocks(
     case: cases.DisentangledCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Few scores at a time, made one by one: groups are split, and sequences taken some queries at a time.
     monkeypatch.setattr(attention, "_SCORES_AT_A_TIME", 160)
     monkeypatch.setattr(attention, "_flash", None)
-    with poisoned():
-        checks.check_disentangled_attention(OPS, case, dtype)
-
-
-@drawn(40, case=cases.disentangled_cases(), dtype=st.sampled_from(cases.FLOATS))
-def test_disentangled_attention_on_drawn_cases(case: cases.DisentangledCase, dtype: torch.dtype) -> None:
     with poisoned():
         checks.check_disentangled_attention(OPS, case, dtype)
 

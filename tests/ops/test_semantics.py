@@ -125,17 +125,6 @@ def test_log_buckets_are_those_of_transformers(buckets: int, farthest: int) -> N
         assert torch.equal((-expected + span).flip(0), expected + span)
 
 
-def test_positions_of_rows_without_holes_change_nothing() -> None:
-    lengths = [5, 5, 3, 0, 5, 3, 60]
-    values, tables = torch.randn(sum(lengths) + 2, 3, 2, 16), torch.randn(16, 2, 2, 16)
-    ranks = torch.cat([torch.arange(n) for n in [*lengths, 2]])
-    shifts = torch.cat([torch.full((n,), i * 7) for i, n in enumerate([*lengths, 2])])
-    out = apart(values, tables, lengths)
-    for positions in (ranks, ranks + shifts, ranks - (1 << 40)):
-        again = apart(values, tables, lengths, positions=positions)
-        assert all(torch.equal(one, other) for one, other in zip(again, out, strict=True))
-
-
 def test_positions_are_those_of_the_padded_row() -> None:
     # The same tokens with masked ones between them, whose values and scores are then left out by hand.
     mask = torch.rand(1, 41) > 0.4
@@ -161,29 +150,6 @@ def test_disentangled_attention_without_tables_is_attention() -> None:
     expected = ops.varlen_attention(q, k, v, cu, cu, 60, 60, return_lse=True)
     torch.testing.assert_close(out, expected[0])
     torch.testing.assert_close(lse, expected[1])
-
-
-@pytest.mark.parametrize("bad", (math.nan, math.inf))
-def test_nan_in_a_sequence_does_not_reach_others_through_positions(bad: float) -> None:
-    lengths = [5, 5, 3, 5, 3, 40]
-    cu = cases.offsets(lengths)
-    values, tables = torch.randn(sum(lengths) + 2, 3, 2, 16), torch.randn(16, 2, 2, 16)
-    dout = torch.randn(sum(lengths) + 2, 2, 16)
-
-    def run(values: Tensor) -> tuple[Tensor, Tensor]:
-        values = values.clone().requires_grad_()
-        out, _ = apart(values, tables, lengths)
-        return out.detach(), torch.autograd.grad(out, values, dout)[0]
-
-    clean = run(values)
-    dirty = values.clone()
-    dirty[cu[1] : cu[2]] = bad
-    dirty[cu[-1] :] = bad
-    rows = torch.ones(len(values), dtype=torch.bool)
-    rows[cu[1] : cu[2]] = False
-    for one, other in zip(clean, run(dirty), strict=True):
-        assert torch.equal(one[rows], other[rows])
-        assert (other[cu[-1] :] == 0).all()
 
 
 @pytest.mark.parametrize("shape", ((2, 3, 5, 7), (1, 1, 1, 1)), ids=str)
