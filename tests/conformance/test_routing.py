@@ -37,7 +37,7 @@ PLANS = (
     HiddenCase("sorted_classes", 2100, 9, 8, 8, "random", num_classes=4),
     HiddenCase("sorted_alike", 700, 16, 8, 8, "same"),
     HiddenCase("small_tiles", 600, 12, 8, 8, "random", num_classes=2, tile=16),
-    HiddenCase("many_classes", 300, 3, 8, 8, "random", num_classes=200, tile=8),
+    HiddenCase("200_classes", 300, 3, 8, 8, "random", num_classes=200, tile=8),
 )
 
 
