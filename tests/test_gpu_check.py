@@ -347,7 +347,8 @@ def test_sanitizer_report():
 
 def test_every_gpu_test_is_found(run):
     files = {path.relative_to(TOOLS.parent / "tests").as_posix() for path in machine.Machine().test_files(run)}
-    assert {f"gpu/{path.name}" for path in (TOOLS.parent / "tests" / "gpu").glob("test_*.py")} <= files
+    for folder in ("gpu", "conformance"):
+        assert {f"{folder}/{path.name}" for path in (TOOLS.parent / "tests" / folder).glob("test_*.py")} <= files
     assert {"test_packing.py", "models/bert/test_bert.py"} <= files and "test_gpu_check.py" not in files
 
 

@@ -1,4 +1,4 @@
-"""spectral_conv and its backward on a GPU: the emulator's cases, larger ones, and what only hardware can show."""
+"""spectral_conv and its backward on a GPU: large cases, and what only hardware can show."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import strategies as st
 
 from helpers import fft_conv as helpers
 from helpers import staged_fft
-from helpers.drawn import drawn
+from helpers.backends import HALF
 from helpers.fft_conv import FftConvCase, FftConvInputs, fft_conv_inputs
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = (torch.float16, torch.bfloat16)
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+by_dtype = pytest.mark.parametrize("dtype", HALF, ids=lambda d: str(d).removeprefix("torch."))
 
 # Every size, whole and cut, with more sequences than a block takes at a time.
 LARGE_CASES = tuple(
@@ -44,13 +42,8 @@ def _call(x: FftConvInputs) -> tuple[torch.Tensor, ...]:
 
 
 @by_dtype
-@pytest.mark.parametrize("case", helpers.FFT_CONV_CASES + helpers.LONG_FFT_CONV_CASES + LARGE_CASES, ids=str)
-def test_cases(case: FftConvCase, dtype: torch.dtype) -> None:
-    _check(case, dtype)
-
-
-@drawn(100, case=helpers.fft_conv_cases(longest=3000), dtype=st.sampled_from(DTYPES))
-def test_drawn(case: FftConvCase, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("case", LARGE_CASES, ids=str)
+def test_large_cases(case: FftConvCase, dtype: torch.dtype) -> None:
     _check(case, dtype)
 
 

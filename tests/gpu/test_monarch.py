@@ -1,5 +1,4 @@
-"""Block-diagonal and Monarch products on the GPU: the emulator's cases on the ops themselves, and what only hardware
-shows."""
+"""Block-diagonal and Monarch products on the GPU: large cases, and what only hardware shows."""
 
 from __future__ import annotations
 
@@ -8,17 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import monarch
-from helpers.drawn import drawn
+from helpers.backends import HALF
 from helpers.monarch import BlockdiagCase, GluCase, Inputs, MonarchCase
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = (torch.float16, torch.bfloat16)
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+by_dtype = pytest.mark.parametrize("dtype", HALF, ids=lambda d: str(d).removeprefix("torch."))
 
 # The benchmarks' sizes, with numbers of tokens that no tile divides.
 LARGE_BLOCKDIAG = (
@@ -44,45 +41,21 @@ LARGE_GLU = (
 )
 
 
-def _backward_aligned(case: MonarchCase) -> bool:
-    """The backward pass has rows of h's and dout's blocks, too."""
-    return case.aligned and case.first[1] % 8 == 0 and case.second[1] % 8 == 0
-
-
-def _aligned(cases: tuple[Any, ...]) -> list[Any]:
-    return [case for case in cases if case.aligned]
-
-
 @by_dtype
-@pytest.mark.parametrize("case", _aligned(monarch.BLOCKDIAG_CASES + LARGE_BLOCKDIAG), ids=str)
-def test_blockdiag_cases(case: BlockdiagCase, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("case", LARGE_BLOCKDIAG, ids=str)
+def test_large_blockdiag_cases(case: BlockdiagCase, dtype: torch.dtype) -> None:
     monarch.check_blockdiag_multiply(torch.ops.warpform, case, dtype, "cuda")
 
 
 @by_dtype
-@pytest.mark.parametrize("case", _aligned(monarch.MONARCH_CASES + LARGE_MONARCH), ids=str)
-def test_monarch_cases(case: MonarchCase, dtype: torch.dtype) -> None:
-    monarch.check_monarch_multiply(torch.ops.warpform, case, dtype, "cuda", backward=_backward_aligned(case))
+@pytest.mark.parametrize("case", LARGE_MONARCH, ids=str)
+def test_large_monarch_cases(case: MonarchCase, dtype: torch.dtype) -> None:
+    monarch.check_monarch_multiply(torch.ops.warpform, case, dtype, "cuda")
 
 
 @by_dtype
-@pytest.mark.parametrize("case", _aligned(monarch.GLU_CASES + LARGE_GLU), ids=str)
-def test_glu_cases(case: GluCase, dtype: torch.dtype) -> None:
-    monarch.check_blockdiag_glu(torch.ops.warpform, case, dtype, "cuda")
-
-
-@drawn(100, case=monarch.blockdiag_cases(aligned=True), dtype=st.sampled_from(DTYPES))
-def test_drawn_blockdiag(case: BlockdiagCase, dtype: torch.dtype) -> None:
-    monarch.check_blockdiag_multiply(torch.ops.warpform, case, dtype, "cuda")
-
-
-@drawn(100, case=monarch.monarch_cases(aligned=True), dtype=st.sampled_from(DTYPES))
-def test_drawn_monarch(case: MonarchCase, dtype: torch.dtype) -> None:
-    monarch.check_monarch_multiply(torch.ops.warpform, case, dtype, "cuda", backward=_backward_aligned(case))
-
-
-@drawn(100, case=monarch.glu_cases(aligned=True), dtype=st.sampled_from(DTYPES))
-def test_drawn_glu(case: GluCase, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("case", LARGE_GLU, ids=str)
+def test_large_glu_cases(case: GluCase, dtype: torch.dtype) -> None:
     monarch.check_blockdiag_glu(torch.ops.warpform, case, dtype, "cuda")
 
 

@@ -5,7 +5,7 @@ The oracle knows no tiles: it multiplies by a matrix with zeros where a token do
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,12 @@ HIDDEN_CASES = (
     HiddenCase("misaligned", 135, 8, 16, 24, layout="misaligned"),
     HiddenCase("transposed", 135, 8, 16, 24, layout="transposed"),
 )
+
+
+def with_kernel(case: HiddenCase) -> HiddenCase:
+    """The case nearest to this one that has CUDA kernels: groups and parts have widths that are multiples of 8."""
+    parts = max(case.num_out, 1)
+    return replace(case, width=-(-case.width // 8) * 8, other=-(-case.other // (8 * parts)) * 8 * parts)
 
 
 @st.composite

@@ -178,6 +178,35 @@ _LEADING = st.one_of(st.tuples(st.integers(5, 70)), st.tuples(st.integers(0, 5),
 _WIDTH = st.integers(1, 7).map(lambda n: 8 * n)
 
 
+# For kernels: every tile of each, with more than one step each way and tails.
+BLOCKDIAG_TILES = (
+    BlockdiagCase("large_tiles", (139,), 2, 200, 152),
+    BlockdiagCase("split_rows", (1100,), 2, 24, 40),
+    BlockdiagCase("split_rows_of_large_tiles", (1030,), 1, 136, 72),
+)
+MONARCH_TILES = (
+    MonarchCase("several_tiles_of_each_product", (70,), (4, 160, 72), (4, 136, 160)),
+    MonarchCase("three_lambdas", (33,), (5, 24, 72), (3, 144, 40)),
+    MonarchCase("two_lambdas", (33,), (2, 40, 16), (2, 24, 40)),
+    MonarchCase("chunks_of_lambdas", (40,), (16, 32, 16), (16, 40, 32)),
+    MonarchCase("a_last_chunk_of_fewer", (40,), (6, 64, 8), (12, 24, 32)),
+    MonarchCase("wide_runs_of_many_lambdas", (20,), (2, 640, 8), (8, 16, 160)),
+    MonarchCase("rank_one_of_odd_counts", (20,), (27, 8, 8), (27, 8, 8)),
+    MonarchCase("runs_across_kappas", (20,), (9, 40, 8), (15, 8, 24)),
+)
+GLU_TILES = (
+    GluCase("blocks_of_256", (131,), 2, 2 * 136, 2 * 72, 2 * 200),
+    GluCase("blocks_of_512", (70,), 2, 2 * 264, 2 * 40, 2 * 328),
+    GluCase("blocks_beyond_the_registers", (20,), 2, 2 * 24, 2 * 24, 2 * 520),
+    GluCase("an_odd_number_of_blocks", (20,), 3, 3 * 136, 3 * 8, 3 * 40),
+)
+
+
+def backward_aligned(case: MonarchCase) -> bool:
+    """Whether the kernels have the backward pass, too, which has rows of the blocks of h and of dout."""
+    return case.aligned and case.first[1] % 8 == 0 and case.second[1] % 8 == 0
+
+
 @st.composite
 def blockdiag_cases(draw: st.DrawFn, aligned: bool = False) -> BlockdiagCase:
     """Any shape; with `aligned` rows of blocks are of whole 16 bytes."""

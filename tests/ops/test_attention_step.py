@@ -1,21 +1,19 @@
-"""attention_step through its public functions: numerics, chains of steps, meaning, errors, compilation and export."""
+"""attention_step through its public functions: chains of steps, meaning, errors, compilation and export; and the
+reference's other ways."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import cases, oracle, ring
-from helpers.compare import assert_close, poisoned
+from helpers.compare import assert_close
 from helpers.compilations import Compilations
-from helpers.drawn import drawn
 from helpers.ring import StepCase, step_inputs
 from warpform import ops
 from warpform.ops.reference import attention as attention_reference
@@ -30,14 +28,7 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-# ---- numerics ----
-
-
-@pytest.mark.parametrize("dtype", cases.FLOATS, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("case", ring.STEP_CASES, ids=str)
-def test_cases(case: StepCase, dtype: torch.dtype) -> None:
-    with poisoned():
-        ring.check_attention_step(OPS, case, dtype)
+# ---- the reference's other ways ----
 
 
 @pytest.mark.parametrize("case", ring.STEP_CASES, ids=str)
@@ -46,11 +37,6 @@ def test_cases_without_fused_attention(case: StepCase, monkeypatch: pytest.Monke
     monkeypatch.setattr(attention_reference, "_flash", None)
     ring.check_attention_step(OPS, case, torch.float64)
     ring.check_attention_step(OPS, case, torch.float32)
-
-
-@drawn(150, case=ring.step_cases(), dtype=st.sampled_from(cases.FLOATS))
-def test_drawn(case: StepCase, dtype: torch.dtype) -> None:
-    ring.check_attention_step(OPS, case, dtype)
 
 
 @pytest.mark.parametrize("rows_at_a_time", (1, 7, 64))
@@ -156,8 +142,6 @@ def test_the_state_is_float32_however_many_steps(steps: int) -> None:
 
 def test_rows_that_see_nothing_are_carried() -> None:
     q, k = torch.randn(1, 6, 2, 8), torch.randn(1, 4, 2, 8)
-    out, lse = ops.attention_step(q, k, k, causal=True, k_offset=3)
-    assert not out[:, :3].any() and (lse[..., :3] == -math.inf).all() and lse[..., 3:].isfinite().all()
     before = torch.randn(1, 6, 2, 8), torch.randn(1, 2, 6)
     after = ops.attention_step(q, k, k, *before, causal=True, k_offset=3)
     assert torch.equal(after[0][:, :3], before[0][:, :3]) and torch.equal(after[1][..., :3], before[1][..., :3])

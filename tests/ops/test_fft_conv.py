@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import opcheck
@@ -16,7 +15,6 @@ from helpers import cases
 from helpers import fft_conv as helpers
 from helpers.compare import assert_close, poisoned
 from helpers.compilations import Compilations
-from helpers.drawn import drawn
 from warpform import ops
 from warpform.ops.reference import fft_conv as reference
 
@@ -29,19 +27,6 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 # ---- definitions ----
-
-
-@floats
-@pytest.mark.parametrize("case", helpers.FFT_CONV_CASES, ids=str)
-def test_spectral_conv(case: helpers.FftConvCase, dtype: torch.dtype) -> None:
-    with poisoned():
-        helpers.check_spectral_conv(OPS, case, dtype)
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=("float32", "float16"))
-@pytest.mark.parametrize("case", helpers.LONG_FFT_CONV_CASES, ids=str)
-def test_spectral_conv_of_long_sequences(case: helpers.FftConvCase, dtype: torch.dtype) -> None:
-    helpers.check_spectral_conv(OPS, case, dtype)
 
 
 @pytest.mark.parametrize("case", helpers.FFT_CONV_CASES[::3], ids=str)
@@ -87,25 +72,6 @@ def test_fft_conv(case: helpers.FftConvCase, dtype: torch.dtype) -> None:
     for name, g in found.items():
         scale = helpers.skip_terms(x) if name == "skip" else 0.0
         assert_close(name, g, truths[name], yardsticks[name].to(dtype), gradient=True, scale=scale)
-
-
-@floats
-@pytest.mark.parametrize("case", helpers.SHORT_CONV_CASES, ids=str)
-def test_short_conv_gate(case: helpers.ShortConvCase, dtype: torch.dtype) -> None:
-    with poisoned():
-        helpers.check_short_conv_gate(OPS, case, dtype)
-
-
-@drawn(40, case=helpers.fft_conv_cases(), dtype=st.sampled_from(cases.FLOATS))
-def test_spectral_conv_on_drawn_cases(case: helpers.FftConvCase, dtype: torch.dtype) -> None:
-    with poisoned():
-        helpers.check_spectral_conv(OPS, case, dtype)
-
-
-@drawn(40, case=helpers.short_conv_cases(), dtype=st.sampled_from(cases.FLOATS))
-def test_short_conv_gate_on_drawn_cases(case: helpers.ShortConvCase, dtype: torch.dtype) -> None:
-    with poisoned():
-        helpers.check_short_conv_gate(OPS, case, dtype)
 
 
 @pytest.mark.parametrize("seqlen", (1, 2, 255, 256, 257, 1000, 1024, 1025))
@@ -209,20 +175,6 @@ def test_what_has_no_derivative_raises(call: str, name: str) -> None:
         function(forward_ad.make_dual(x.detach(), torch.ones_like(x)), *rest)
     with pytest.raises(NotImplementedError, match=rf"{name}: torch\.func transforms"):
         torch.func.grad(lambda x: summed(function(x, *rest)))(x)
-
-
-def test_results_repeat_bit_by_bit() -> None:
-    u, pregate, postgate = (leaf(9, 40, 500, dtype=torch.float32) for _ in range(3))
-    k, k_reverse, skip = leaf(40, 500, dtype=torch.float32), leaf(40, 30, dtype=torch.float32), torch.randn(40)
-    x, weight, bias = leaf(3, 200, 24, dtype=torch.float32), leaf(24, 3, dtype=torch.float32), torch.randn(24)
-    leaves = (u, pregate, postgate, k, k_reverse, x, weight)
-
-    def run() -> tuple[Tensor, ...]:
-        out = ops.fft_conv(u, k, skip, pregate, postgate, k_reverse)
-        gated, gate = ops.short_conv_gate(x, weight, bias)
-        return out, gated, gate, *torch.autograd.grad(summed(out) + summed((gated, gate)), leaves)
-
-    assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))

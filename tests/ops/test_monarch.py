@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from helpers import cases
 from helpers import monarch as helpers
-from helpers.compare import poisoned
 from helpers.compilations import Compilations
 from helpers.drawn import drawn
 from warpform import ops
@@ -27,45 +25,6 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 # ---- definitions ----
-
-
-@floats
-@pytest.mark.parametrize("case", helpers.BLOCKDIAG_CASES, ids=str)
-def test_blockdiag_multiply(case: helpers.BlockdiagCase, dtype: torch.dtype) -> None:
-    with poisoned():
-        helpers.check_blockdiag_multiply(OPS, case, dtype)
-
-
-@floats
-@pytest.mark.parametrize("case", helpers.MONARCH_CASES, ids=str)
-def test_monarch_multiply(case: helpers.MonarchCase, dtype: torch.dtype) -> None:
-    with poisoned():
-        helpers.check_monarch_multiply(OPS, case, dtype)
-
-
-@floats
-@pytest.mark.parametrize("case", helpers.GLU_CASES, ids=str)
-def test_blockdiag_glu(case: helpers.GluCase, dtype: torch.dtype) -> None:
-    with poisoned():
-        helpers.check_blockdiag_glu(OPS, case, dtype)
-
-
-@drawn(40, case=helpers.blockdiag_cases(), dtype=st.sampled_from(cases.FLOATS))
-def test_blockdiag_multiply_on_drawn_cases(case: helpers.BlockdiagCase, dtype: torch.dtype) -> None:
-    with poisoned():
-        helpers.check_blockdiag_multiply(OPS, case, dtype)
-
-
-@drawn(40, case=helpers.monarch_cases(), dtype=st.sampled_from(cases.FLOATS))
-def test_monarch_multiply_on_drawn_cases(case: helpers.MonarchCase, dtype: torch.dtype) -> None:
-    with poisoned():
-        helpers.check_monarch_multiply(OPS, case, dtype)
-
-
-@drawn(40, case=helpers.glu_cases(), dtype=st.sampled_from(cases.FLOATS))
-def test_blockdiag_glu_on_drawn_cases(case: helpers.GluCase, dtype: torch.dtype) -> None:
-    with poisoned():
-        helpers.check_blockdiag_glu(OPS, case, dtype)
 
 
 @pytest.mark.parametrize(("k", "q", "p", "count", "s"), ((4, 6, 3, 4, 5), (2, 4, 3, 8, 2), (3, 8, 2, 6, 3)))
@@ -132,19 +91,6 @@ def test_what_has_no_derivative_raises(call: str) -> None:
         function(forward_ad.make_dual(x.detach(), torch.ones_like(x)), *rest)
     with pytest.raises(NotImplementedError, match=rf"{function.__name__}: torch\.func transforms"):
         torch.func.grad(lambda x: function(x, *rest).sum())(x)
-
-
-@by_call
-def test_results_repeat_bit_by_bit(call: str) -> None:
-    function, shapes = CALLS[call]
-    tokens = 700  # more than are taken at one time
-    inputs = [leaf(tokens, shapes[0][-1], dtype=torch.float32), *(leaf(*s, dtype=torch.float32) for s in shapes[1:])]
-
-    def run() -> tuple[Tensor, ...]:
-        out = function(*inputs)
-        return (out, *torch.autograd.grad(out.square().sum(), inputs))
-
-    assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
 
 
 @by_call

@@ -67,25 +67,6 @@ def test_only_gradients_that_are_needed() -> None:
         assert not ops.window_attention(qkv, table, window_size=2).requires_grad
 
 
-def test_logit_scale_above_the_clamp_has_no_gradient() -> None:
-    qkv = leaf(1, 4, 4, 3, 3, 8)
-    scale = torch.tensor([1.0, 4.7, 4.5], dtype=torch.float64, requires_grad=True)
-    out = ops.window_attention(qkv, window_size=4, logit_scale=scale)
-    out.square().sum().backward()
-    assert scale.grad[0] != 0 and scale.grad[1] == 0 and scale.grad[2] != 0
-    at_the_clamp = torch.tensor([1.0, 100.0, 4.5], dtype=torch.float64)
-    assert torch.equal(out, ops.window_attention(qkv, window_size=4, logit_scale=at_the_clamp))
-
-
-def test_vectors_of_length_zero_have_no_gradient_through_their_cosine() -> None:
-    values = torch.randn(1, 2, 2, 3, 1, 4)
-    values[0, 0, 0, :2] = 0
-    qkv = values.requires_grad_()
-    ops.window_attention(qkv, window_size=2, logit_scale=torch.ones(1)).square().sum().backward()
-    assert qkv.grad.isfinite().all() and not qkv.grad[0, 0, 0, :2].any() and qkv.grad[0, 0, 0, 2].all()
-    assert qkv.grad[0, 1, 1].all()
-
-
 FUNCTION: Callable[[Tensor], Tensor] = lambda qkv: ops.window_attention(qkv, window_size=2)  # noqa: E731
 
 
@@ -98,19 +79,6 @@ def test_what_has_no_derivative_raises() -> None:
         FUNCTION(forward_ad.make_dual(x.detach(), torch.ones_like(x)))
     with pytest.raises(NotImplementedError, match=r"window_attention: torch\.func transforms"):
         torch.func.grad(lambda x: FUNCTION(x).sum())(x)
-
-
-@pytest.mark.parametrize("cosine", (False, True))
-def test_results_repeat_bit_by_bit(cosine: bool) -> None:
-    qkv, table = leaf(3, 30, 23, 3, 2, 16, dtype=torch.float32), leaf(169, 2, dtype=torch.float32)
-    bias, scale = leaf(3, 2, 16, dtype=torch.float32), leaf(2, dtype=torch.float32) if cosine else None
-    leaves = [t for t in (qkv, table, bias, scale) if t is not None]
-
-    def run() -> tuple[Tensor, ...]:
-        out = ops.window_attention(qkv, table, window_size=7, shift_size=3, logit_scale=scale, qkv_bias=bias)
-        return (out, *torch.autograd.grad(out.square().sum(), leaves))
-
-    assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
 
 
 class ArgumentDtypes(TorchDispatchMode):
@@ -227,15 +195,6 @@ def test_what_is_kept_of_a_grid_serves_every_mode() -> None:
     out = ops.window_attention(qkv.requires_grad_(), table, **how)
     out.sum().backward()
     assert torch.equal(first, out) and qkv.grad.isfinite().all() and table.grad.any()
-
-
-def test_a_window_keeps_its_nan_to_itself() -> None:
-    qkv = torch.randn(2, 8, 8, 3, 2, 8)
-    clean = ops.window_attention(qkv, window_size=4)
-    qkv[1, 5, 2] = float("nan")
-    out = ops.window_attention(qkv, window_size=4)
-    assert torch.equal(out[0], clean[0]) and torch.equal(out[1, :, 4:], clean[1, :, 4:])
-    assert torch.equal(out[1, :4], clean[1, :4]) and out[1, 4:, :4].isnan().all()
 
 
 def test_one_int_stands_for_all_axes_and_strides_do_not_matter() -> None:

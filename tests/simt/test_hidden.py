@@ -1,97 +1,39 @@
-"""Hidden routing's kernels in the emulator."""
+"""Hidden routing's kernels in the emulator: what is asked of them alone."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import strategies as st
 
 from helpers import hidden
-from helpers.drawn import drawn
+from helpers.backends import HALF
 from helpers.hidden import HIDDEN_CASES, HiddenCase, hidden_inputs
 
-DTYPES = (torch.float16, torch.bfloat16)
-# What has kernels: groups and parts whose widths are multiples of 8, tiles of 128 tokens.
-CASES = tuple(
-    replace(case, width=-(-case.width // 8) * 8, other=-(-case.other // (8 * n)) * 8 * n)
-    for case in HIDDEN_CASES
-    for n in (max(case.num_out, 1),)
-)
-WIDE = (
-    HiddenCase("wide_groups", 150, 3, 200, 136, "random"),
-    HiddenCase("wide_other", 140, 4, 64, 264, "topk", num_shared=1),
-    HiddenCase("many_tokens", 900, 8, 16, 16, "topk", num_shared=2),
-)
-# Longer than one block ranks, of several blocks of the sort; of groups with more than one digit.
-PLANS = (
-    HiddenCase("sorted", 2500, 16, 8, 8, num_shared=6),
-    HiddenCase("sorted_one_digit", 300, 5, 8, 8, "random"),
-    HiddenCase("sorted_64_groups", 1500, 64, 8, 8, "random"),
-    HiddenCase("sorted_classes", 2100, 9, 8, 8, "random", num_classes=4),
-    HiddenCase("sorted_alike", 700, 16, 8, 8, "same"),
-    HiddenCase("small_tiles", 600, 12, 8, 8, "random", num_classes=2, tile=16),
-    HiddenCase("many_classes", 300, 3, 8, 8, "random", num_classes=200, tile=8),
-)
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+CLASSES = HiddenCase("sorted_classes", 2100, 9, 8, 8, "random", num_classes=4)
 by_direction = pytest.mark.parametrize("routed_out", (False, True), ids=("gather", "scatter"))
 
 
-@pytest.mark.parametrize("case", CASES + PLANS, ids=str)
-def test_plan(simt: Any, case: HiddenCase) -> None:
-    hidden.check_routing_plan(simt, case)
-
-
 def test_plan_whatever_the_order_of_threads(simt: Any, seed: int) -> None:
-    for case in (PLANS[3], CASES[0]):
+    for case in (CLASSES, hidden.with_kernel(HIDDEN_CASES[0])):
         hidden.check_routing_plan(simt, case)
-
-
-@pytest.mark.parametrize("dtype", (torch.int64, torch.int32))
-def test_mask(simt: Any, dtype: torch.dtype) -> None:
-    idx = torch.tensor([[1, 5, 1], [63, 0, 2], [-1, 64, 7]], dtype=dtype)
-    found = simt.routing_mask(idx, 64, 2)
-    assert [m % 2**64 for m in found.tolist()] == [3 | 1 << 5, 3 | 1 << 63 | 1 << 2, 3 | 1 << 7]
-    assert simt.routing_mask(idx[:, :0], 8, 8).tolist() == [255] * 3
-
-
-@by_direction
-@by_dtype
-@pytest.mark.parametrize("case", CASES + WIDE, ids=str)
-def test_cases(simt: Any, case: HiddenCase, dtype: torch.dtype, routed_out: bool) -> None:
-    hidden.check_hidden(simt, case, dtype, routed_out=routed_out)
-
-
-@drawn(12, case=hidden.hidden_cases(), routed_out=st.booleans())
-def test_drawn(simt: Any, case: HiddenCase, routed_out: bool) -> None:
-    parts = max(case.num_out, 1)
-    case = replace(case, width=-(-case.width // 8) * 8, other=-(-case.other // (8 * parts)) * 8 * parts)
-    hidden.check_hidden(simt, case, torch.bfloat16, routed_out=routed_out)
 
 
 @by_direction
 def test_whatever_the_order_of_threads(simt: Any, seed: int, routed_out: bool) -> None:
     for name in ("topk_64", "classes", "triangular", "four_tokens"):
-        case = next(case for case in CASES if case.name == name)
-        hidden.check_hidden(simt, case, torch.float16, routed_out=routed_out)
+        case = next(case for case in HIDDEN_CASES if case.name == name)
+        hidden.check_hidden(simt, hidden.with_kernel(case), torch.float16, routed_out=routed_out)
 
 
 @by_direction
 def test_partial_sums_of_the_weight_gradient(simt: Any, routed_out: bool) -> None:
-    """With more blocks than tiles of the weight the tokens are split, and the parts added in a fixed order."""
+    """With more blocks than tiles of the weight the tokens are split, and the parts added."""
     simt._configure(0, 64)
-    try:
-        case = HiddenCase("split", 1300, 4, 16, 24, "topk", num_shared=1)
-        hidden.check_hidden(simt, case, torch.bfloat16, routed_out=routed_out)
-        x = hidden_inputs(case, torch.bfloat16, routed_out=routed_out)
-        plan = x.plan(simt)
-        runs = [simt.hidden_weight_grad(x.x, x.dout, x.gates, routed_out, *plan) for _ in range(2)]
-        assert torch.equal(*runs)
-    finally:
-        simt._configure(0)
+    case = HiddenCase("split", 1300, 4, 16, 24, "topk", num_shared=1)
+    hidden.check_hidden(simt, case, torch.bfloat16, routed_out=routed_out)
 
 
 @by_direction
@@ -146,5 +88,5 @@ def test_kernel_table_lists_what_runs(simt: Any) -> None:
         (f"hidden_{kind}_linear{end}", str(dtype).removeprefix("torch."))
         for kind in ("gather", "scatter")
         for end in ("", "_backward")
-        for dtype in DTYPES
+        for dtype in HALF
     }

@@ -128,7 +128,12 @@ class Machine:
     def test_files(self, run: Run) -> list[Path]:
         """Every file that holds tests marked gpu."""
         files = sorted((ROOT / "tests").rglob("test_*.py"))
-        return [path for path in files if "pytest.mark.gpu" in path.read_text() and path.name != "test_gpu_check.py"]
+        return [
+            path
+            for path in files
+            if path.parent.name == "conformance"
+            or ("pytest.mark.gpu" in path.read_text() and path.name != "test_gpu_check.py")
+        ]
 
     def pytest_arguments(self, run: Run) -> list[str]:
         """Where pytest finds its settings."""

@@ -121,8 +121,8 @@ def _multiply(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _weight_gradient(dout: Tensor, x: Tensor, w: Tensor) -> Tensor:
     """dw [nb, q, p] from dout [tokens, nb * q] and x [tokens, n]."""
-    nb, q, p = w.shape
-    return torch.bmm(dout.view(-1, nb, q).permute(1, 2, 0), _column(x.view(-1, nb, p).transpose(0, 1)))
+    tokens, (nb, q, p) = x.size(0), w.shape
+    return torch.bmm(dout.view(tokens, nb, q).permute(1, 2, 0), _column(x.view(tokens, nb, p).transpose(0, 1)))
 
 
 # ---- block-diagonal ----
@@ -158,7 +158,7 @@ def _between(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     With tokens last, both permutations are of whole rows: strides say where they are, and nothing moves.
     """
     (k, _, p), (lambdas, _, r) = w1.shape, w2.shape
-    h = torch.bmm(w1, _column(x.view(-1, k, p).permute(1, 2, 0)))  # [k, q, tokens]
+    h = torch.bmm(w1, _column(x.view(x.size(0), k, p).permute(1, 2, 0)))  # [k, q, tokens]
     return _column(h.view(r, lambdas, x.size(0)).transpose(0, 1))
 
 
