@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..ops import attention_step, attention_step_backward
+from ..ops._dtypes import accumulation_dtype
 from . import _agreement
 from ._blocks import DenseRows, Rows, VarlenRows, block_of
 from ._group import Ring
@@ -100,7 +101,7 @@ def forward(
     }  # fmt: skip
     yield from _agreement.agree(ring, op, facts, group=group, check=check, device=q.device)
     rows = _rows(op, ring, q, cu_seqlens, layout, causal, seqlen)
-    state = torch.float64 if q.dtype == torch.float64 else torch.float32
+    state = accumulation_dtype(q.dtype)
     out = lse = None
     if not rows.covers_all("all"):
         out = torch.zeros(q.shape, dtype=state, device=q.device)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import _autocast, ops
 from ..ops import RoutingPlan
+from ..ops._dtypes import accumulation_dtype
 
 SCALE_MODES = ("sum", "groups", "active", "none")
 
@@ -84,7 +85,7 @@ class HiddenRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Routed:
         """x: [T, hidden_size]. Nothing is read from the device."""
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = accumulation_dtype(x.dtype)
         with _autocast.off(x.device):
             scores = F.linear(x.to(wide), self.centroids.to(wide)).softmax(1)
         specialised = scores[:, self.num_shared :]

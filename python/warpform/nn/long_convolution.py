@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _autocast, ops
+from ..ops._dtypes import accumulation_dtype
 from ._product import is_plain
 from .norm import AddBiasResidualLayerNorm
 
@@ -226,9 +227,9 @@ class ImplicitFilter(nn.Module):
 
         def widened(x: Tensor) -> Tensor:
             moved = fn(x)
-            if not moved.is_floating_point() or moved.dtype == torch.promote_types(moved.dtype, torch.float32):
+            if not moved.is_floating_point() or moved.dtype == accumulation_dtype(moved.dtype):
                 return moved
-            return x.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
+            return x.to(moved.device, accumulation_dtype(moved.dtype))
 
         return super()._apply(widened, recurse)
 

@@ -10,6 +10,7 @@ from ...nn import (
     BiasActivation,
     first_tokens,
 )
+from ...ops._dtypes import accumulation_dtype
 from ..common.checks import check_shape
 from ..common.encoder import PackedStates
 from ..common.heads import MaskedLM, SequenceClassification, TokenClassification
@@ -79,7 +80,7 @@ class _DebertaSequenceClassification(SequenceClassification):
             check_shape(type(self).__name__, "labels", labels, (batch,))
             return token_loss(logits, torch.where(labels < 0, IGNORED, labels), items)
         check_shape(type(self).__name__, "labels", labels, (batch, classes))
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide = logits.to(accumulation_dtype(logits.dtype))
         losses = -(wide.log_softmax(-1) * labels).sum(-1)
         return losses.mean() if items is None else losses.sum() / items
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._dtypes import accumulation_dtype
 from . import attention
 
 # Rows and columns [i0, i1) x [j0, j1) of the scores.
@@ -141,7 +142,7 @@ def _state(t: Tensor | None, shape: tuple[int, ...], value: float, like: Tensor)
     """A contiguous copy of the carried (out, lse), or their neutral values (0, -inf)."""
     if t is not None:
         return t.clone(memory_format=torch.contiguous_format)
-    return torch.full(shape, value, dtype=attention._accumulation_dtype(like), device=like.device)
+    return torch.full(shape, value, dtype=accumulation_dtype(like.dtype), device=like.device)
 
 
 def attention_step(

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .._dtypes import accumulation_dtype
 from . import attention
 
 # What an exact integer may miss by in floating point, before it is rounded up.
@@ -143,7 +144,7 @@ class _Problem:
     def scores(self, group: attention._Group, q: Tensor, k: Tensor) -> _Scores:
         """q, k [n, H, s, D] of a group."""
         index = self._index(group, q.device)
-        dtype = attention._accumulation_dtype(q)
+        dtype = accumulation_dtype(q.dtype)
         return _Scores(q.to(dtype), k.to(dtype), index, self.pos_key, self.pos_query, self.scale)
 
     def _index(self, group: attention._Group, device: torch.device) -> Tensor | None:
@@ -197,7 +198,7 @@ def disentangled_attention(
     )  # fmt: skip
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.full((q.size(1), q.size(0)), -math.inf, dtype=attention._accumulation_dtype(q), device=q.device)
+    lse = torch.full((q.size(1), q.size(0)), -math.inf, dtype=accumulation_dtype(q.dtype), device=q.device)
     queries, keys, values, outs, lses = (problem.sequences(t) for t in (q, k, v, out, lse.t()))
     for group in problem.groups:
         scores = problem.scores(group, queries[group], keys[group])
@@ -242,7 +243,7 @@ def disentangled_attention_backward(
         "disentangled_attention_backward", q, pos_key, pos_query, cu_seqlens, max_seqlen,
         positions, softmax_scale, position_buckets, max_relative_positions,
     )  # fmt: skip
-    dtype = attention._accumulation_dtype(q)
+    dtype = accumulation_dtype(q.dtype)
     q, k, v, dout = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, dout))
     dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     dpos_key, dpos_query = (

@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._dtypes import accumulation_dtype
+
 # The log-sum-exp is returned for windows of more tokens than this: only there does a backward need it.
 LSE_ABOVE = 64
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -115,7 +117,7 @@ class _Scores:
         scale: float | None,
         mask_value: float,
     ) -> None:
-        self.dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+        self.dtype = accumulation_dtype(qkv.dtype)
         # Finite numbers that only a double holds count as the largest of the dtype.
         bounds = torch.finfo(self.dtype)
         self.mask_value = mask_value if mask_value == -math.inf else min(max(mask_value, bounds.min), bounds.max)
@@ -247,7 +249,7 @@ def window_attention(
     batch, heads, d = qkv.size(0), qkv.size(-2), qkv.size(-1)
     window = tuple(window_size)
     count, n = math.prod(-(-g // w) for g, w in zip(grid, window, strict=True)), math.prod(window)
-    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(qkv.dtype)
     lse = torch.empty((batch, count, heads, n) if n > LSE_ABOVE else 0, dtype=wide, device=qkv.device)
     out = torch.empty((batch, *grid, heads * d), dtype=qkv.dtype, device=qkv.device)
     if out.numel() == 0:
@@ -324,7 +326,7 @@ def window_attention_backward(
     n = math.prod(window)
     table = relative_position_bias_table
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(qkv.dtype)
     dbias = torch.zeros((heads, n, n), dtype=wide, device=qkv.device)
     dfactor = torch.zeros(heads, dtype=wide, device=qkv.device)
     dpadding = torch.zeros((3 * heads, d), dtype=wide, device=qkv.device)
