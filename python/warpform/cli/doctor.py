@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import _env, _library
-from .._drivers import DRIVERS, needed_driver
+from .. import _env, _hardware, _library
+from .._hardware import DRIVERS, needed_driver, version_pair
 from .._version import __version__
 from . import self_test
 
@@ -92,11 +92,9 @@ def _torch_gpus(torch: Any) -> list[dict[str, Any]]:
 
 
 def _cpu() -> dict[str, Any]:
-    text = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     memory = re.search(r"^MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)
     return {
-        "model": model[1] if model else platform.machine(),
+        "model": _hardware.cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(int(memory[1]) / 2**20, 1) if memory else None,
     }
@@ -124,14 +122,10 @@ def _driver() -> str | None:
 
 
 def _nvcc() -> dict[str, str] | None:
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    candidates = [os.environ.get("CUDACXX", ""), *(f"{home}/bin/nvcc" for home in homes), "nvcc"]
-    candidates += [str(path) for folder in sys.path for path in Path(folder or ".").glob("nvidia/cu[0-9]*/bin/nvcc")]
-    for candidate in candidates:
-        path = shutil.which(candidate) if candidate else None
-        release = re.search(r"release (\S+),", _output(path, "--version")) if path else None
-        if path and release:
-            return {"path": path, "version": release[1]}
+    for path in _hardware.nvcc_paths():
+        version = _hardware.nvcc_version(path)
+        if version:
+            return {"path": path, "version": "{}.{}".format(*version)}
     return None
 
 
@@ -149,18 +143,19 @@ def _binary() -> dict[str, Any]:
 
 def _covers(archs: str, capability: str) -> bool:
     """Whether code built for `archs` ("80 90a-real") runs on a GPU of this compute capability ("9.0")."""
-    major, minor = (int(part) for part in capability.split("."))
+    gpu = version_pair(capability)
+    assert gpu is not None
     for arch in re.split(r"[\s;,]+", archs.strip()):
         match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", arch)
         if match is None:
             continue
         built = (int(match[1]), int(match[2]))
         if match[3]:
-            if built == (major, minor):
+            if built == gpu:
                 return True
             continue
-        same_family = built[0] == major and built[1] <= minor
-        if (same_family and match[4] != "-virtual") or (built <= (major, minor) and match[4] != "-real"):
+        same_family = built[0] == gpu[0] and built[1] <= gpu[1]
+        if (same_family and match[4] != "-virtual") or (built <= gpu and match[4] != "-real"):
             return True
     return False
 
@@ -203,10 +198,8 @@ def _runtime(binary: dict[str, Any]) -> str | None:
 
 def _old_driver(driver: Any, built: str | None) -> str | None:
     """What to do where the driver is too old for the CUDA that the kernels were compiled with, or None."""
-    if not isinstance(driver, str) or not built:
-        return None
-    serves, needs = (tuple(int(part) for part in version.split(".")[:2]) for version in (driver, built))
-    if serves[0] >= needs[0]:
+    serves, needs = (version_pair(version) if isinstance(version, str) else None for version in (driver, built))
+    if serves is None or needs is None or serves[0] >= needs[0]:
         return None
     newer = f" to {DRIVERS[needs[0]]} or later" if needs[0] in DRIVERS else ""
     return (
