@@ -6,16 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...nn import (
-    BiasActivation,
-    first_tokens,
-)
+from ...nn import BiasActivation, first_tokens
 from ...ops._dtypes import accumulation_dtype
 from ..common.checks import check_shape
 from ..common.encoder import PackedStates
 from ..common.heads import MaskedLM, SequenceClassification, TokenClassification
 from ..common.losses import IGNORED, token_loss
+from ..common.weights import rename
 from .model import DebertaModel, DebertaV2Model
+
+# transformers' names in the older form of the head, and in that of pretraining.
+_LM_HEAD = ((r"cls\.predictions\.(transform\.)?", "lm_predictions.lm_head."),)
 
 
 class _DebertaMaskedLM(MaskedLM):
@@ -42,15 +43,7 @@ class _DebertaMaskedLM(MaskedLM):
         names = super().weight_names()
         if self.config.legacy:
             return names
-        return {
-            name: tuple(
-                part.replace("cls.predictions.transform.", "lm_predictions.lm_head.").replace(
-                    "cls.predictions.", "lm_predictions.lm_head."
-                )
-                for part in parts
-            )
-            for name, parts in names.items()
-        }
+        return {name: tuple(rename(part, _LM_HEAD) for part in parts) for name, parts in names.items()}
 
 
 class _DebertaSequenceClassification(SequenceClassification):
