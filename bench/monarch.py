@@ -126,7 +126,7 @@ def one_bmm(x: Tensor, w: Tensor) -> Tensor:
 
 
 def two_bmm(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """As the published code does it: a batched product, a permutation, another product, another permutation."""
+    """Multiplies as the published code does: a batched product, a permutation, another product, another permutation."""
     blocks, _, r = w2.shape
     h = _blockdiag(x, w1).transpose(0, 1).reshape(x.size(0), r, blocks)
     return torch.bmm(h.permute(2, 0, 1), w2.mT).permute(1, 2, 0).reshape(x.size(0), -1)

@@ -42,7 +42,7 @@ def read(folder: Path) -> list[Row]:
     return rows
 
 
-# Of a device: (family, kernel, direction) -> workload -> provider -> row.
+# The rows of a device: (family, kernel, direction) -> workload -> provider -> row.
 Kernels = dict[tuple[str, str, str], dict[str, dict[str, Row]]]
 
 
@@ -165,7 +165,7 @@ def markdown(found: dict[str, Kernels]) -> str:
     return "\n".join(lines)
 
 
-# What the figure of a family is called; what a call costs the host is no race and has none.
+# Titles of the figures of families. The host's cost of a call is no comparison, so it has no figure.
 TITLES = {
     "attention": "Attention",
     "disentangled_attention": "Disentangled attention (DeBERTa)",
@@ -209,7 +209,7 @@ def machine(row: Row) -> str:
 
 
 def source(row: Row) -> str:
-    """Where a number comes from."""
+    """Names the dtype, versions, commit and date of a row."""
     return (
         f"{row['dtype']}, torch {row['torch']}, transformers {row['transformers'] or 'absent'}, warpform "
         f"{row['warpform']} at {row['commit']} ({row['backend']}), {row['date']}"

@@ -18,7 +18,7 @@ DRIVERS = {12: "525", 13: "580"}
 
 
 def needed_driver(cuda: str) -> str | None:
-    """What kernels compiled with this CUDA need, as in "an NVIDIA driver 580 or later"; None for an unknown CUDA."""
+    """Names the driver that kernels of this CUDA need, as "an NVIDIA driver 580 or later"; None for an unknown CUDA."""
     first = DRIVERS.get(int(cuda.split(".")[0]))
     return None if first is None else f"an NVIDIA driver {first} or later"
 

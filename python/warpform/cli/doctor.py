@@ -35,7 +35,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _guarded(probe: Callable[[], Any]) -> Any:
-    """The probe's result, or {"error": why}. A probe that ends the interpreter's patience is a failed one too."""
+    """Returns the probe's result, or {"error": why}. SystemExit counts as a failure too."""
     try:
         return probe()
     except (Exception, SystemExit) as error:
@@ -142,7 +142,7 @@ def _binary() -> dict[str, Any]:
 
 
 def _covers(archs: str, capability: str) -> bool:
-    """Whether code built for `archs` ("80 90a-real") runs on a GPU of this compute capability ("9.0")."""
+    """Tells whether code built for `archs` ("80 90a-real") runs on a GPU of this compute capability ("9.0")."""
     gpu = version_pair(capability)
     assert gpu is not None
     for arch in re.split(r"[\s;,]+", archs.strip()):
@@ -197,7 +197,7 @@ def _runtime(binary: dict[str, Any]) -> str | None:
 
 
 def _old_driver(driver: Any, built: str | None) -> str | None:
-    """What to do where the driver is too old for the CUDA that the kernels were compiled with, or None."""
+    """Returns a remedy where the driver is too old for the CUDA that the kernels were compiled with, or None."""
     serves, needs = (version_pair(version) if isinstance(version, str) else None for version in (driver, built))
     if serves is None or needs is None or serves[0] >= needs[0]:
         return None
@@ -226,7 +226,7 @@ def _self_tests(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _advice(report: dict[str, Any]) -> list[str]:
-    """What to do, one sentence each, about what is not an error and yet not as it should be."""
+    """Returns a sentence for each thing that is no error and that the user should still put right."""
     binary, machine = report["binary"], report["machine"]
     sentences = [_library.stale_sources()]
     if machine["gpus"]:

@@ -40,7 +40,7 @@ class _Buffers:
 
 
 class _Turn:
-    """Where a rank is in its tour of all sources: `outer` turns done, `inner` steps of this one."""
+    """The place of a rank in its tour of all sources: `outer` turns done, `inner` steps of this turn."""
 
     def __init__(self, ring: Ring, outer: int, inner: int) -> None:
         outer_rank = 0 if ring.outer is None else ring.outer.rank

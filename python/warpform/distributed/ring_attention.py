@@ -15,7 +15,7 @@ from ._register import register_op
 from ._transport import run
 from .layouts import check_layout
 
-# What both ops take after their tensors; a LocalGroup's tensors have one dimension more, but cu_seqlens has not.
+# The arguments of both ops after their tensors. Tensors of a LocalGroup have one dimension more, except cu_seqlens.
 _HOW = (
     "str group, *, Tensor? cu_seqlens, bool causal, str layout, float? softmax_scale, SymInt? seqlen, float? timeout, "
     "str check"

@@ -137,7 +137,7 @@ def _av_backward_steps(ring: Ring, dout: Tensor, p: Tensor, v: Tensor) -> Steps[
 
 
 def _ranks(group: str, like: Tensor) -> int:
-    """How many ranks there are; in one process they are the first dimension."""
+    """Returns the number of ranks; in one process they are the first dimension."""
     if LocalGroup.named(group) is not None:
         return like.shape[0]
     return int(process_group(group).size())

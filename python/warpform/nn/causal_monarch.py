@@ -128,7 +128,7 @@ class CausalMonarchConvolution(nn.Module):
 
 @dataclasses.dataclass
 class MixerState:
-    """What `CausalMonarchMixer.step` keeps of earlier tokens. Histories are [batch, hidden, l_max], float32 at least.
+    """The state of `CausalMonarchMixer.step`. Histories are [batch, hidden, l_max], float32 at least.
 
     Attributes:
         length: tokens so far.

@@ -17,7 +17,7 @@ SCALE_MODES = ("sum", "groups", "active", "none")
 
 @dataclass
 class Routed:
-    """What a router chose for T tokens.
+    """The choices of a router for T tokens.
 
     Attributes:
         plan: the groups of each token.
@@ -161,7 +161,7 @@ class GroupFusion(nn.Module):
     """Lets groups that were computed apart see each other: a Monarch matrix over the hidden dimensions.
 
     hidden_size = N m costs N m^2 + m N^2 multiplications a token instead of (N m)^2: one product within each group,
-    one across the groups at each place. It begins as the identity, so that a layer begins as the one without it.
+    one across the groups at each place. It begins as the identity, so that a layer begins like a layer without it.
 
     Args:
         hidden_size: N * m.

@@ -26,7 +26,7 @@ _warned: set[tuple[str, str]] = set()
 
 @dataclass(frozen=True)
 class RegisteredOp:
-    """What a registration says of an op, for everyone who goes through all of them: `ops()`."""
+    """The facts of a registered op. `ops()` returns those of all ops, for code that goes through every one."""
 
     name: str
     reference: Callable[..., Any]
@@ -181,7 +181,7 @@ def _autocast_kernel(op: Any, device_type: str, names: Sequence[str]) -> Callabl
 
 
 def _cast(value: Any, dtype: torch.dtype, device_type: str) -> Any:
-    # As torch's own rule does: float64 was asked for by whoever uses it, and stays.
+    # float64 stays, as under torch's own autocast: who uses it asked for it.
     if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
         return value.to(dtype) if value.device.type == device_type else value
     return value

@@ -36,7 +36,7 @@ def _backward_fake(
     return dq, dk, dv
 
 
-# Neither is differentiable: what the steps add up to is, and whoever takes them writes its backward out of the second.
+# Neither op is differentiable. Only the result of all steps is; code that takes steps calls the second op in backward.
 _attention_step = register_op(
     "attention_step", reference=reference.attention_step, fake=_fake, example=examples.attention_step
 )

@@ -35,7 +35,7 @@ _packing_plan = register_op(
 
 
 def packing_plan(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Where the tokens of a padded batch go when its padding is dropped; `warpform.Packing` is the usual way to it.
+    """Computes where the tokens of a padded batch go without its padding; `warpform.Packing` is the usual caller.
 
     Args:
         mask: bool or integer [B, S], nonzero where there is a token: any pattern.

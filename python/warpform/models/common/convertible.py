@@ -123,7 +123,7 @@ class ConvertibleModel(PretrainedModel):
         """Takes over what of a transformers model is in neither its config nor its weights."""
 
     def to_transformers(self) -> nn.Module:
-        """Writes the weights back and returns the transformers model: the one this was made from, else a new one.
+        """Writes the weights back and returns the transformers model that this was made from, else a new model.
 
         Parameters that both models share need no copy; concatenated ones are split into their parts.
 

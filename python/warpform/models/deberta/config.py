@@ -67,7 +67,7 @@ class DebertaConfig(TransformersConfig):
 
     @classmethod
     def from_transformers(cls: type[Config], fields: Mapping[str, Any], **overrides: Any) -> Config:
-        """As in `TransformersConfig`.
+        """Reads fields as `TransformersConfig` does, and checks two more.
 
         Raises:
             ValueError: also a pooler_hidden_size other than hidden_size, and an attention_head_size other than
@@ -97,7 +97,7 @@ class DebertaConfig(TransformersConfig):
 
     @property
     def score_terms(self) -> int:
-        """What the scores are scaled for: 1 and the terms of positions, as transformers counts them."""
+        """The number of terms that scores are scaled for: content and positions, as transformers counts them."""
         return 1 + len(self.pos_att_type)
 
 
@@ -149,5 +149,5 @@ class DebertaV2Config(DebertaConfig):
 
     @property
     def relative_norm(self) -> bool:
-        """Whether the embeddings of relative positions are normalised."""
+        """True if the embeddings of relative positions are normalised."""
         return "layer_norm" in (part.strip() for part in self.norm_rel_ebd.lower().split("|"))

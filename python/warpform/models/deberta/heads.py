@@ -63,8 +63,8 @@ class _DebertaSequenceClassification(SequenceClassification):
         return self.pooler_activation(self.pooler(first), None)
 
     def _loss(self, logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
-        # Where no problem_type is given, transformers has rules of DeBERTa's own: one label a sequence is a class, and
-        # none where it is negative; several are the probabilities of the classes.
+        # Without a problem_type, transformers has rules for DeBERTa alone: one label a sequence is a class, or no class
+        # if it is negative; several labels are the probabilities of the classes.
         batch, classes = logits.shape
         if self.config.problem_type is not None or classes == 1:
             return super()._loss(logits, labels, items)

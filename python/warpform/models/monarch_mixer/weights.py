@@ -1,4 +1,4 @@
-"""What published weights of M2-BERT tell about its config, and their names."""
+"""Published weights of M2-BERT: their names, and the fields of a config that follow from them."""
 
 from __future__ import annotations
 

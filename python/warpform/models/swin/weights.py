@@ -47,7 +47,7 @@ def file_name(name: str) -> str:
 
 
 def is_published(names: Iterable[str]) -> bool:
-    """Whether names are those of the published code."""
+    """Tells whether names are those of the published code."""
     return any(name.startswith("patch_embed.") for name in names)
 
 

@@ -44,7 +44,7 @@ _flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attent
 
 @dataclass(frozen=True)
 class _Scores:
-    """How scores are made from q.k, and which are seen. left, right: -1 = unbounded. slopes: [1 or n, Hq]."""
+    """The parameters of scores and of their mask. left, right: -1 = unbounded. slopes: [1 or n, Hq]."""
 
     scale: float
     left: int
@@ -62,7 +62,7 @@ class _Scores:
         )
 
     def is_causal(self, sq: int, sk: int) -> bool:
-        """Whether fused attention can mask by itself: a square, seen up to its diagonal, and a scale that it takes."""
+        """Tells whether torch's fused attention can mask by itself: a causal square, with a scale that it takes."""
         return (
             sq == sk
             and self.right == 0
@@ -81,7 +81,7 @@ class _Scores:
             yield i0, i1, j0, j1
 
     def bias(self, block: tuple[int, int, int, int], sq: int, sk: int, like: Tensor) -> Tensor | None:
-        """What is added to the scores of a block: [1 or n, 1 or Hq, i1 - i0, j1 - j0], -inf where unseen."""
+        """Returns the addend of a block's scores, [1 or n, 1 or Hq, i1 - i0, j1 - j0], -inf where masked."""
         i0, i1, j0, j1 = block
         dtype = accumulation_dtype(like.dtype)
         rows = torch.arange(i0 + sk - sq, i1 + sk - sq, device=like.device).unsqueeze(1)

@@ -22,7 +22,7 @@ from torch import Tensor
 from .._dtypes import accumulation_dtype
 from . import attention
 
-# What an exact integer may miss by in floating point, before it is rounded up.
+# The error that floating point may make in an exact integer; it is subtracted before rounding up.
 _CEIL_SLACK = 2.0**-32
 
 
@@ -86,7 +86,7 @@ class _Scores:
         self.k_products = None if self.pos_query is None else self.pos_query.products(k)
 
     def bias(self, block: slice) -> Tensor | None:
-        """What relative positions add to the scores of a block of queries: [n, H, b, s]."""
+        """Returns the terms of relative positions in the scores of a block of queries, [n, H, b, s]."""
         bias = None
         if self.pos_key is not None:
             bias = _pick(self.pos_key.products(self.q[:, :, block]), self.pos_key.index[:, :, block])
@@ -110,7 +110,7 @@ class _Scores:
 
 
 class _Problem:
-    """What forward and backward have in common, checked: the sequences by groups, and how each makes its scores."""
+    """The checked arguments of forward and backward: sequences in groups, and the scores of each group."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class _Problem:
         span, s = table.size(0) // 2, group.sq
         if self._places is not None:
             places = self._places[group].squeeze(1)  # [n, s]
-            # Where no sequence has a hole, distances are those of ranks.
+            # If no sequence has a hole, distances of places equal distances of rows, and one window serves all.
             if bool((places[:, -1] - places[:, 0] != s - 1).any()):
                 return relative_index(places.unsqueeze(2) - places.unsqueeze(1), span, *self._buckets)
         # Row i holds r of i, i - 1, ..., i - s + 1: a window on all distances, read backwards.

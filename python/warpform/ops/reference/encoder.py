@@ -12,7 +12,7 @@ from .._dtypes import accumulation_dtype
 
 
 def packing_plan(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Where the tokens of mask [B, S] go; see `warpform.ops.packing_plan`."""
+    """Computes the packed places of the tokens of mask [B, S]; see `warpform.ops.packing_plan`."""
     if mask.dim() != 2:
         raise ValueError(f"packing_plan: mask must be of shape [batch, seqlen], got shape {list(mask.shape)}")
     if mask.is_floating_point() or mask.is_complex():

@@ -54,7 +54,7 @@ def routing_plan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, device = group_mask.size(0), group_mask.device
     tiles = plan_tiles(tokens, num_classes, tile)
-    # As unsigned numbers, so that the 64th group sorts like the others.
+    # Masks sort as unsigned numbers, so that the 64th group sorts like the others.
     order = torch.argsort(group_mask ^ torch.iinfo(torch.int64).min, stable=True)
     if token_class is None:
         place = torch.arange(tokens, device=device)
@@ -101,7 +101,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Routing:
-    """What the ops know of a plan, in their order of arguments."""
+    """The part of a plan that the ops take, in the order of their arguments."""
 
     group_mask: Tensor
     perm: Tensor

@@ -106,7 +106,7 @@ def _windows(grid: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, .
 
 
 class _Scores:
-    """How scores are made from q and k: scale or logit_scale, bias and mask, in the dtype that they are made in."""
+    """Computes scores from q and k with scale or logit_scale, bias and mask, in the dtype that sums have."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class _Scores:
             self.scale = 1.0
 
     def added(self, group: _Group) -> tuple[Tensor | None, Tensor | None]:
-        """What is added to the scores of a group's windows, [1, heads or 1, N, N], and rows that see no key [.., N, 1].
+        """Returns the addend of a group's scores, [1, heads or 1, N, N], and which rows see no key, [.., N, 1].
 
         To those 0 is added here, which keeps NaN out; what comes of it is not to be used. None: nothing, and no rows.
         """
@@ -386,7 +386,7 @@ def _attend_backward(
         return (torch.matmul(dscore, k) * scores.scale, torch.matmul(dscore.mT, left), dv), dscore, None
     dfactor = (dscore * plain).sum((0, 2, 3))
     dunit_q, dunit_k = torch.matmul(dscore, unit_k) * scores.factor, torch.matmul(dscore.mT, left)
-    # Of the gradient of a direction, the part along it changes only the length.
+    # A direction has length 1, so the part of its gradient along itself changes nothing and is subtracted.
     dq = (dunit_q - unit_q * (unit_q * dunit_q).sum(-1, keepdim=True)) / length_q
     dk = (dunit_k - unit_k * (unit_k * dunit_k).sum(-1, keepdim=True)) / length_k
     return (dq, dk, dv), dscore, dfactor
