@@ -92,16 +92,6 @@ def register_op(
 
         return unavailable
 
-    library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    _libraries.append(library)
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    library.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    library.impl(name, _autograd_kernel(op, backward, setup_context), "Autograd", with_keyset=True)
-    if autocast:
-        for device_type in ("cuda", "cpu"):
-            library.impl(name, _autocast_kernel(op, device_type, autocast), f"Autocast{device_type.upper()}")
-
     def reference_with_reason(reason: str, *args: Any, **kwargs: Any) -> Any:
         try:
             _report(name, reason)
@@ -114,10 +104,37 @@ def register_op(
     def fake_with_reason(reason: str, *args: Any, **kwargs: Any) -> Any:
         return fake(*args, **kwargs)
 
-    with_reason = getattr(getattr(torch.ops, NAMESPACE), f"{name}_reference").default
-    library.impl(f"{name}_reference", reference_with_reason, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}_reference", fake_with_reason, lib=library)
-    library.impl(f"{name}_reference", _autograd_kernel(with_reason, None, None), "Autograd", with_keyset=True)
+    implement(f"{name}_reference", reference_with_reason, fake=fake_with_reason)
+    return implement(name, reference, fake=fake, backward=backward, setup_context=setup_context, autocast=autocast)
+
+
+def implement(
+    name: str,
+    implementation: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    schema: str | None = None,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    autocast: Sequence[str] = (),
+) -> Any:
+    """Registers the Python side of one op: the implementation below autograd, the fake, autograd and autocast.
+
+    Args:
+        schema: defines the op; None for an op whose schema the library defines.
+        name, fake, backward, setup_context, autocast: as in `register_op`.
+    """
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    _libraries.append(library)
+    if schema is not None:
+        library.define(schema)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    library.impl(name, _autograd_kernel(op, backward, setup_context), "Autograd", with_keyset=True)
+    if autocast:
+        for device_type in ("cuda", "cpu"):
+            library.impl(name, _autocast_kernel(op, device_type, autocast), f"Autocast{device_type.upper()}")
     return op
 
 
