@@ -161,7 +161,7 @@ class MonarchCase(Case):
             self.inputs.append(([make(tokens, n), *factors], make(tokens, m)))
 
     def calls(self, function: Callable[..., Tensor], whole: bool = False) -> list[Callable[[], Any]]:
-        """whole: for the one that multiplies by the whole matrix."""
+        """Prepares the calls. whole: function multiplies by the whole matrix, not by its factors."""
         return [self.call(function, [x[0], _whole(*x[1:])] if whole else x, dout) for x, dout in self.inputs]
 
     def call(self, function: Callable[..., Tensor], tensors: list[Tensor], dout: Tensor) -> Callable[[], Any]:

@@ -166,7 +166,7 @@ def newest(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
 
 
 def kernel_lines(rows: Iterable[Row], old: Sequence[str]) -> list[str]:
-    """A table for each GPU that was measured, or one by nominal ceilings. old: what stood there, for its reasons."""
+    """A table for each GPU that was measured, or one by nominal ceilings. old: the previous lines, for reasons."""
     reasons, listed = read_reasons(old), workloads()
     devices = newest(rows)
     lines: list[str] = []

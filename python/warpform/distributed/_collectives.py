@@ -58,7 +58,7 @@ def tell(ring: Ring, message: Tensor, what: str) -> Steps[Tensor]:
 
 def _tell(ring: Transport, message: Tensor, what: str) -> Steps[Tensor]:
     """Bruck's all-gather: what is known doubles with each hop."""
-    known = message.unsqueeze(0)  # of this rank, the one before, and so on
+    known = message.unsqueeze(0)  # of this rank, of the previous rank, and so on
     while len(known) < ring.size:
         distance = len(known)
         count = min(distance, ring.size - distance)

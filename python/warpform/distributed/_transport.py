@@ -6,7 +6,7 @@ what came, it yields the pending hop and gets the received tensor:
     def sum_of_all(ring, x):
         total = x.clone()
         for step in range(1, ring.size):
-            pending = ring.post(x, step=f"step {step} of {ring.size - 1}")  # to the next rank, from the one before
+            pending = ring.post(x, step=f"step {step} of {ring.size - 1}")  # to the next rank, from the previous rank
             ...  # what is computed here hides the hop
             x = yield pending
             total += x

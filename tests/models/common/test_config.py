@@ -49,8 +49,9 @@ def test_the_other_rules(config: type[ModelConfig]) -> None:
         refused(config, field, 1.5, "must be between 0 and 1")
     if hasattr(default, "problem_type"):
         refused(config, "problem_type", "other", "must be None or one of .*")
-    sizes = ", ".join(config.presets) or "none"
-    with pytest.raises(ValueError, match=f"^{config.__name__}: size must be one of {sizes}, got 'other'$"):
+    sizes = ", ".join(config.presets)
+    why = f"size must be one of {sizes}, got 'other'" if sizes else "there are no presets, got size 'other'"
+    with pytest.raises(ValueError, match=f"^{config.__name__}: {why}$"):
         config.preset("other")
 
 

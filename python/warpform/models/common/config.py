@@ -83,8 +83,10 @@ class ModelConfig:
         Raises:
             ValueError: another size.
         """
+        if not cls.presets:
+            raise cls.error(f"there are no presets, got size {size!r}")
         if size not in cls.presets:
-            raise cls.error(f"size must be one of {', '.join(cls.presets) or 'none'}, got {size!r}")
+            raise cls.error(f"size must be one of {', '.join(cls.presets)}, got {size!r}")
         return cls(**{**cls.presets[size], **overrides})
 
     @property

@@ -108,7 +108,7 @@ class MoHDConfig(ModelConfig):
 
     @property
     def sparse(self) -> bool:
-        """Whether anything is routed."""
+        """True if a block is routed."""
         return self.num_groups > 0 and (self.sparse_attention or self.sparse_feed_forward)
 
     @classmethod
