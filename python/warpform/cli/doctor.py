@@ -142,20 +142,19 @@ def _binary() -> dict[str, Any]:
 
 
 def _covers(archs: str, capability: str) -> bool:
-    """Tells whether code built for `archs` ("80 90a-real") runs on a GPU of this compute capability ("9.0")."""
-    gpu = version_pair(capability)
-    assert gpu is not None
+    """Whether code built for `archs` ("80 90a-real") runs on a GPU of this compute capability ("9.0")."""
+    major, minor = (int(part) for part in capability.split("."))
     for arch in re.split(r"[\s;,]+", archs.strip()):
         match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", arch)
         if match is None:
             continue
         built = (int(match[1]), int(match[2]))
         if match[3]:
-            if built == gpu:
+            if built == (major, minor):
                 return True
             continue
-        same_family = built[0] == gpu[0] and built[1] <= gpu[1]
-        if (same_family and match[4] != "-virtual") or (built <= gpu and match[4] != "-real"):
+        same_family = built[0] == major and built[1] <= minor
+        if (same_family and match[4] != "-virtual") or (built <= (major, minor) and match[4] != "-real"):
             return True
     return False
 

@@ -44,7 +44,8 @@ def test_the_other_rules(config: type[ModelConfig]) -> None:
     for field, of in config.divides:
         refused(config, field, getattr(default, of) + 1, r"must divide \w+ \d+")
     for field, allowed in config.choices.items():
-        refused(config, field, "other", f"must be one of {', '.join(allowed)}")
+        named = ", ".join(choice for choice in allowed if choice is not None)
+        refused(config, field, "other", f"must be {'None or ' if None in allowed else ''}one of {named}")
     for field in config.probabilities:
         refused(config, field, 1.5, "must be between 0 and 1")
     if hasattr(default, "problem_type"):

@@ -38,7 +38,7 @@ class ModelConfig:
         model_type: as in config.json of transformers, or a name of our own for a model that transformers lacks.
         positive: fields that are at least 1.
         divides: pairs (a, b) of fields: a is at least 1 and divides b. None for a is allowed.
-        choices: for each of some fields the values that it may have.
+        choices: for each of some fields the values that it may have, None among them where it is allowed.
         probabilities: fields from 0 to 1. None is allowed.
         presets: for each size that `preset` takes, its fields.
     """
@@ -46,7 +46,7 @@ class ModelConfig:
     model_type: ClassVar[str] = ""
     positive: ClassVar[tuple[str, ...]] = ()
     divides: ClassVar[tuple[tuple[str, str], ...]] = ()
-    choices: ClassVar[Mapping[str, Collection[str]]] = {}
+    choices: ClassVar[Mapping[str, Collection[str | None]]] = {}
     probabilities: ClassVar[tuple[str, ...]] = ()
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     _names_of_labels: dict[int, str] | None = None
@@ -60,16 +60,19 @@ class ModelConfig:
             divisor, size = getattr(self, name), getattr(self, of)
             if divisor is not None and (divisor < 1 or size % divisor):
                 raise self.error(f"{name} must divide {of} {size}, got {divisor}")
-        for name, allowed in self.choices.items():
+        choices = {
+            **self.choices,
+            **({"problem_type": (None, *PROBLEM_TYPES)} if hasattr(self, "problem_type") else {}),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise self.error(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                named = ", ".join(choice for choice in allowed if choice is not None)
+                either = "None or one of" if None in allowed else "one of"
+                raise self.error(f"{name} must be {either} {named}, got {getattr(self, name)!r}")
         for name in self.probabilities:
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise self.error(f"{name} must be between 0 and 1, got {value}")
-        problem = getattr(self, "problem_type", None)
-        if problem not in (None, *PROBLEM_TYPES):
-            raise self.error(f"problem_type must be None or one of {', '.join(PROBLEM_TYPES)}, got {problem!r}")
 
     @classmethod
     def error(cls, text: str) -> ValueError:
