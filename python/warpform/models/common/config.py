@@ -60,10 +60,9 @@ class ModelConfig:
             divisor, size = getattr(self, name), getattr(self, of)
             if divisor is not None and (divisor < 1 or size % divisor):
                 raise self.error(f"{name} must divide {of} {size}, got {divisor}")
-        choices = {
-            **self.choices,
-            **({"problem_type": (None, *PROBLEM_TYPES)} if hasattr(self, "problem_type") else {}),
-        }
+        choices = dict(self.choices)
+        if hasattr(self, "problem_type"):
+            choices["problem_type"] = (None, *PROBLEM_TYPES)
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 named = ", ".join(choice for choice in allowed if choice is not None)
