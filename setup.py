@@ -21,6 +21,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 from setuptools import Extension, setup
@@ -43,12 +44,15 @@ def fail(sentence: str) -> NoReturn:
     raise SystemExit(f"warpform: {sentence}")
 
 
-def needed_driver(cuda: str) -> str | None:
-    """As of _drivers.py in the package, which cannot be imported before it is built."""
-    spec = importlib.util.spec_from_file_location("_drivers", ROOT / "python" / "warpform" / "_drivers.py")
+def load_hardware() -> ModuleType:
+    """_hardware.py of the package, which cannot be imported before it is built."""
+    spec = importlib.util.spec_from_file_location("_hardware", ROOT / "python" / "warpform" / "_hardware.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.needed_driver(cuda)
+    return module
+
+
+hardware = load_hardware()
 
 
 def scratch_options() -> dict[str, dict[str, str]]:
@@ -91,8 +95,7 @@ def find_torch() -> Torch:
             "pip install --no-build-isolation."
         )
     found = str(getattr(torch, "__version__", "0"))
-    match = re.match(r"(\d+)\.(\d+)", found)
-    if match is None or tuple(map(int, match.groups())) < MIN_TORCH:
+    if (hardware.version_pair(found) or (0, 0)) < MIN_TORCH:
         fail(f"building needs torch >= 2.10 and this Python has torch {found}; install torch==2.13.0.")
     home = Path(torch.__file__).parent
     if not (home / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
@@ -136,16 +139,6 @@ def run_text(*command: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def package_toolkits() -> list[Path]:
-    """Toolkit roots inside installed Python packages: site-packages/nvidia/cu13."""
-    try:
-        spec = importlib.util.find_spec("nvidia")
-    except (ImportError, ValueError):
-        return []
-    roots = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
-    return sorted((found for root in roots for found in root.glob("cu[0-9]*")), reverse=True)
-
-
 @dataclass(frozen=True)
 class Cuda:
     nvcc: str
@@ -156,37 +149,28 @@ class Cuda:
 
 def inspect_nvcc(nvcc: str) -> Cuda | str:
     """What this nvcc is, or one clause saying why it cannot be used."""
-    match = re.search(r"release (\d+)\.(\d+)", run_text(nvcc, "--version"))
-    if match is None:
+    version = hardware.nvcc_version(nvcc)
+    if version is None:
         return f"{nvcc} does not answer to --version"
-    if tuple(map(int, match.groups())) < MIN_NVCC:
-        return f"{nvcc} is CUDA {match[1]}.{match[2]}, and C++20 needs 12.0 or newer"
+    cuda = "{}.{}".format(*version)
+    if version < MIN_NVCC:
+        return f"{nvcc} is CUDA {cuda}, and C++20 needs 12.0 or newer"
     # nvcc on PATH may be a wrapper or a link; its own dry run says where the toolkit is.
     top = re.search(r"^#\$ TOP=(.+)$", run_text(nvcc, "--dryrun", "-x", "cu", os.devnull), re.MULTILINE)
     root = Path(top[1].strip()).resolve() if top else Path(nvcc).resolve().parent.parent
     for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
         if (root / folder / "libcudart_static.a").is_file():
-            return Cuda(nvcc, f"{match[1]}.{match[2]}", root, root / folder / "libcudart_static.a")
+            return Cuda(nvcc, cuda, root, root / folder / "libcudart_static.a")
     return f"the toolkit of {nvcc} at {root} has no libcudart_static.a"
 
 
 def find_cuda() -> Cuda | None:
-    """nvcc: CUDACXX, CUDA_HOME, PATH, then Python packages. None means a build without kernels."""
+    """The first nvcc that can be used. None means a build without kernels."""
     wanted = switch("WARPFORM_CUDA")
     if wanted == "0":
         return None
-    candidates: list[str] = []
-    if os.environ.get("CUDACXX"):
-        candidates.append(shutil.which(os.environ["CUDACXX"]) or os.environ["CUDACXX"])
-    for name in ("CUDA_HOME", "CUDA_PATH"):
-        if os.environ.get(name):
-            candidates.append(str(Path(os.environ[name]) / "bin" / "nvcc"))
-    candidates.append(shutil.which("nvcc") or "")
-    candidates += [str(root / "bin" / "nvcc") for root in package_toolkits()]
     problems = []
-    for nvcc in dict.fromkeys(candidates):
-        if not nvcc or not os.access(nvcc, os.X_OK):
-            continue
+    for nvcc in hardware.nvcc_paths():
         found = inspect_nvcc(nvcc)
         if isinstance(found, Cuda):
             return found
@@ -206,7 +190,7 @@ def find_cuda_headers(cuda: Cuda | None) -> Path | None:
     if not cuda and nvcc:
         found = inspect_nvcc(nvcc)
         roots += [found.root] if isinstance(found, Cuda) else []
-    roots += [*package_toolkits(), Path("/usr/local/cuda"), Path("/usr")]
+    roots += [*hardware.package_toolkits(), Path("/usr/local/cuda"), Path("/usr")]
     for root in roots:
         for folder in (root / "include", root / "targets" / "x86_64-linux" / "include"):
             if (folder / "cuda_fp16.h").is_file() and (folder / "crt" / "host_defines.h").is_file():
@@ -294,7 +278,7 @@ class BuildLibrary(build_ext):
 
         parallel = jobs()
         what = f"CUDA {cuda.version} kernels for {archs}" if cuda else "no CUDA kernels"
-        driver = needed_driver(cuda.version) if cuda else None
+        driver = hardware.needed_driver(cuda.version) if cuda else None
         print(
             f"warpform: building with torch {torch.version}, {what}{', simt' if simt else ''}, {parallel} jobs",
             flush=True,

@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
         config.option.verbose -= 1
         config.pluginmanager.register(ProgressBar(), "warpform-progress")
-    # As in the tests; full runs use what torch finds.
+    # Short runs use at most two threads, as the tests do; full runs use as many as torch finds.
     if tiny and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -72,7 +72,7 @@ def clock(benchmark: Any, call: Callable[[], Any], rounds: int, iterations: int,
     return [] if benchmark.stats is None else [seconds * 1e6 for seconds in benchmark.stats.stats.data]
 
 
-# What a benchmark of pytest-benchmark keeps of a row.
+# The columns of a row that pytest-benchmark keeps.
 EXTRA = (
     "p20_us", "p50_us", "p80_us", "images_s", "tflops", "gbs", "roofline", "ceiling_tflops", "ceiling_gbs",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What every benchmark shares: cases and their providers, clocks, ceilings, and the rows that are appended to results.
+"""Shared by all benchmarks: cases and their providers, clocks, ceilings, and the rows that are appended to results.
 
 A `Spec` names a workload and its providers; `Spec.build` makes a `Case`, whose `with_NAME` methods each prepare one
 provider. `Session.measure` runs a provider once, lets the case check the outputs, and only then times it. It knows
@@ -54,7 +54,7 @@ ROTATE_BYTES = 160e6
 MOST_COPIES = 64
 
 
-# What a compilation may take, in seconds: with less left in a run none is begun.
+# The seconds that a compilation may take. A run with less time left begins none.
 COMPILE_SECONDS = 20.0
 
 
@@ -74,7 +74,7 @@ class Spec:
     direction: str  # forward, backward, forward+backward or training step
     sizes: tuple[tuple[str, Any], ...]  # of SIZE_COLUMNS
     providers: tuple[str, ...]
-    # Of those that a reader asks for first: what a short run measures, and what docs/hardware.md lists.
+    # A main workload is one that a short run measures and docs/hardware.md lists.
     main: bool = field(default=False, kw_only=True)
 
     family = ""
@@ -125,7 +125,7 @@ def draw_lengths(batch: int, seqlen: int) -> tuple[int, ...]:
 
 
 def copies(device: str, bytes_of_one: float) -> int:
-    """How many copies of the inputs to rotate through."""
+    """Returns the number of copies of the inputs to rotate through."""
     return 1 if device == "cpu" else max(1, min(MOST_COPIES, round(ROTATE_BYTES / max(bytes_of_one, 1.0) + 0.5)))
 
 
@@ -153,7 +153,7 @@ def assert_near(name: str, actual: Tensor, oracle: Tensor, eager: Tensor, scale:
 
 
 def _growth(oracle: Tensor, scale: float) -> float:
-    """How many times its own size the oracle was added up from, at least 1."""
+    """Returns the size of the oracle's terms in units of the oracle's size, at least 1."""
     size = oracle.double().square().mean().sqrt().item() if oracle.numel() else 0.0
     return max(1.0, scale / size) if size else 1.0
 
@@ -167,7 +167,7 @@ def compiled(function: Callable[..., Any], dynamic: bool | None = True) -> Calla
 
 
 def needs_compiling(provider: str) -> bool:
-    """Whether a provider is compiled by torch.compile: its name says so."""
+    """Tells by its name whether a provider is compiled by torch.compile."""
     return "compiled" in provider
 
 
@@ -254,7 +254,7 @@ def _output(*command: str) -> str:
 
 
 def commit() -> str:
-    """What is measured; a tree that differs from its commit says so. Records of earlier runs do not count."""
+    """Names the commit that is measured, and whether the tree differs from it. Records of earlier runs do not count."""
     named = os.environ.get("WARPFORM_COMMIT")
     if named:
         return named
@@ -269,6 +269,7 @@ def commit() -> str:
 def machine(device: str) -> dict[str, Any]:
     """The columns that are the same in every row of a run."""
     import warpform
+    from warpform._hardware import cpu_name
 
     try:
         import transformers
@@ -276,18 +277,10 @@ def machine(device: str) -> dict[str, Any]:
         transformers_version = transformers.__version__
     except ImportError:
         transformers_version = ""
-    if device == "cuda":
-        name = torch.cuda.get_device_name(0)
-    else:
-        name = platform.processor() or platform.machine()
-        for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         "commit": commit(),
-        "device": name,
+        "device": torch.cuda.get_device_name(0) if device == "cuda" else cpu_name(),
         "kind": device,
         "threads": torch.get_num_threads(),
         "warpform": warpform.__version__,
@@ -299,7 +292,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def backend(device: str) -> str:
-    """What stood behind warpform's ops in the last call, as far as can be told: the reference warns once per op."""
+    """Names what ran warpform's ops in the last call, as far as can be told: the reference warns once per op."""
     if device == "cpu" or os.environ.get("WARPFORM_BACKEND") == "reference":
         return "reference"
     from warpform.ops import _register
@@ -353,7 +346,7 @@ class Session:
 
     @property
     def over(self) -> bool:
-        """Whether `stop_at` has passed."""
+        """Tells whether `stop_at` has passed."""
         return self.stop_at is not None and time.monotonic() > self.stop_at
 
     def _late(self, family: str, share: float = 1.0) -> bool:

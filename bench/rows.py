@@ -40,7 +40,7 @@ CHOICES = {
 # Processes that a family may end before the rest of it is left out.
 MOST_ENDED = 2
 LOST = 3
-# What the journal keeps of a row.
+# The columns of a row that the journal keeps.
 KEPT = (
     "family",
     "kernel",
@@ -104,7 +104,7 @@ def load(family: str, session: harness.Session) -> list[harness.Spec]:
 
 
 def selected(given: argparse.Namespace, session: harness.Session) -> Iterator[tuple[str, list[harness.Spec] | str]]:
-    """Of each family its workloads, or why there are none."""
+    """Yields each family with its workloads, or with the reason why there are none."""
     for family in given.family:
         try:
             specs = load(family, session)
@@ -189,7 +189,7 @@ class Runner:
         return LOST if lost else 0
 
     def lost(self) -> bool:
-        """Whether the GPU answers no more: after an illegal access every later call of the process fails."""
+        """Tells whether the GPU refuses this process: after an illegal access every later call fails."""
         try:
             harness.synchronize(self.session.device)
         except Exception:

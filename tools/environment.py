@@ -46,7 +46,7 @@ def run_step(title: str, command: list[str]) -> None:
 
 
 def probe(python: str | Path, code: str) -> str:
-    """What `python -c code` prints, or "" where it fails."""
+    """Returns the output of `python -c code`, or "" where it fails."""
     command = [str(python), "-c", code]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -1,4 +1,4 @@
-"""What scripts write into docs/hardware.md: the record of runs, the table of kernels, the profiler's table.
+"""The parts of docs/hardware.md that scripts write: the record of runs, the table of kernels, the profiler's table.
 
 Each is between markers, <!-- NAME:begin --> and <!-- NAME:end -->. Only the last column of the table of kernels,
 why a prediction was missed, is written by hand; it is kept.
@@ -95,7 +95,7 @@ def _bad(status: str) -> bool:
 
 
 def _verdicts(stage: Mapping[str, Any] | None, outcomes: Sequence[str]) -> str:
-    """How many cases of a stage ended in each way; "-" where it did not run."""
+    """Counts the cases of a stage by outcome; "-" where it did not run."""
     if stage is None:
         return "-"
     found = [case["outcome"] for case in stage.get("cases", {}).values()]
@@ -165,7 +165,7 @@ def newest(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
 
 
 def kernel_lines(rows: Iterable[Row], old: Sequence[str]) -> list[str]:
-    """A table for each GPU that was measured, or one by nominal ceilings. old: what stood there, for its reasons."""
+    """A table for each GPU that was measured, or one by nominal ceilings. old: the previous lines, for reasons."""
     reasons, listed = read_reasons(old), workloads()
     devices = newest(rows)
     lines: list[str] = []
@@ -231,7 +231,7 @@ def cells(workload: Workload, device: str, row: Row | None, why: str) -> tuple[s
 
 
 def value_of(unit: str, workload: Workload, us: float, gbs: float) -> float:
-    """What was measured in a prediction's unit; gbs: of a large copy."""
+    """Converts a measured time into a prediction's unit; gbs: of a large copy."""
     if unit == predictions.RATE:
         return workload.flops / us / 1e6
     return us / 1e3 if unit == predictions.TIME else workload.bytes / us / 1e3 / gbs

@@ -50,7 +50,7 @@ def table(ops: Iterable[Any], kernels: list[dict[str, Any]]) -> list[str]:
 
 
 def _backend(rows: list[dict[str, Any]], dtypes: tuple[str, ...]) -> str:
-    """What runs for tensors of these dtypes; rows without a floating-point dtype serve an op that has none."""
+    """Names the backend for tensors of these dtypes; rows without a floating-point dtype serve an op that has none."""
     found = {str(row.get("dtype", "any")) for row in rows}
     floating = any(dtype.startswith(("float", "bfloat")) for dtype in found)
     return KERNEL if rows and (not floating or set(dtypes) <= found) else REFERENCE

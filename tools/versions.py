@@ -1,4 +1,4 @@
-"""The suite under other versions of torch and Python, with the one library that is built.
+"""The suite under other versions of torch and Python, with the library that is built once.
 
     python tools/versions.py                                  # the oldest torch that is supported, under this Python
     python tools/versions.py --torch 2.10.0 2.15.0 --python python3.10 python3.13

@@ -43,7 +43,7 @@ def read(folder: Path) -> list[Row]:
     return rows
 
 
-# Of a device: (family, kernel, direction) -> workload -> provider -> row.
+# The rows of a device: (family, kernel, direction) -> workload -> provider -> row.
 Kernels = dict[tuple[str, str, str], dict[str, dict[str, Row]]]
 
 
@@ -194,7 +194,7 @@ def machine(row: Row) -> str:
 
 
 def source(row: Row) -> str:
-    """Where a number comes from."""
+    """Names the dtype, versions, commit and date of a row."""
     return (
         f"{row['dtype']}, torch {row['torch']}, transformers {row['transformers'] or 'absent'}, warpform "
         f"{row['warpform']} at {row['commit']} ({row['backend']}), {row['date']}"

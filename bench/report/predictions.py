@@ -1,4 +1,4 @@
-"""What was predicted for a GPU before anything of it ran on one, and what the limits of a GPU are said to be.
+"""Predictions for a GPU, made before a kernel ran on one, and the limits that a GPU is said to have.
 
 Predictions are for an H100 in bfloat16, from the instructions that were compiled. docs/hardware.md sets the measured
 numbers beside them; tools/adopt_gpu_results.py writes that.
@@ -33,7 +33,7 @@ class Prediction:
         return f"{self.low:g} to {self.high:g} {self.unit}"
 
     def missed(self, value: float) -> bool:
-        """Whether `value`, in the same unit, misses the range by more than MISS."""
+        """Tells whether `value`, in the same unit, misses the range by more than MISS."""
         return value < (1 - MISS) * self.low or value > (1 + MISS) * self.high
 
 

@@ -18,7 +18,7 @@ SHOWN = ("attention", "models")
 
 
 def quotable(row: Row) -> bool:
-    """Whether a row says which code it belongs to."""
+    """Tells whether a row names the code that it belongs to."""
     return row["commit"] not in ("", "unknown") and not row["commit"].endswith("(changed)")
 
 
@@ -55,7 +55,7 @@ def link(page: Path, target: Path) -> str:
 
 
 def demo(path: Path, where: str) -> list[str]:
-    """What `python -m warpform demo --json` measured, with the commit it was run at."""
+    """Writes the lines on a result of `python -m warpform demo --json`, with the commit it was run at."""
     facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if not facts.get("commit"):
         raise ValueError(f"{path} does not say at which commit it was measured")
@@ -87,12 +87,12 @@ def demo(path: Path, where: str) -> list[str]:
 
 
 def benchmarks(device: str, kernels: Kernels, plots: dict[str, str], results: str) -> list[str]:
-    """Where the rows come from, the plots, and a line for each kernel and direction."""
+    """Writes the lines on the rows' source, the plots, and each kernel and direction."""
     rows = [row for workloads in kernels.values() for providers in workloads.values() for row in providers.values()]
     timed = [row for row in rows if row["p50_us"]]
     one = timed[0]
     kind = f"{device}, CPU, {one['threads']} threads" if one["kind"] == "cpu" else device
-    # What follows a comma is of single rows: how many processes, which ops went to the reference.
+    # The text after a comma is about single rows: the number of processes, the ops that went to the reference.
     backends = " and ".join(sorted({row["backend"].partition(",")[0] for row in timed if row["backend"]}))
     files = ", ".join(f"[{family}.csv]({results}/{family}.csv)" for family in dict.fromkeys(f for f, _, _ in kernels))
     text = (

@@ -336,7 +336,7 @@ class AttentionCase(Case):
 
     @functools.cached_property
     def truth(self) -> list[tuple[slice, slice, slice, list[Tensor], list[Tensor]]]:
-        """Of some sequences and key heads: rows, heads, key heads, the tensors in float64, and in the dtype itself.
+        """The results of some sequences and key heads: rows, heads, key heads, tensors in float64 and in the dtype.
 
         A sequence and a key head depend on no others, so these parts are complete, and they fit in memory at any size.
         """

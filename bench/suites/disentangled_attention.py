@@ -56,11 +56,11 @@ class Spec(harness.Spec):
 
     @property
     def rows(self) -> int:
-        """Of a table of relative positions: here as many buckets as a side has rows."""
+        """Rows of a table of relative positions, one for each bucket of either side."""
         return 2 * self.buckets
 
     def work(self, itemsize: int) -> tuple[float, float]:
-        """Of the scores' content terms two products forward and five backward, as in any attention.
+        """Counts work. The scores' content terms take two products forward and five backward, as in any attention.
 
         Each relative term needs a product of every token with the rows it meets, or with the tokens, whichever are
         fewer; backward that product again, and one for each of its two gradients.
@@ -101,7 +101,7 @@ def specs(session: Session) -> list[Spec]:
 def eager_attention(
     q: Tensor, k: Tensor, v: Tensor, pos_key: Tensor, pos_query: Tensor, index: Tensor, seen: Tensor | None
 ) -> Tensor:
-    """As models compose it; q, k, v: [B, H, S, D], pos_key, pos_query: [H, 2 * span, D], index: [S, S]."""
+    """Composes attention as models do; q, k, v: [B, H, S, D], pos_key, pos_query: [H, 2 * span, D], index: [S, S]."""
     where = index.expand(*q.shape[:2], -1, -1)
     score = q @ k.mT + (q @ pos_key.mT).gather(-1, where) + (k @ pos_query.mT).gather(-1, where.mT).mT
     score = score * (3 * q.size(-1)) ** -0.5
@@ -221,7 +221,7 @@ class DisentangledCase(Case):
 
     @functools.cached_property
     def truth(self) -> list[tuple[slice, list[Tensor], list[Tensor]]]:
-        """Of the first and the last head: which, the tensors in float64, and in the dtype itself.
+        """The results of the first and the last head: the head, the tensors in float64, and those in the dtype itself.
 
         A head depends on no other, and all sequences share its tables' gradients.
         """

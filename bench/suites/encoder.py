@@ -67,7 +67,7 @@ def _same(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def eager_plan(mask: Tensor) -> tuple[Tensor, Tensor, int]:
-    """What padding-free codes in transformers compute from a mask, and read: offsets, indices, the longest."""
+    """Computes what padding-free code in transformers takes from a mask: offsets, indices, the longest length."""
     lengths = mask.sum(1, dtype=torch.int32)
     indices = mask.flatten().nonzero().flatten()
     return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), indices, int(lengths.max())

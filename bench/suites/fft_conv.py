@@ -150,7 +150,7 @@ class ConvCase(Case):
 
     @functools.cached_property
     def staged(self) -> tuple[Tensor, ...]:
-        """What 16-bit kernels are measured against: the same stages run eagerly, each rounded (docs/numerics.md)."""
+        """The standard for 16-bit kernels: the same stages run eagerly, each rounded (docs/numerics.md)."""
         from helpers import staged_fft
 
         (u, k, skip, *gates), dout = self.inputs[0]

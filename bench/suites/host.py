@@ -1,4 +1,4 @@
-"""What a call of each op costs the host, in each mode: at a size where the device has next to nothing to do."""
+"""The host's cost of a call of each op in each mode, at sizes where the device has almost no work."""
 
 from __future__ import annotations
 

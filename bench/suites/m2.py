@@ -122,7 +122,7 @@ class M2Case(Case):
         self.model = warpform.models.M2BertModel(warpform.models.M2BertConfig(**options), add_pooling_layer=False)
         self.model = self.model.to(self.device, session.dtype).eval()
         self.ids = torch.randint(1, self.vocabulary, (spec.batch, spec.seqlen)).to(self.device)
-        # Of a layer and token: in and out 4 d^2, the MLP's blocks 3 d^2, two convolutions of two transforms each.
+        # A layer takes 4 d^2 a token in and out, 3 d^2 in the MLP's blocks, and two convolutions of two transforms.
         transforms = 2 * 2 * 2.5 * 2 * max(1, (2 * spec.seqlen).bit_length() - 1)
         self.flops = tokens * spec.layers * (2 * 7 * width**2 + transforms * width)
         weights = sum(p.numel() for p in self.model.encoder.parameters())

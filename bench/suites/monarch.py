@@ -126,7 +126,7 @@ def one_bmm(x: Tensor, w: Tensor) -> Tensor:
 
 
 def two_bmm(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """As the published code does it: a batched product, a permutation, another product, another permutation."""
+    """Multiplies as the published code does: a batched product, a permutation, another product, another permutation."""
     blocks, _, r = w2.shape
     h = _blockdiag(x, w1).transpose(0, 1).reshape(x.size(0), r, blocks)
     return torch.bmm(h.permute(2, 0, 1), w2.mT).permute(1, 2, 0).reshape(x.size(0), -1)
@@ -161,7 +161,7 @@ class MonarchCase(Case):
             self.inputs.append(([make(tokens, n), *factors], make(tokens, m)))
 
     def calls(self, function: Callable[..., Tensor], whole: bool = False) -> list[Callable[[], Any]]:
-        """whole: for the one that multiplies by the whole matrix."""
+        """Prepares the calls. whole: function multiplies by the whole matrix, not by its factors."""
         return [self.call(function, [x[0], _whole(*x[1:])] if whole else x, dout) for x, dout in self.inputs]
 
     def call(self, function: Callable[..., Tensor], tensors: list[Tensor], dout: Tensor) -> Callable[[], Any]:

@@ -58,12 +58,12 @@ class Spec(harness.Spec):
         return f"{self.kernel}-{self.direction}-{sizes}"
 
     def work(self, itemsize: int) -> tuple[float, float]:
-        """Of a step its two products, backward five; of a causal ring half of them, on all ranks together."""
+        """Counts the two products of a step, five backward; a causal ring has half of them, on all ranks together."""
         length, heads, kv_heads, head_dim = _sizes_of(self)
         one = length * head_dim * itemsize
         forward, both = float(one * (2 * heads + 2 * kv_heads)), self.direction == "forward+backward"
         if self.kernel == "attention_step":
-            # What any needs: q, k, v in and the output out. The state adds 2 * 4 * heads * (head_dim + 1) a row.
+            # Every step reads q, k, v and writes the output. The state adds 2 * 4 * heads * (head_dim + 1) a row.
             return 4.0 * head_dim * heads * length**2, forward
         if self.kernel == "attention_step_backward":
             # q, k, v, dout, lse and delta in; three gradients out, float32.
@@ -348,8 +348,8 @@ class StepBackwardCase(Case):
 
     @functools.cached_property
     def truth(self) -> list[tuple[slice, slice, list[Tensor], list[Tensor]]]:
-        """Of the first and the last key head, which depend on no others: heads, key heads, the gradients in float64
-        and in the inputs' dtype."""
+        """The results of the first and the last key head, which depend on no others: heads, key heads, the gradients in
+        float64 and in the inputs' dtype."""
         found = []
         for head in sorted({0, self.kv_heads - 1}):
             heads, keys = slice(head * self.group, (head + 1) * self.group), slice(head, head + 1)

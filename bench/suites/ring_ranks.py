@@ -1,4 +1,4 @@
-"""What the processes of the ring benchmarks run, and the pool of them: importable by processes of their own."""
+"""The processes of the ring benchmarks and the pool of them, in a module that those processes can import."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from helpers.processes import Failed, Processes
 from warpform.cli.ring_model.measure import measure_link
 from warpform.distributed import SequenceParallel, SequenceParallelAttention, ring_attention, shard_sequence
 
-# Of this process: the call that is timed, made by `prepare`.
+# The call that this process times, made by `prepare`.
 _prepared: Callable[[], tuple[Tensor, ...]] | None = None
 
 
@@ -112,7 +112,7 @@ def attempt(attention: str, layer_sizes: tuple[int, int, int], length: int, allo
 
 
 def _layer_step(attention: str, layer_sizes: tuple[int, int, int], rows: int) -> None:
-    """Of a rank with so many rows."""
+    """Runs forward and backward of a layer on a rank with so many rows."""
     hidden, heads, projected = layer_sizes
     # Linformer's projections are made as this rank's columns of them.
     layer = SequenceParallelAttention(hidden, heads, attention=attention, linformer_rank=projected, max_seqlen=rows)

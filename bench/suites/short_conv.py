@@ -59,7 +59,7 @@ def specs(session: Session) -> list[Spec]:
 
 
 def with_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """As the published code does it: a transposition, torch's depthwise convolution, a cut, a split, a product."""
+    """The published code's way: a transposition, torch's depthwise convolution, a cut, a split, a product."""
     c = torch.conv1d(x.mT, weight.unsqueeze(1), bias, padding=weight.size(1) - 1, groups=x.size(2))
     first, gate, value = c[..., : x.size(1)].chunk(3, 1)
     return value * first, gate

@@ -56,7 +56,7 @@ class Spec(harness.Spec):
 
     @property
     def stages(self) -> list[tuple[int, int, int, int]]:
-        """Of each stage the tokens along an axis, the width, the side of a window and the number of blocks."""
+        """For each stage: tokens along an axis, width, side of a window, number of blocks."""
         side = self.image // 4
         found = []
         for i, depth in enumerate(self.depths):
@@ -161,7 +161,7 @@ class SwinCase(Case):
         self.bytes = (3 if self.training else 1) * weights + self.pixels.nbytes + self.target.nbytes
 
     def count_flops(self) -> float:
-        """Of a forward: the products of patches, blocks and merges, and attention."""
+        """Counts a forward: the products of patches, blocks and merges, and attention."""
         flops = 2.0 * (self.spec.image // 4) ** 2 * 48 * self.spec.width
         for i, (side, width, window, depth) in enumerate(self.spec.stages):
             tokens = side * side

@@ -14,7 +14,7 @@ Sizes = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """What peers keep of a grid cut into windows of N tokens."""
+    """The tables that peers keep of a grid cut into windows of N tokens."""
 
     grid: Sizes
     window: Sizes
@@ -72,7 +72,7 @@ def bias_of(table: Tensor, windows: Windows, tokens: int) -> Tensor:
     return table[windows.index].view(tokens, tokens, -1).permute(2, 0, 1)
 
 
-# Of each: qkv [B * windows, N, 3, heads, d], the table; returns [B * windows, N, heads * d].
+# Each peer takes qkv [B * windows, N, 3, heads, d] and the table, and returns [B * windows, N, heads * d].
 
 
 def eager_windows(qkv: Tensor, table: Tensor, windows: Windows) -> Tensor:

@@ -53,7 +53,7 @@ SIZES: dict[str, tuple[tuple[int, Sizes, Sizes, Sizes, int, int], ...]] = {
     ),
 }
 
-# The windows of main workloads; of each the one with the most tokens.
+# The windows of main workloads. Of each window the workload with the most tokens is a main one.
 MAIN = ((7, 7), (16, 16), (8, 7, 7))
 
 

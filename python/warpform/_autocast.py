@@ -9,7 +9,7 @@ import torch
 
 
 def enabled(device: torch.device) -> bool:
-    """Whether autocast is on for a device; never on the meta device."""
+    """Tells whether autocast is on for a device. It never is on the meta device."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 

@@ -1,4 +1,4 @@
-"""Whether a file can be mapped as a shared library here, by its ELF header.
+"""Tells whether a file can be mapped as a shared library here, from its ELF header.
 
 The dynamic loader maps a file of any length, and Python ends with SIGBUS where it then reads past the end of one that
 was cut off. So the lengths that the header names are compared with the file's before.
@@ -18,7 +18,7 @@ _THIS = {"x86_64": 62, "amd64": 62, "aarch64": 183, "arm64": 183}
 
 
 def fault(path: Path) -> str | None:
-    """What is wrong with the file, as the end of a sentence that begins with its name; None where nothing is."""
+    """Returns the file's fault as the end of a sentence that begins with its name; None where it has none."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(_HEADER.size)

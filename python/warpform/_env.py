@@ -1,4 +1,7 @@
-"""The environment variables that are read at run time, each when it is used, so that a script may change it."""
+"""The environment variables that are read at run time, each when it is used, so that a script may change it.
+
+NAMES also has those of the build, which doctor shows where they are set.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,12 @@ NAMES = (
     "WARPFORM_SIMT",
     "WARPFORM_SIMT_LIBRARY",
     "WARPFORM_BUILD_DIR",
+    "WARPFORM_COMMIT",
+    "CUDACXX",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "CXX",
+    "MAX_JOBS",
 )
 
 

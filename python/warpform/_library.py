@@ -20,17 +20,17 @@ _error: Exception | None = None
 
 
 def library_path() -> Path:
-    """Where the library belongs: beside this file. It need not exist."""
+    """Returns the path at which the library belongs, beside this file. It need not exist."""
     return Path(__file__).resolve().with_name("libwarpform.so")
 
 
 def loaded() -> bool:
-    """Whether the ops are registered."""
+    """Tells whether the ops are registered."""
     return _loaded
 
 
 def load_error() -> Exception | None:
-    """What kept the library from loading, or None."""
+    """Returns the error that kept the library from loading, or None."""
     return _error
 
 
@@ -61,7 +61,7 @@ def reject(error: Exception) -> None:
 
 
 def build_info() -> dict[str, Any]:
-    """What the binary was built with: version, cuda, cuda_archs, torch_headers, compiler.
+    """Returns the facts of the build: version, cuda, cuda_archs, torch_headers, compiler.
 
     Raises ImportError where the library is not loaded.
     """
@@ -107,7 +107,7 @@ def _reasons(error: BaseException) -> list[str]:
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
-        # What follows in an exception of C++ is where it was raised.
+        # The rest of a C++ exception's text is its backtrace.
         text = str(current).split("\nException raised from", 1)[0].strip()
         name = type(current).__name__
         lines += [line.rstrip() for line in (f"{name}: {text}" if text else name).splitlines() if line.strip()]

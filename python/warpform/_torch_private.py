@@ -59,17 +59,17 @@ def autograd_rule(
 
 
 def in_forward_mode() -> bool:
-    """Whether a level of forward-mode differentiation is entered. It reads one global: it is asked at every call."""
+    """Tells whether forward-mode differentiation is on. It reads one global, as every call of an op asks."""
     return bool(getattr(forward_ad, "_current_level", -1) >= 0)
 
 
 def in_functorch() -> bool:
-    """Whether a transform of torch.func is active."""
+    """Tells whether a transform of torch.func is active."""
     return _transforms_active is not None and bool(_transforms_active())
 
 
 def is_fake(t: Tensor) -> bool:
-    """Whether a tensor is one of tracing, without values."""
+    """Tells whether a tensor is a fake one, which tracing makes and which has no values."""
     return _is_fake is not None and bool(_is_fake(t))
 
 

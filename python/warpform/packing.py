@@ -1,4 +1,4 @@
-"""Where the tokens of a padded batch sit once its padding is dropped."""
+"""Packing: the places of the tokens of a padded batch once its padding is dropped."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ TESTS = {
 }
 SETTINGS = "[pytest]\nmarkers =\n    gpu\n    huge\n"
 
-# Stands for compute-sanitizer: runs the command that follows its own options, then prints a report.
+# Replaces compute-sanitizer: runs the command that follows its own options, then prints a report.
 TOOL = """#!{python}
 import subprocess, sys
 command = sys.argv[1:]

@@ -1,4 +1,4 @@
-"""What children tell: one JSON object a line, written at once, so that a process which dies has lost nothing."""
+"""Events of child processes: one JSON object a line, written at once, so that a process which dies loses none."""
 
 from __future__ import annotations
 

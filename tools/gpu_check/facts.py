@@ -97,7 +97,7 @@ def ceilings(device: str) -> dict[str, Any]:
 
 
 def _bench() -> Any:
-    """What the benchmarks share."""
+    """Imports the module that the benchmarks share."""
     sys.path.insert(0, str(ROOT / "bench"))
     return importlib.import_module("harness")
 

@@ -9,7 +9,7 @@ from typing import IO
 # Exit status of a process that one of its steps left without a working GPU.
 POISONED = 71
 
-# Of the GPU's memory a process may keep so much between steps.
+# GPU memory that a process may keep between steps.
 KEPT_BYTES = 2 << 30
 
 # Texts of CUDA errors that stay with the process (the runtime's own words, and those of its error codes).
@@ -30,12 +30,12 @@ STICKY = (
 
 
 def is_sticky(text: str) -> bool:
-    """Whether an error's text names a fault after which every further call of the process fails."""
+    """Tells whether an error's text names a fault after which every further call of the process fails."""
     return any(words in text for words in STICKY)
 
 
 def context_is_dead() -> bool:
-    """Whether the GPU refuses this process. A process that has not used one, or has no torch, is well."""
+    """Tells whether the GPU refuses this process. A process that has not used one, or has no torch, is well."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False
@@ -47,7 +47,7 @@ def context_is_dead() -> bool:
 
 
 def give_memory_back() -> None:
-    """What torch's allocator keeps for later is missing elsewhere: other processes use the GPU, too."""
+    """Frees the memory that torch's allocator keeps for later, as other processes use the GPU, too."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized() and torch.cuda.memory_reserved() > KEPT_BYTES:
         torch.cuda.empty_cache()

@@ -15,7 +15,7 @@ from typing import Any
 from gpu_check import ROOT, facts
 from gpu_check.run import Limits, Run
 
-# What the stages import, beyond the standard library.
+# Packages that the stages import, beyond the standard library.
 PACKAGES = ("torch", "numpy", "pytest", "hypothesis")
 
 
@@ -24,7 +24,7 @@ class Unfit(Exception):
 
 
 def output(*command: str, seconds: float = 20.0) -> str:
-    """What a command prints, "" where it fails."""
+    """Returns the output of a command, "" where it fails."""
     try:
         done = subprocess.run(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=seconds
@@ -118,7 +118,7 @@ class Machine:
         return [*command, *names]
 
     def smoke_options(self, names: Sequence[str]) -> list[str]:
-        """Where the ops run."""
+        """Options that choose the device of the ops."""
         return ["--device=cuda"]
 
     def test_root(self, run: Run) -> Path:
@@ -136,5 +136,5 @@ class Machine:
         ]
 
     def pytest_arguments(self, run: Run) -> list[str]:
-        """Where pytest finds its settings."""
+        """Arguments that tell pytest where its settings are."""
         return ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]

@@ -29,7 +29,7 @@ ROW_LIMIT, COMPILED_ROW_LIMIT = 40.0, 120.0
 # With less left no process starts, and before the end so much is left to write what there is.
 LEAST, MARGIN = 8.0, 2.0
 
-# What the profiler looks at, by family, in the order of what is asked first.
+# Workloads that the profiler looks at, by family, the most important first.
 PROFILED: dict[str, tuple[str, ...]] = {
     "attention": (
         "varlen_attention-forward-B1-S16384-T16384-H16-16-D128",
@@ -180,7 +180,7 @@ class _Rows:
         return Outcome(outcome.ok, text if self.families else "nothing to run")
 
     def judge(self, problem: str) -> None:
-        """A family fails by warpform's rows, and by whoever computes something else; peers may fail."""
+        """A family fails by warpform's rows, and by a provider that computes something else; peers may fail."""
         for family in self.families:
             name = f"{self.stage}::{family}"
             rows = [row for row in self.rows if row["family"] == family]

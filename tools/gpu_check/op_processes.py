@@ -25,7 +25,7 @@ class OpProcesses:
         self.name = name
         self.remaining = list(ops)
         self.seconds = run.limits.smoke_op
-        # Of the process that runs now.
+        # The op and dtype that the process runs now.
         self._current: tuple[str, str] | None = None
         self._finished = False
 
@@ -106,7 +106,7 @@ class OpProcesses:
 
 
 def ending(done: Done, stacks: str) -> str:
-    """How a process ended whose watchdog writes to `stacks`."""
+    """Says how a process ended; its watchdog writes to `stacks`."""
     return "hung" if "Timeout (" in stacks or done.timed_out else done.how()
 
 
@@ -118,7 +118,7 @@ def tail(text: str) -> str:
 def chosen(
     families: Mapping[str, tuple[str, ...]], prefix: str, wanted: Sequence[str] | None
 ) -> dict[str, tuple[str, ...]]:
-    """What `wanted` names as PREFIX::FAMILY or PREFIX::FAMILY::OP and more; everything where it is None."""
+    """The ops that `wanted` names as PREFIX::FAMILY or PREFIX::FAMILY::OP and more; all where it is None."""
     if wanted is None:
         return dict(families)
     parts = [name.removeprefix(f"{prefix}::").split("::") for name in wanted if name.startswith(f"{prefix}::")]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Stands in for Nsight Compute in a dry run: runs the command that it is given, then prints a table as that does."""
+"""Replaces Nsight Compute in a dry run: runs the command that it is given, then prints a table as that does."""
 
 from __future__ import annotations
 

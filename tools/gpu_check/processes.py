@@ -16,7 +16,7 @@ POLL_SECONDS = 0.1
 # Between TERM and KILL, and after KILL: a process that is stuck in the driver ends at neither, and is left behind.
 TERM_SECONDS = 2.0
 KILL_SECONDS = 3.0
-# Of each log at most the first and the last so many bytes are read; what lies between is rarely worth its room.
+# Bytes that are read at most of the beginning and of the end of each log; the middle is rarely worth its room.
 EDGE_BYTES = 200_000
 
 
@@ -34,7 +34,7 @@ class Done:
         return self.status == 0 and not self.timed_out
 
     def how(self) -> str:
-        """How it ended, in words."""
+        """Says in words how the process ended."""
         if self.timed_out:
             return f"stopped after {self.seconds:.0f} s"
         if self.status is None:

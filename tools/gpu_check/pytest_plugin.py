@@ -1,7 +1,7 @@
 """A pytest plugin (`-p gpu_check.pytest_plugin`) for runs that may hang or crash at any test.
 
 It tells of every test when it begins and when it ends, ends the process at a test that hangs, ends it after one that
-left the GPU unusable, and lets several processes share one file: each test is run by whoever claims it first, so a
+left the GPU unusable, and lets several processes share one file: the process that claims a test first runs it, so a
 process that follows one which died goes on with what is left. Settings come from the environment:
 
 GPU_CHECK_EVENTS   the file that events are appended to
@@ -26,7 +26,7 @@ import pytest
 from gpu_check.events import Writer
 from gpu_check.faults import POISONED, Watchdog, context_is_dead, give_memory_back, is_sticky
 
-# Of a failure's text so much is kept: its end holds the error.
+# Characters that are kept of a failure's text, from its end, which holds the error.
 TEXT = 8000
 
 

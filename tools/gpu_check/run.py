@@ -28,7 +28,7 @@ OUTCOMES = ("passed", "failed", "skipped", "not run")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended. `ok` is None where nothing could be judged; `text` is one sentence."""
+    """The end of a stage. `ok` is None where nothing could be judged; `text` is one sentence."""
 
     ok: bool | None
     text: str
@@ -262,7 +262,7 @@ class Run:
 
 
 def count(cases: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """How many cases ended in which outcome, in the order of OUTCOMES."""
+    """Counts the cases of each outcome, in the order of OUTCOMES."""
     found = Counter(case["outcome"] for case in cases)
     return {outcome: found[outcome] for outcome in OUTCOMES if found[outcome]}
 

@@ -104,7 +104,7 @@ class _Sanitized(OpProcesses):
         self.report.add(parse(done.text))
 
     def lost(self, op: str, dtype: str, text: str) -> None:
-        # What the tool printed is in the report.
+        # The report has the tool's own output.
         self.problems.append("\n".join(line for line in text.splitlines() if not line.startswith(PREFIX)))
 
     def broken(self, text: str) -> None:

@@ -29,7 +29,7 @@ class Report:
 
     @property
     def gave_up(self) -> bool:
-        """Whether an error of the tool's own is all there is."""
+        """Tells whether the only error is an internal error of the tool."""
         return set(self.kernels) == {NO_KERNEL} and self.kernels[NO_KERNEL].startswith(INTERNAL)
 
     def add(self, other: Report) -> None:

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
             poisoned = row.get("ok") is False and (is_sticky(str(row.get("problem"))) or context_is_dead())
             report.write(**row, poisoned=poisoned)
             if poisoned:
-                # What Python does at its end would ask the GPU again, and might not return.
+                # Python's own exit would call the GPU again, and might not return.
                 os._exit(POISONED)
         watchdog.rest()
     report.write(done=True)

@@ -89,11 +89,11 @@ class TestFile:
     # ---- what may start next ----
 
     def unclaimed(self) -> int:
-        """How many tests no process has taken; 0 until it is known what there is."""
+        """Counts the tests that no process has taken; 0 until they are collected."""
         return sum(not claim_path(self.claims, test).exists() for test in self.collected or ())
 
     def wants(self) -> tuple[int, int]:
-        """How much it needs one more process: (0, 0) not at all."""
+        """Says how much it needs one more process; (0, 0) means not at all."""
         if self.closed:
             return 0, 0
         if not self.started:
@@ -123,7 +123,7 @@ class TestFile:
             self.run.say(f"{name}: {self.counts()}")
 
     def counts(self) -> str:
-        """How its tests ended so far."""
+        """Counts the outcomes of its tests so far, in words."""
         cases = [case for case in self.run.cases(STAGE).values() if case["group"] == self.name]
         return ", ".join(f"{number} {outcome}" for outcome, number in count(cases).items()) or "no tests"
 
@@ -263,7 +263,7 @@ def environment(run: Run) -> dict[str, str]:
 
 
 def _share(run: Run, files: list[TestFile], jobs: int | None = None) -> None:
-    """Runs the files' processes, `jobs` at a time, each time the one that is needed most."""
+    """Runs the files' processes, `jobs` at a time, each time the process that is needed most."""
     lock = threading.Lock()
 
     def worker(_: int) -> None:

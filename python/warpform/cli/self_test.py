@@ -91,7 +91,7 @@ def _registry() -> dict[str, Any]:
 
 
 def _dtypes(name: str, table: list[Row]) -> tuple[str, ...]:
-    """Floating-point dtypes that an op has kernels for, or the one that it is tested in without."""
+    """Floating-point dtypes that an op has kernels for; without kernels, the dtype of its test."""
     found = {str(row["dtype"]) for row in table if row["op"] == name and "dtype" in row}
     if "any" in found:
         return _FLOATING
@@ -158,7 +158,7 @@ def _backward(op: Any, dtype: Any, device: str, function: Callable[..., Any]) ->
 
 
 def _gradients(function: Callable[..., Any], call: Any) -> tuple[Any, ...]:
-    """Of every floating-point argument that has one, for the sum of all outputs with weights from -1 to 1."""
+    """Computes the gradients of floating-point arguments, of the sum of all outputs with weights from -1 to 1."""
     import torch
 
     args = [
@@ -188,7 +188,7 @@ def _compare(what: str, results: tuple[tuple[Any, ...], ...], dtype: Any, factor
 
 
 def _difference(ours: Any, same: Any, exact: Any, dtype: Any, factor: int) -> str | None:
-    """What is wrong with `ours`, or None. same, exact: from the reference in `dtype` and in float64."""
+    """Returns the fault of `ours`, or None. same, exact: from the reference in `dtype` and in float64."""
     import torch
 
     if ours is None or same is None:

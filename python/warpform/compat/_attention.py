@@ -84,7 +84,7 @@ def _longest(op: str, name: str, value: Any, rows: Tensor) -> int:
 
 
 def _fill(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """How many zeros to put at the end of each head."""
+    """Returns the number of zeros to put at the end of each head."""
     if not all(isinstance(t, Tensor) and t.dim() == 3 and t.size(-1) == q.size(-1) for t in (q, k, v)):
         return 0  # the op says what is wrong
     device = q.device.type

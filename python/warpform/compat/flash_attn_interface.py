@@ -116,7 +116,7 @@ def flash_attn_with_kvcache(
     sm_margin: int = 0,
     return_softmax_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """As `warpform.compat.flash_attn.flash_attn_with_kvcache`."""
+    """Calls `warpform.compat.flash_attn.flash_attn_with_kvcache`, in the interface of FlashAttention 3."""
     _refuse(
         "flash_attn_with_kvcache", attention_chunk, qv=qv, page_table=page_table, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k_new=cu_seqlens_k_new, rotary_seqlens=rotary_seqlens, q_descale=q_descale, k_descale=k_descale,

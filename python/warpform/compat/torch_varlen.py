@@ -13,7 +13,7 @@ from ._attention import attention
 
 __all__ = ["AuxRequest", "varlen_attn", "varlen_attn_out"]
 
-# What the arguments of `warpform.ops.varlen_attention` are called here.
+# Names here of the arguments of `warpform.ops.varlen_attention`.
 _NAMES = {
     "q": "query",
     "k": "key",
@@ -27,7 +27,7 @@ _NAMES = {
 
 
 class AuxRequest(NamedTuple):
-    """What to return beside the output. torch's own AuxRequest is taken too."""
+    """Names the results that are returned beside the output. torch's own AuxRequest is taken too."""
 
     lse: bool = False
 

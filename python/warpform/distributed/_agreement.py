@@ -23,7 +23,7 @@ from ._transport import Steps
 CHECKS = ("always", "first")
 # A message is as long whatever is in it: ranks that disagree have to understand each other.
 _BYTES = 768
-# What was agreed on before, for check="first".
+# The facts that ranks agreed on before, for check="first".
 _agreed: set[tuple[str, str]] = set()
 
 

@@ -40,7 +40,7 @@ class Block:
 
 
 def block_of(layout: str, causal: bool, rank: int, source: int, size: int) -> Block | None:
-    """What rank computes while it holds the keys of source; None: nothing."""
+    """Returns the block that rank computes while it holds the keys of source; None if it computes none."""
     if not causal:
         return Block()
     if layout == "striped":
@@ -72,7 +72,7 @@ class DenseRows:
         return start, (min(half, real) if rows == "first" else real) - start
 
     def covers_all(self, rows: str) -> bool:
-        """Whether these are all rows of this rank."""
+        """Tells whether these are all rows of this rank."""
         return rows == "all" and self._real[self._rank] == self._length
 
     def queries(self, t: Tensor, rows: str) -> Tensor:
@@ -121,7 +121,7 @@ class VarlenRows:
             self.cu_seqlens_of["first"] = self.cu_seqlens_of["last"] = half
 
     def covers_all(self, rows: str) -> bool:
-        """Whether these are all rows of this rank."""
+        """Tells whether these are all rows of this rank."""
         return rows == "all"
 
     def queries(self, t: Tensor, rows: str) -> Tensor:

@@ -21,7 +21,7 @@ def _gather(ring: Transport, x: Tensor) -> Steps[Tensor]:
     parts = x.new_empty((ring.size, *x.shape))
     parts[ring.rank] = x
     for step in range(1, ring.size):
-        # What came last goes on, from where it lies to where it belongs.
+        # Each step sends on the part that arrived last, and receives the next part into its place.
         sent, came = (ring.rank - step + 1) % ring.size, (ring.rank - step) % ring.size
         yield ring.post(parts[sent], into=parts[came], step=f"step {step} of {ring.size - 1} of the gather")
     return parts
@@ -58,7 +58,7 @@ def tell(ring: Ring, message: Tensor, what: str) -> Steps[Tensor]:
 
 def _tell(ring: Transport, message: Tensor, what: str) -> Steps[Tensor]:
     """Bruck's all-gather: what is known doubles with each hop."""
-    known = message.unsqueeze(0)  # of this rank, the one before, and so on
+    known = message.unsqueeze(0)  # of this rank, of the previous rank, and so on
     while len(known) < ring.size:
         distance = len(known)
         count = min(distance, ring.size - distance)

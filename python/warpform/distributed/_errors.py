@@ -1,4 +1,4 @@
-"""What is raised where ranks do not agree, or one of them is gone."""
+"""The errors of ranks that do not agree, or of which one is gone."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Ring:
 
     @property
     def size(self) -> int:
-        """How many ranks hold the sequence."""
+        """The number of ranks that hold the sequence."""
         return self.inner.size * (1 if self.outer is None else self.outer.size)
 
 
@@ -134,7 +134,7 @@ def _named_process_groups(name: str) -> list[dist.ProcessGroup]:
 
 
 def size_of(name: str) -> int:
-    """How many ranks a named group has."""
+    """Returns the number of ranks of a named group."""
     local = LocalGroup.named(name)
     return math.prod(one.size() for one in _named_process_groups(name)) if local is None else local.size
 
@@ -143,7 +143,7 @@ def _ring(op: str, name: str, timeout: float | None) -> Ring:
     groups = _named_process_groups(name)
     *outer, inner = (ProcessGroupTransport(one, op=op, timeout=timeout) for one in groups)
     if outer:
-        # Whoever waits in the other ring has to hear of it too.
+        # A rank that waits in the other ring must learn of the failure too.
         inner.on_failure, outer[0].on_failure = outer[0].close, inner.close
     return Ring(inner, outer[0] if outer else None)
 

@@ -1,14 +1,12 @@
-"""Registers an op that is defined in Python: its schema, and what `warpform.ops` registers for one from the library."""
+"""Registers an op that is defined in Python, with its schema."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from .. import _library
-from ..ops import _register
+from ..ops._register import implement
 
 
 def register_op(
@@ -29,15 +27,12 @@ def register_op(
     """
     _library.require()
     name = schema.partition("(")[0]
-    library = torch.library.Library(_register.NAMESPACE, "FRAGMENT")
-    _register._libraries.append(library)
-    library.define(schema)
-    op = getattr(getattr(torch.ops, _register.NAMESPACE), name).default
-    library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{_register.NAMESPACE}::{name}", fake, lib=library)
-    library.impl(name, _register._autograd_kernel(op, backward, setup_context), "Autograd", with_keyset=True)
-    if autocast:
-        for device_type in ("cuda", "cpu"):
-            kernel = _register._autocast_kernel(op, device_type, autocast)
-            library.impl(name, kernel, f"Autocast{device_type.upper()}")
-    return op
+    return implement(
+        name,
+        implementation,
+        fake=fake,
+        schema=schema,
+        backward=backward,
+        setup_context=setup_context,
+        autocast=autocast,
+    )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..ops import attention_step, attention_step_backward
+from ..ops._dtypes import accumulation_dtype
 from . import _agreement
 from ._blocks import DenseRows, Rows, VarlenRows, block_of
 from ._group import Ring
@@ -39,7 +40,7 @@ class _Buffers:
 
 
 class _Turn:
-    """Where a rank is in its tour of all sources: `outer` turns done, `inner` steps of this one."""
+    """The place of a rank in its tour of all sources: `outer` turns done, `inner` steps of this turn."""
 
     def __init__(self, ring: Ring, outer: int, inner: int) -> None:
         outer_rank = 0 if ring.outer is None else ring.outer.rank
@@ -100,7 +101,7 @@ def forward(
     }  # fmt: skip
     yield from _agreement.agree(ring, op, facts, group=group, check=check, device=q.device)
     rows = _rows(op, ring, q, cu_seqlens, layout, causal, seqlen)
-    state = torch.float64 if q.dtype == torch.float64 else torch.float32
+    state = accumulation_dtype(q.dtype)
     out = lse = None
     if not rows.covers_all("all"):
         out = torch.zeros(q.shape, dtype=state, device=q.device)

@@ -33,8 +33,8 @@ def rotate_and_reduce(
 ) -> Steps[Tensor]:
     """`rotate`, and at once the sum over all ranks of part(home), to be had by rank `home`: 2 (N - 1) hops.
 
-    It is a reduce-scatter: the sum for a rank starts at the one after it and is passed on, each adding its part, until
-    it is at home. An all-reduce of the parts for all ranks would send twice as much.
+    It is a reduce-scatter: the sum for a rank starts at the next rank and is passed on, each rank adds its part,
+    until it is at home. An all-reduce of the parts for all ranks would send twice as much.
 
     Args:
         part: this rank's part of the sum for a rank, in the dtype to sum in; a new tensor in each call.

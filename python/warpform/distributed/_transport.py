@@ -1,4 +1,4 @@
-"""How messages go around a ring of ranks: between processes, or between ranks that live in one process.
+"""Sends messages around a ring of ranks, between processes or between ranks that live in one process.
 
 An algorithm is a generator, written once for any transport. It posts a message and goes on computing; where it needs
 what came, it yields the pending hop and gets the received tensor:
@@ -6,7 +6,7 @@ what came, it yields the pending hop and gets the received tensor:
     def sum_of_all(ring, x):
         total = x.clone()
         for step in range(1, ring.size):
-            pending = ring.post(x, step=f"step {step} of {ring.size - 1}")  # to the next rank, from the one before
+            pending = ring.post(x, step=f"step {step} of {ring.size - 1}")  # to the next rank, from the previous rank
             ...  # what is computed here hides the hop
             x = yield pending
             total += x
@@ -41,7 +41,7 @@ class Pending(Protocol):
     """A message on its way to this rank, and one from it."""
 
     def wait(self) -> Tensor:
-        """What was received. Until then neither buffer may be written to; afterwards both are free."""
+        """Returns the received tensor. Until then neither buffer may be written to; afterwards both are free."""
 
 
 Steps = Generator[Pending, Tensor, T]

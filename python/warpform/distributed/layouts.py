@@ -33,7 +33,7 @@ def check_layout(op: str, layout: Any) -> None:
 
 
 def multiple_of(size: int, layout: str) -> int:
-    """What the length of a sequence must be a multiple of."""
+    """Returns the number that must divide the length of a sequence."""
     return 2 * size if layout == "zigzag" else size
 
 
@@ -49,7 +49,7 @@ def positions_of(rank: int, size: int, length: int, layout: str, device: torch.d
 
 
 def rows_below(limit: int, rank: int, size: int, length: int, layout: str) -> int:
-    """How many of a rank's tokens have positions below limit: its first ones."""
+    """Counts the tokens of a rank with positions below limit. They are its first tokens."""
 
     def overlap(start: int, count: int) -> int:
         return min(max(limit - start, 0), count)

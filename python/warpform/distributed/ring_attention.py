@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ..ops import _check
+from ..ops._dtypes import accumulation_dtype
 from . import _agreement, _ring_steps
 from ._group import Group, LocalGroup, _ring, execute, name_of
 from ._register import register_op
 from ._transport import run
 from .layouts import check_layout
 
-# What both ops take after their tensors; a LocalGroup's tensors have one dimension more, but cu_seqlens has not.
+# The arguments of both ops after their tensors. Tensors of a LocalGroup have one dimension more, except cu_seqlens.
 _HOW = (
     "str group, *, Tensor? cu_seqlens, bool causal, str layout, float? softmax_scale, SymInt? seqlen, float? timeout, "
     "str check"
@@ -34,7 +35,7 @@ def _forward(
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, group: str, **how: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(q.dtype)
     return q.new_empty(q.shape), q.new_empty((*q.shape[:-3], q.size(-2), q.size(-3)), dtype=dtype)
 
 

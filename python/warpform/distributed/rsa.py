@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .._torch_private import process_group
 from ..ops import _check
+from ..ops._dtypes import accumulation_dtype
 from ._agreement import agree, choose, finish
 from ._group import LocalGroup, Ring, execute, name_of, process_groups, rank_and_size
 from ._register import register_op
@@ -77,7 +78,7 @@ def _qk_backward_steps(
 ) -> Steps[tuple[Tensor, Tensor]]:
     c, h = q.shape[1:3]
     kv_heads, n = k.shape[2], k.shape[1]
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = accumulation_dtype(q.dtype)
     queries = _grouped(q, kv_heads)
     dq = torch.zeros(queries.shape, dtype=dtype, device=q.device)
 
@@ -103,7 +104,7 @@ def _av_steps(ring: Ring, p: Tensor, v: Tensor, *, group: str) -> Steps[Tensor]:
     facts = {"p": _check.describe(p), "v": _check.describe(v)}
     yield from agree(ring, "ring_av", facts, group=group, check=check, device=v.device)
     h, n, kv_heads = p.shape[1], v.shape[1], v.shape[2]
-    dtype = torch.promote_types(v.dtype, torch.float32)
+    dtype = accumulation_dtype(v.dtype)
     out = torch.zeros(p.shape[0], kv_heads, h // kv_heads * p.shape[2], v.shape[3], dtype=dtype, device=v.device)
 
     def product(source: int, values: Tensor) -> None:
@@ -117,7 +118,7 @@ def _av_steps(ring: Ring, p: Tensor, v: Tensor, *, group: str) -> Steps[Tensor]:
 def _av_backward_steps(ring: Ring, dout: Tensor, p: Tensor, v: Tensor) -> Steps[tuple[Tensor, Tensor]]:
     b, h, c, _ = p.shape
     n, kv_heads = v.shape[1:3]
-    dtype = torch.promote_types(v.dtype, torch.float32)
+    dtype = accumulation_dtype(v.dtype)
     rows = _grouped(dout, kv_heads)
     dp = torch.empty_like(p, memory_format=torch.contiguous_format)
 
@@ -136,7 +137,7 @@ def _av_backward_steps(ring: Ring, dout: Tensor, p: Tensor, v: Tensor) -> Steps[
 
 
 def _ranks(group: str, like: Tensor) -> int:
-    """How many ranks there are; in one process they are the first dimension."""
+    """Returns the number of ranks; in one process they are the first dimension."""
     if LocalGroup.named(group) is not None:
         return like.shape[0]
     return int(process_group(group).size())

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..nn.rotary import apply_rotary
 from ..ops import _check
+from ..ops._dtypes import accumulation_dtype
 from .layouts import check_layout, shard_positions, shard_sequence, unshard_sequence
 from .linformer import linformer_attention
 from .ring_attention import ring_attention
@@ -284,7 +285,7 @@ class SequenceParallel:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             gradients = [p.grad for p in bucket if p.grad is not None]
-            dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+            dtype = accumulation_dtype(gradients[0].dtype)
             flat = torch.cat([g.flatten().to(dtype) for g in gradients])
             for group in found:
                 dist.all_reduce(flat, group=group)

@@ -34,7 +34,7 @@ _names = {NAME}  # and that of integrations.ring
 # The first release whose mask functions are given q_length and q_offset; pyproject.toml's extra asks for it too.
 OLDEST = "5.4"
 
-# What changes scores or keys in ways that `varlen_attention` does not know. Ignored, each would give wrong results.
+# Arguments that change scores or keys in ways that `varlen_attention` lacks. To ignore one would give wrong results.
 _UNSUPPORTED = {
     "position_bias": "a bias on attention scores",
     "relative_position_bias": "a bias on attention scores",
@@ -127,14 +127,14 @@ def _refuse_models_that_ignore_it(base: Any) -> None:
 
 @dataclass(frozen=True)
 class _Pattern:
-    """What transformers' mask function says about which key a query may see."""
+    """Which keys a query may see, as read off transformers' mask function."""
 
     causal: bool
     window: tuple[int, int] = (-1, -1)
     segments: Tensor | None = None  # [B, S]: the number of each token's sequence
 
 
-# What transformers composes mask functions with, for `register`: the five that are understood, others for their names.
+# Functions that transformers composes masks with, for `register`: the five that are read, others for their names.
 _FACTORIES = (
     "and_masks",
     "sliding_window_overlay",
@@ -169,7 +169,7 @@ def _described(make: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How to lay the queries and keys of one padded batch end to end. A Packing of None: all of them, as they are."""
+    """The packings of the queries and keys of a padded batch. A packing of None takes all of them, as they are."""
 
     queries: Packing | None
     keys: Packing | None
@@ -181,7 +181,7 @@ class _Plan:
 
 @dataclass
 class _Known:
-    """What is remembered about a mask, for as long as it lives and is not written to."""
+    """The facts that are kept about a mask, for as long as it lives and is not written to."""
 
     version: int | None
     pattern: _Pattern | None = None  # of masks made here
@@ -198,12 +198,12 @@ _known = WeakTensorKeyDictionary()
 
 
 def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to; None under inference_mode, where torch does not count."""
+    """Counts the writes to a tensor; None under inference_mode, where torch does not count."""
     return None if tensor.is_inference() else tensor._version
 
 
 def _recall(made: Tensor) -> _Known:
-    """What is known about a mask; nothing, if it was written to since, or could have been without a trace."""
+    """Returns the facts about a mask; none, if it was written to since, or could have been without a trace."""
     if torch.compiler.is_compiling():
         # A compiler sees no weak references, but attributes of tensors.
         noted: _Known | None = getattr(made, "_warpform_known", None)
@@ -439,7 +439,7 @@ def _has_no_holes(made: Tensor) -> Tensor:
 
 
 def _may_cross_attend(module: Any) -> bool:
-    """Whether queries may come from another sequence than keys: then the mask says nothing about them."""
+    """Tells whether queries may come from another sequence than keys: then the mask says nothing about them."""
     config = getattr(module, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False):
         return True
@@ -554,7 +554,7 @@ _collector: Any = None  # known to `register`
 
 
 def _probabilities_are_collected() -> bool:
-    """Whether the model was called with output_attentions=True: some models do not hand it on to their layers."""
+    """Tells whether the model was called with output_attentions=True, which some models do not hand to their layers."""
     wanted = None if _collector is None else _collector.get()
     return any("attentions" in name for name in wanted or ())
 

@@ -70,7 +70,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# What belongs to no family, with the module that has it.
+# Public names that belong to no family, by the module that has them.
 OTHERS: dict[str, tuple[str, ...]] = {
     "auto": ("from_pretrained", "from_transformers", "list_models"),
     "common.outputs": ("EncoderOutput", "HeadOutput", "ImageClassifierOutput"),
@@ -100,5 +100,5 @@ PLACES: dict[str, str] = {name: place for place, names in (FAMILIES | OTHERS).it
 
 
 def is_model(name: str) -> bool:
-    """Whether a public name is that of a model: neither that of a config, of an output nor of a function."""
+    """Tells whether a public name is a model's, and not that of a config, an output or a function."""
     return name[0].isupper() and not name.endswith(("Config", "Output"))

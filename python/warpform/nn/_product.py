@@ -14,7 +14,7 @@ CPU_ROWS = 512
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module does what `kind` does with its weights, and nothing else.
+    """Tells whether a call of the module does what `kind` does with its weights, and nothing else.
 
     Only then may a fused operation read the weights instead of calling the module. Adapters (LoRA), quantisation and
     parametrisations have classes of their own; pruning, offloading and what users watch are hooks, or a `forward` set
@@ -83,7 +83,7 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def in_blocks(x: Tensor) -> bool:
-    """Whether to take rows in blocks: on a CPU, in inference. Gradients need the whole; compilers decide themselves."""
+    """Tells whether to take rows in blocks: on a CPU, in inference. Gradients need all; compilers choose blocks."""
     return (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _autocast, ops
+from ..ops._dtypes import accumulation_dtype
 from ._product import is_plain
 from .long_convolution import MonarchMixerSequenceMixer
 
@@ -90,7 +91,7 @@ class _Blocks:
 
 def _with_unit_diagonal(x: Tensor) -> Tensor:
     """x: [..., n, n]; what is below the diagonal, and ones on it, in float32 at least."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(accumulation_dtype(x.dtype))
     return x.tril(-1) + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
 
 
@@ -127,7 +128,7 @@ class CausalMonarchConvolution(nn.Module):
 
 @dataclasses.dataclass
 class MixerState:
-    """What `CausalMonarchMixer.step` keeps of earlier tokens. Histories are [batch, hidden, l_max], float32 at least.
+    """The state of `CausalMonarchMixer.step`. Histories are [batch, hidden, l_max], float32 at least.
 
     Attributes:
         length: tokens so far.
@@ -183,7 +184,7 @@ class CausalMonarchMixer(MonarchMixerSequenceMixer):
         """`forward` on the first tokens u [batch, length, hidden], length from 1 to l_max, and the state after them."""
         u, x, v, gate = self.project(u)
         batch, length, hidden = u.shape
-        wide = torch.promote_types(u.dtype, torch.float32)
+        wide = accumulation_dtype(u.dtype)
         k, k2 = (None if f is None else f.taps(self.l_max)[0].to(wide) for f in (self.filter_fn, self.filter_fn2))
         assert k is not None
 

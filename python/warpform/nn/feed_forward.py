@@ -30,7 +30,7 @@ class FeedForward(nn.Module):
         return self._block(hidden)
 
     def _is_plain(self) -> bool:
-        """Whether nothing sees that rows are taken in blocks: a hook is to be called once, with all of them."""
+        """Tells whether rows may be taken in blocks: with a hook they may not, as it is called once, with all rows."""
         return (
             is_plain(self.up, nn.Linear)
             and is_plain(self.down, nn.Linear)

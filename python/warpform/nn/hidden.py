@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from .. import _autocast, ops
 from ..ops import RoutingPlan
+from ..ops._dtypes import accumulation_dtype
 
 SCALE_MODES = ("sum", "groups", "active", "none")
 
 
 @dataclass
 class Routed:
-    """What a router chose for T tokens.
+    """The choices of a router for T tokens.
 
     Attributes:
         plan: the groups of each token.
@@ -84,7 +85,7 @@ class HiddenRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Routed:
         """x: [T, hidden_size]. Nothing is read from the device."""
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = accumulation_dtype(x.dtype)
         with _autocast.off(x.device):
             scores = F.linear(x.to(wide), self.centroids.to(wide)).softmax(1)
         specialised = scores[:, self.num_shared :]
@@ -160,7 +161,7 @@ class GroupFusion(nn.Module):
     """Lets groups that were computed apart see each other: a Monarch matrix over the hidden dimensions.
 
     hidden_size = N m costs N m^2 + m N^2 multiplications a token instead of (N m)^2: one product within each group,
-    one across the groups at each place. It begins as the identity, so that a layer begins as the one without it.
+    one across the groups at each place. It begins as the identity, so that a layer begins like a layer without it.
 
     Args:
         hidden_size: N * m.

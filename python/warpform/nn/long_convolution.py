@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _autocast, ops
+from ..ops._dtypes import accumulation_dtype
 from ._product import is_plain
 from .norm import AddBiasResidualLayerNorm
 
@@ -52,7 +53,7 @@ class Sin(nn.Module):
 
 
 class FilterPositions(nn.Module):
-    """What the filter's MLP reads at each place: time from 0 to 1, and cosines and sines of it (arXiv 2302.10866).
+    """The input of the filter's MLP at each place: time from 0 to 1, and cosines and sines of it (arXiv 2302.10866).
 
     Place i of l_max has angles 2 pi f i / l_max for the frequencies f = linspace(1e-4, bands - 1, bands) of emb_dim =
     2 bands + 1.
@@ -230,14 +231,14 @@ class ImplicitFilter(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As of `nn.Module`, but nothing becomes narrower than float32."""
+        """Applies fn as `nn.Module` does, but lets no tensor become narrower than float32."""
         self.forget()
 
         def widened(x: Tensor) -> Tensor:
             moved = fn(x)
-            if not moved.is_floating_point() or moved.dtype == torch.promote_types(moved.dtype, torch.float32):
+            if not moved.is_floating_point() or moved.dtype == accumulation_dtype(moved.dtype):
                 return moved
-            return x.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
+            return x.to(moved.device, accumulation_dtype(moved.dtype))
 
         return super()._apply(widened, recurse)
 
@@ -281,7 +282,7 @@ def _sources(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor, int, 
 
 
 def _unchanged(cached: _Cached) -> bool:
-    """Whether everything is the same tensor as before, unwritten since; and if gradients are on, needs none."""
+    """Tells whether all tensors are the same and not written to since, and need no gradient where gradients are on."""
     for places, name, x, version, address in cached.sources:
         if places.get(name) is not x or x._version != version or x.data_ptr() != address:
             return False
@@ -339,7 +340,7 @@ class MonarchMixerSequenceMixer(nn.Module):
         return self.finish(self.mix(v, gate), u)
 
     def project(self, u: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What comes before the long convolutions, from u and mask of `forward`.
+        """Computes the inputs of the long convolutions from u and mask of `forward`.
 
         Returns u, normalised where there is a norm and 0 at padding; its projection [batch, seqlen, 3 hidden]; what the
         gated convolution is of, and its gate, [batch, hidden, seqlen] each.
@@ -364,7 +365,7 @@ class MonarchMixerSequenceMixer(nn.Module):
         return cast("Tensor", self.filter_fn(v, postgate=gate))
 
     def finish(self, y: Tensor, u: Tensor) -> Tensor:
-        """What comes after the gated convolution y; u: as `project` returns it. Returns [batch, seqlen, hidden]."""
+        """Computes the output [batch, seqlen, hidden] from the gated convolution y, and u as `project` returns it."""
         if self.filter_fn2 is not None:
             y = y + self.filter_fn2(u.transpose(1, 2))
         return cast("Tensor", self.out_linear(y.transpose(1, 2)))

@@ -24,7 +24,7 @@ def _blocks(name: str, features: int, nblocks: int) -> int:
 
 
 class _BlockedLinear(nn.Module):
-    """What both linear maps do alike: features that blocks do not divide, and a bias that starts like `nn.Linear`'s.
+    """The base of both linear maps: features that blocks do not divide, and a bias that starts like `nn.Linear`'s.
 
     Where nblocks does not divide the features in, zeros are appended to them; features out beyond those asked for are
     cut. Either costs a copy.
@@ -146,7 +146,7 @@ class MonarchLinear(_BlockedLinear):
 
     @classmethod
     def from_linear(cls: type[Self], linear: nn.Linear, *, nblocks: int = 4) -> Self:
-        """As `from_dense`, from the weight and the bias of an `nn.Linear`."""
+        """Calls `from_dense` with the weight and the bias of an `nn.Linear`."""
         return cls.from_dense(linear.weight, linear.bias, nblocks=nblocks).train(linear.training)
 
     def to_dense(self) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._dtypes import accumulation_dtype
 from ..packing import Packing
 
 
@@ -47,7 +48,7 @@ def mean_pool(hidden: Tensor, packing: Packing) -> Tensor:
 
     Sums are taken in float32 at least, and token after token, so that the result does not vary between runs.
     """
-    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    wide = hidden.to(accumulation_dtype(hidden.dtype))
     # The rows past the last sequence, which a Packing with a capacity can have, belong to a segment of their own.
     lengths = packing.lengths.long()
     tail = hidden.shape[0] - lengths.sum(0, keepdim=True)

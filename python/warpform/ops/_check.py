@@ -18,7 +18,7 @@ _logger = logging.getLogger("warpform")
 
 
 def describe(value: Any) -> str:
-    """What came, for an error message: `int64 of shape [5]` for a tensor."""
+    """Describes an argument in an error message, a tensor as `int64 of shape [5]`."""
     if isinstance(value, Tensor):
         return f"{dtype_name(value.dtype)} of shape {list(value.shape)}"
     return f"{value!r} ({type(value).__name__})"
@@ -70,7 +70,7 @@ def finite(op: str, name: str, value: Any) -> None:
 
 
 def has_values(t: Tensor) -> bool:
-    """Whether there is something to read: not on the meta device, and not of a fake tensor outside of a compiler.
+    """Tells whether a tensor has values. A tensor on the meta device has none, nor a fake one outside of a compiler.
 
     A compiler's fake tensors give symbols.
     """
@@ -78,7 +78,7 @@ def has_values(t: Tensor) -> bool:
 
 
 def cheap_to_read(t: Tensor) -> bool:
-    """Whether values may be looked at to check them: reading costs no synchronisation, or was asked for."""
+    """Tells whether a check may read values: it costs no synchronisation, or the user asked for it."""
     if torch.compiler.is_compiling() or not (t.device.type == "cpu" or _env.validate()):
         return False
     return has_values(t)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._dtypes import accumulation_dtype
+
 
 @dataclass(frozen=True)
 class Call:
@@ -44,7 +46,7 @@ class Draw:
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.wide = accumulation_dtype(dtype)
         self._generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -26,7 +26,7 @@ _warned: set[tuple[str, str]] = set()
 
 @dataclass(frozen=True)
 class RegisteredOp:
-    """What a registration says of an op, for everyone who goes through all of them: `ops()`."""
+    """The facts of a registered op. `ops()` returns those of all ops, for code that goes through every one."""
 
     name: str
     reference: Callable[..., Any]
@@ -92,16 +92,6 @@ def register_op(
 
         return unavailable
 
-    library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    _libraries.append(library)
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    library.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    library.impl(name, _autograd_kernel(op, backward, setup_context), "Autograd", with_keyset=True)
-    if autocast:
-        for device_type in ("cuda", "cpu"):
-            library.impl(name, _autocast_kernel(op, device_type, autocast), f"Autocast{device_type.upper()}")
-
     def reference_with_reason(reason: str, *args: Any, **kwargs: Any) -> Any:
         try:
             _report(name, reason)
@@ -114,10 +104,37 @@ def register_op(
     def fake_with_reason(reason: str, *args: Any, **kwargs: Any) -> Any:
         return fake(*args, **kwargs)
 
-    with_reason = getattr(getattr(torch.ops, NAMESPACE), f"{name}_reference").default
-    library.impl(f"{name}_reference", reference_with_reason, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}_reference", fake_with_reason, lib=library)
-    library.impl(f"{name}_reference", _autograd_kernel(with_reason, None, None), "Autograd", with_keyset=True)
+    implement(f"{name}_reference", reference_with_reason, fake=fake_with_reason)
+    return implement(name, reference, fake=fake, backward=backward, setup_context=setup_context, autocast=autocast)
+
+
+def implement(
+    name: str,
+    implementation: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    schema: str | None = None,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    autocast: Sequence[str] = (),
+) -> Any:
+    """Registers the Python side of one op: the implementation below autograd, the fake, autograd and autocast.
+
+    Args:
+        schema: defines the op; None for an op whose schema the library defines.
+        name, fake, backward, setup_context, autocast: as in `register_op`.
+    """
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    _libraries.append(library)
+    if schema is not None:
+        library.define(schema)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    library.impl(name, _autograd_kernel(op, backward, setup_context), "Autograd", with_keyset=True)
+    if autocast:
+        for device_type in ("cuda", "cpu"):
+            library.impl(name, _autocast_kernel(op, device_type, autocast), f"Autocast{device_type.upper()}")
     return op
 
 
@@ -181,7 +198,7 @@ def _autocast_kernel(op: Any, device_type: str, names: Sequence[str]) -> Callabl
 
 
 def _cast(value: Any, dtype: torch.dtype, device_type: str) -> Any:
-    # As torch's own rule does: float64 was asked for by whoever uses it, and stays.
+    # float64 stays, as under torch's own autocast: who uses it asked for it.
     if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
         return value.to(dtype) if value.device.type == device_type else value
     return value

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _autocast, _env
 from . import _check
+from ._dtypes import accumulation_dtype
 from ._register import register_op
 from .examples import attention as examples
 from .reference import attention as reference
@@ -24,7 +25,7 @@ def _fake(
     max_seqlen_k: int,
     **how: Any,
 ) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse_dtype = accumulation_dtype(q.dtype)
     return q.new_empty(q.shape), q.new_empty((q.size(1), q.size(0)), dtype=lse_dtype)
 
 

@@ -9,15 +9,12 @@ from torch import Tensor
 
 from .. import _env
 from . import _check
+from ._dtypes import accumulation_dtype
 from ._register import register_op
 from .attention import _window
 from .examples import attention_step as examples
 from .reference import attention as attention_reference
 from .reference import attention_step as reference
-
-
-def _state_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _rows_shape(q: Tensor) -> tuple[int, ...]:
@@ -28,18 +25,18 @@ def _rows_shape(q: Tensor) -> tuple[int, ...]:
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None, lse: Tensor | None = None, **how: Any
 ) -> tuple[Tensor, Tensor]:
-    dtype = _state_dtype(q)
+    dtype = accumulation_dtype(q.dtype)
     return q.new_empty(q.shape, dtype=dtype), q.new_empty(_rows_shape(q), dtype=dtype)
 
 
 def _backward_fake(
     dout: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **how: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (t.new_empty(t.shape, dtype=_state_dtype(q)) for t in (q, k, v))
+    dq, dk, dv = (t.new_empty(t.shape, dtype=accumulation_dtype(q.dtype)) for t in (q, k, v))
     return dq, dk, dv
 
 
-# Neither is differentiable: what the steps add up to is, and whoever takes them writes its backward out of the second.
+# Neither op is differentiable. Only the result of all steps is; code that takes steps calls the second op in backward.
 _attention_step = register_op(
     "attention_step", reference=reference.attention_step, fake=_fake, example=examples.attention_step
 )
@@ -288,9 +285,10 @@ def _check_step(
 
 def _check_state(op: str, name: str, t: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
     _check.tensor(op, name, t)
-    if t.dtype != _state_dtype(q):
+    state = accumulation_dtype(q.dtype)
+    if t.dtype != state:
         raise TypeError(
-            f"{op}: {name} must be {_check.dtype_name(_state_dtype(q))} for q in {_check.dtype_name(q.dtype)}, "
+            f"{op}: {name} must be {_check.dtype_name(state)} for q in {_check.dtype_name(q.dtype)}, "
             f"got {_check.describe(t)}"
         )
     if tuple(t.shape) != shape:

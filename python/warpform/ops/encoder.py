@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _autocast
 from . import _check
+from ._dtypes import accumulation_dtype
 from ._register import register_op
 from .examples import encoder as examples
 from .reference import encoder as reference
@@ -34,7 +35,7 @@ _packing_plan = register_op(
 
 
 def packing_plan(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Where the tokens of a padded batch go when its padding is dropped; `warpform.Packing` is the usual way to it.
+    """Computes where the tokens of a padded batch go without its padding; `warpform.Packing` is the usual caller.
 
     Args:
         mask: bool or integer [B, S], nonzero where there is a token: any pattern.
@@ -161,10 +162,6 @@ def _check_packing(op: str, name: str, x: Tensor, indices: Tensor, ranks: Tensor
 # ---- add + bias + residual + LayerNorm ----
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _layer_norm_fake(
     x: Tensor,
     bias: Tensor | None,
@@ -178,7 +175,7 @@ def _layer_norm_fake(
     rows = 1
     for size in x.shape[:-1]:
         rows = rows * size
-    statistics = x.new_empty(rows, dtype=_statistics_dtype(x))
+    statistics = x.new_empty(rows, dtype=accumulation_dtype(x.dtype))
     total = x.new_empty(x.shape if return_sum else (0,))
     return x.new_empty(x.shape), total, statistics, torch.empty_like(statistics)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _autocast, _library
 from . import _check
+from ._dtypes import accumulation_dtype
 from ._register import NAMESPACE, register_op
 from .examples import fft_conv as examples
 from .reference import fft_conv as reference
@@ -99,7 +100,7 @@ def fft_conv_spectrum(k: Tensor, k_reverse: Tensor | None = None, *, seqlen: int
 
 def _spectrum(k: Tensor, k_reverse: Tensor | None, seqlen: int) -> Tensor:
     points = _points(seqlen)
-    dtype = reference.wide(k)
+    dtype = accumulation_dtype(k.dtype)
     if k.size(0) == 0:  # which torch.fft does not take
         return k.new_zeros((0, points // 2 + 1, 2), dtype=dtype)
     filters = k.to(dtype)
@@ -140,7 +141,7 @@ def _composite(
     _check_taps(op, "k", k, seqlen, None)
     if k_reverse is not None:
         _check_taps(op, "k_reverse", k_reverse, seqlen, k)
-    spectrum = _spectrum(k, k_reverse, seqlen).to(reference.wide(u))
+    spectrum = _spectrum(k, k_reverse, seqlen).to(accumulation_dtype(u.dtype))
     return _spectral_conv(u, spectrum, skip, pregate, postgate)
 
 

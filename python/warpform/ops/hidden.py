@@ -9,14 +9,11 @@ from torch import Tensor
 
 from .. import _autocast
 from . import _check
+from ._dtypes import accumulation_dtype
 from ._register import register_op
 from .examples import hidden as examples
 from .reference import hidden as reference
 from .routing import RoutingPlan
-
-
-def _accumulated(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _gather_fake(x: Tensor, w: Tensor, *rest: Any) -> Tensor:
@@ -27,7 +24,7 @@ def _gather_backward_fake(
     dout: Tensor, x: Tensor, w: Tensor, gates: Tensor | None, *plan: Any
 ) -> tuple[Tensor, Tensor]:
     shape = (0,) if gates is None else gates.shape
-    return x.new_empty(x.shape), x.new_empty(shape, dtype=_accumulated(x.dtype))
+    return x.new_empty(x.shape), x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
 
 
 def _scatter_fake(
@@ -41,11 +38,11 @@ def _scatter_backward_fake(
     dout: Tensor, ungated: Tensor | None, w: Tensor, gates: Tensor | None, *plan: Any
 ) -> tuple[Tensor, Tensor]:
     shape = (0,) if ungated is None else (dout.size(0), plan[6])
-    return dout.new_empty(dout.size(0), w.size(-1)), dout.new_empty(shape, dtype=_accumulated(dout.dtype))
+    return dout.new_empty(dout.size(0), w.size(-1)), dout.new_empty(shape, dtype=accumulation_dtype(dout.dtype))
 
 
 def _weight_fake(x: Tensor, dy: Tensor, gates: Tensor | None, routed_out: bool, *plan: Any) -> Tensor:
-    return x.new_empty(plan[7], dy.size(1), x.size(1), dtype=_accumulated(x.dtype))
+    return x.new_empty(plan[7], dy.size(1), x.size(1), dtype=accumulation_dtype(x.dtype))
 
 
 def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -91,7 +88,7 @@ def _scatter_gradient(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | 
         dw = _weight_grad(x, dout, gates, True, *plan).view(w.shape).to(w.dtype)
     if need_bias:
         there = reference.unpack_bits(plan[0], ctx.num_groups).unsqueeze(2)
-        scaled = torch.where(there, dout.unflatten(1, (ctx.num_groups, -1)), 0).to(_accumulated(dout.dtype))
+        scaled = torch.where(there, dout.unflatten(1, (ctx.num_groups, -1)), 0).to(accumulation_dtype(dout.dtype))
         if gates is not None:
             scaled = scaled * torch.where(there, gates.unsqueeze(2), 0)
         dbias = _sum_of_tokens(scaled.flatten(1), ctx.bias, plan).to(w.dtype)
@@ -100,7 +97,7 @@ def _scatter_gradient(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | 
 
 def _sum_of_tokens(t: Tensor, dim: int, plan: tuple[Any, ...]) -> Tensor:
     """[T, n] -> [n], or of each class [C, n], for a bias of `dim` dimensions."""
-    t = t.to(_accumulated(t.dtype))
+    t = t.to(accumulation_dtype(t.dtype))
     if dim == 1:
         return t.sum(0)
     token_class = reference.Routing(*plan).token_class
@@ -292,7 +289,7 @@ def _check_gates(op: str, gates: Tensor | None, x: Tensor, plan: RoutingPlan) ->
     if gates is None:
         return
     _check.tensor(op, "gates", gates)
-    dtype = _accumulated(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     if gates.dtype != dtype:
         raise TypeError(f"{op}: gates must be {_check.dtype_name(dtype)} for this x, got {_check.describe(gates)}")
     if tuple(gates.shape) != (plan.tokens, plan.num_groups):

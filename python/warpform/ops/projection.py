@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _check
+from ._dtypes import accumulation_dtype
 
 
 @torch.no_grad()
@@ -84,7 +85,7 @@ def project_to_monarch(
 
     # The part of kappa and lambda, [k, l, s, p]; of its singular triples those of the largest values.
     parts = dense.reshape(s, blocks, k, p).permute(2, 1, 0, 3)
-    dtype = torch.float64 if dense.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(dense.dtype)
     ranks = -(-q // blocks)
     left, values, right = torch.linalg.svd(parts.to(dtype), full_matrices=False)
     kept = min(ranks, values.size(-1))

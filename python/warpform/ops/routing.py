@@ -217,7 +217,7 @@ class RoutingPlan:
         )
 
     def arguments(self) -> tuple[Tensor | int | None, ...]:
-        """What the ops of `torch.ops.warpform` take of a plan, in their order."""
+        """Returns the part of the plan that the ops of `torch.ops.warpform` take, in the order of their arguments."""
         return (
             self.group_mask,
             self.perm,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _autocast
 from . import _check
+from ._dtypes import accumulation_dtype
 from ._register import register_op
 from .examples import window as examples
 from .reference import window as reference
@@ -28,7 +29,7 @@ def _fake(
     batch, *grid, _, heads, head_dim = qkv.shape
     tokens = math.prod(window_size)
     windows = math.prod([(size + w - 1) // w for size, w in zip(grid, window_size, strict=True)])
-    lse_dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    lse_dtype = accumulation_dtype(qkv.dtype)
     lse_shape = (batch, windows, heads, tokens) if tokens > reference.LSE_ABOVE else (0,)
     return qkv.new_empty((batch, *grid, heads * head_dim)), qkv.new_empty(lse_shape, dtype=lse_dtype)
 

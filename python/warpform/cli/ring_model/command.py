@@ -139,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def cluster_from(options: argparse.Namespace, work: Workload) -> Cluster:
-    """What the options say was measured.
+    """Makes the cluster of the measurements that the options give.
 
     Raises:
         ValueError: a number that is needed is missing.
@@ -237,7 +237,7 @@ def table(work: Workload, cluster: Cluster, predictions: Sequence[Prediction], d
 
 
 def report(work: Workload, cluster: Cluster, predictions: Sequence[Prediction], direction: str) -> dict[str, Any]:
-    """What the table says, for programs."""
+    """Returns the numbers of the table for programs."""
     found = [{**dataclasses.asdict(p), "efficiency": p.efficiency} for p in predictions]
     facts = {"kind": LABEL, "direction": direction, "workload": dataclasses.asdict(work)}
     return _finite({**facts, "cluster": dataclasses.asdict(cluster), "predictions": found})

@@ -1,4 +1,4 @@
-"""How long ring attention takes and what it holds, from three measured numbers: a model, and labelled as one.
+"""Predicts the time and the memory of ring attention from three measured numbers, and labels them as predictions.
 
 A rank's time is a schedule of steps. Step s takes the block of keys that started s ranks away; the block of step s + 1
 travels meanwhile:
@@ -203,7 +203,7 @@ class Link:
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """What the ranks run on.
+    """The hardware that the ranks run on.
 
     Attributes:
         forward, backward: the time of a step.

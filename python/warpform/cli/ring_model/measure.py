@@ -1,4 +1,4 @@
-"""What the cost model needs, measured: the time of a step of attention, and of a hop between ranks."""
+"""Measures the inputs of the cost model: the time of a step of attention, and of a hop between ranks."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def flash_attn_with_kvcache(
         k, v: [B, Snew, Hkv, D], new keys and values. They are written into the caches, in place, at cache_seqlens,
             cache_seqlens + 1 and so on, and attended to with what was there.
         rotary_cos, rotary_sin: [positions, R / 2], at least S positions. The first R of the D components of k are
-            rotated by their places in the cache before they are written, and q's as if its tokens stood at
+            rotated by their places in the cache before they are written, and q's as if its tokens were at
             cache_seqlens, cache_seqlens + 1 and so on with causal or a window, all at cache_seqlens otherwise.
         cache_seqlens: how much of each sequence's cache is used, before k comes to it: an int, or an integer tensor
             [B]. None: all of it; k needs it.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
-from ..common.config import ModelConfig, check_config, read_fields
+from ...nn import ACTIVATIONS
+from ..common.config import TransformersConfig
 
 
 @dataclasses.dataclass
-class AlbertConfig(ModelConfig):
+class AlbertConfig(TransformersConfig):
     """The options of an ALBERT encoder and its heads, under the names of transformers' `AlbertConfig`.
 
     Raises:
@@ -18,6 +17,10 @@ class AlbertConfig(ModelConfig):
     """
 
     model_type = "albert"
+    positive = ("inner_group_num",)
+    divides = (("num_attention_heads", "hidden_size"),)
+    choices = {"hidden_act": ACTIVATIONS}
+    probabilities = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob")
 
     vocab_size: int = 30000
     embedding_size: int = 128
@@ -43,32 +46,9 @@ class AlbertConfig(ModelConfig):
     problem_type: str | None = None
 
     def __post_init__(self) -> None:
-        check_config(
-            self,
-            activation="hidden_act",
-            heads="num_attention_heads",
-            width="hidden_size",
-            probabilities=("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob"),
-        )
+        super().__post_init__()
         if not 1 <= self.num_hidden_groups <= max(self.num_hidden_layers, 1):
-            raise ValueError(
+            raise self.error(
                 f"num_hidden_groups must be between 1 and num_hidden_layers {self.num_hidden_layers}, "
                 f"got {self.num_hidden_groups}"
             )
-        if self.inner_group_num < 1:
-            raise ValueError(f"inner_group_num must be at least 1, got {self.inner_group_num}")
-
-    @classmethod
-    def from_transformers(cls, fields: Mapping[str, Any], **overrides: Any) -> AlbertConfig:
-        """From the fields of a transformers config. Fields that change nothing in the encoder are ignored.
-
-        Raises:
-            ValueError: an option that is not supported: is_decoder, add_cross_attention, output_attentions,
-                pruned_heads, a position_embedding_type other than "absolute".
-            TypeError: an override that is no field.
-        """
-        return cls(**read_fields(cls, fields, overrides))
-
-    def to_transformers(self) -> dict[str, Any]:
-        """The fields as keywords of transformers' `AlbertConfig`."""
-        return dataclasses.asdict(self)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
-from ..common.config import ModelConfig, check_config, read_fields
+from ...nn import ACTIVATIONS
+from ..common.config import TransformersConfig
 
 
 @dataclasses.dataclass
-class BertConfig(ModelConfig):
+class BertConfig(TransformersConfig):
     """The options of a BERT encoder and its heads, under the names of transformers' `BertConfig`.
 
     Raises:
@@ -18,6 +17,9 @@ class BertConfig(ModelConfig):
     """
 
     model_type = "bert"
+    divides = (("num_attention_heads", "hidden_size"),)
+    choices = {"hidden_act": ACTIVATIONS}
+    probabilities = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -40,25 +42,4 @@ class BertConfig(ModelConfig):
     problem_type: str | None = None
 
     def __post_init__(self) -> None:
-        check_config(
-            self,
-            activation="hidden_act",
-            heads="num_attention_heads",
-            width="hidden_size",
-            probabilities=("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
-        )
-
-    @classmethod
-    def from_transformers(cls, fields: Mapping[str, Any], **overrides: Any) -> BertConfig:
-        """From the fields of a transformers config. Fields that change nothing in the encoder are ignored.
-
-        Raises:
-            ValueError: an option that is not supported: is_decoder, add_cross_attention, output_attentions,
-                pruned_heads, a position_embedding_type other than "absolute".
-            TypeError: an override that is no field.
-        """
-        return cls(**read_fields(cls, fields, overrides))
-
-    def to_transformers(self) -> dict[str, Any]:
-        """The fields as keywords of transformers' `BertConfig`."""
-        return dataclasses.asdict(self)
+        super().__post_init__()

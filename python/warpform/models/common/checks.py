@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-# What heads hand on to the model below them, where it has no effect.
+# Arguments that heads hand on to the model below them, on which they have no effect.
 _FOR_HEADS = ("num_items_in_batch",)
 
 

@@ -1,50 +1,13 @@
-"""What the Config dataclasses of all architectures check and read alike."""
+"""The base of the Config dataclasses: rules that their fields follow, presets, and config.json both ways."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, TypeVar
 
-from ...nn import ACTIVATIONS
-
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-
-
-def check_config(config: Any, *, activation: str, heads: str, width: str, probabilities: Iterable[str]) -> None:
-    """Raises ValueError for the fields that every architecture has; the arguments are their names in this config."""
-    if getattr(config, activation) not in ACTIVATIONS:
-        raise ValueError(f"{activation} must be one of {', '.join(ACTIVATIONS)}, got {getattr(config, activation)!r}")
-    size, number = getattr(config, width), getattr(config, heads)
-    if number <= 0 or size % number != 0:
-        raise ValueError(f"{heads} must divide {width} {size}, got {number}")
-    for name in probabilities:
-        value = getattr(config, name)
-        if value is not None and not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name} must be between 0 and 1, got {value}")
-    if config.num_labels < 1:
-        raise ValueError(f"num_labels must be at least 1, got {config.num_labels}")
-    if config.problem_type not in (None, *PROBLEM_TYPES):
-        raise ValueError(f"problem_type must be None or one of {', '.join(PROBLEM_TYPES)}, got {config.problem_type!r}")
-
-
-def read_fields(config_class: type[Any], fields: Mapping[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of `config_class` in the fields of a transformers config, with the overrides on top.
-
-    Raises:
-        ValueError: an option that no encoder here supports: is_decoder, add_cross_attention, output_attentions,
-            pruned_heads, a position_embedding_type other than "absolute".
-        TypeError: an override that is no field.
-    """
-    what = config_class.__name__
-    for name in ("is_decoder", "add_cross_attention", "output_attentions", "pruned_heads"):
-        if fields.get(name):
-            raise ValueError(f"{what}: {name}={fields[name]!r} is not supported")
-    position = fields.get("position_embedding_type")
-    if position not in (None, "absolute"):
-        raise ValueError(f"{what}: position_embedding_type={position!r} is not supported, only 'absolute'")
-    return {**known_fields(config_class, fields), **config_overrides(config_class, overrides)}
 
 
 def known_fields(config_class: type[Any], fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,17 +26,70 @@ SomeConfig = TypeVar("SomeConfig", bound="ModelConfig")
 
 
 class ModelConfig:
-    """What the Config dataclasses share.
+    """The base of every Config dataclass. An architecture adds fields, and declares the rules that they follow.
 
     A model is made from its config; what is changed in the config later changes the model no more than in transformers.
     Names that are no fields can be set: trainers and pipelines leave notes of their own (`use_cache`).
 
+    The rules are checked when a config is made. `num_labels` and `problem_type` have theirs wherever they are fields.
+    What no rule can say, `__post_init__` checks after `super().__post_init__()`, and raises `self.error(text)`.
+
     Attributes:
-        model_type: as in config.json of transformers; empty for models that are not in it.
+        model_type: as in config.json of transformers, or a name of our own for a model that transformers lacks.
+        positive: fields that are at least 1.
+        divides: pairs (a, b) of fields: a is at least 1 and divides b. None for a is allowed.
+        choices: for each of some fields the values that it may have, None among them where it is allowed.
+        probabilities: fields from 0 to 1. None is allowed.
+        presets: for each size that `preset` takes, its fields.
     """
 
     model_type: ClassVar[str] = ""
+    positive: ClassVar[tuple[str, ...]] = ()
+    divides: ClassVar[tuple[tuple[str, str], ...]] = ()
+    choices: ClassVar[Mapping[str, Collection[str | None]]] = {}
+    probabilities: ClassVar[tuple[str, ...]] = ()
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     _names_of_labels: dict[int, str] | None = None
+
+    def __post_init__(self) -> None:
+        labels = ("num_labels",) if hasattr(self, "num_labels") else ()
+        for name in (*self.positive, *labels):
+            if getattr(self, name) < 1:
+                raise self.error(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, of in self.divides:
+            divisor, size = getattr(self, name), getattr(self, of)
+            if divisor is not None and (divisor < 1 or size % divisor):
+                raise self.error(f"{name} must divide {of} {size}, got {divisor}")
+        choices = dict(self.choices)
+        if hasattr(self, "problem_type"):
+            choices["problem_type"] = (None, *PROBLEM_TYPES)
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                named = ", ".join(choice for choice in allowed if choice is not None)
+                either = "None or one of" if None in allowed else "one of"
+                raise self.error(f"{name} must be {either} {named}, got {getattr(self, name)!r}")
+        for name in self.probabilities:
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise self.error(f"{name} must be between 0 and 1, got {value}")
+
+    @classmethod
+    def error(cls, text: str) -> ValueError:
+        """The error of a field that breaks a rule, which names the class."""
+        return ValueError(f"{cls.__name__}: {text}")
+
+    @classmethod
+    def preset(cls: type[SomeConfig], size: str, **overrides: Any) -> SomeConfig:
+        """A size of `presets`, with the overrides on top.
+
+        Raises:
+            ValueError: another size.
+        """
+        if not cls.presets:
+            raise cls.error(f"there are no presets, got size {size!r}")
+        if size not in cls.presets:
+            raise cls.error(f"size must be one of {', '.join(cls.presets)}, got {size!r}")
+        return cls(**{**cls.presets[size], **overrides})
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -101,19 +117,21 @@ class ModelConfig:
             ValueError: fields that do not fit, or an option that is not supported.
             TypeError: an override that is no field.
         """
-        read: Any = getattr(cls, "from_transformers", None)
-        if read is None:
-            known = {name: tuple(v) if isinstance(v, list) else v for name, v in known_fields(cls, fields).items()}
-            config = cls(**{**known, **config_overrides(cls, overrides)})
-        else:
-            config = read(fields, **overrides)
+        config = cls._from_own_fields(fields, overrides)
         config.id2label = fields.get("id2label")
         return config
 
+    @classmethod
+    def _from_own_fields(cls: type[SomeConfig], fields: Mapping[str, Any], overrides: dict[str, Any]) -> SomeConfig:
+        known = {name: tuple(v) if isinstance(v, list) else v for name, v in known_fields(cls, fields).items()}
+        return cls(**{**known, **config_overrides(cls, overrides)})
+
+    def _own_fields(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as config.json has them: in transformers' names where the model is in transformers."""
-        convert = getattr(self, "to_transformers", None)
-        fields = dataclasses.asdict(self) if convert is None else convert()  # type: ignore[call-overload]
+        fields = self._own_fields()
         if "num_labels" in fields:
             del fields["num_labels"]
             fields |= {"id2label": self.id2label, "label2id": self.label2id}
@@ -122,6 +140,47 @@ class ModelConfig:
     def to_json_string(self) -> str:
         """`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+class TransformersConfig(ModelConfig):
+    """The base of configs that transformers has too: their fields have transformers' names.
+
+    Attributes:
+        unsupported: fields of transformers' config that must be false or absent, since no field here says the same.
+    """
+
+    unsupported: ClassVar[tuple[str, ...]] = ("is_decoder", "add_cross_attention", "output_attentions", "pruned_heads")
+
+    @classmethod
+    def from_transformers(cls: type[Converted], fields: Mapping[str, Any], **overrides: Any) -> Converted:
+        """From the fields of a transformers config. Fields that change nothing in the model are ignored.
+
+        Raises:
+            ValueError: an option that is not supported: one of `unsupported`, or a position_embedding_type other than
+                "absolute"; fields that break a rule.
+            TypeError: an override that is no field.
+        """
+        for name in cls.unsupported:
+            if fields.get(name):
+                raise cls.error(f"{name}={fields[name]!r} is not supported")
+        position = fields.get("position_embedding_type")
+        if position not in (None, "absolute"):
+            raise cls.error(f"position_embedding_type={position!r} is not supported, only 'absolute'")
+        return cls(**{**known_fields(cls, fields), **config_overrides(cls, overrides)})
+
+    def to_transformers(self) -> dict[str, Any]:
+        """The fields as keywords of the config class of transformers."""
+        return super()._own_fields()
+
+    @classmethod
+    def _from_own_fields(cls: type[Converted], fields: Mapping[str, Any], overrides: dict[str, Any]) -> Converted:
+        return cls.from_transformers(fields, **overrides)
+
+    def _own_fields(self) -> dict[str, Any]:
+        return self.to_transformers()
+
+
+Converted = TypeVar("Converted", bound=TransformersConfig)
 
 
 def config_overrides(config_class: type[Any], overrides: dict[str, Any]) -> dict[str, Any]:

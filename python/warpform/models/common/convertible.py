@@ -12,8 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .pretrained import PretrainedModel, check_names, check_weight, has_optional, named_weights, set_weight
+from .weights import rename
 
 Self = TypeVar("Self", bound="ConvertibleModel")
+
+# Old checkpoints, converted from TensorFlow, have its names of the parameters of a LayerNorm.
+_TENSORFLOW = ((r"LayerNorm\.gamma", "LayerNorm.weight"), (r"LayerNorm\.beta", "LayerNorm.bias"))
 
 
 class ConvertibleModel(PretrainedModel):
@@ -73,11 +77,7 @@ class ConvertibleModel(PretrainedModel):
         if any(name.startswith(prefix) for name in weights):
             # A checkpoint with a head: what is outside the encoder is the head's.
             weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-        # Names of TensorFlow days, still found in old checkpoints.
-        renamed = {
-            name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): w
-            for name, w in weights.items()
-        }
+        renamed = {rename(name, _TENSORFLOW): w for name, w in weights.items()}
         for alias, name in cls.aliases.items():
             if alias in renamed:
                 renamed.setdefault(name, renamed.pop(alias))
@@ -123,7 +123,7 @@ class ConvertibleModel(PretrainedModel):
         """Takes over what of a transformers model is in neither its config nor its weights."""
 
     def to_transformers(self) -> nn.Module:
-        """Writes the weights back and returns the transformers model: the one this was made from, else a new one.
+        """Writes the weights back and returns the transformers model that this was made from, else a new model.
 
         Parameters that both models share need no copy; concatenated ones are split into their parts.
 

@@ -1,4 +1,4 @@
-"""What all encoders do alike: pack once, embed, run the layers on packed rows, unpack once."""
+"""The base of all encoders: it packs once, embeds, runs the layers on packed rows and unpacks once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Self = TypeVar("Self", bound="EncoderModel")
 
 
 class PackedStates(NamedTuple):
-    """What the layers gave, still packed."""
+    """The outputs of the layers, still packed."""
 
     hidden: Tensor  # [total, hidden]
     states: tuple[Tensor, ...] | None  # each [total, hidden], the last one is `hidden`
@@ -73,7 +73,7 @@ class EncoderModel(ConvertibleModel):
         token_type_ids: Tensor | None,
         inputs_embeds: Tensor | None,
     ) -> Tensor:
-        """What enters the first layer, [total, hidden], from ids [total] or embeddings [total, width]."""
+        """Computes the input of the first layer, [total, hidden], from ids [total] or embeddings [total, width]."""
         return self.embeddings(input_ids, position_ids, token_type_ids, inputs_embeds)
 
     def forward(
@@ -146,7 +146,7 @@ class EncoderModel(ConvertibleModel):
         output_hidden_states: bool | None = None,
         **unsupported: Any,
     ) -> PackedStates:
-        """As `forward`, up to the last layer: for heads, which work on packed rows too."""
+        """Runs the layers as `forward` does and leaves the rows packed, for heads, which work on packed rows too."""
         name = type(self).__name__
         refuse_arguments(name, unsupported)
         if token_type_ids is not None and self.embeddings.token_types is None:

@@ -113,7 +113,7 @@ class HeadModel(ConvertibleModel):
         return self.base.get_input_embeddings()
 
     def run(self, *inputs: Any, **named: Any) -> PackedStates:
-        """What the last layer of the encoder gave, packed; the inputs are the encoder's."""
+        """Runs the encoder on its inputs and returns its last layer's output, packed."""
         run = self.base(*inputs, **named, keep_packed=True)
         assert isinstance(run, PackedStates)
         return run
@@ -224,7 +224,7 @@ class MaskedLM(HeadModel):
 
 
 class Classification(HeadModel):
-    """What the two classifiers share.
+    """The base of the two classifiers.
 
     Attributes:
         dropout_fields: fields of the config; the first that is not None is the dropout before the classifier.
@@ -293,7 +293,7 @@ class SequenceClassification(Classification):
     uses_pooler = True
 
     def pool(self, run: PackedStates) -> Tensor:
-        """What the classifier reads, [batch, hidden]."""
+        """Returns the input of the classifier, [batch, hidden]."""
         assert run.pooled is not None
         return run.pooled
 

@@ -1,4 +1,4 @@
-"""What every model has, under the names that trainers, pipelines and wrappers ask transformers' models for."""
+"""The base of every model. It has the names that trainers, pipelines and wrappers use of transformers' models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Model(nn.Module):
 
     @property
     def supports_gradient_checkpointing(self) -> bool:
-        """Whether there are layers that can be computed again."""
+        """Tells whether the model has layers that can be computed again in backward."""
         return bool(self._checkpointed())
 
     def _checkpointed(self) -> list[CheckpointedLayers]:
@@ -36,7 +36,7 @@ class Model(nn.Module):
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
     def can_generate(self) -> bool:
-        """Whether there is a `generate` that follows transformers': no."""
+        """Returns False: no model has a `generate` with the interface of transformers."""
         return False
 
     def activation_checkpointing_enable(
@@ -85,5 +85,5 @@ class Model(nn.Module):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether any layer is computed again."""
+        """Tells whether any layer is computed again in backward."""
         return any(module.gradient_checkpointing for module in self._checkpointed())

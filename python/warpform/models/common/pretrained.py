@@ -236,7 +236,7 @@ def load_weights(
 
 
 def has_optional(model_class: type[PretrainedModel], weights: Iterable[str]) -> bool:
-    """Whether weights of these names include those of the optional module."""
+    """Tells whether weights of these names include those of the optional module."""
     optional = model_class.optional_module
     return optional is None or any(name.startswith(f"{optional}.") for name in weights)
 
@@ -299,6 +299,6 @@ def check_weight(own: Tensor, parts: tuple[str, ...], sources: list[Any], what: 
 
 
 def set_weight(model: nn.Module, name: str, weight: Tensor) -> None:
-    """Puts a parameter or a buffer in the place of the one of that name."""
+    """Replaces the parameter or buffer of that name."""
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, weight)

@@ -1,4 +1,4 @@
-"""What transformers' `save_pretrained` learns, so that a model that a part was put into is saved as it was before."""
+"""An addition to transformers' `save_pretrained`: it saves a model with a part of ours under transformers' names."""
 
 from __future__ import annotations
 

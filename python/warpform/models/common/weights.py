@@ -1,4 +1,4 @@
-"""Files of weights: safetensors, whole or in shards.
+"""Files of weights (safetensors, whole or in shards), and renames between their names and those of models.
 
 Pickled weights are never opened, as unpickling runs what the file says.
 """
@@ -6,6 +6,7 @@ Pickled weights are never opened, as unpickling runs what the file says.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,16 @@ from torch import Tensor
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+# Pairs of a regular expression and what replaces it wherever it is found.
+Renames = tuple[tuple[str, str], ...]
+
+
+def rename(name: str, renames: Renames) -> str:
+    """The name of a weight after every rename of a table, one after the other."""
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def read_weights(folder: Path, *, device: str = "cpu") -> dict[str, Tensor]:

@@ -6,16 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ...nn import (
-    ACTIVATIONS,
-)
-from ..common.config import ModelConfig, check_config, read_fields
+from ...nn import ACTIVATIONS
+from ..common.config import TransformersConfig
 
 Config = TypeVar("Config", bound="DebertaConfig")
 
 
 @dataclasses.dataclass
-class DebertaConfig(ModelConfig):
+class DebertaConfig(TransformersConfig):
     """The options of a DeBERTa (v1) encoder and its heads, under the names of transformers' `DebertaConfig`.
 
     pos_att_type may be a sequence, None, or one string as in "c2p|p2c". embedding_size None is hidden_size.
@@ -25,6 +23,10 @@ class DebertaConfig(ModelConfig):
     """
 
     model_type = "deberta"
+    divides = (("num_attention_heads", "hidden_size"),)
+    choices = {"hidden_act": ACTIVATIONS, "pooler_hidden_act": ACTIVATIONS}
+    probabilities = ("hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_dropout")
+    unsupported = (*TransformersConfig.unsupported, "talking_head")
 
     vocab_size: int = 50265
     hidden_size: int = 768
@@ -61,39 +63,27 @@ class DebertaConfig(ModelConfig):
         self.pos_att_type = tuple(terms)
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
-        check_config(
-            self,
-            activation="hidden_act",
-            heads="num_attention_heads",
-            width="hidden_size",
-            probabilities=("hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_dropout"),
-        )
-        _check_activation("pooler_hidden_act", self.pooler_hidden_act)
+        super().__post_init__()
 
     @classmethod
     def from_transformers(cls: type[Config], fields: Mapping[str, Any], **overrides: Any) -> Config:
-        """From the fields of a transformers config. Fields that change nothing in the encoder are ignored.
+        """Reads fields as `TransformersConfig` does, and checks two more.
 
         Raises:
-            ValueError: an option that is not supported: talking_head, a pooler_hidden_size other than hidden_size, an
-                attention_head_size other than hidden_size / num_attention_heads, is_decoder, add_cross_attention,
-                output_attentions, pruned_heads.
-            TypeError: an override that is no field.
+            ValueError: also a pooler_hidden_size other than hidden_size, and an attention_head_size other than
+                hidden_size / num_attention_heads.
         """
-        config = cls(**read_fields(cls, fields, overrides))
-        if fields.get("talking_head"):
-            raise ValueError(f"{cls.__name__}: talking_head={fields['talking_head']!r} is not supported")
+        config = super().from_transformers(fields, **overrides)
         for name, only in (
             ("pooler_hidden_size", config.hidden_size),
             ("attention_head_size", config.hidden_size // config.num_attention_heads),
         ):
             if fields.get(name) not in (None, only):
-                raise ValueError(f"{cls.__name__}: {name}={fields[name]!r} is not supported, only {only}")
+                raise cls.error(f"{name}={fields[name]!r} is not supported, only {only}")
         return config
 
     def to_transformers(self) -> dict[str, Any]:
-        """The fields as keywords of the config class of transformers."""
-        return {**dataclasses.asdict(self), "pos_att_type": list(self.pos_att_type)}
+        return {**super().to_transformers(), "pos_att_type": list(self.pos_att_type)}
 
     @property
     def relative_positions(self) -> int:
@@ -107,7 +97,7 @@ class DebertaConfig(ModelConfig):
 
     @property
     def score_terms(self) -> int:
-        """What the scores are scaled for: 1 and the terms of positions, as transformers counts them."""
+        """The number of terms that scores are scaled for: content and positions, as transformers counts them."""
         return 1 + len(self.pos_att_type)
 
 
@@ -121,6 +111,7 @@ class DebertaV2Config(DebertaConfig):
     """
 
     model_type = "deberta-v2"
+    choices = {**DebertaConfig.choices, "conv_act": ACTIVATIONS}
 
     vocab_size: int = 128100
     hidden_size: int = 1536
@@ -136,18 +127,17 @@ class DebertaV2Config(DebertaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_activation("conv_act", self.conv_act)
         least = self.position_buckets // 2 + 2
         if self.relative_attention and self.position_buckets > 0:
             if self.position_buckets == 1:
-                raise ValueError("position_buckets must be at least 2, or at most 0 for none, got 1")
+                raise self.error("position_buckets must be at least 2, or at most 0 for none, got 1")
             if self.relative_positions < least:
-                raise ValueError(
+                raise self.error(
                     f"max_relative_positions must be at least {least} with {self.position_buckets} position_buckets, "
                     f"got {self.relative_positions}"
                 )
         if self.conv_kernel_size > 0 and self.conv_kernel_size % 2 == 0:
-            raise ValueError(f"conv_kernel_size must be odd, or 0 for none, got {self.conv_kernel_size}")
+            raise self.error(f"conv_kernel_size must be odd, or 0 for none, got {self.conv_kernel_size}")
 
     @property
     def buckets(self) -> int:
@@ -159,10 +149,5 @@ class DebertaV2Config(DebertaConfig):
 
     @property
     def relative_norm(self) -> bool:
-        """Whether the embeddings of relative positions are normalised."""
+        """True if the embeddings of relative positions are normalised."""
         return "layer_norm" in (part.strip() for part in self.norm_rel_ebd.lower().split("|"))
-
-
-def _check_activation(name: str, value: str) -> None:
-    if value not in ACTIVATIONS:
-        raise ValueError(f"{name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}")

@@ -6,15 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...nn import (
-    BiasActivation,
-    first_tokens,
-)
+from ...nn import BiasActivation, first_tokens
+from ...ops._dtypes import accumulation_dtype
 from ..common.checks import check_shape
 from ..common.encoder import PackedStates
 from ..common.heads import MaskedLM, SequenceClassification, TokenClassification
 from ..common.losses import IGNORED, token_loss
+from ..common.weights import rename
 from .model import DebertaModel, DebertaV2Model
+
+# transformers' names in the older form of the head, and in that of pretraining.
+_LM_HEAD = ((r"cls\.predictions\.(transform\.)?", "lm_predictions.lm_head."),)
 
 
 class _DebertaMaskedLM(MaskedLM):
@@ -41,15 +43,7 @@ class _DebertaMaskedLM(MaskedLM):
         names = super().weight_names()
         if self.config.legacy:
             return names
-        return {
-            name: tuple(
-                part.replace("cls.predictions.transform.", "lm_predictions.lm_head.").replace(
-                    "cls.predictions.", "lm_predictions.lm_head."
-                )
-                for part in parts
-            )
-            for name, parts in names.items()
-        }
+        return {name: tuple(rename(part, _LM_HEAD) for part in parts) for name, parts in names.items()}
 
 
 class _DebertaSequenceClassification(SequenceClassification):
@@ -69,8 +63,8 @@ class _DebertaSequenceClassification(SequenceClassification):
         return self.pooler_activation(self.pooler(first), None)
 
     def _loss(self, logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
-        # Where no problem_type is given, transformers has rules of DeBERTa's own: one label a sequence is a class, and
-        # none where it is negative; several are the probabilities of the classes.
+        # Without a problem_type, transformers has rules for DeBERTa alone: one label a sequence is a class, or no class
+        # if it is negative; several labels are the probabilities of the classes.
         batch, classes = logits.shape
         if self.config.problem_type is not None or classes == 1:
             return super()._loss(logits, labels, items)
@@ -79,7 +73,7 @@ class _DebertaSequenceClassification(SequenceClassification):
             check_shape(type(self).__name__, "labels", labels, (batch,))
             return token_loss(logits, torch.where(labels < 0, IGNORED, labels), items)
         check_shape(type(self).__name__, "labels", labels, (batch, classes))
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide = logits.to(accumulation_dtype(logits.dtype))
         losses = -(wide.log_softmax(-1) * labels).sum(-1)
         return losses.mean() if items is None else losses.sum() / items
 

@@ -147,7 +147,7 @@ class DebertaModel(EncoderModel):
                 weights[f"{ours}.attention.{name}"] = tuple(f"{theirs}.attention.self.{part}" for part in parts)
         for name, theirs in modules.items():
             weights |= {f"{name}.{leaf}": (f"{theirs}.{leaf}",) for leaf in ("weight", "bias")}
-        # What options leave out has no name.
+        # Options may leave parameters out; those have no names.
         return {name: weights[name] for name, _ in self.named_parameters()}
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
-from ..common.config import ModelConfig, check_config, read_fields
+from ...nn import ACTIVATIONS
+from ..common.config import TransformersConfig
 
 
 @dataclasses.dataclass
-class DistilBertConfig(ModelConfig):
+class DistilBertConfig(TransformersConfig):
     """The options of a DistilBERT encoder and its heads, under the names of transformers' `DistilBertConfig`.
 
     Raises:
@@ -18,6 +17,9 @@ class DistilBertConfig(ModelConfig):
     """
 
     model_type = "distilbert"
+    divides = (("n_heads", "dim"),)
+    choices = {"activation": ACTIVATIONS}
+    probabilities = ("dropout", "attention_dropout", "seq_classif_dropout")
 
     vocab_size: int = 30522
     max_position_embeddings: int = 512
@@ -38,30 +40,7 @@ class DistilBertConfig(ModelConfig):
     seq_classif_dropout: float = 0.2
     problem_type: str | None = None
 
-    def __post_init__(self) -> None:
-        check_config(
-            self,
-            activation="activation",
-            heads="n_heads",
-            width="dim",
-            probabilities=("dropout", "attention_dropout", "seq_classif_dropout"),
-        )
-
     @property
     def hidden_size(self) -> int:
         """`dim`, under the name that other configs have for it."""
         return self.dim
-
-    @classmethod
-    def from_transformers(cls, fields: Mapping[str, Any], **overrides: Any) -> DistilBertConfig:
-        """From the fields of a transformers config. Fields that change nothing in the encoder are ignored.
-
-        Raises:
-            ValueError: an option that is not supported: output_attentions, pruned_heads.
-            TypeError: an override that is no field.
-        """
-        return cls(**read_fields(cls, fields, overrides))
-
-    def to_transformers(self) -> dict[str, Any]:
-        """The fields as keywords of transformers' `DistilBertConfig`."""
-        return dataclasses.asdict(self)

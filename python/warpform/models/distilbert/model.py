@@ -82,7 +82,7 @@ class DistilBertModel(EncoderModel):
         keep_packed: bool = False,
         **unsupported: Any,
     ) -> EncoderOutput | PackedStates | tuple[Any, ...]:
-        """As of `BertModel`, with arguments in the order of `transformers.DistilBertModel`; there are no token types.
+        """Does what `BertModel` does, with `transformers.DistilBertModel`'s order of arguments and no token types.
 
         Args:
             input_ids: int64 [batch, seqlen], or [total] with `packing`.
@@ -156,7 +156,7 @@ class _WithoutTokenTypes(HeadModel):
         return_dict: bool | None = None,
         **inputs: Any,
     ) -> HeadOutput | tuple[Any, ...]:
-        """As of the head of the other models."""
+        """Does what the other models' head does, with transformers' order of arguments."""
         out: HeadOutput | tuple[Any, ...] = super().forward(
             input_ids,
             attention_mask,

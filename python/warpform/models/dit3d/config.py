@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from ...nn import ACTIVATIONS
 from ..common.config import ModelConfig
@@ -11,17 +10,11 @@ from ..common.config import ModelConfig
 Axes = tuple[int, int, int]
 
 
-_PRESETS = {
-    "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
-    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
-    "L": {"hidden_size": 1152, "depth": 24, "num_heads": 16},
-    "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
-}
-
-
 @dataclasses.dataclass
 class DiT3DConfig(ModelConfig):
     """The options of DiT-3D, under the names of the published code; the sizes by default are those of XL.
+
+    Presets are S, B, L and XL (table 1 of the paper).
 
     Attributes:
         input_size: voxels along each axis, one number or three; patch_size divides them.
@@ -44,6 +37,15 @@ class DiT3DConfig(ModelConfig):
     """
 
     model_type = "dit3d"
+    positive = ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")
+    divides = (("num_heads", "hidden_size"),)
+    choices = {"hidden_act": ACTIVATIONS}
+    presets = {
+        "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+        "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+        "L": {"hidden_size": 1152, "depth": 24, "num_heads": 16},
+        "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
+    }
 
     input_size: int | Axes = 32
     patch_size: int = 4
@@ -59,38 +61,21 @@ class DiT3DConfig(ModelConfig):
     window_size: int | Axes = 4
     window_block_indexes: tuple[int, ...] | None = None
 
-    @classmethod
-    def preset(cls, size: str, **overrides: Any) -> DiT3DConfig:
-        """S, B, L or XL (table 1 of the paper), with the overrides on top.
-
-        Raises:
-            ValueError: another size.
-        """
-        if size not in _PRESETS:
-            raise ValueError(f"size must be one of {', '.join(_PRESETS)}, got {size!r}")
-        return cls(**{**_PRESETS[size], **overrides})
-
     def __post_init__(self) -> None:
-        for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
         for name in ("input_size", "window_size"):
             if min(axes(name, getattr(self, name))) < 1:
-                raise ValueError(f"{name} must be at least 1 along every axis, got {getattr(self, name)}")
+                raise self.error(f"{name} must be at least 1 along every axis, got {getattr(self, name)}")
         if any(size % self.patch_size for size in self.voxels):
-            raise ValueError(f"patch_size must divide input_size {self.input_size}, got {self.patch_size}")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"num_heads must divide hidden_size {self.hidden_size}, got {self.num_heads}")
+            raise self.error(f"patch_size must divide input_size {self.input_size}, got {self.patch_size}")
         if self.hidden_size < 6:
-            raise ValueError(f"hidden_size must be at least 6, a sine and a cosine an axis, got {self.hidden_size}")
+            raise self.error(f"hidden_size must be at least 6, a sine and a cosine an axis, got {self.hidden_size}")
         if int(self.hidden_size * self.mlp_ratio) < 1:
-            raise ValueError(f"mlp_ratio must give at least one channel, got {self.mlp_ratio}")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}")
+            raise self.error(f"mlp_ratio must give at least one channel, got {self.mlp_ratio}")
         if not 0.0 <= self.class_dropout_prob < 1.0:
-            raise ValueError(f"class_dropout_prob must be at least 0 and below 1, got {self.class_dropout_prob}")
+            raise self.error(f"class_dropout_prob must be at least 0 and below 1, got {self.class_dropout_prob}")
         if any(not 0 <= i < self.depth for i in self.window_block_indexes or ()):
-            raise ValueError(
+            raise self.error(
                 f"window_block_indexes must be from 0 to {self.depth - 1}, got {self.window_block_indexes}"
             )
 

@@ -8,14 +8,6 @@ from typing import Any
 from ...nn.hidden import SCALE_MODES
 from ..common.config import ModelConfig
 
-# hidden, intermediate, layers, heads: sizes that come to these counts of parameters with 32,000 embeddings, in and out.
-_SIZES = {
-    "355M": (1024, 2560, 24, 16),
-    "495M": (1280, 2752, 24, 20),
-    "1.13B": (2048, 4032, 24, 32),
-}
-
-
 # How much wider the hidden dimension is, then groups, shared, routed: as many dimensions in use as the share of the
 # dense model's that the name says, all of them from "2x" on.
 _SETTINGS = {
@@ -55,6 +47,18 @@ class MoHDConfig(ModelConfig):
     """
 
     model_type = "mohd"
+    positive = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "max_position_embeddings",
+    )  # fmt: skip
+    divides = (("num_key_value_heads", "num_attention_heads"),)
+    choices = {"gates": ("in", "out", "both", "none"), "scale_mode": SCALE_MODES}
+    # Dense decoders that come to these counts of parameters with 32,000 embeddings, in and out.
+    presets = {
+        "355M": {"hidden_size": 1024, "intermediate_size": 2560, "num_hidden_layers": 24, "num_attention_heads": 16},
+        "495M": {"hidden_size": 1280, "intermediate_size": 2752, "num_hidden_layers": 24, "num_attention_heads": 20},
+        "1.13B": {"hidden_size": 2048, "intermediate_size": 4032, "num_hidden_layers": 24, "num_attention_heads": 32},
+    }
 
     vocab_size: int = 32_000
     hidden_size: int = 1024
@@ -82,28 +86,16 @@ class MoHDConfig(ModelConfig):
     balance_loss_weight: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "max_position_embeddings",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+            raise self.error(
                 f"num_attention_heads must divide hidden_size {self.hidden_size} where head_dim is None, "
                 f"got {self.num_attention_heads}"
             )
         if self.heads_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim, got {self.heads_dim}")
-        if self.kv_heads < 1 or self.num_attention_heads % self.kv_heads:
-            raise ValueError(
-                f"num_key_value_heads must divide num_attention_heads {self.num_attention_heads}, got {self.kv_heads}"
-            )
+            raise self.error(f"rotary positions need an even head_dim, got {self.heads_dim}")
         if self.num_groups and self.hidden_size % self.num_groups:
-            raise ValueError(f"num_groups must divide hidden_size {self.hidden_size}, got {self.num_groups}")
-        for name, choices in (("gates", ("in", "out", "both", "none")), ("scale_mode", SCALE_MODES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+            raise self.error(f"num_groups must divide hidden_size {self.hidden_size}, got {self.num_groups}")
 
     @property
     def kv_heads(self) -> int:
@@ -116,7 +108,7 @@ class MoHDConfig(ModelConfig):
 
     @property
     def sparse(self) -> bool:
-        """Whether anything is routed."""
+        """True if a block is routed."""
         return self.num_groups > 0 and (self.sparse_attention or self.sparse_feed_forward)
 
     @classmethod
@@ -127,20 +119,15 @@ class MoHDConfig(ModelConfig):
         Raises:
             ValueError: another size or setting.
         """
-        if size not in _SIZES:
-            raise ValueError(f"size must be one of {', '.join(_SIZES)}, got {size!r}")
         if setting not in ("dense", *_SETTINGS):
-            raise ValueError(f"setting must be one of dense, {', '.join(_SETTINGS)}, got {setting!r}")
-        hidden, intermediate, layers, heads = _SIZES[size]
+            raise cls.error(f"setting must be one of dense, {', '.join(_SETTINGS)}, got {setting!r}")
         wider, groups, shared, routed = _SETTINGS.get(setting, (1, 0, 0, 0))
-        sizes = {
-            "hidden_size": hidden * wider,
-            "intermediate_size": intermediate,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "head_dim": hidden // heads,
+        dense = super().preset(size)
+        routing = {
+            "hidden_size": dense.hidden_size * wider,
+            "head_dim": dense.heads_dim,
             "num_groups": groups,
             "num_shared": shared,
             "top_k": routed,
         }
-        return cls(**{**sizes, **fields})
+        return super().preset(size, **{**routing, **fields})

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...nn import AddBiasResidualLayerNorm, MonarchMixerMLP, MonarchMixerSequenceMixer
 from ...nn._checkpoint import CheckpointedLayers
 from ...nn._product import row
+from ...ops._dtypes import accumulation_dtype
 from ..common.checks import check_shape, refuse_arguments
 from ..common.outputs import EncoderOutput
 from ..common.pretrained import PretrainedModel, fill, read_config
@@ -240,7 +241,7 @@ class M2BertPooler(nn.Module):
 
 def mean_over_tokens(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """[batch, seqlen, hidden] to [batch, hidden], summed in float32 at least; mask None: all are tokens. 0 of none."""
-    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    wide = hidden.to(accumulation_dtype(hidden.dtype))
     if mask is None:
         return wide.mean(1).to(hidden.dtype)
     weights = (mask != 0).to(wide.dtype)

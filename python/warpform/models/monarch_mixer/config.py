@@ -7,10 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..common.config import PROBLEM_TYPES, ModelConfig, config_overrides, known_fields
-
-# The parameters of the masked-LM model on 128 positions, in millions, are the names; widths are the papers'.
-_BERT_SIZES = {"80M": 768, "110M": 960, "260M": 1536, "341M": 1792}
+from ..common.config import ModelConfig, config_overrides, known_fields
 
 POOLINGS = ("pooler", "cls", "mean")
 
@@ -44,6 +41,8 @@ _EFFECTIVE = re.compile(
 class M2BertConfig(ModelConfig):
     """The options of M2-BERT (arXiv 2310.12109) and its heads, under the names of the published code.
 
+    Presets are 80M, 110M, 260M and 341M (the paper's table 4 and appendix).
+
     Attributes:
         intermediate_size: width of each half inside of the MLP; None = 4 hidden_size.
         long_conv_l_max: taps of the filters; None = max_position_embeddings.
@@ -64,6 +63,20 @@ class M2BertConfig(ModelConfig):
     """
 
     model_type = "m2_bert"
+    positive = (
+        "vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "type_vocab_size",
+        "long_conv_l_max", "hyena_filter_order", "monarch_mlp_nblocks",
+    )  # fmt: skip
+    divides = (("monarch_mlp_nblocks", "hidden_size"), ("monarch_mlp_nblocks", "intermediate_size"))
+    probabilities = ("hidden_dropout_prob", "classifier_dropout")
+    choices = {"sentence_pooling": (None, *POOLINGS)}
+    # The names count the parameters of the masked-LM model on 128 positions; widths are the papers'.
+    presets = {
+        "80M": {"hidden_size": 768},
+        "110M": {"hidden_size": 960},
+        "260M": {"hidden_size": 1536},
+        "341M": {"hidden_size": 1792},
+    }
 
     vocab_size: int = 30528
     hidden_size: int = 768
@@ -103,47 +116,14 @@ class M2BertConfig(ModelConfig):
         ):
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "type_vocab_size",
-            "long_conv_l_max", "hyena_filter_order", "monarch_mlp_nblocks", "num_labels",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("hidden_size", "intermediate_size"):
-            if getattr(self, name) % self.monarch_mlp_nblocks:
-                raise ValueError(
-                    f"monarch_mlp_nblocks must divide {name} {getattr(self, name)}, got {self.monarch_mlp_nblocks}"
-                )
+        super().__post_init__()
         if self.hyena_emb_dim < 3 or self.hyena_emb_dim % 2 == 0:
-            raise ValueError(f"hyena_emb_dim must be odd and at least 3, got {self.hyena_emb_dim}")
-        for name in ("hidden_dropout_prob", "classifier_dropout"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name} must be between 0 and 1, got {value}")
-        if self.problem_type not in (None, *PROBLEM_TYPES):
-            raise ValueError(
-                f"problem_type must be None or one of {', '.join(PROBLEM_TYPES)}, got {self.problem_type!r}"
-            )
-        if self.sentence_pooling not in (None, *POOLINGS):
-            raise ValueError(
-                f"sentence_pooling must be None or one of {', '.join(POOLINGS)}, got {self.sentence_pooling!r}"
-            )
+            raise self.error(f"hyena_emb_dim must be odd and at least 3, got {self.hyena_emb_dim}")
 
     @property
     def pooling(self) -> str:
         """What an embedding of a text is read from: "pooler", "cls" or "mean"."""
         return self.sentence_pooling or ("cls" if self.use_cls_token else "pooler")
-
-    @classmethod
-    def preset(cls, size: str, **overrides: Any) -> M2BertConfig:
-        """80M, 110M, 260M or 341M (the paper's table 4 and appendix), with the overrides on top.
-
-        Raises:
-            ValueError: another size.
-        """
-        if size not in _BERT_SIZES:
-            raise ValueError(f"size must be one of {', '.join(_BERT_SIZES)}, got {size!r}")
-        return cls(**{"hidden_size": _BERT_SIZES[size], **overrides})
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any], **overrides: Any) -> M2BertConfig:
@@ -159,11 +139,11 @@ class M2BertConfig(ModelConfig):
         for name, value in _REQUIRED.items():
             given = fields.get(name, value)
             if given != value and not (value is False and given is None):
-                raise ValueError(f"M2BertConfig: {name}={fields[name]!r} is not supported, only {value!r}")
+                raise cls.error(f"{name}={fields[name]!r} is not supported, only {value!r}")
         own = {f.name for f in dataclasses.fields(cls)}
         for name, value in fields.items():
             if value and name not in own | _HARMLESS | _REQUIRED.keys() and _EFFECTIVE.match(name):
-                raise ValueError(f"M2BertConfig: {name}={value!r} is not known, and would change results if it acts")
+                raise cls.error(f"{name}={value!r} is not known, and would change results if it acts")
         return cls(**{**known_fields(cls, fields), **config_overrides(cls, overrides)})
 
 
@@ -186,6 +166,7 @@ class M2GPTConfig(ModelConfig):
     """
 
     model_type = "m2_gpt"
+    positive = ("vocab_size", "hidden_size", "max_position_embeddings", "intermediate_size", "nblocks")
 
     vocab_size: int = 50264
     hidden_size: int = 768
@@ -206,20 +187,15 @@ class M2GPTConfig(ModelConfig):
     def __post_init__(self) -> None:
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
-        for name in ("vocab_size", "hidden_size", "max_position_embeddings", "intermediate_size", "nblocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
         for name in ("hidden_size", "intermediate_size"):
             if self.use_mlp and getattr(self, name) % self.nblocks:
-                raise ValueError(f"nblocks must divide {name} {getattr(self, name)}, got {self.nblocks}")
-
-
-_VIT_SIZES = {"S": (384, 12), "B": (768, 12)}
+                raise self.error(f"nblocks must divide {name} {getattr(self, name)}, got {self.nblocks}")
 
 
 @dataclasses.dataclass
 class M2ViTConfig(ModelConfig):
-    """The options of M2-ViT.
+    """The options of M2-ViT. Presets are S and B, the sizes of a ViT on patches of 16 x 16.
 
     Attributes:
         image_size, patch_size: pixels of a side, of images and of patches; patch_size divides image_size.
@@ -236,6 +212,15 @@ class M2ViTConfig(ModelConfig):
     """
 
     model_type = "m2_vit"
+    positive = (
+        "image_size", "patch_size", "num_channels", "hidden_size", "intermediate_size", "nblocks", "filter_order",
+    )  # fmt: skip
+    divides = (("patch_size", "image_size"), ("nblocks", "hidden_size"), ("nblocks", "intermediate_size"))
+    probabilities = ("hidden_dropout_prob",)
+    presets = {
+        "S": {"hidden_size": 384, "num_hidden_layers": 12},
+        "B": {"hidden_size": 768, "num_hidden_layers": 12},
+    }
 
     image_size: int = 224
     patch_size: int = 16
@@ -257,35 +242,7 @@ class M2ViTConfig(ModelConfig):
     def __post_init__(self) -> None:
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
-        for name in (
-            "image_size", "patch_size", "num_channels", "hidden_size", "intermediate_size", "nblocks", "filter_order",
-            "num_labels",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"patch_size must divide image_size {self.image_size}, got {self.patch_size}")
-        for name in ("hidden_size", "intermediate_size"):
-            if getattr(self, name) % self.nblocks:
-                raise ValueError(f"nblocks must divide {name} {getattr(self, name)}, got {self.nblocks}")
-        if not 0.0 <= self.hidden_dropout_prob <= 1.0:
-            raise ValueError(f"hidden_dropout_prob must be between 0 and 1, got {self.hidden_dropout_prob}")
-        if self.problem_type not in (None, *PROBLEM_TYPES):
-            raise ValueError(
-                f"problem_type must be None or one of {', '.join(PROBLEM_TYPES)}, got {self.problem_type!r}"
-            )
-
-    @classmethod
-    def preset(cls, size: str, **overrides: Any) -> M2ViTConfig:
-        """S or B, the sizes of a ViT on patches of 16 x 16, with the overrides on top.
-
-        Raises:
-            ValueError: another size.
-        """
-        if size not in _VIT_SIZES:
-            raise ValueError(f"size must be one of {', '.join(_VIT_SIZES)}, got {size!r}")
-        hidden_size, layers = _VIT_SIZES[size]
-        return cls(**{"hidden_size": hidden_size, "num_hidden_layers": layers, **overrides})
+        super().__post_init__()
 
     @property
     def patches(self) -> int:

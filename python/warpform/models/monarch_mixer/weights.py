@@ -1,4 +1,4 @@
-"""What published weights of M2-BERT tell about its config, and their names."""
+"""Published weights of M2-BERT: their names, and the fields of a config that follow from them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+
+from ..common.weights import rename
+
+# Training may have wrapped the model; checkpoints without a head lack "bert.".
+_PUBLISHED = (
+    (r"^module\.", ""),
+    (r"^model\.", ""),
+    (r"^(?!bert\.|cls\.|classifier\.)", "bert."),
+    (r"^cls\.predictions\.bias$", "cls.predictions.decoder.bias"),
+)
+# Buffers of the published convolution, and the head of sentence order, which no model here has.
+_UNUSED = re.compile(r"(^|\.)flashfft\.|^cls\.seq_relationship\.")
 
 
 def check_fields(what: str, fields: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
@@ -63,14 +75,6 @@ def config_of_weights(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def canonical(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with "bert." before the names of all but those of heads."""
-    named: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        for wrapper in ("module.", "model."):
-            name = name.removeprefix(wrapper)
-        if ".flashfft." in f".{name}" or name.startswith("cls.seq_relationship."):
-            continue
-        if not name.startswith(("bert.", "cls.", "classifier.")):
-            name = f"bert.{name}"
-        named["cls.predictions.decoder.bias" if name == "cls.predictions.bias" else name] = weight
-    return named
+    """Published weights under the names of the model with a head: "bert." begins those of the encoder."""
+    renamed = {rename(name, _PUBLISHED): weight for name, weight in weights.items()}
+    return {name: weight for name, weight in renamed.items() if not _UNUSED.search(name)}

@@ -34,6 +34,12 @@ class SequenceParallelTransformerConfig(ModelConfig):
     """
 
     model_type = "sequence_parallel_transformer"
+    positive = (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+        "max_position_embeddings", "linformer_rank",
+    )  # fmt: skip
+    divides = (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads"))
+    choices = {"hidden_act": ACTIVATIONS, "position_embedding": POSITIONS, "attention": ATTENTIONS}
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -63,31 +69,11 @@ class SequenceParallelTransformerConfig(ModelConfig):
         return cls(**{"causal": True, **fields})
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-            "max_position_embeddings", "linformer_rank",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads must divide hidden_size {self.hidden_size}, got {self.num_attention_heads}"
-            )
-        if self.kv_heads < 1 or self.num_attention_heads % self.kv_heads:
-            raise ValueError(
-                f"num_key_value_heads must divide num_attention_heads {self.num_attention_heads}, got {self.kv_heads}"
-            )
-        for name, choices in (
-            ("hidden_act", tuple(ACTIVATIONS)),
-            ("position_embedding", POSITIONS),
-            ("attention", ATTENTIONS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        super().__post_init__()
         if self.position_embedding == "rotary" and self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
+            raise self.error(f"rotary positions need an even head_dim, got {self.head_dim}")
         if self.attention == "linformer" and self.causal:
-            raise ValueError("attention must not be linformer where causal: its projections mix all positions")
+            raise self.error("attention must not be linformer where causal: its projections mix all positions")
 
     @property
     def kv_heads(self) -> int:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...ops._dtypes import accumulation_dtype
 from ..common.config import config_overrides
 from ..common.convertible import ConvertibleModel
 from ..common.outputs import Output
@@ -44,7 +45,7 @@ def resize_grid(rows: Tensor, before: Pair, after: Pair) -> Tensor:
     """rows [before height * width, n] -> [after height * width, n], bicubic; rows themselves where nothing changes."""
     if tuple(before) == tuple(after):
         return rows
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).t().unflatten(1, before).unsqueeze(0)
+    wide = rows.to(accumulation_dtype(rows.dtype)).t().unflatten(1, before).unsqueeze(0)
     resized = F.interpolate(wide, size=after, mode="bicubic", align_corners=False)
     return resized.squeeze(0).flatten(1).t().to(rows.dtype).contiguous()
 

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from ...nn import ACTIVATIONS
-from ..common.config import PROBLEM_TYPES, ModelConfig, read_fields
+from ..common.config import TransformersConfig
 
 Pair = tuple[int, int]
-
-_SIZES: dict[str, dict[str, Any]] = {
-    "T": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
-    "S": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
-    "B": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
-    "L": {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)},
-}
 
 
 def pair(value: int | Pair) -> Pair:
@@ -24,8 +16,10 @@ def pair(value: int | Pair) -> Pair:
 
 
 @dataclasses.dataclass
-class SwinConfig(ModelConfig):
+class SwinConfig(TransformersConfig):
     """The options of Swin, under the names of transformers' `SwinConfig`.
+
+    Presets are T, S, B and L (section 3.3 of the paper).
 
     Attributes:
         image_size, patch_size, window_size: of both axes, or (height, width). Images of other sizes may be given all
@@ -38,6 +32,14 @@ class SwinConfig(ModelConfig):
     """
 
     model_type = "swin"
+    choices = {"hidden_act": ACTIVATIONS}
+    probabilities = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
+    presets = {
+        "T": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+        "S": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
+        "B": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
+        "L": {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)},
+    }
 
     image_size: int | Pair = 224
     patch_size: int | Pair = 4
@@ -65,38 +67,17 @@ class SwinConfig(ModelConfig):
             value = getattr(self, name)
             if not isinstance(value, int):
                 setattr(self, name, tuple(value))  # config.json has lists
+        super().__post_init__()
         for name in ("image_size", "patch_size", "window_size"):
             sizes = getattr(self, name)
             if min(pair(sizes)) < 1 or (isinstance(sizes, tuple) and len(sizes) != 2):
-                raise ValueError(f"{name} must be one number or two, at least 1, got {sizes}")
+                raise self.error(f"{name} must be one number or two, at least 1, got {sizes}")
         if not self.depths or len(self.depths) != len(self.num_heads):
-            raise ValueError(f"depths and num_heads must be of equal lengths, got {self.depths} and {self.num_heads}")
+            raise self.error(f"depths and num_heads must be of equal lengths, got {self.depths} and {self.num_heads}")
         for stage, heads in enumerate(self.num_heads):
             if heads < 1 or (self.embed_dim << stage) % heads:
-                raise ValueError(f"num_heads must divide the {self.embed_dim << stage} channels of stage {stage}, "
+                raise self.error(f"num_heads must divide the {self.embed_dim << stage} channels of stage {stage}, "
                                  f"got {heads}")  # fmt: skip
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-        if self.num_labels < 1:
-            raise ValueError(f"num_labels must be at least 1, got {self.num_labels}")
-        if self.problem_type not in (None, *PROBLEM_TYPES):
-            raise ValueError(
-                f"problem_type must be None or one of {', '.join(PROBLEM_TYPES)}, got {self.problem_type!r}"
-            )
-
-    @classmethod
-    def preset(cls: type[SomeConfig], size: str, **overrides: Any) -> SomeConfig:
-        """T, S, B or L (section 3.3 of the paper), with the overrides on top.
-
-        Raises:
-            ValueError: another size.
-        """
-        if size not in _SIZES:
-            raise ValueError(f"size must be one of {', '.join(_SIZES)}, got {size!r}")
-        return cls(**{**_SIZES[size], **overrides})
 
     @property
     def hidden_size(self) -> int:
@@ -113,16 +94,6 @@ class SwinConfig(ModelConfig):
         """The window of each stage."""
         return (pair(self.window_size),) * len(self.depths)
 
-    @classmethod
-    def from_transformers(cls: type[SomeConfig], fields: Mapping[str, Any], **overrides: Any) -> SomeConfig:
-        """From the fields of a transformers config. Fields that change nothing here are ignored.
-
-        Raises:
-            ValueError: an option that is not supported: output_attentions.
-            TypeError: an override that is no field.
-        """
-        return cls(**read_fields(cls, fields, overrides))
-
     def to_transformers(self) -> dict[str, Any]:
         """The fields as keywords of transformers' config.
 
@@ -131,11 +102,8 @@ class SwinConfig(ModelConfig):
         """
         height, width = pair(self.window_size)
         if height != width:
-            raise ValueError(f"window_size must be square in transformers, got {self.window_size}")
-        return {**dataclasses.asdict(self), "window_size": height}
-
-
-SomeConfig = TypeVar("SomeConfig", bound=SwinConfig)
+            raise self.error(f"window_size must be square in transformers, got {self.window_size}")
+        return {**super().to_transformers(), "window_size": height}
 
 
 @dataclasses.dataclass
@@ -159,9 +127,9 @@ class Swinv2Config(SwinConfig):
         self.pretrained_window_sizes = sizes[:stages]
         super().__post_init__()
         if len(sizes) < stages:
-            raise ValueError(f"pretrained_window_sizes must have {stages} numbers, as depths has, got {sizes}")
+            raise self.error(f"pretrained_window_sizes must have {stages} numbers, as depths has, got {sizes}")
         if self.use_absolute_embeddings:
-            raise ValueError("use_absolute_embeddings=True is not supported in Swin V2")
+            raise self.error("use_absolute_embeddings=True is not supported in Swin V2")
 
     def windows(self) -> tuple[Pair, ...]:
         """The window of each stage: no larger than the stage's grid at image_size.

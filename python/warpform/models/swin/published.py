@@ -1,4 +1,4 @@
-"""What a published checkpoint of Swin tells about its config, and whether a config agrees with it."""
+"""Published checkpoints of Swin: the fields that follow from the weights, and checks of a config against them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_version(what: str, config_class: type[SwinConfig], weights: Mapping[st
 
 
 def published_config(what: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What published weights tell about the config, under the names of transformers' fields.
+    """Reads the fields of the config off published weights, under the names of transformers' fields.
 
     Most follows from shapes. Constants that the published files hold too tell the size of images and, in Swin V2, the
     window and the windows of pretraining; where those are missing, so are the fields.
@@ -205,5 +205,5 @@ def _plain(sides: Iterable[int]) -> int | Pair:
 
 
 def _same(value: Any) -> tuple[Any, ...]:
-    """A form in which equal values of a field are equal: one number stands for two."""
+    """Returns a field's value as a tuple, so that one number equals the pair of it."""
     return tuple(value) if isinstance(value, (list, tuple)) else (value, value)

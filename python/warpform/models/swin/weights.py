@@ -3,49 +3,51 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from ..common.weights import rename
+
 # transformers 5 renames Swin's weights when it reads and writes files; the names of files are used here.
-_PARTS = {"q": "query", "k": "key", "v": "value"}
-_LIVE: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
-    (re.compile(r"\.attention\.(q|k|v)_proj\."), lambda m: f".attention.self.{_PARTS[m[1]]}."),
-    (re.compile(r"\.attention\.o_proj\."), ".attention.output.dense."),
-    (re.compile(r"\.attention\.relative_position_bias\."), ".attention.self."),
-    (re.compile(r"\.mlp\.fc1\."), ".intermediate.dense."),
-    (re.compile(r"\.mlp\.fc2\."), ".output.dense."),
+_LIVE = (
+    (r"\.attention\.q_proj\.", ".attention.self.query."),
+    (r"\.attention\.k_proj\.", ".attention.self.key."),
+    (r"\.attention\.v_proj\.", ".attention.self.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.attention\.relative_position_bias\.", ".attention.self."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
 )
 
 _PUBLISHED = (
-    (re.compile(r"^patch_embed\.proj\."), "embeddings.patch_embeddings.projection."),
-    (re.compile(r"^patch_embed\.norm\."), "embeddings.norm."),
-    (re.compile(r"^absolute_pos_embed$"), "embeddings.position_embeddings"),
-    (re.compile(r"^norm\."), "layernorm."),
-    (re.compile(r"^layers\."), "encoder.layers."),
-    (re.compile(r"\.norm1\."), ".layernorm_before."),
-    (re.compile(r"\.norm2\."), ".layernorm_after."),
-    (re.compile(r"\.mlp\.fc1\."), ".intermediate.dense."),
-    (re.compile(r"\.mlp\.fc2\."), ".output.dense."),
-    (re.compile(r"\.attn\.proj\."), ".attention.output.dense."),
-    (re.compile(r"\.attn\.q_bias$"), ".attention.self.query.bias"),
-    (re.compile(r"\.attn\.v_bias$"), ".attention.self.value.bias"),
-    (re.compile(r"\.attn\.cpb_mlp\."), ".attention.self.continuous_position_bias_mlp."),
-    (re.compile(r"\.attn\.(relative_position_bias_table|logit_scale)$"), r".attention.self.\1"),
+    (r"^head\.", "classifier."),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^patch_embed\.norm\.", "embeddings.norm."),
+    (r"^absolute_pos_embed$", "embeddings.position_embeddings"),
+    (r"^norm\.", "layernorm."),
+    (r"^layers\.", "encoder.layers."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.attn\.q_bias$", ".attention.self.query.bias"),
+    (r"\.attn\.v_bias$", ".attention.self.value.bias"),
+    (r"\.attn\.cpb_mlp\.", ".attention.self.continuous_position_bias_mlp."),
+    (r"\.attn\.(relative_position_bias_table|logit_scale)$", r".attention.self.\1"),
 )
 _CONSTANTS = re.compile(r"(^|\.)(relative_position_index|relative_coords_table|attn_mask)$")
 
 
 def file_name(name: str) -> str:
     """The name in transformers' files of a parameter of a live model."""
-    for pattern, replacement in _LIVE:
-        name = pattern.sub(replacement, name)
-    return name
+    return rename(name, _LIVE)
 
 
 def is_published(names: Iterable[str]) -> bool:
-    """Whether names are those of the published code."""
+    """Tells whether names are those of the published code."""
     return any(name.startswith("patch_embed.") for name in names)
 
 
@@ -55,17 +57,15 @@ def from_published(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tens
     for name, weight in weights.items():
         if _CONSTANTS.search(name):
             continue
-        if name.startswith("head."):
-            renamed[f"classifier.{name.removeprefix('head.')}"] = weight
-            continue
-        for pattern, replacement in _PUBLISHED:
-            name = pattern.sub(replacement, name)
+        name = rename(name, _PUBLISHED)
+        if not name.startswith("classifier."):
+            name = prefix + name
         fused = re.fullmatch(r"(.*)\.attn\.qkv\.(weight|bias)", name)
         if fused is None:
-            renamed[f"{prefix}{name}"] = weight
+            renamed[name] = weight
             continue
-        for part, chunk in zip(_PARTS.values(), weight.chunk(3), strict=True):
-            renamed[f"{prefix}{fused[1]}.attention.self.{part}.{fused[2]}"] = chunk
+        for part, chunk in zip(("query", "key", "value"), weight.chunk(3), strict=True):
+            renamed[f"{fused[1]}.attention.self.{part}.{fused[2]}"] = chunk
     return renamed
 
 

@@ -24,7 +24,7 @@ def attention_step(draw: Draw) -> Iterator[Call]:
 
 
 def attention_step_backward(draw: Draw) -> Iterator[Call]:
-    """Of each step, the later one's added to gradients that are there."""
+    """Yields the backward of each example of `attention_step`; a later step adds to gradients of earlier ones."""
     for call in attention_step(draw):
         q, k, v = call.args[:3]
         out, lse = reference.attention_step(*call.args, **call.kwargs)

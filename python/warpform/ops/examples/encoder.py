@@ -33,7 +33,7 @@ def pack(draw: Draw) -> Iterator[Call]:
 
 
 def unpack(draw: Draw) -> Iterator[Call]:
-    """As `pack`."""
+    """Yields the same examples as `pack`, in the other direction."""
     _, _, indices, _, ranks, _ = reference.packing_plan(_mask(), 70)
     for trailing in ((2, 16), (1,)):
         yield Call(f"rows of {list(trailing)}", (draw(len(indices), *trailing), indices, ranks))

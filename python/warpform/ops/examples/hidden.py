@@ -93,7 +93,7 @@ def hidden_scatter_linear_backward(draw: Draw) -> Iterator[Call]:
 
 
 def hidden_weight_grad(draw: Draw) -> Iterator[Call]:
-    """Of both layers, for every kind of plan."""
+    """Yields the weight gradients of both layers (routed in, routed out) for every kind of plan."""
     for r in _routed(draw):
         routed, other = draw(r.tokens, _GROUPS * _WIDTH), draw(r.tokens, _OTHER)
         yield Call(f"{r.label}, in", (routed, other, r.gates, False, *r.plan))

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._dtypes import accumulation_dtype
+
 # Beyond this many bytes of q in a sequence, on a CPU, a call of its own costs less than moving it next to others ...
 _GATHER_BYTES = 1 << 13
 # ... and than one call for adjacent ones, whose results leave the cache before they are copied.
@@ -42,7 +44,7 @@ _flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attent
 
 @dataclass(frozen=True)
 class _Scores:
-    """How scores are made from q.k, and which are seen. left, right: -1 = unbounded. slopes: [1 or n, Hq]."""
+    """The parameters of scores and of their mask. left, right: -1 = unbounded. slopes: [1 or n, Hq]."""
 
     scale: float
     left: int
@@ -60,7 +62,7 @@ class _Scores:
         )
 
     def is_causal(self, sq: int, sk: int) -> bool:
-        """Whether fused attention can mask by itself: a square, seen up to its diagonal, and a scale that it takes."""
+        """Tells whether torch's fused attention can mask by itself: a causal square, with a scale that it takes."""
         return (
             sq == sk
             and self.right == 0
@@ -79,9 +81,9 @@ class _Scores:
             yield i0, i1, j0, j1
 
     def bias(self, block: tuple[int, int, int, int], sq: int, sk: int, like: Tensor) -> Tensor | None:
-        """What is added to the scores of a block: [1 or n, 1 or Hq, i1 - i0, j1 - j0], -inf where unseen."""
+        """Returns the addend of a block's scores, [1 or n, 1 or Hq, i1 - i0, j1 - j0], -inf where masked."""
         i0, i1, j0, j1 = block
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(like.dtype)
         rows = torch.arange(i0 + sk - sq, i1 + sk - sq, device=like.device).unsqueeze(1)
         distance = torch.arange(j0, j1, device=like.device) - rows
         bias = None
@@ -251,10 +253,6 @@ def _of_group(scores: _Scores, group: _Group) -> _Scores:
     return replace(scores, slopes=scores.slopes[list(group.members)])
 
 
-def _accumulation_dtype(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
 def varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -280,7 +278,7 @@ def varlen_attention(
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     covered = sum(len(group.members) * group.sq for group in groups)
     out = (torch.empty if covered == q.size(0) else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.full((q.size(1), q.size(0)), -math.inf, dtype=_accumulation_dtype(q), device=q.device)
+    lse = torch.full((q.size(1), q.size(0)), -math.inf, dtype=accumulation_dtype(q.dtype), device=q.device)
     queries, outs, lses = (_Sequences(t, q_offsets, "q") for t in (q, out, lse.t()))
     keys, values = (_Sequences(t, k_offsets, "k") for t in (k, v))
     repeats = q.size(1) // k.size(1) if k.size(1) else 1
@@ -305,7 +303,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scores: _Scores) -> tuple[Tensor, T
         return _flash(q, k, v, 0.0, True, scale=scores.scale)
 
     out = torch.zeros_like(q)
-    lse = torch.full((n, heads, sq), -math.inf, dtype=_accumulation_dtype(q), device=q.device)
+    lse = torch.full((n, heads, sq), -math.inf, dtype=accumulation_dtype(q.dtype), device=q.device)
     for block in scores.blocks(sq, sk, _rows_at_a_time(q, k, fused)):
         i0, i1, j0, j1 = block
         bias = scores.bias(block, sq, sk, q)
@@ -337,7 +335,7 @@ def _final_scores(q: Tensor, k: Tensor, bias: Tensor | None, scores: _Scores) ->
 
 
 def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scores: _Scores) -> tuple[Tensor, Tensor]:
-    dtype = _accumulation_dtype(q)
+    dtype = accumulation_dtype(q.dtype)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     score, _ = _final_scores(q, k, bias, scores)
     lse = score.logsumexp(-1)
@@ -380,7 +378,7 @@ def varlen_attention_backward(
     dlses = None if dlse is None else _Sequences(dlse.t(), q_offsets, "q")
     keys, values, dks, dvs = (_Sequences(t, k_offsets, "k") for t in (k, v, dk, dv))
     repeats = q.size(1) // k.size(1) if k.size(1) else 1
-    dtype = _accumulation_dtype(q)
+    dtype = accumulation_dtype(q.dtype)
     for group in groups:
         inputs = douts[group], queries[group], keys[group], values[group], outs[group]
         group_dout, group_q, group_k, group_v, group_out = (t.to(dtype) for t in inputs)

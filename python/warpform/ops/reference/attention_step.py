@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._dtypes import accumulation_dtype
 from . import attention
 
 # Rows and columns [i0, i1) x [j0, j1) of the scores.
@@ -43,15 +44,15 @@ class _Positions:
         return min(max(first, 0), sk), min(max(last, 0), sk)
 
     def _shift(self) -> int:
-        """Where the strides are equal: query i sees the keys up to i + shift."""
+        """Returns the shift of the mask where strides are equal: query i sees the keys up to i + shift."""
         return (self.distance + self.right) // self.k_stride
 
     def _is_triangular(self, sq: int, sk: int) -> bool:
-        """Whether a mask on the right is all there is, and leaves no columns before its triangle."""
+        """Tells whether the mask is a triangle on the right alone that starts in column 0."""
         return self.right >= 0 and self.q_stride == self.k_stride and self.keys(sq - 1, sk)[0] == 0 >= self._shift()
 
     def is_causal(self, block: _Block, sq: int, sk: int) -> bool:
-        """Whether the block is a square, seen on and below its diagonal."""
+        """Tells whether the block is a square whose queries see the keys on and below its diagonal."""
         i0, i1, j0, j1 = block
         square = i1 - i0 == j1 - j0 and i1 - i0 > 1
         return square and j0 == 0 and self._is_triangular(sq, sk) and i0 + self._shift() == 0
@@ -141,7 +142,7 @@ def _state(t: Tensor | None, shape: tuple[int, ...], value: float, like: Tensor)
     """A contiguous copy of the carried (out, lse), or their neutral values (0, -inf)."""
     if t is not None:
         return t.clone(memory_format=torch.contiguous_format)
-    return torch.full(shape, value, dtype=attention._accumulation_dtype(like), device=like.device)
+    return torch.full(shape, value, dtype=accumulation_dtype(like.dtype), device=like.device)
 
 
 def attention_step(
@@ -251,7 +252,7 @@ def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sca
 
 
 def _base(top: Tensor) -> Tensor:
-    """What exponents are measured from: a row that has seen nothing has 0, so that its exponentials are 0, not NaN."""
+    """Returns the maximum that exponents subtract; 0 for a row without keys, whose exponentials are then 0, not NaN."""
     return top.masked_fill(top == -math.inf, 0.0)
 
 

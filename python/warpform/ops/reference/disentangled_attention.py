@@ -19,9 +19,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .._dtypes import accumulation_dtype
 from . import attention
 
-# What an exact integer may miss by in floating point, before it is rounded up.
+# The error that floating point may make in an exact integer; it is subtracted before rounding up.
 _CEIL_SLACK = 2.0**-32
 
 
@@ -85,7 +86,7 @@ class _Scores:
         self.k_products = None if self.pos_query is None else self.pos_query.products(k)
 
     def bias(self, block: slice) -> Tensor | None:
-        """What relative positions add to the scores of a block of queries: [n, H, b, s]."""
+        """Returns the terms of relative positions in the scores of a block of queries, [n, H, b, s]."""
         bias = None
         if self.pos_key is not None:
             bias = _pick(self.pos_key.products(self.q[:, :, block]), self.pos_key.index[:, :, block])
@@ -109,7 +110,7 @@ class _Scores:
 
 
 class _Problem:
-    """What forward and backward have in common, checked: the sequences by groups, and how each makes its scores."""
+    """The checked arguments of forward and backward: sequences in groups, and the scores of each group."""
 
     def __init__(
         self,
@@ -143,7 +144,7 @@ class _Problem:
     def scores(self, group: attention._Group, q: Tensor, k: Tensor) -> _Scores:
         """q, k [n, H, s, D] of a group."""
         index = self._index(group, q.device)
-        dtype = attention._accumulation_dtype(q)
+        dtype = accumulation_dtype(q.dtype)
         return _Scores(q.to(dtype), k.to(dtype), index, self.pos_key, self.pos_query, self.scale)
 
     def _index(self, group: attention._Group, device: torch.device) -> Tensor | None:
@@ -154,7 +155,7 @@ class _Problem:
         span, s = table.size(0) // 2, group.sq
         if self._places is not None:
             places = self._places[group].squeeze(1)  # [n, s]
-            # Where no sequence has a hole, distances are those of ranks.
+            # If no sequence has a hole, distances of places equal distances of rows, and one window serves all.
             if bool((places[:, -1] - places[:, 0] != s - 1).any()):
                 return relative_index(places.unsqueeze(2) - places.unsqueeze(1), span, *self._buckets)
         # Row i holds r of i, i - 1, ..., i - s + 1: a window on all distances, read backwards.
@@ -197,7 +198,7 @@ def disentangled_attention(
     )  # fmt: skip
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.full((q.size(1), q.size(0)), -math.inf, dtype=attention._accumulation_dtype(q), device=q.device)
+    lse = torch.full((q.size(1), q.size(0)), -math.inf, dtype=accumulation_dtype(q.dtype), device=q.device)
     queries, keys, values, outs, lses = (problem.sequences(t) for t in (q, k, v, out, lse.t()))
     for group in problem.groups:
         scores = problem.scores(group, queries[group], keys[group])
@@ -242,7 +243,7 @@ def disentangled_attention_backward(
         "disentangled_attention_backward", q, pos_key, pos_query, cu_seqlens, max_seqlen,
         positions, softmax_scale, position_buckets, max_relative_positions,
     )  # fmt: skip
-    dtype = attention._accumulation_dtype(q)
+    dtype = accumulation_dtype(q.dtype)
     q, k, v, dout = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, dout))
     dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     dpos_key, dpos_query = (

@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._dtypes import accumulation_dtype
+
 
 def packing_plan(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Where the tokens of mask [B, S] go; see `warpform.ops.packing_plan`."""
+    """Computes the packed places of the tokens of mask [B, S]; see `warpform.ops.packing_plan`."""
     if mask.dim() != 2:
         raise ValueError(f"packing_plan: mask must be of shape [batch, seqlen], got shape {list(mask.shape)}")
     if mask.is_floating_point() or mask.is_complex():
@@ -89,7 +91,7 @@ def _check_packing(op: str, indices: Tensor, ranks: Tensor) -> None:
 
 def _wide(t: Tensor) -> Tensor:
     """t in the dtype that sums are made in: float32, or float64 for float64."""
-    return t if t.dtype == torch.float64 else t.float()
+    return t.to(accumulation_dtype(t.dtype))
 
 
 def _wide_sum(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:

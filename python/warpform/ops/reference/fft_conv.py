@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .._dtypes import accumulation_dtype
+
 # Points that are transformed at one time on a CPU.
 _POINTS_AT_A_TIME = 1 << 18
 
@@ -33,18 +35,14 @@ def check_shapes(
     points = 2 * (spectrum.size(1) - 1)
     if points < seqlen:
         raise ValueError(f"{op}: spectrum must be of at least the {seqlen} points that u has, got {points}")
-    if spectrum.dtype != wide(u):
-        raise TypeError(f"{op}: spectrum must be {wide(u)} where u is {u.dtype}, got {spectrum.dtype}")
+    dtype = accumulation_dtype(u.dtype)
+    if spectrum.dtype != dtype:
+        raise TypeError(f"{op}: spectrum must be {dtype} where u is {u.dtype}, got {spectrum.dtype}")
     if skip is not None and tuple(skip.shape) != (channels,):
         raise ValueError(f"{op}: skip must be of shape [{channels}], got {list(skip.shape)}")
     for name, gate in (("pregate", pregate), ("postgate", postgate)):
         if gate is not None and gate.shape != u.shape:
             raise ValueError(f"{op}: {name} must be of shape {list(u.shape)} as u is, got {list(gate.shape)}")
-
-
-def wide(u: Tensor) -> torch.dtype:
-    """What convolutions of u are computed in."""
-    return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
 def _blocks(u: Tensor, points: int) -> Iterator[tuple[slice, slice]]:
@@ -60,7 +58,7 @@ def _blocks(u: Tensor, points: int) -> Iterator[tuple[slice, slice]]:
 
 def _gated(u: Tensor, gate: Tensor | None, where: tuple[slice, slice]) -> Tensor:
     """A block of u, times its gate, in the wide dtype."""
-    block = u[where].to(wide(u))
+    block = u[where].to(accumulation_dtype(u.dtype))
     return block if gate is None else block * gate[where]
 
 
@@ -117,7 +115,7 @@ def spectral_conv_backward(
     points, seqlen = 2 * (spectrum.size(1) - 1), u.size(2)
     filters = torch.view_as_complex(spectrum.contiguous())
     dfilters = torch.zeros_like(filters)
-    sums = torch.zeros(u.size(1), dtype=wide(u), device=u.device)
+    sums = torch.zeros(u.size(1), dtype=accumulation_dtype(u.dtype), device=u.device)
     for where in _blocks(u, points) if u.numel() else ():
         channels = where[1]
         v, d = _gated(u, pregate, where), _gated(dout, postgate, where)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._dtypes import accumulation_dtype
+
 # More of all (tile, group) pairs in use than this, and sorting gains nothing: every tile then uses every group.
 DENSE_ABOVE = (17, 20)
 
@@ -52,7 +54,7 @@ def routing_plan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, device = group_mask.size(0), group_mask.device
     tiles = plan_tiles(tokens, num_classes, tile)
-    # As unsigned numbers, so that the 64th group sorts like the others.
+    # Masks sort as unsigned numbers, so that the 64th group sorts like the others.
     order = torch.argsort(group_mask ^ torch.iinfo(torch.int64).min, stable=True)
     if token_class is None:
         place = torch.arange(tokens, device=device)
@@ -99,7 +101,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Routing:
-    """What the ops know of a plan, in their order of arguments."""
+    """The part of a plan that the ops take, in the order of their arguments."""
 
     group_mask: Tensor
     perm: Tensor
@@ -191,7 +193,7 @@ def _by_group(x: Tensor) -> bool:
 
 def _wide(t: Tensor) -> Tensor:
     """t in the dtype that products are made in: float32, or float64 for float64."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t.to(accumulation_dtype(t.dtype))
 
 
 def _routed(x: Tensor, gates: Tensor | None, selected: Tensor, part: Part) -> Tensor:
@@ -280,7 +282,7 @@ def hidden_scatter_linear_backward(
     dout: Tensor, ungated: Tensor | None, w: Tensor, gates: Tensor | None, *plan: Tensor | int | None
 ) -> tuple[Tensor, Tensor]:
     dx = hidden_gather_linear(dout, w.transpose(-1, -2), gates, None, *plan)
-    wide = torch.promote_types(dout.dtype, torch.float32)
+    wide = accumulation_dtype(dout.dtype)
     if ungated is None:
         return dx, dout.new_empty(0, dtype=wide)
     selected = Routing(*plan).selected  # type: ignore[arg-type]

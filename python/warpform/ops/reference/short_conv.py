@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._dtypes import accumulation_dtype
+
 # Positions that are taken at one time on a CPU, so that what lies between stays in its cache.
 _POSITIONS_AT_A_TIME = 128
 
@@ -25,10 +27,6 @@ def check_shapes(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Non
         raise ValueError(f"{op}: bias must be of shape [{x.size(2)}], got {list(bias.shape)}")
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """c, channels last, [batch, seqlen, 3 D], in the dtype of all three."""
     taps = weight.size(1)
@@ -41,7 +39,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def short_conv_gate(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """gated and gate, [batch, D, seqlen], of x [batch, seqlen, 3 D], weight [3 D, K] and bias [3 D]."""
     check_shapes("short_conv_gate", x, weight, bias)
-    dtype = _wide(x)
+    dtype = accumulation_dtype(x.dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     gated, gate = (
         torch.empty((x.size(0), x.size(2) // 3, x.size(1)), dtype=x.dtype, device=x.device) for _ in range(2)
@@ -70,7 +68,7 @@ def short_conv_gate_backward(
         if gradient.shape != (x.size(0), x.size(2) // 3, x.size(1)):
             expected = [x.size(0), x.size(2) // 3, x.size(1)]
             raise ValueError(f"{op}: {name} must be of shape {expected}, got {list(gradient.shape)}")
-    dtype, taps = _wide(x), weight.size(1)
+    dtype, taps = accumulation_dtype(x.dtype), weight.size(1)
     wide_x, wide_weight = x.to(dtype).contiguous(), weight.to(dtype)
     c = _convolve(wide_x, wide_weight, None if bias is None else bias.to(dtype))
     first, second, value = c.chunk(3, 2)

@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._dtypes import accumulation_dtype
+
 # The log-sum-exp is returned for windows of more tokens than this: only there does a backward need it.
 LSE_ABOVE = 64
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -104,7 +106,7 @@ def _windows(grid: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, .
 
 
 class _Scores:
-    """How scores are made from q and k: scale or logit_scale, bias and mask, in the dtype that they are made in."""
+    """Computes scores from q and k with scale or logit_scale, bias and mask, in the dtype that sums have."""
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class _Scores:
         scale: float | None,
         mask_value: float,
     ) -> None:
-        self.dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+        self.dtype = accumulation_dtype(qkv.dtype)
         # Finite numbers that only a double holds count as the largest of the dtype.
         bounds = torch.finfo(self.dtype)
         self.mask_value = mask_value if mask_value == -math.inf else min(max(mask_value, bounds.min), bounds.max)
@@ -133,7 +135,7 @@ class _Scores:
             self.scale = 1.0
 
     def added(self, group: _Group) -> tuple[Tensor | None, Tensor | None]:
-        """What is added to the scores of a group's windows, [1, heads or 1, N, N], and rows that see no key [.., N, 1].
+        """Returns the addend of a group's scores, [1, heads or 1, N, N], and which rows see no key, [.., N, 1].
 
         To those 0 is added here, which keeps NaN out; what comes of it is not to be used. None: nothing, and no rows.
         """
@@ -247,7 +249,7 @@ def window_attention(
     batch, heads, d = qkv.size(0), qkv.size(-2), qkv.size(-1)
     window = tuple(window_size)
     count, n = math.prod(-(-g // w) for g, w in zip(grid, window, strict=True)), math.prod(window)
-    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(qkv.dtype)
     lse = torch.empty((batch, count, heads, n) if n > LSE_ABOVE else 0, dtype=wide, device=qkv.device)
     out = torch.empty((batch, *grid, heads * d), dtype=qkv.dtype, device=qkv.device)
     if out.numel() == 0:
@@ -324,7 +326,7 @@ def window_attention_backward(
     n = math.prod(window)
     table = relative_position_bias_table
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(qkv.dtype)
     dbias = torch.zeros((heads, n, n), dtype=wide, device=qkv.device)
     dfactor = torch.zeros(heads, dtype=wide, device=qkv.device)
     dpadding = torch.zeros((3 * heads, d), dtype=wide, device=qkv.device)
@@ -384,7 +386,7 @@ def _attend_backward(
         return (torch.matmul(dscore, k) * scores.scale, torch.matmul(dscore.mT, left), dv), dscore, None
     dfactor = (dscore * plain).sum((0, 2, 3))
     dunit_q, dunit_k = torch.matmul(dscore, unit_k) * scores.factor, torch.matmul(dscore.mT, left)
-    # Of the gradient of a direction, the part along it changes only the length.
+    # A direction has length 1, so the part of its gradient along itself changes nothing and is subtracted.
     dq = (dunit_q - unit_q * (unit_q * dunit_q).sum(-1, keepdim=True)) / length_q
     dk = (dunit_k - unit_k * (unit_k * dunit_k).sum(-1, keepdim=True)) / length_k
     return (dq, dk, dv), dscore, dfactor
