@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ SEEDS = st.integers(0, 2**16)
 
 
 def drawn(max_examples: int, **strategies: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """@given, with a seed of torch in every example; a quarter of the examples where slow tests do not run.
+    """@given, with a seed of torch in every example. A quick run on a CPU draws a quarter of the examples.
 
     Inputs come from torch's global generator, so without it an example would not determine them: a failure could be
     neither repeated nor shrunk. A test that has a parameter `seed` is told it too.
@@ -39,7 +40,8 @@ def drawn(max_examples: int, **strategies: Any) -> Callable[[Callable[..., None]
             test(**values)
 
         seeded.__signature__ = signature  # type: ignore[attr-defined]  # what hypothesis and pytest read
-        examples = max_examples if os.environ.get("CI") else -(-max_examples // 4)
+        every = os.environ.get("CI") or torch.cuda.is_available()
+        examples = max_examples if every else -(-max_examples // 4)
         return settings(max_examples=examples)(given(seed=SEEDS, **strategies)(seeded))
 
     return decorate
