@@ -193,6 +193,32 @@ def test_says_which_driver_the_kernels_need():
 
 
 @checkout
+@pytest.mark.parametrize(
+    ("capabilities", "archs"),
+    [
+        (["9.0"], "90a-real"),
+        (["9.0", "9.0"], "90a-real"),
+        (["8.6"], "80-real"),
+        (["8.0", "9.0"], "80-real;90a-real"),
+        (["8.0", "12.0"], "80"),
+        (["9.0", "12.0"], "80;90a-real"),
+        (["7.5"], "80"),
+        (["[N/A]"], "80"),
+        ([], "80"),
+    ],
+)
+def test_a_local_build_takes_the_architectures_of_this_machine(tmp_path, capabilities, archs):
+    path = tmp_path / "nvidia-smi"
+    path.write_text("#!/bin/sh\n" + ("printf '%s\\n' " + " ".join(capabilities) if capabilities else "exit 9") + "\n")
+    path.chmod(0o755)
+    code = "import runpy, sys; sys.argv = ['setup.py', '-q', '--version']; made = runpy.run_path('setup.py'); "
+    code += "print(made['local_archs']())"
+    env = {**os.environ, "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == archs
+
+
+@checkout
 @pytest.mark.slow
 def test_a_read_only_tree_builds_a_wheel(tmp_path):
     tree, out = tmp_path / "tree", tmp_path / "out"

@@ -101,7 +101,7 @@ OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(HIDDEN, r"LDSM\."),
     OpcodeRule(HIDDEN, r"LDGSTS\."),
     OpcodeRule(r"hidden_(gather|scatter)<", r"STG\..*128"),
-    OpcodeRule(r"hidden_(gather|scatter)_few<", r"LDG\..*128"),
+    OpcodeRule(r"hidden_(gather|scatter)_gemv<", r"LDG\..*128"),
     OpcodeRule(STEPS, r"HMMA\.16816\.F32"),  # ring attention's policy of the same kernels
     OpcodeRule(STEPS, r"LDG\..*64"),  # the float32 state, 8 bytes a thread
     OpcodeRule(STEPS, r"STG\..*64"),

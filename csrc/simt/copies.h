@@ -19,7 +19,7 @@ struct Copies {
     Where where;
   };
   std::vector<Copy> pending;  // oldest first
-  uint32_t group = 0;         // the one that the next copy joins
+  uint32_t group = 0;         // the group that the next copy joins
 
   void clear() {
     pending.clear();

@@ -33,8 +33,8 @@ void claim(int64_t driver, int64_t capability, std::string code) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(warpform_simt, m) {
-  // Which order of threads and blocks the next launches see (0: the plain one), how many multiprocessors a kernel
-  // finds, and how many bytes of shared memory a block may have.
+  // Sets the order of threads and blocks that the next launches see (0: the plain one), the number of multiprocessors
+  // that a kernel finds, and the bytes of shared memory that a block may have.
   m.def("_configure(int seed, int sm_count=4, int shared_memory_limit=232448) -> ()");
   // The machine's facts until the next _configure: versions of CUDA as 13000, a compute capability as
   // 90, and whether there is code for it ("found", "none", "unreadable", "unknown": DeviceCode).

@@ -245,7 +245,7 @@ void fibre_main() {
       error = std::current_exception();
       next = -1;
     }
-    // From a thread that failed the report may have moved on to another; the stack is still that of the one that ran.
+    // From a thread that failed the report may have moved on to another; the stack is still that of the fibre that ran.
     if (next >= 0 && block.fibre[next].stack == nullptr) {
       std::swap(block.fibre[next].stack, block.fibre[running.thread].stack);
       enter(next);

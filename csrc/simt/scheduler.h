@@ -1,7 +1,7 @@
 // The machine: a grid's blocks one after another, in each block one fibre per CUDA thread, one of them running at a
 // time.
 //
-// Which fibre goes on when one has to wait is drawn from a seed, so that tests see many orders: the lanes of a warp in
+// A seed draws the fibre that goes on when one has to wait, so that tests see many orders: the lanes of a warp in
 // any order, mostly one warp for a while, now and then another. Seed 0 is the plain order. Barriers and warp
 // collectives are `meet`: all lanes of the warp come to the same line of the kernel, then the warp as a whole goes on
 // or waits for others.
@@ -43,8 +43,8 @@ enum class Meeting : uint8_t {
 };
 const char* name_of(Meeting meeting);
 
-// Logical time: it steps at every synchronisation. What a warp knows of another is the time before which all that the
-// other did is ordered before what it does now.
+// Logical time: it steps at every synchronisation. A warp knows a time of each other warp: all that the other did
+// before that time is ordered before what the warp does now.
 using Time = uint32_t;
 struct Knowledge {
   Time before[kMaxWarps];
@@ -61,22 +61,22 @@ struct Fibre {
 
 struct Warp {
   uint32_t alive = 0;     // lanes whose thread has not ended
-  uint32_t runnable = 0;  // lanes that may go on; includes the one that runs
+  uint32_t runnable = 0;  // lanes that may go on, the running lane among them
   uint32_t arrived = 0;   // lanes that wait in the present meeting
   Meeting meeting{};
-  int barrier = 0;  // its id and thread count, where the meeting is one at a named barrier
+  int barrier = 0;  // id and thread count of the barrier, where the meeting is at a named one
   int barrier_threads = 0;
   bool at_barrier = false;  // the whole warp waits at a barrier
-  int parity = 0;  // which half of `values` the next meeting uses: a fast lane may be one meeting ahead of a slow one
+  int parity = 0;           // the half of `values` that the next meeting uses: a fast lane may be one meeting ahead
   Where where;
   Knowledge knows{};
-  uint64_t values[2][kLanes];  // what lanes hand each other
+  uint64_t values[2][kLanes];  // the values that lanes hand each other
   uint32_t votes[2];
   void* operands[kLanes];
 };
 
 struct Barrier {
-  int threads = 0;  // that it waits for, 0 while none has come
+  int threads = 0;  // threads that it waits for, 0 while none has come
   int come = 0;
   uint32_t waiting = 0;  // warps
   Knowledge knows{};
@@ -96,7 +96,7 @@ struct Block {
   Time now = 0;
   Warp warp[kMaxWarps];
   Barrier barrier[kNamedBarriers];
-  Knowledge ended{};  // what warps that have ended did
+  Knowledge ended{};  // the accesses of warps that have ended
   Fibre fibre[kMaxThreads];
 };
 extern Block block;

@@ -9,7 +9,7 @@
 
 namespace warpform::simt {
 
-// Where a block's arena begins in the 32-bit address space of shared memory; not 0, so that an address computed without
+// The place of a block's arena in the 32-bit address space of shared memory; not 0, so that an address computed without
 // shared_base() is caught.
 constexpr uint32_t kSharedBase = 1024;
 

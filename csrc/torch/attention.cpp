@@ -18,6 +18,13 @@ struct Arguments {
   double softcap;
   std::optional<Tensor> alibi_slopes;
   bool deterministic;
+
+  // The backward has out and lse between the two.
+  auto tensors() const { return std::tie(q, k, v); }
+  auto rest() const {
+    return std::tie(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left,
+                    window_right, softcap, alibi_slopes, deterministic);
+  }
 };
 
 void check_arguments(const char* op, const Arguments& a) {
@@ -105,9 +112,7 @@ ForwardResult varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q
   check_arguments(kOp, a);
   const Launch launch(kOp, q);
   if (const char* reason = no_kernel(launch, a, /*backward=*/false)) {
-    return call_reference<Tensor, Tensor>(kOp, reason, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                                          softmax_scale, causal, window_left, window_right, softcap, alibi_slopes,
-                                          deterministic);
+    return call_reference<Tensor, Tensor>(kOp, reason, a.tensors(), a.rest());
   }
   check_aligned(kOp, "q", q);
   check_aligned(kOp, "k", k);
@@ -141,9 +146,7 @@ BackwardResult varlen_attention_backward(Tensor dout, std::optional<Tensor> dlse
   }
   const Launch launch(kOp, q);
   if (const char* reason = no_kernel(launch, a, /*backward=*/true)) {
-    return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dout, dlse, q, k, v, out, lse, cu_seqlens_q,
-                                                  cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-                                                  window_left, window_right, softcap, alibi_slopes, deterministic);
+    return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dout, dlse, a.tensors(), out, lse, a.rest());
   }
   const auto check_rows = [&](const char* name, const Tensor& t) {
     check(t.dim() == 2 && t.size(0) == q.size(1) && t.size(1) == q.size(0) && t.scalar_type() == ScalarType::Float, kOp,

@@ -17,6 +17,13 @@ struct Arguments {
   int64_t q_offset, k_offset, q_stride, k_stride;
   std::optional<Tensor> cu_seqlens_q, cu_seqlens_k;
 
+  // The state lies between the two.
+  auto tensors() const { return std::tie(q, k, v); }
+  auto rest() const {
+    return std::tie(softmax_scale, causal, window_left, window_right, q_offset, k_offset, q_stride, k_stride,
+                    cu_seqlens_q, cu_seqlens_k);
+  }
+
   bool varlen() const { return cu_seqlens_q.has_value(); }
   int64_t batch() const { return varlen() ? cu_seqlens_q->size(0) - 1 : q.size(0); }
   // Rows that one sequence may have.
@@ -159,9 +166,7 @@ ForwardResult attention_step(Tensor q, Tensor k, Tensor v, std::optional<Tensor>
   check(out.has_value() == lse.has_value(), kOp, ": out and lse must both be given, or neither");
   const Launch launch(kOp, q);
   if (const char* reason = no_kernel(launch, a, /*backward=*/false)) {
-    return call_reference<Tensor, Tensor>(kOp, reason, q, k, v, out, lse, softmax_scale, causal, window_left,
-                                          window_right, q_offset, k_offset, q_stride, k_stride, cu_seqlens_q,
-                                          cu_seqlens_k);
+    return call_reference<Tensor, Tensor>(kOp, reason, a.tensors(), out, lse, a.rest());
   }
   check_aligned(kOp, "q", q);
   check_aligned(kOp, "k", k);
@@ -200,9 +205,8 @@ BackwardResult attention_step_backward(Tensor dout, Tensor delta, Tensor q, Tens
   check_same_device(kOp, "dout", dout, q);
   const Launch launch(kOp, q);
   if (const char* reason = no_kernel(launch, a, /*backward=*/true)) {
-    return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dout, delta, q, k, v, lse, dq, dk, dv, softmax_scale,
-                                                  causal, window_left, window_right, q_offset, k_offset, q_stride,
-                                                  k_stride, cu_seqlens_q, cu_seqlens_k, deterministic);
+    return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dout, delta, a.tensors(), lse, dq, dk, dv, a.rest(),
+                                                  deterministic);
   }
   check_aligned(kOp, "q", q);
   check_aligned(kOp, "k", k);

@@ -18,6 +18,12 @@ struct Arguments {
   std::optional<double> softmax_scale;
   int64_t position_buckets, max_relative_positions;
 
+  // The backward has out and lse between the two.
+  auto tensors() const { return std::tie(q, k, v, pos_key, pos_query); }
+  auto rest() const {
+    return std::tie(cu_seqlens, max_seqlen, positions, softmax_scale, position_buckets, max_relative_positions);
+  }
+
   bool has_terms() const { return pos_key || pos_query; }
   int64_t span() const { return has_terms() ? (pos_key ? *pos_key : *pos_query).size(0) / 2 : 0; }
 };
@@ -68,7 +74,7 @@ struct Columns {
 
 Columns columns_of(const Arguments& a) {
   const int64_t span = a.span(), mid = a.position_buckets / 2;
-  // Where the logarithm is a whole number, floating point may give a little more, and must not give the next bucket.
+  // If the logarithm is a whole number, floating point may give a little more, and must not give the next bucket.
   constexpr double kBelow = 1 - 0x1p-21;
   const double octaves = mid > 0 ? std::log2(static_cast<double>(a.max_relative_positions - 1) / mid) : 1;
   const auto buckets_per_octave = static_cast<float>(kBelow * (mid - 1) / octaves);
@@ -204,8 +210,7 @@ ForwardResult disentangled_attention(Tensor q, Tensor k, Tensor v, std::optional
   const Launch launch(kOp, q);
   const Columns columns = columns_of(a);
   if (const char* reason = no_kernel(launch, a, columns, /*backward=*/false)) {
-    return call_reference<Tensor, Tensor>(kOp, reason, q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, positions,
-                                          softmax_scale, position_buckets, max_relative_positions);
+    return call_reference<Tensor, Tensor>(kOp, reason, a.tensors(), a.rest());
   }
   check_aligned(kOp, "q", q);
   check_aligned(kOp, "k", k);
@@ -271,9 +276,7 @@ BackwardResult disentangled_attention_backward(Tensor dout, Tensor q, Tensor k, 
   const Launch launch(kOp, q);
   const Columns columns = columns_of(a);
   if (const char* reason = no_kernel(launch, a, columns, /*backward=*/true)) {
-    return call_reference<Tensor, Tensor, Tensor, Tensor, Tensor>(kOp, reason, dout, q, k, v, pos_key, pos_query, out,
-                                                                  lse, cu_seqlens, max_seqlen, positions, softmax_scale,
-                                                                  position_buckets, max_relative_positions);
+    return call_reference<Tensor, Tensor, Tensor, Tensor, Tensor>(kOp, reason, dout, a.tensors(), out, lse, a.rest());
   }
   check(
       lse.dim() == 2 && lse.size(0) == q.size(1) && lse.size(1) == q.size(0) && lse.scalar_type() == ScalarType::Float,

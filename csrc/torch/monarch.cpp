@@ -71,7 +71,7 @@ std::optional<int64_t> row_stride(const Tensor& t) {
   return stride;
 }
 
-// Activations as rows. What the kernels cannot read is copied: transposed leading dimensions, expanded gradients.
+// Activations as rows. Layouts kernels cannot read are copied: transposed leading dimensions, expanded gradients.
 struct Matrix {
   Tensor t;
   int64_t rows, cols, stride;
@@ -307,7 +307,7 @@ std::tuple<Tensor, Tensor, Tensor> monarch_multiply_backward(Tensor dout, Tensor
   Tensor dx = call.make(sizes_of(x)), dw1 = call.make(sizes_of(w1)), dw2 = call.make(sizes_of(w2));
   const Tensor dout_by_lambda = call.make({rows.rows, second.out()});
   call.transpose(drows, second.rows, second.count, dout_by_lambda);
-  // Two workspaces in turn: h and dh in the order of the first factor, and in that of the second.
+  // Two workspaces take turns: h and dh in the order of the first factor, and in that of the second.
   const Tensor plain = call.make({rows.rows, first.out()}), by_lambda = call.make({rows.rows, first.out()});
   call.multiply(rows, w1, false, std::nullopt, plain);
   call.transpose(Matrix(plain), second.cols, second.count, by_lambda);

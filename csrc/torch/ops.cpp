@@ -57,7 +57,7 @@ const std::string kPositions =
 STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
   // ---- padding-free encoder ----
 
-  // Where the tokens of a [batch, seqlen] mask go when padding is dropped: offsets, positions and their inverse.
+  // Places of the tokens of a [batch, seqlen] mask when padding is dropped: offsets, positions and their inverse.
   def(m, "packing_plan", "Tensor mask, SymInt capacity",
       "(Tensor cu_seqlens, Tensor lengths, Tensor indices, Tensor position_ids, Tensor ranks, Tensor summary)");
   // Gathers the rows of tokens, [batch, seqlen, ...] -> [total, ...].

@@ -110,11 +110,14 @@ struct Plan {
   std::optional<Tensor> out_mask;
   int64_t num_groups, num_classes;
 
+  auto arguments() const {
+    return std::tie(group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes);
+  }
   int64_t num_out() const { return out_mask ? out_mask->size(0) : 1; }
   int64_t tiles() const { return tile_mask.size(0); }
 
-  // `routed` and `other`: the widths of the two dimensions.
-  Routes routes(const Launch& launch, int64_t routed, int64_t other) const {
+  // The plan for a weight whose routed and whose dense dimension are `routed` and `dense` wide, all groups and parts.
+  Routes routes(const Launch& launch, int64_t routed, int64_t dense) const {
     return {.group_mask = launch.in<int64_t>(group_mask),
             .perm = launch.in<int32_t>(perm),
             .tile_mask = launch.in<int64_t>(tile_mask),
@@ -126,7 +129,7 @@ struct Plan {
             .num_classes = static_cast<int>(num_classes),
             .width = static_cast<int>(routed / num_groups),
             .num_out = static_cast<int>(num_out()),
-            .part = static_cast<int>(other / num_out())};
+            .dense_width = static_cast<int>(dense / num_out())};
   }
 };
 
@@ -146,6 +149,15 @@ void check_plan(const char* op, const Plan& plan, const Tensor& x) {
     check_vector(op, "out_mask", *plan.out_mask, ScalarType::Long, plan.out_mask->size(0), x);
     check(plan.out_mask->size(0) > 0, op, ": out_mask must not be empty");
   }
+}
+
+void check_tokens(const char* op, const char* name, const Tensor& t) {
+  check(t.dim() == 2 && is_float(t.scalar_type()), op, ": ", name,
+        " must be a floating-point tensor of shape [tokens, width], got ", Got{t});
+}
+
+void check_matrices(const char* op, const Tensor& w) {
+  check(w.dim() >= 2, op, ": w must have two dimensions, or three with classes, got ", Got{w});
 }
 
 void check_matrix(const char* op, const char* name, const Tensor& t, const Tensor& like) {
@@ -186,29 +198,30 @@ void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t outpu
   check_same_device(op, "bias", *bias, x);
 }
 
-// Why no kernel serves these widths, or null.
-const char* no_kernel(const Launch& launch, const Plan& plan, const Tensor& x, int64_t routed, int64_t other) {
+// Why no kernel serves these widths of the routed and of the dense dimension, or null.
+const char* no_kernel(const Launch& launch, const Plan& plan, const Tensor& x, int64_t routed, int64_t dense) {
   if (const char* reason = launch.unusable()) return reason;
   if (const char* reason = kHalfTypes.why_not(dtype_name(x.scalar_type()))) return reason;
-  const int64_t width = routed / plan.num_groups, part = other / plan.num_out();
+  const int64_t width = routed / plan.num_groups, dense_width = dense / plan.num_out();
   if (width == 0 || !kGroupWidth.allows(width)) return kGroupWidth.otherwise;
-  if (part == 0 || !kDenseWidth.allows(part)) return kDenseWidth.otherwise;
-  if (routed > INT32_MAX / 2 || other > INT32_MAX / 2) return "more columns than 32 bits count";
+  if (dense_width == 0 || !kDenseWidth.allows(dense_width)) return kDenseWidth.otherwise;
+  if (routed > INT32_MAX / 2 || dense > INT32_MAX / 2) return "more columns than 32 bits count";
   if (plan.tiles() == 0 || plan.perm.size(0) / plan.tiles() != kHiddenTile) return kRoutingTile.otherwise;
   return nullptr;
 }
 
 int64_t row_stride(const Tensor& t) { return t.size(0) > 1 ? t.stride(0) : t.size(1); }
 
-// A weight, read without a copy where one of its two dimensions is contiguous. `swapped`: its transpose is meant.
+// A weight [outputs, inputs], or its transpose where `swapped`. It is read without a copy if one of the two dimensions
+// is contiguous.
 struct WeightView {
   Tensor t;
   bool swapped;
 
   WeightView(const Tensor& w, bool swapped_) : t(w), swapped(swapped_) {
-    if (!stands_well()) t = dense(w);
+    if (!is_readable()) t = dense(w);
   }
-  bool stands_well() const {
+  bool is_readable() const {
     const int64_t d = t.dim();
     const bool inner = t.stride(d - 1) == 1 && t.stride(d - 2) % kAlignment == 0 && t.stride(d - 2) > 0;
     const bool outer = t.stride(d - 2) == 1 && t.stride(d - 1) % kAlignment == 0 && t.stride(d - 1) > 0;
@@ -294,9 +307,8 @@ Tensor hidden_gather_linear(Tensor x, Tensor w, std::optional<Tensor> gates, std
                             std::optional<Tensor> out_mask, int64_t num_groups, int64_t num_classes) {
   constexpr const char* kOp = "hidden_gather_linear";
   const Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
-  check(x.dim() == 2 && is_float(x.scalar_type()), kOp,
-        ": x must be a floating-point tensor of shape [tokens, width], got ", Got{x});
-  check(w.dim() >= 2, kOp, ": w must have two dimensions, or three with classes, got ", Got{w});
+  check_tokens(kOp, "x", x);
+  check_matrices(kOp, w);
   check_plan(kOp, plan, x);
   const int64_t outputs = w.size(w.dim() - 2);
   check_weight(kOp, w, outputs, x.size(1), plan, x);
@@ -306,8 +318,7 @@ Tensor hidden_gather_linear(Tensor x, Tensor w, std::optional<Tensor> gates, std
   check_bias(kOp, bias, outputs, plan, x);
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, plan, x, x.size(1), outputs)) {
-    return std::get<0>(call_reference<Tensor>(kOp, reason, x, w, gates, bias, group_mask, perm, inverse, tile_mask,
-                                              tile_class, out_mask, num_groups, num_classes));
+    return std::get<0>(call_reference<Tensor>(kOp, reason, x, w, gates, bias, plan.arguments()));
   }
   return gather(kOp, launch, x, w, /*swapped=*/false, gates, bias, plan);
 }
@@ -319,8 +330,7 @@ std::tuple<Tensor, Tensor> hidden_gather_linear_backward(Tensor dout, Tensor x, 
                                                          int64_t num_classes) {
   constexpr const char* kOp = "hidden_gather_linear_backward";
   const Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
-  check(x.dim() == 2 && is_float(x.scalar_type()), kOp,
-        ": x must be a floating-point tensor of shape [tokens, width], got ", Got{x});
+  check_tokens(kOp, "x", x);
   check_matrix(kOp, "dout", dout, x);
   check_plan(kOp, plan, x);
   check_weight(kOp, w, dout.size(1), x.size(1), plan, x);
@@ -329,8 +339,7 @@ std::tuple<Tensor, Tensor> hidden_gather_linear_backward(Tensor dout, Tensor x, 
   check_gates(kOp, gates, plan, x);
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, plan, x, x.size(1), dout.size(1))) {
-    return call_reference<Tensor, Tensor>(kOp, reason, dout, x, w, gates, group_mask, perm, inverse, tile_mask,
-                                          tile_class, out_mask, num_groups, num_classes);
+    return call_reference<Tensor, Tensor>(kOp, reason, dout, x, w, gates, plan.arguments());
   }
   const auto dot_with = gates ? std::optional<Tensor>(x) : std::nullopt;
   const Scattered s = scatter(kOp, launch, dout, w, /*swapped=*/true, gates, std::nullopt, dot_with, false, plan);
@@ -344,9 +353,8 @@ std::tuple<Tensor, Tensor> hidden_scatter_linear(Tensor x, Tensor w, std::option
                                                  int64_t num_classes) {
   constexpr const char* kOp = "hidden_scatter_linear";
   const Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
-  check(x.dim() == 2 && is_float(x.scalar_type()), kOp,
-        ": x must be a floating-point tensor of shape [tokens, width], got ", Got{x});
-  check(w.dim() >= 2, kOp, ": w must have two dimensions, or three with classes, got ", Got{w});
+  check_tokens(kOp, "x", x);
+  check_matrices(kOp, w);
   check_plan(kOp, plan, x);
   const int64_t outputs = w.size(w.dim() - 2);
   check_weight(kOp, w, outputs, x.size(1), plan, x);
@@ -356,8 +364,7 @@ std::tuple<Tensor, Tensor> hidden_scatter_linear(Tensor x, Tensor w, std::option
   check_bias(kOp, bias, outputs, plan, x);
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, plan, x, outputs, x.size(1))) {
-    return call_reference<Tensor, Tensor>(kOp, reason, x, w, gates, bias, keep_ungated, group_mask, perm, inverse,
-                                          tile_mask, tile_class, out_mask, num_groups, num_classes);
+    return call_reference<Tensor, Tensor>(kOp, reason, x, w, gates, bias, keep_ungated, plan.arguments());
   }
   const Scattered s = scatter(kOp, launch, x, w, /*swapped=*/false, gates, bias, std::nullopt, keep_ungated, plan);
   return {s.out, s.ungated};
@@ -370,9 +377,8 @@ std::tuple<Tensor, Tensor> hidden_scatter_linear_backward(Tensor dout, std::opti
                                                           int64_t num_classes) {
   constexpr const char* kOp = "hidden_scatter_linear_backward";
   const Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
-  check(dout.dim() == 2 && is_float(dout.scalar_type()), kOp,
-        ": dout must be a floating-point tensor of shape [tokens, width], got ", Got{dout});
-  check(w.dim() >= 2, kOp, ": w must have two dimensions, or three with classes, got ", Got{w});
+  check_tokens(kOp, "dout", dout);
+  check_matrices(kOp, w);
   check_plan(kOp, plan, dout);
   const int64_t inputs = w.size(w.dim() - 1);
   check_weight(kOp, w, dout.size(1), inputs, plan, dout);
@@ -385,8 +391,7 @@ std::tuple<Tensor, Tensor> hidden_scatter_linear_backward(Tensor dout, std::opti
   }
   const Launch launch(kOp, dout);
   if (const char* reason = no_kernel(launch, plan, dout, dout.size(1), inputs)) {
-    return call_reference<Tensor, Tensor>(kOp, reason, dout, ungated, w, gates, group_mask, perm, inverse, tile_mask,
-                                          tile_class, out_mask, num_groups, num_classes);
+    return call_reference<Tensor, Tensor>(kOp, reason, dout, ungated, w, gates, plan.arguments());
   }
   Tensor dx = gather(kOp, launch, dout, w, /*swapped=*/true, gates, std::nullopt, plan);
   const int64_t tokens = dout.size(0);
@@ -413,31 +418,29 @@ Tensor hidden_weight_grad(Tensor x, Tensor dy, std::optional<Tensor> gates, bool
                           std::optional<Tensor> out_mask, int64_t num_groups, int64_t num_classes) {
   constexpr const char* kOp = "hidden_weight_grad";
   const Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
-  check(x.dim() == 2 && is_float(x.scalar_type()), kOp,
-        ": x must be a floating-point tensor of shape [tokens, width], got ", Got{x});
+  check_tokens(kOp, "x", x);
   check_matrix(kOp, "dy", dy, x);
   check_plan(kOp, plan, x);
-  const Tensor& routed = routed_out ? dy : x;
-  const Tensor& other = routed_out ? x : dy;
-  check_divides(kOp, routed_out ? "dy" : "x", routed.size(1), num_groups);
-  check_divides(kOp, routed_out ? "x" : "dy", other.size(1), plan.num_out());
+  const Tensor& routed_side = routed_out ? dy : x;
+  const Tensor& dense_side = routed_out ? x : dy;
+  check_divides(kOp, routed_out ? "dy" : "x", routed_side.size(1), num_groups);
+  check_divides(kOp, routed_out ? "x" : "dy", dense_side.size(1), plan.num_out());
   check_gates(kOp, gates, plan, x);
   const Launch launch(kOp, x);
-  if (const char* reason = no_kernel(launch, plan, x, routed.size(1), other.size(1))) {
-    return std::get<0>(call_reference<Tensor>(kOp, reason, x, dy, gates, routed_out, group_mask, perm, inverse,
-                                              tile_mask, tile_class, out_mask, num_groups, num_classes));
+  if (const char* reason = no_kernel(launch, plan, x, routed_side.size(1), dense_side.size(1))) {
+    return std::get<0>(call_reference<Tensor>(kOp, reason, x, dy, gates, routed_out, plan.arguments()));
   }
   Tensor dw = empty(kOp, {num_classes, dy.size(1), x.size(1)}, ScalarType::Float, x);
-  const Tensor a = with_aligned_rows(other), b = with_aligned_rows(routed);
+  const Tensor dense = with_aligned_rows(dense_side), routed = with_aligned_rows(routed_side);
   const auto factors = contiguous(gates);
-  HiddenWeightGradParams params{.routes = plan.routes(launch, routed.size(1), other.size(1)),
-                                .other = launch.in(a),
-                                .routed = launch.in(b),
+  HiddenWeightGradParams params{.routes = plan.routes(launch, routed.size(1), dense.size(1)),
+                                .dense = launch.in(dense),
+                                .routed = launch.in(routed),
                                 .gates = launch.in_or_null<float>(factors),
                                 .dw = launch.out<float>(dw),
                                 .partials = nullptr,
-                                .other_stride = row_stride(a),
-                                .routed_stride = row_stride(b),
+                                .dense_stride = row_stride(dense),
+                                .routed_stride = row_stride(routed),
                                 .splits = 1,
                                 .routed_out = routed_out,
                                 .bfloat16 = x.scalar_type() == ScalarType::BFloat16};

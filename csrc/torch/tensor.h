@@ -10,6 +10,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "check.h"
@@ -25,7 +26,7 @@
 #define WARPFORM_DEVICE_KEY CUDA
 #endif
 
-// Not in a CPU build of torch, hence weak.
+// A CPU build of torch lacks this function, hence weak.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                                    void** ret_stream);
 
@@ -98,7 +99,7 @@ inline bool last_dimension_is_contiguous(const Tensor& t) {
   return t.size(last) <= 1 || t.stride(last) == 1;
 }
 
-// Whether the last dimension is contiguous and begins at a multiple of `alignment` bytes for every index before it.
+// True if the last dimension is contiguous and begins at a multiple of `alignment` bytes for every index before it.
 inline bool has_aligned_rows(const Tensor& t, int64_t alignment = 16) {
   const auto bytes = static_cast<int64_t>(t.element_size());
   if (!last_dimension_is_contiguous(t) || !is_aligned(t, alignment)) return false;
@@ -217,23 +218,38 @@ inline std::string& kept_error() {
   return text;
 }
 
+namespace detail {
+template <class T>
+std::tuple<const T&> as_tuple(const T& t) {
+  return {t};
+}
+template <class... T>
+std::tuple<T...> as_tuple(const std::tuple<T...>& t) {
+  return t;
+}
+}  // namespace detail
+
 // Calls warpform::NAME_reference(reason, args...) through the dispatcher: PyTorch code that warns once and names the
-// reason. In the emulator there is no way out: a configuration without a kernel is an error there.
+// reason. An argument that is a tuple counts as its elements. In the emulator there is no way out: a configuration
+// without a kernel is an error there.
 template <class... Results, class... Args>
 inline std::tuple<Results...> call_reference(const char* name, const std::string& reason,
                                              [[maybe_unused]] const Args&... args) {
 #ifdef WARPFORM_SIMT
   throw std::runtime_error(std::string(name) + ": no kernel: " + reason);
 #else
-  constexpr size_t kArgs = 1 + sizeof...(Args);
-  constexpr size_t kSlots = kArgs > sizeof...(Results) ? kArgs : sizeof...(Results);
-  StableIValue stack[kSlots] = {detail::box(reason), detail::box(args)...};
-  const std::string op = std::string("warpform::") + name + "_reference";
-  kept_error().clear();
-  const auto code = torch_call_dispatcher(op.c_str(), "", stack, TORCH_ABI_VERSION);
-  if (code != 0 && !kept_error().empty()) throw std::runtime_error(kept_error());
-  torch_check(code, name);
-  return torch::stable::detail::unbox_to_tuple<Results...>(stack);
+  const auto call = [&](const auto&... each) {
+    constexpr size_t kArgs = 1 + sizeof...(each);
+    constexpr size_t kSlots = kArgs > sizeof...(Results) ? kArgs : sizeof...(Results);
+    StableIValue stack[kSlots] = {detail::box(reason), detail::box(each)...};
+    const std::string op = std::string("warpform::") + name + "_reference";
+    kept_error().clear();
+    const auto code = torch_call_dispatcher(op.c_str(), "", stack, TORCH_ABI_VERSION);
+    if (code != 0 && !kept_error().empty()) throw std::runtime_error(kept_error());
+    torch_check(code, name);
+    return torch::stable::detail::unbox_to_tuple<Results...>(stack);
+  };
+  return std::apply(call, std::tuple_cat(detail::as_tuple(args)...));
 #endif
 }
 

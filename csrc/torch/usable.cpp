@@ -55,7 +55,7 @@ std::string reason_of(const DeviceFacts& facts) {
   return "";
 }
 
-// One copy of a text, for good.
+// Keeps one copy of a text until the process ends.
 const char* kept(const std::string& text) {
   static std::mutex mutex;
   static std::set<std::string>* texts = new std::set<std::string>;  // not destroyed: threads may outlive main

@@ -1,4 +1,4 @@
-// Whether the kernels of this library can run at all.
+// Says whether the kernels of this library can run at all.
 #pragma once
 
 #include <cstdint>

@@ -18,6 +18,10 @@ struct Arguments {
   std::optional<double> scale;
   double mask_value;
 
+  // The backward has out and lse between the two.
+  auto tensors() const { return std::tie(qkv, table, logit_scale, qkv_bias); }
+  auto rest() const { return std::tie(window_size, shift_size, scale, mask_value); }
+
   int64_t axes() const { return static_cast<int64_t>(window_size.size()); }
   int64_t heads() const { return qkv.size(-2); }
   int64_t head_dim() const { return qkv.size(-1); }
@@ -141,8 +145,7 @@ ForwardResult window_attention(Tensor qkv, std::optional<Tensor> relative_positi
   check_arguments(kOp, a);
   const Launch launch(kOp, qkv);
   if (const char* reason = no_kernel(launch, a, /*backward=*/false)) {
-    return call_reference<Tensor, Tensor>(kOp, reason, qkv, relative_position_bias_table, logit_scale, qkv_bias,
-                                          window_size, shift_size, scale, mask_value);
+    return call_reference<Tensor, Tensor>(kOp, reason, a.tensors(), a.rest());
   }
   make_dense(a);
   ForwardResult result{empty(kOp, out_sizes(a), qkv.scalar_type(), qkv),
@@ -170,9 +173,7 @@ BackwardResult window_attention_backward(Tensor dout, Tensor qkv, std::optional<
   }
   const Launch launch(kOp, qkv);
   if (const char* reason = no_kernel(launch, a, /*backward=*/true)) {
-    return call_reference<Tensor, Tensor, Tensor, Tensor>(kOp, reason, dout, qkv, relative_position_bias_table,
-                                                          logit_scale, qkv_bias, out, lse, window_size, shift_size,
-                                                          scale, mask_value);
+    return call_reference<Tensor, Tensor, Tensor, Tensor>(kOp, reason, dout, a.tensors(), out, lse, a.rest());
   }
   check(sizes_of(lse) == lse_sizes(a) && lse.scalar_type() == ScalarType::Float, kOp,
         ": lse must be float32 as the forward returned it, got ", Got{lse});

@@ -135,6 +135,27 @@ def test_which_gpu_an_architecture_serves(archs, capability, covered):
     assert doctor._covers(archs, capability) is covered
 
 
+@pytest.mark.parametrize(
+    ("archs", "capability", "says"),
+    [
+        ("80", "9.0", "WARPFORM_CUDA_ARCHS=90a-real"),
+        ("80 90a-real", "12.0", "WARPFORM_CUDA_ARCHS=120-real"),
+        ("80", "8.9", None),
+        ("90a-real", "9.0", None),
+        ("90a-real", "8.0", None),  # no kernel runs there, and the backends say so
+    ],
+)
+def test_says_where_the_driver_compiles_the_kernels(monkeypatch, archs, capability, says):
+    monkeypatch.setattr(_library, "stale_sources", lambda: None)
+    report = {
+        "binary": {"cuda": "13.0", "cuda_archs": archs},
+        "machine": {"gpus": [], "driver_cuda": "13.0"},
+        "torch": {"gpus": [{"name": "GPU", "capability": capability}]},
+    }
+    advice = " ".join(doctor._advice(report))
+    assert (says in advice) if says else not advice
+
+
 def backends(
     monkeypatch, gpus: list[dict], binary: dict, backend: str = "auto", driver: str = "13.0"
 ) -> dict[str, tuple[str, str]]:
@@ -181,7 +202,9 @@ def test_what_an_old_driver_needs(monkeypatch, driver, built, says):
     sentence = doctor._old_driver(driver, built)
     assert sentence is None if says is None else says in sentence
     machine = {"driver_cuda": driver, "gpus": [{"name": "GPU"}]}
-    assert doctor._advice({"binary": {"cuda": built}, "machine": machine}) == ([sentence] if sentence else [])
+    assert doctor._advice({"binary": {"cuda": built}, "machine": machine, "torch": {}}) == (
+        [sentence] if sentence else []
+    )
 
 
 @pytest.mark.parametrize(

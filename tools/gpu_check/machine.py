@@ -75,6 +75,11 @@ class Machine:
             raise Unfit(f"the library does not load ({found['load_error']}).")
         if not found["build"].get("cuda"):
             raise Unfit("the library was built without CUDA kernels; build it where nvcc is (make build).")
+        if found["capability"] == "9.0" and "90a" not in found["build"]["cuda_archs"]:
+            raise Unfit(
+                f"the library has machine code for {found['build']['cuda_archs']} and none for this GPU; build it with "
+                'WARPFORM_CUDA_ARCHS="80;90a-real" (make build).'
+            )
 
     def facts(self, run: Run) -> dict[str, Any]:
         """Commit, versions, GPU, library, and what nvidia-smi says; or {"error": why}."""

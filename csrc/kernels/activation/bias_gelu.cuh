@@ -22,9 +22,9 @@ namespace warpform {
 constexpr int kGeluThreads = 256;
 constexpr int kGeluForwardBlocksPerSm = 4;   // 64 registers a thread
 constexpr int kGeluBackwardBlocksPerSm = 3;  // 80
-constexpr int kGeluRows = 2;                 // that a thread loads at once
+constexpr int kGeluRows = 2;                 // rows that a thread loads at once
 
-// How the launch has cut [rows, cols] into tiles.
+// The tiles into which the launch has cut [rows, cols].
 struct GeluTiles {
   int log2_width;    // threads across a tile
   int col_tiles;     // tiles across the columns; block b is tile b % col_tiles of row group b / col_tiles
@@ -40,7 +40,7 @@ struct Tiled {
 // The place of a thread in the tensor.
 struct GeluThread {
   int64_t col;
-  int64_t row;    // its first
+  int64_t row;    // its first row
   int64_t group;  // of rows
 
   template <int kVec>

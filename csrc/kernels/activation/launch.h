@@ -28,7 +28,7 @@ struct BiasGeluBackwardParams {
   void* dx;          // [rows, cols]
   void* dbias;       // [cols]; not written without a bias
   float* partials;   // [groups, cols], scratch
-  int64_t groups;    // what bias_gelu_backward_groups says; the current device decides it, 0 without a bias
+  int64_t groups;    // the result of bias_gelu_backward_groups; the current device decides it, 0 without a bias
   int64_t rows;
   int64_t cols;
   DType dtype;

@@ -17,10 +17,10 @@ void launch_forward_kernel(const char* name, const typename Mode::ForwardParams&
       forward_shared_bytes(kHeadDim, kTile) + ScoreMod::shared_bytes(p), stream, params);
 }
 
-// Whether a tile has registers for softcaps of any size; one that has not is not launched for those above kFewSoftcap.
+// True if a tile has registers for softcaps of any size. Other tiles are launched for softcaps up to kFewSoftcap only.
 constexpr bool takes_any_softcap(int head_dim, bool small) { return small || head_dim != 128; }
 
-// Whether the forward takes blocks of 64 queries: the sequences are short, or larger blocks would be too few for the
+// True if the forward takes blocks of 64 queries: the sequences are short, or larger blocks would be too few for the
 // GPU, or have no registers for the softcap.
 template <int kHeadDim>
 bool forward_is_small(const AttentionProblem& p) {

@@ -94,7 +94,7 @@ struct FullAttention {
     int head;
     int row;
     int rows;
-    float factors[kM][2];
+    float factors[kM][2];  // of rows 16 m + 8 r + lane / 4
 
     __device__ __forceinline__ Epilogue(const ForwardParams& params_, int head_, int row_, int rows_)
         : params(params_), head(head_), row(row_), rows(rows_) {}
@@ -107,7 +107,7 @@ struct FullAttention {
       }
     }
 
-    // O goes through the warp's own rows of Q's tile, so that each lane stores 16 bytes.
+    // o is the warp's [16 kM, 8 kO] of O. It goes through the warp's rows of Q's tile, so that a lane stores 16 bytes.
     template <class T, int kO, int kCols>
     __device__ __forceinline__ void write(SharedTile<kCols> tile, int tile_row, const float (&o)[kM][kO][4]) const {
       const AttentionProblem& p = params.problem;
@@ -134,7 +134,7 @@ struct FullAttention {
     write_zero_rows<kThreads, T>(params.dv, p.heads_kv, head, p.head_dim, row, rows, col, cols);
   }
 
-  // dK and dV go through the tiles of K and V, so that each lane stores 16 bytes. All warps must be done with K and V.
+  // dk and dv, a warp's [16, 8 kOut] each, go through the tiles of K and V. All warps must be done with K and V.
   template <class T, int kOut, int kCols>
   __device__ __forceinline__ static void epilogue_dkdv(const BackwardParams& params, int head, int64_t row, int rows,
                                                        SharedTile<kCols> tile_k, SharedTile<kCols> tile_v, int tile_row,
@@ -159,7 +159,7 @@ struct FullAttention {
     write_zero_rows<kThreads, T>(params.dq, p.heads_q, head, p.head_dim, row, rows, 0, p.head_dim);
   }
 
-  // dQ goes through the warp's own rows of Q's tile.
+  // dq, a warp's [16, 8 kOut], goes through the warp's own rows of Q's tile.
   template <class T, int kOut, int kCols>
   __device__ __forceinline__ static void epilogue_dq(const BackwardParams& params, int head, int row, int rows,
                                                      SharedTile<kCols> tile, int tile_row, const float (&dq)[kOut][4]) {

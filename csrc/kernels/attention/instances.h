@@ -24,11 +24,11 @@ void launch_disentangled_forward(const AttentionForwardParams& params, void* str
 template <int kHeadDim>
 void launch_disentangled_backward(const AttentionBackwardParams& params, void* stream);
 
-// Whether the scores need more than their scale.
+// True if the scores need more than their scale.
 inline bool has_score_bias(const AttentionProblem& p) { return p.softcap > 0.f || p.alibi_slopes != nullptr; }
 
-// Whether the backward takes blocks of 64 keys: all sequences fit into one, the GPU's shared memory or registers allow
-// no more, or larger ones would be fewer than its SMs.
+// True if the backward takes blocks of 64 keys: all sequences fit into one, the GPU's shared memory or registers allow
+// no more, or larger blocks would be fewer than its SMs.
 bool backward_is_small(const AttentionProblem& p);
 
 }  // namespace warpform

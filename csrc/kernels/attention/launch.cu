@@ -52,7 +52,7 @@ const char* attention_unsupported(int head_dim, bool backward) {
 }
 
 const char* disentangled_attention_unsupported(int head_dim, int64_t reach, bool backward) {
-  // Twice a column of two bytes for each.
+  // The table has two columns of two bytes for each distance.
   constexpr int kMaxReach = 4096;
   if (const char* reason = kShortHeadDim.why_not(head_dim)) return reason;
   if (reach > kMaxReach) return "relative positions differ past a distance of 4096";

@@ -67,11 +67,11 @@ void launch_varlen_attention(const AttentionForwardParams& params, void* stream)
 // The same with problem.relative: one set of sequences, as many heads of k as of q, no mask and no other score bias.
 void launch_disentangled_attention(const AttentionForwardParams& params, void* stream);
 
-// How the kernel that owns a block of keys hands on its part of dQ.
+// The way by which the kernel that owns a block of keys hands on its part of dQ.
 enum class DqMode : int {
   kDirect,      // every sequence has one block of keys: dQ is complete there and is stored
   kAccumulate,  // float32 atomics into dq_accumulator: fastest, not repeatable bit for bit
-  kSeparate,    // not at all: a second kernel, which owns a block of queries, recomputes the scores
+  kSeparate,    // it does not: a second kernel, which owns a block of queries, recomputes the scores
 };
 
 struct AttentionBackwardParams {
@@ -95,7 +95,7 @@ void launch_varlen_attention_backward(const AttentionBackwardParams& params, voi
 // Always DqMode::kSeparate; dq and dk are without their parts through c2p and p2c.
 void launch_disentangled_attention_backward(const AttentionBackwardParams& params, void* stream);
 
-// Which keys a query sees by their positions (step.cuh): query i those from (i * q_stride + first_key) / k_stride to
+// The keys that a query sees by their positions (step.cuh): query i those from (i * q_stride + first_key) / k_stride to
 // before (i * q_stride + last_key) / k_stride, key j is seen by the queries likewise; a negative dividend counts as 0.
 struct StepPositions {
   int q_stride, k_stride;

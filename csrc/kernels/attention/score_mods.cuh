@@ -1,4 +1,4 @@
-// Which keys a query sees, and the modification of a score before the softmax.
+// The keys that a query sees, and the modification of a score before the softmax.
 //
 // A score modification is a policy of the kernels, built once per tile and head. It has
 //   factor()            the factor that turns its values into exponents of 2
@@ -88,7 +88,7 @@ struct NoTables {
 // softmax_scale * q.k and nothing else.
 struct ScaleOnly : NoTables {
   static constexpr bool kPlain = true;
-  static constexpr bool kDqFromKeys = true;  // whether launches may ask the keys' kernel for dQ
+  static constexpr bool kDqFromKeys = true;  // launches may ask the keys' kernel for dQ
 
   float exponent;
 

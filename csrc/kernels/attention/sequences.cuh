@@ -1,4 +1,4 @@
-// From a CTA's number to its tile of its sequence, by a search over cumulative tile counts. The counts follow from
+// Finds the sequence and the tile of a CTA by its number, in a search over cumulative tile counts. These follow from
 // cu_seqlens and are never materialised: sequence b begins at slot cu_seqlens[b] / kBlock + b + 1. That leaves every
 // sequence at least ceil(length / kBlock) slots and at most one more, so a launch of slots(total, batch) CTAs has tiles
 // only for tokens that exist, and less than two empty slots a sequence. It needs no second kernel, no workspace, and
@@ -50,7 +50,7 @@ struct SequenceTile {
   int sequence;  // -1 or batch: rows of no sequence
   int begin;     // first row of the sequence
   int length;    // rows of the sequence
-  int index;     // which tile of it; the slot is empty where index * kBlock >= length, unless length is 0
+  int index;  // the tile's number in the sequence; the slot is empty where index * kBlock >= length, unless length is 0
 };
 
 // All lanes of a warp call it together: 32 offsets are looked at in one step.

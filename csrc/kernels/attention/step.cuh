@@ -24,7 +24,7 @@
 
 namespace warpform {
 
-// Which keys of a step a query sees. Neither bound falls with the query's number.
+// The keys of a step that a query sees. Neither bound falls with the query's number.
 struct StepPair {
   const StepPositions& positions;  // in constant memory: no registers
   int q_length;
@@ -157,8 +157,8 @@ struct AttentionStep {
     int head;
     int row;
     int rows;
-    float factors[kM][2];  // of O's sums
-    float weights[kM][2];  // of the given state
+    float factors[kM][2];  // of the sums of O, rows 16 m + 8 r + lane / 4
+    float weights[kM][2];  // of the given state, the same rows
 
     __device__ __forceinline__ Epilogue(const ForwardParams& params_, int head_, int row_, int rows_)
         : params(params_), head(head_), row(row_), rows(rows_) {}

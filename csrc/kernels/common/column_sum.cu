@@ -7,7 +7,7 @@ namespace warpform {
 
 namespace {
 
-// Whether four neighbouring columns can be read and written at once.
+// True if four neighbouring columns can be read and written at once.
 bool allows_vectors(const ColumnSumParams& p) {
   const uintptr_t out_bytes = kColumnSumVec * (p.dtype == DType::kFloat32 ? 4 : 2);
   bool aligned = p.cols % kColumnSumVec == 0 && reinterpret_cast<uintptr_t>(p.partials) % sizeof(FourSums) == 0;

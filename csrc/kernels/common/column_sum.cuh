@@ -28,7 +28,7 @@ constexpr int kWholeCols = kWholeThreads * kColumnSumVec;
 
 constexpr int kSplitWarps = 16;
 constexpr int kSplitCols = 32;
-constexpr int kSplitLanes = kSplitCols / kColumnSumVec;                // that share a group
+constexpr int kSplitLanes = kSplitCols / kColumnSumVec;                // threads that share a group
 constexpr int kSplitPlaces = kSplitWarps * (kWarpSize / kSplitLanes);  // groups at once
 constexpr int kSplitBytes = kSplitWarps * kSplitCols * 4;
 

@@ -59,7 +59,7 @@ __device__ __forceinline__ void load_parameter(float (&v)[kN], const void* p, bo
   load_floats(v, static_cast<const float*>(p) + col);
 }
 
-// Whether every pointer that is not null can be accessed 16 bytes at a time.
+// True if every pointer that is not null can be accessed 16 bytes at a time.
 template <class... Pointers>
 inline bool all_aligned(const Pointers*... p) {
   return ((reinterpret_cast<uintptr_t>(p) | ...) % 16) == 0;

@@ -35,7 +35,7 @@ __device__ __forceinline__ void add_accumulators_global(float* dst, int stride, 
         left = odd ? other : left;
         right = odd ? right : other;
       }
-      // One row's address at a time: there are no registers for both.
+      // It holds one row's address at a time: there are no registers for both.
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
         const int row = 8 * r + (g & ~1) + upper;

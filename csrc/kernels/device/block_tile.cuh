@@ -24,7 +24,7 @@ struct BlockTile {
 // Warps of 64 x 64 read 8 fragments of 512 bytes for 32 products: 32 cycles of shared memory where mma.sync takes some
 // 50. Three stages of it are 96 KiB, so that two CTAs fit an SM of Hopper, one an SM of Ampere or Ada.
 using LargeTile = BlockTile<128, 128, 2, 2, 3>;
-// For blocks of up to 64 columns, and where large tiles are too few to fill the GPU.
+// The tile for blocks of up to 64 columns, and for problems with too few large tiles to fill the GPU.
 using SmallTile = BlockTile<64, 64, 2, 2, 4>;
 
 // load(step, stage) and work(stage) for all steps, kStages - 1 loads ahead of the work. Loads are cp.async and begin in

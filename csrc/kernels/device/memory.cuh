@@ -17,7 +17,7 @@ __device__ __forceinline__ V load_global(const V* p) {
   return v;
 }
 
-// As load_global, for data that is read once, which may leave the caches first.
+// Loads like load_global data that is read once, and may leave the caches first.
 template <class V>
 __device__ __forceinline__ V load_global_streaming(const V* p) {
   using R = typename Raw<sizeof(V)>::type;

@@ -5,7 +5,7 @@
 
 namespace warpform {
 
-// Whether one instruction can add two floats (red_add_global).
+// True if one instruction can add two floats (red_add_global).
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr bool kPairedReductions = true;
 #else

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(Plan::kPlan.threads()) fft_conv_gradient_kerne
   // 16 bytes for each fragment and lane.
   auto* transforms = reinterpret_cast<RowValues*>(params.transforms) + cta * p.slots * (p.points / 2);
   auto* products = reinterpret_cast<Vec<float, 4>*>(params.products) + cta * p.points;
-  // As in convolve.cuh: which step a thread is at lies in shared memory.
+  // The step that a thread is at lies in shared memory, as in convolve.cuh.
   const auto own = [&] { return magnitudes_v + magnitude_bytes<Plan>() + opaque(threadIdx.x) * 4; };
   const auto pair = [&] { return load_shared<int>(own()) / p.passes; };
   const auto pass = [&] { return load_shared<int>(own()) % p.passes; };

@@ -27,7 +27,7 @@ int fft_conv_shares(const FftConvProblem& p) {
   const FftPlan plan = fft_plan(p.points);
   const int64_t steps = ceil_div(ceil_div(int64_t{p.batch}, int64_t{2}), int64_t{plan.slots});
   if (steps == 0 || p.channels == 0) return 0;
-  // As many CTAs as an SM holds, by registers (64 or 128 a thread) and by shared memory.
+  // An SM holds as many CTAs as its registers (64 or 128 a thread) and its shared memory allow.
   const int threads = plan.tiles == 1 ? 1024 : 512;
   const int per_sm = std::max(1, std::min(threads / plan.threads(), (200 << 10) / (plan.slots * plan.slot_bytes())));
   const int64_t most = std::max<int64_t>(1, static_cast<int64_t>(sm_count()) * per_sm / p.channels);

@@ -1,4 +1,4 @@
-// How a long convolution is factored: rows of L values are padded to `points`, the power of two, and convolved on
+// The factors of a long convolution: rows of L values are padded to `points`, the power of two, and convolved on
 // n = 2 points. Index j = j1 inner + j2 of a row, j2 = radix a + b; bin k = k1 + digits (k2 + radix k3):
 //
 //   Z[k] = sum_b w(radix)^(b k3) w(inner)^(b k2) sum_a w(radix)^(a k2) w(n)^(j2 k1) sum_j1 w(digits)^(j1 k1) z[j]
@@ -91,7 +91,7 @@ constexpr int fft_target(int points) {
   return 13 - log2 / 2;
 }
 
-// Where a bin of one sequence lies in a spectrum in the order of the transform, an index in units of one complex
+// The place of a bin of one sequence in a spectrum in the order of the transform, an index in units of one complex
 // number: [digits, fragments, 32 lanes, 4].
 constexpr int fft_bin_place(const FftPlan& p, int bin) {
   const int k1 = bin % p.digits, k2 = bin / p.digits % p.radix, k3 = bin / p.digits / p.radix;

@@ -90,7 +90,7 @@ __device__ __forceinline__ void store_row(void* data, int64_t row, int col, int 
   }
 }
 
-// Which sequences a CTA works on in one step: `slots` pairs of one channel, sequence 2 slot + q of the step.
+// The sequences that a CTA works on in one step: `slots` pairs of one channel, sequence 2 slot + q of the step.
 template <class Plan>
 struct RowWalk {
   static constexpr FftPlan kPlan = Plan::kPlan;

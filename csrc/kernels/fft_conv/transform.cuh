@@ -244,7 +244,7 @@ __device__ __forceinline__ void transform_columns(const Dft<kTiles>& dft, Square
     Strip<kTiles> to;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      uint32_t minus[kTiles][2];  // what meets sin with a minus
+      uint32_t minus[kTiles][2];  // the operand that sin multiplies with a minus
 #pragma unroll
       for (int k = 0; k < kTiles; ++k) {
 #pragma unroll

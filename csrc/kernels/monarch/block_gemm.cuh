@@ -23,7 +23,7 @@ struct BlockGemmWork {
   Divisor ctas;  // of a tile of rows; they are neighbours, so that its rows stay in L2
 };
 
-// Where a CTA is: the group, the first column and the first depth of a step.
+// The place of a CTA: the group, the first column and the first depth of a step.
 template <class Tile>
 struct BlockGemmStep {
   int group, col, depth;

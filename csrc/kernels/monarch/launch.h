@@ -49,7 +49,7 @@ struct WeightGradientParams {
   int splits;  // of the rows: weight_gradient_splits
   bool bfloat16;
 };
-// How many ranges of rows are summed apart: a function of the sizes and the GPU's number of SMs.
+// The number of ranges of rows that are summed apart: a function of the sizes and the GPU's number of SMs.
 int weight_gradient_splits(const WeightGradientParams& params);
 void launch_weight_gradient(const char* op, const WeightGradientParams& params, void* stream);
 
@@ -82,7 +82,7 @@ struct MonarchParams {
   int cols2;
   bool bfloat16;
 };
-// Whether launch_monarch serves the sizes on the current device: its intermediate has to fit into shared memory.
+// True if launch_monarch serves the sizes on the current device: its intermediate has to fit into shared memory.
 bool monarch_fits(const MonarchParams& params);
 void launch_monarch(const MonarchParams& params, void* stream);
 
@@ -106,7 +106,7 @@ struct GluParams {
   int out;
   bool bfloat16;
 };
-// Whether launch_glu serves the sizes on the current device: two blocks of x have to fit into shared memory, a block of
+// True if launch_glu serves the sizes on the current device: two blocks of x have to fit into shared memory, a block of
 // y into registers.
 bool glu_fits(const GluParams& params);
 void launch_glu(const GluParams& params, void* stream);

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kLeastRange = 512;  // rows that are worth a partial sum
 
-// One at least: the sums of a's columns are needed even where b has none.
+// At least one: the sums of a's columns are needed even if b has no columns.
 template <class Tile>
 int tiles_n(const WeightGradientParams& p) {
   return std::max(1, ceil_div(p.n, Tile::kN));

@@ -43,7 +43,7 @@ struct LayerNormBackwardParams {
   void* dweight;       // [cols]
   void* dln_bias;      // [cols]
   float* partials;     // [3, groups, cols], scratch
-  int64_t groups;      // what layer_norm_backward_groups says; the current device decides it
+  int64_t groups;      // the result of layer_norm_backward_groups; the current device decides it
   int64_t rows;
   int64_t cols;
   DType dtype;

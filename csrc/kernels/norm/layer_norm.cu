@@ -4,6 +4,7 @@
 #include <climits>
 
 #include "common/column_sum.h"
+#include "device/dispatch.cuh"
 #include "device/launch.cuh"
 
 namespace warpform {
@@ -11,52 +12,47 @@ namespace {
 
 template <class Params>
 struct Shape {
-  int max_cols;                                                 // the longest row that this shape can hold
-  int rows;                                                     // that a block works on at a time
-  int blocks_per_sm;                                            // that the backward pass fills the GPU with
-  void (*run[3])(const Params&, int64_t blocks, void* stream);  // by dtype
+  int max_cols;       // the longest row that this shape can hold
+  int rows;           // rows that a block works on at a time
+  int blocks_per_sm;  // blocks that the backward pass fills the GPU with
+  void (*run)(const Params&, int64_t blocks, void* stream);
 };
 
-template <class T, int kVec, int kRowThreads, int kElements>
-void run_forward(const LayerNormParams& p, int64_t blocks, void* stream) {
-  using Kernel = LayerNormForward<T, kVec, kRowThreads, kElements>;
-  constexpr int64_t kMost = INT_MAX;
-  const dim3 grid(static_cast<unsigned>(std::min(blocks, kMost)), static_cast<unsigned>(ceil_div(blocks, kMost)));
-  launch<layer_norm_kernel<T, kVec, kRowThreads, kElements>>("add_bias_residual_layer_norm", grid, Kernel::kThreads,
-                                                             Kernel::kSharedBytes, stream, p);
-}
-
-template <class T, int kVec, int kRowThreads, int kElements>
-void run_backward(const LayerNormBackwardParams& p, int64_t blocks, void* stream) {
-  using Kernel = LayerNormBackward<T, kVec, kRowThreads, kElements>;
-  launch<layer_norm_backward_kernel<T, kVec, kRowThreads, kElements>>("add_bias_residual_layer_norm_backward",
-                                                                      static_cast<unsigned>(blocks), Kernel::kThreads,
-                                                                      Kernel::kSharedBytes, stream, p);
-}
-
-// Accesses of up to kBytes bytes.
+// Elements of an access of up to kBytes bytes.
 template <class T, int kBytes>
 constexpr int kVec = kBytes > static_cast<int>(sizeof(T)) ? kBytes / static_cast<int>(sizeof(T)) : 1;
 
 template <int kRowThreads, int kElements, int kBytes>
+void run_forward(const LayerNormParams& p, int64_t blocks, void* stream) {
+  constexpr int64_t kMost = INT_MAX;
+  const dim3 grid(static_cast<unsigned>(std::min(blocks, kMost)), static_cast<unsigned>(ceil_div(blocks, kMost)));
+  dispatch_dtype(p.dtype, [&]<class T>() {
+    using Kernel = LayerNormForward<T, kVec<T, kBytes>, kRowThreads, kElements>;
+    launch<layer_norm_kernel<T, kVec<T, kBytes>, kRowThreads, kElements>>(
+        "add_bias_residual_layer_norm", grid, Kernel::kThreads, Kernel::kSharedBytes, stream, p);
+  });
+}
+
+template <int kRowThreads, int kElements, int kBytes>
+void run_backward(const LayerNormBackwardParams& p, int64_t blocks, void* stream) {
+  dispatch_dtype(p.dtype, [&]<class T>() {
+    using Kernel = LayerNormBackward<T, kVec<T, kBytes>, kRowThreads, kElements>;
+    launch<layer_norm_backward_kernel<T, kVec<T, kBytes>, kRowThreads, kElements>>(
+        "add_bias_residual_layer_norm_backward", static_cast<unsigned>(blocks), Kernel::kThreads, Kernel::kSharedBytes,
+        stream, p);
+  });
+}
+
+template <int kRowThreads, int kElements, int kBytes>
 constexpr Shape<LayerNormParams> forward() {
-  return {kRowThreads * kElements,
-          LayerNormForward<float, 1, kRowThreads, kElements>::kRows,
-          0,
-          {run_forward<float, kVec<float, kBytes>, kRowThreads, kElements>,
-           run_forward<half_t, kVec<half_t, kBytes>, kRowThreads, kElements>,
-           run_forward<bf16_t, kVec<bf16_t, kBytes>, kRowThreads, kElements>}};
+  return {kRowThreads * kElements, LayerNormForward<float, 1, kRowThreads, kElements>::kRows, 0,
+          run_forward<kRowThreads, kElements, kBytes>};
 }
 
 template <int kRowThreads, int kElements, int kBytes>
 constexpr Shape<LayerNormBackwardParams> backward() {
   using Kernel = LayerNormBackward<float, 1, kRowThreads, kElements>;
-  return {Kernel::kCols,
-          Kernel::kRows,
-          Kernel::kBlocksPerSm,
-          {run_backward<float, kVec<float, kBytes>, kRowThreads, kElements>,
-           run_backward<half_t, kVec<half_t, kBytes>, kRowThreads, kElements>,
-           run_backward<bf16_t, kVec<bf16_t, kBytes>, kRowThreads, kElements>}};
+  return {Kernel::kCols, Kernel::kRows, Kernel::kBlocksPerSm, run_backward<kRowThreads, kElements, kBytes>};
 }
 
 // <threads a row, elements a thread, bytes an access>; the first shape that holds a row serves it. A warp has rows of
@@ -97,7 +93,7 @@ const Shape<Params>& first_that_holds(const Shape<Params> (&shapes)[kCount], int
   throw std::runtime_error("add_bias_residual_layer_norm: no kernel for rows of " + std::to_string(cols) + " elements");
 }
 
-// Whether every row and pointer allows 16-byte accesses.
+// True if every row and pointer allows 16-byte accesses.
 template <class... Pointers>
 bool aligned(DType dtype, int64_t cols, const Pointers*... pointers) {
   return cols % (dtype == DType::kFloat32 ? kWideVec<float> : kWideVec<half_t>) == 0 && all_aligned(pointers...);
@@ -119,7 +115,7 @@ const Shape<LayerNormBackwardParams>& shape_of(const LayerNormBackwardParams& p)
 void launch_layer_norm(const LayerNormParams& p, void* stream) {
   if (p.rows == 0 || p.cols == 0) return;
   const Shape<LayerNormParams>& shape = shape_of(p);
-  shape.run[static_cast<int>(p.dtype)](p, ceil_div(p.rows, int64_t{shape.rows}), stream);
+  shape.run(p, ceil_div(p.rows, int64_t{shape.rows}), stream);
 }
 
 int64_t layer_norm_backward_groups(const LayerNormBackwardParams& p) {
@@ -130,7 +126,7 @@ int64_t layer_norm_backward_groups(const LayerNormBackwardParams& p) {
 
 void launch_layer_norm_backward(const LayerNormBackwardParams& p, void* stream) {
   if (p.cols == 0) return;
-  if (p.rows > 0) shape_of(p).run[static_cast<int>(p.dtype)](p, p.groups, stream);
+  if (p.rows > 0) shape_of(p).run(p, p.groups, stream);
   launch_column_sum("add_bias_residual_layer_norm_backward",
                     {.partials = p.partials,
                      .out = {p.dbias, p.dweight, p.dln_bias},

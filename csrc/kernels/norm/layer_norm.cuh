@@ -96,7 +96,7 @@ __device__ __forceinline__ void forget(Vec<T, kN>& v) {
   }
 }
 
-// Whether a row's successor is loaded while it is worked on: two elements a register, so that it costs few.
+// True if the next row is loaded while a row is worked on. Two elements share a register, so that it costs few.
 template <class T, int kVec>
 constexpr bool kLoadsAhead = sizeof(T) == 2 && kVec > 1;
 
@@ -198,7 +198,7 @@ layer_norm_kernel(const LayerNormParams p) {
 // just read them: from L1 or L2), and keep dbias in shared memory, each thread its own columns.
 template <class T, int kVec, int kRowThreads, int kElements>
 struct LayerNormBackward {
-  // Of warps with rows of their own as many as have registers: 3 sums a column, the row, the next row.
+  // Where a warp has rows of its own, as many warps as have registers: 3 sums a column, the row, the next row.
   static constexpr int kThreads = kRowThreads > kWarpSize ? kRowThreads
                                   : kElements <= 16       ? 512
                                   : kElements <= 24       ? 384

@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(kScanThreads) scan_lengths(const __grid_consta
     const int length = b < p.batch ? load_global(p.lengths + b) : 0;
     longest = longest > length ? longest : length;
     int64_t end = warp_inclusive_scan<int64_t>(length);
-    // Two buffers in turn, so that one barrier a step is enough: who writes a buffer again has passed the barrier that
-    // follows its last reading.
+    // Two buffers take turns, so that one barrier a step is enough: a thread that writes one again has passed the
+    // barrier that follows its last reading.
     const uint32_t totals = shared_base() + static_cast<uint32_t>(buffer * kWarps * 8);
     buffer ^= 1;
     if (lane_id() == kWarpSize - 1) store_shared<int64_t>(totals + warp_id() * 8, end);
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kPlanThreads) rank_rows(const __grid_constant_
         if (w < warp_in_row) base += n;
         start += n;
       }
-      // Two buffers in turn, as in scan_lengths.
+      // Two buffers take turns, as in scan_lengths.
       counts ^= kPlanWarps * 4;
     }
 #pragma unroll

@@ -14,7 +14,7 @@ inline constexpr int kMaxGroups = 64;    // bits of a mask
 inline constexpr int kMaxClasses = 256;  // one digit of the sort
 inline constexpr int kHiddenTile = 128;  // tokens of a tile, for the products
 inline constexpr int kHiddenBlock = 64;  // hidden dimensions that are worked on at a time: narrower groups cost as much
-inline constexpr int kFewTokens = 4;     // up to this many tokens take the GEMV kernels, which need no tiles
+inline constexpr int kGemvTokens = 4;    // up to this many tokens take the GEMV kernels, which need no tiles
 
 // ---- plan ----
 
@@ -60,9 +60,9 @@ struct Routes {
   int tiles;
   int num_groups;
   int num_classes;
-  int width;  // of a group, a multiple of 8
-  int num_out;
-  int part;  // of the dimension that is not routed: its width / num_out, a multiple of 8
+  int width;        // of a group, a multiple of 8
+  int num_out;      // parts of the dense dimension, the one that is not routed
+  int dense_width;  // of one part, a multiple of 8
 };
 
 // A weight [num_classes, outputs, inputs]: either its inputs are contiguous, or, transposed, its outputs.
@@ -76,11 +76,11 @@ struct RoutedWeight {
 // out[t] = sum over groups g of t of gates[t, g] w[:, g] x[t, g] + bias
 struct HiddenGatherParams {
   Routes routes;
-  RoutedWeight w;      // [num_out * part, num_groups * width]
+  RoutedWeight w;      // [num_out * dense_width, num_groups * width]
   const void* x;       // [tokens, num_groups * width], rows x_stride elements apart
   const float* gates;  // [tokens, num_groups], or null
-  const void* bias;    // [num_out * part] of each class, or null
-  void* out;           // [tokens, num_out * part]
+  const void* bias;    // [num_out * dense_width] of each class, or null
+  void* out;           // [tokens, num_out * dense_width]
   int64_t x_stride;
   int64_t bias_stride;  // between classes; 0: one for all
   bool bfloat16;
@@ -91,8 +91,8 @@ void launch_hidden_gather(const char* op, const HiddenGatherParams& params, void
 // product of z[t, g] and dot_with[t, g]
 struct HiddenScatterParams {
   Routes routes;
-  RoutedWeight w;        // [num_groups * width, num_out * part]
-  const void* x;         // [tokens, num_out * part], rows x_stride elements apart
+  RoutedWeight w;        // [num_groups * width, num_out * dense_width]
+  const void* x;         // [tokens, num_out * dense_width], rows x_stride elements apart
   const float* gates;    // [tokens, num_groups], or null
   const void* bias;      // [num_groups * width] of each class, or null
   const void* dot_with;  // [tokens, num_groups * width], rows dot_stride elements apart, or null
@@ -107,16 +107,16 @@ struct HiddenScatterParams {
 };
 void launch_hidden_scatter(const char* op, const HiddenScatterParams& params, void* stream);
 
-// dw = the sum over tokens of other[t] (gates[t, g] routed[t, g])^T; `routed` has its groups along the rows of dw
+// dw = the sum over tokens of dense[t] (gates[t, g] routed[t, g])^T; `routed` has its groups along the rows of dw
 // (routed_out), or along its columns.
 struct HiddenWeightGradParams {
   Routes routes;
-  const void* other;   // [tokens, num_out * part]
+  const void* dense;   // [tokens, num_out * dense_width]
   const void* routed;  // [tokens, num_groups * width]
   const float* gates;  // [tokens, num_groups], or null
-  float* dw;           // [num_classes, num_out * part, num_groups * width], transposed if routed_out
-  float* partials;     // [splits, of dw], workspace; unused by one split
-  int64_t other_stride;
+  float* dw;           // [num_classes, num_out * dense_width, num_groups * width], transposed if routed_out
+  float* partials;     // [splits, the shape of dw], workspace; unused by one split
+  int64_t dense_stride;
   int64_t routed_stride;
   int splits;  // of the tiles: hidden_weight_grad_splits
   bool routed_out;

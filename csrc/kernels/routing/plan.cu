@@ -18,7 +18,7 @@ int64_t items_of(int64_t tokens) {
 
 }  // namespace
 
-// Two orders of the tokens, to be read and written in turn, the counts, the ends of classes.
+// The workspace holds two orders of the tokens, read and written in turn, the counts, and the ends of classes.
 int64_t routing_plan_workspace(int64_t tokens) {
   if (tokens <= kFewPlanTokens) return 0;
   return 2 * tokens + ceil_div(tokens, items_of(tokens)) * kDigits + kMaxClasses;

@@ -160,7 +160,7 @@ static __global__ void __launch_bounds__(kSortThreads) place_tokens(const __grid
     store_shared(shifts + thread * 4, first_tile * s.p.tile - start);
     if (block == 0 && thread < s.p.num_classes) store_global(s.class_ends + thread, first_tile + tiles);
   }
-  // How many of each digit the warps with smaller numbers have.
+  // Counts, for each digit, the tokens of the warps with smaller numbers.
   for_tokens_of_warp(s, [&](int, int digit, uint32_t lanes) { count_digit(counters, digit, lanes); });
   block_sync();
   int sum = load_shared<int>(bases + thread * 4);
@@ -197,7 +197,7 @@ __device__ __forceinline__ uint64_t warp_or(uint64_t v) {
   return v;
 }
 
-// One block a tile. A tile without tokens has mask 0.
+// One block computes the mask of one tile. A tile without tokens has mask 0.
 static __global__ void __launch_bounds__(kUnionThreads) tile_unions(const __grid_constant__ TileUnions u) {
   const RoutingPlanParams& p = u.p;
   const int tile = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
@@ -220,7 +220,7 @@ static __global__ void __launch_bounds__(kUnionThreads) tile_unions(const __grid
   store_global(p.tile_class + tile, c < p.num_classes ? c : 0);
 }
 
-// One block: where the unions together use too much, tiles with tokens use everything.
+// One block decides: if the unions together use too much, tiles with tokens use all groups.
 static __global__ void __launch_bounds__(kSortThreads) decide_dense(const __grid_constant__ RoutingPlanParams p) {
   const auto used = [&](int tile) { return load_global(p.perm + int64_t{tile} * p.tile) >= 0; };
   int64_t pairs = 0, tiles = 0;

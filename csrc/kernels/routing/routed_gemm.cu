@@ -1,4 +1,4 @@
-// The routed layers: which of their kernels runs.
+// The routed layers: the choice between GEMM (routed_gemm.cuh) and GEMV (gemv.cuh), and the launches.
 #include "routing/routed_gemm.cuh"
 
 #include <algorithm>
@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "common/column_sum.h"
+#include "device/dispatch.cuh"
 #include "device/launch.cuh"
 #include "routing/gemv.cuh"
 
@@ -19,46 +20,47 @@ dim3 grid_of(const char* op, int64_t ctas) {
   return dim3(static_cast<unsigned>(ctas));
 }
 
-// One row of the weight a warp and turn, a few turns where there are many rows: x is fetched once for all of them.
-dim3 few_grid(int outputs) {
-  const int blocks = ceil_div(outputs, kFewWarps);
-  return dim3(static_cast<unsigned>(std::min(blocks, 4 * sm_count())));
+// True if the GEMV kernels run. Up to kGemvTokens tokens would fill a thirtieth of a tile, and the time is that of
+// reading the weight, which GEMV does once and without the plan's order. It multiplies whole rows of the weight, whose
+// inputs must be contiguous; it knows one class and one part, computes no dots, and holds the tokens in shared memory.
+bool takes_gemv(const Routes& r, const RoutedWeight& w, bool wants_dots, int shared_bytes) {
+  return r.tokens <= kGemvTokens && r.num_classes == 1 && r.num_out == 1 && !w.transposed && !wants_dots &&
+         shared_bytes <= shared_memory_limit();
 }
 
-bool is_few(const Routes& r, const RoutedWeight& w, int shared_bytes) {
-  return r.tokens <= kFewTokens && r.num_classes == 1 && r.num_out == 1 && !w.transposed &&
-         shared_bytes <= shared_memory_limit();
+// A warp computes one output at a time, and several in turn where there are many: x is fetched once for all of them.
+dim3 gemv_grid(int outputs) {
+  const int blocks = ceil_div(outputs, kGemvWarps);
+  return dim3(static_cast<unsigned>(std::min(blocks, 4 * sm_count())));
 }
 
 template <class T>
 void gather(const char* op, const HiddenGatherParams& p, void* stream) {
   const Routes& r = p.routes;
-  const int few_bytes = few_gather_bytes(r.num_groups, r.width);
-  if (is_few(r, p.w, few_bytes)) {
-    HiddenFewGatherWork work{p, {}};
+  const int gemv_bytes = gather_gemv_bytes(r.num_groups, r.width);
+  if (takes_gemv(r, p.w, /*wants_dots=*/false, gemv_bytes)) {
+    HiddenGatherGemvWork work{p, {}};
     work.vectors.set(r.width / kVector);
-    launch<hidden_gather_few<T>>(op, few_grid(r.part), kFewThreads, few_bytes, stream, work);
+    launch<hidden_gather_gemv<T>>(op, gemv_grid(r.dense_width), kGemvThreads, gemv_bytes, stream, work);
     return;
   }
-  HiddenGatherWork work{.p = p, .columns = {}, .part_columns = ceil_div(r.part, Shape::kN)};
+  HiddenGatherWork work{.p = p, .columns = {}, .part_columns = ceil_div(r.dense_width, Shape::kN)};
   work.columns.set(work.part_columns * r.num_out);
   const dim3 grid = grid_of(op, int64_t{r.tiles} * work.columns.divisor);
   const int bytes = Shape::kBytes + TileTokens::bytes(p.gates == nullptr ? 0 : r.num_groups);
-  if (p.w.transposed) {
-    launch<hidden_gather<T, true>>(op, grid, Shape::kThreads, bytes, stream, work);
-  } else {
-    launch<hidden_gather<T, false>>(op, grid, Shape::kThreads, bytes, stream, work);
-  }
+  dispatch_bool(p.w.transposed, [&]<bool kTransposed>() {
+    launch<hidden_gather<T, kTransposed>>(op, grid, Shape::kThreads, bytes, stream, work);
+  });
 }
 
 template <class T>
 void scatter(const char* op, const HiddenScatterParams& p, void* stream) {
   const Routes& r = p.routes;
-  if (p.dots == nullptr && is_few(r, p.w, few_scatter_bytes(r.part))) {
-    HiddenFewScatterWork work{p, {}};
+  const int gemv_bytes = scatter_gemv_bytes(r.dense_width);
+  if (takes_gemv(r, p.w, p.dots != nullptr, gemv_bytes)) {
+    HiddenScatterGemvWork work{p, {}};
     work.width.set(r.width);
-    launch<hidden_scatter_few<T>>(op, few_grid(r.num_groups * r.width), kFewThreads, few_scatter_bytes(r.part), stream,
-                                  work);
+    launch<hidden_scatter_gemv<T>>(op, gemv_grid(r.num_groups * r.width), kGemvThreads, gemv_bytes, stream, work);
     return;
   }
   const int group_blocks = ceil_div(r.width, kHiddenBlock);
@@ -67,11 +69,9 @@ void scatter(const char* op, const HiddenScatterParams& p, void* stream) {
   work.columns.set(ceil_div(work.blocks, 2));
   const dim3 grid = grid_of(op, int64_t{r.tiles} * work.columns.divisor);
   const int bytes = Shape::kBytes + TileTokens::bytes(0);
-  if (p.w.transposed) {
-    launch<hidden_scatter<T, true>>(op, grid, Shape::kThreads, bytes, stream, work);
-  } else {
-    launch<hidden_scatter<T, false>>(op, grid, Shape::kThreads, bytes, stream, work);
-  }
+  dispatch_bool(p.w.transposed, [&]<bool kTransposed>() {
+    launch<hidden_scatter<T, kTransposed>>(op, grid, Shape::kThreads, bytes, stream, work);
+  });
   if (p.dots == nullptr || group_blocks == 1) return;
   launch_column_sum(op,
                     {.partials = p.dot_partials,
@@ -86,21 +86,13 @@ void scatter(const char* op, const HiddenScatterParams& p, void* stream) {
 }  // namespace
 
 void launch_hidden_gather(const char* op, const HiddenGatherParams& p, void* stream) {
-  if (p.routes.tokens == 0 || p.routes.part == 0) return;
-  if (p.bfloat16) {
-    gather<bf16_t>(op, p, stream);
-  } else {
-    gather<half_t>(op, p, stream);
-  }
+  if (p.routes.tokens == 0 || p.routes.dense_width == 0) return;
+  dispatch_dtype(p.bfloat16, [&]<class T>() { gather<T>(op, p, stream); });
 }
 
 void launch_hidden_scatter(const char* op, const HiddenScatterParams& p, void* stream) {
   if (p.routes.tokens == 0 || p.routes.width == 0) return;
-  if (p.bfloat16) {
-    scatter<bf16_t>(op, p, stream);
-  } else {
-    scatter<half_t>(op, p, stream);
-  }
+  dispatch_dtype(p.bfloat16, [&]<class T>() { scatter<T>(op, p, stream); });
 }
 
 }  // namespace warpform

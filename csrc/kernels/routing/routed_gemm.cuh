@@ -43,8 +43,9 @@ __device__ __forceinline__ uint64_t groups_at(const Routes& r, int tile) {
   return r.num_groups == 64 ? groups : groups & ((uint64_t{1} << r.num_groups) - 1);
 }
 
-// What a CTA keeps about its tokens beside the stages: what they use, which they are, the rows that use each group, and
-// of gates [groups][tokens], 0 where a token does not use a group, over a power of two, which comes behind them.
+// Shared memory of a CTA's tokens, beside the stages: the mask of each token, its number, the rows that use each group,
+// and, if there are gates, [groups][tokens] of them over a power of two of each token, which follows them. A gate is 0
+// if the token does not use the group.
 struct TileTokens {
   static constexpr int kTurns = kHiddenTile / (HiddenTileShape::kThreads / 8);  // rows that a thread copies
   static constexpr int kRowStep = kHiddenTile / kTurns;                         // from one of them to the next
@@ -75,7 +76,7 @@ struct TileTokens {
     return gates() + (p.num_groups * kHiddenTile + row) * 4;
   }
 
-  // A thread a token. No barrier.
+  // Each thread loads one token. There is no barrier inside.
   __device__ __forceinline__ void load(const Routes& p, int tile) const {
     const int row = static_cast<int>(threadIdx.x);
     const int token = token_at(p, int64_t{tile} * kHiddenTile + row);
@@ -83,7 +84,7 @@ struct TileTokens {
     store_shared(token_address(row), token);
     store_shared(base + row * 8, mask);
   }
-  // Of each group the rows that use it. After load().
+  // Sets the rows that use each group. After load().
   __device__ __forceinline__ void load_uses(const Routes& p) const {
     const uint64_t mask = this->mask(static_cast<int>(threadIdx.x));
     for (int g = 0; g < p.num_groups; ++g) {
@@ -91,7 +92,7 @@ struct TileTokens {
       if (lane_id() == 0) store_shared(base + kUsesAt + g * 16 + warp_id() * 4, rows);
     }
   }
-  // The gates. After load(); several are asked for at once, as each waits for memory.
+  // Loads the gates, several at once, because each waits for memory. After load().
   __device__ __forceinline__ void load_gates(const Routes& p, const float* from) const {
     constexpr int kAtOnce = 8;
     const int row = static_cast<int>(threadIdx.x);
@@ -249,8 +250,8 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
   const int column = block - tile * work.columns.divisor;
   const int part = column / work.part_columns;
   const int first_in_part = (column - part * work.part_columns) * Shape::kN;
-  const int cols = min(r.part - first_in_part, Shape::kN);
-  const int64_t first_col = int64_t{part} * r.part + first_in_part;
+  const int cols = min(r.dense_width - first_in_part, Shape::kN);
+  const int64_t first_col = int64_t{part} * r.dense_width + first_in_part;
   if (token_at(r, int64_t{tile} * kHiddenTile) < 0) return;  // no tokens
 
   const TileTokens tokens = Stage::tokens();
@@ -316,7 +317,7 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
   if (p.bias != nullptr) {
     add_bias(acc, static_cast<const T*>(p.bias) + cls * p.bias_stride + first_col + warp_col, cols_left);
   }
-  const int64_t out_stride = int64_t{r.num_out} * r.part;
+  const int64_t out_stride = int64_t{r.num_out} * r.dense_width;
   T* out = static_cast<T*>(p.out) + first_col + warp_col;
   for_each_vector<T>(acc, [&](int row, int col, const uint32_t (&v)[4]) {
     const int token = tokens.token(warp_row + row);
@@ -380,20 +381,20 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
   };
   const auto advance = [&](Step& step) {
     step.depth += kHiddenBlock;
-    if (step.depth < r.part) return;
+    if (step.depth < r.dense_width) return;
     step.depth = 0, ++step.part;
     settle(step);
   };
   int parts = 0;
   for (int part = 0; part < r.num_out; ++part) parts += sees(part, halves[0]) || sees(part, halves[1]);
-  const int steps = parts * ceil_div(r.part, kHiddenBlock);
+  const int steps = parts * ceil_div(r.dense_width, kHiddenBlock);
   Step now{0, 0}, ahead{0, 0};
   settle(now);
   settle(ahead);
 
   const auto load = [&](int /*step*/, int stage) {
-    const int64_t at = int64_t{ahead.part} * r.part + ahead.depth;
-    copy_tokens_async(Stage::x(stage), static_cast<const T*>(p.x) + at, p.x_stride, r.part - ahead.depth, tokens,
+    const int64_t at = int64_t{ahead.part} * r.dense_width + ahead.depth;
+    copy_tokens_async(Stage::x(stage), static_cast<const T*>(p.x) + at, p.x_stride, r.dense_width - ahead.depth, tokens,
                       Vec<uint32_t, 4>{{~0u, ~0u, ~0u, ~0u}});
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -401,7 +402,7 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
       if (!sees(ahead.part, b)) continue;
       copy_weight_async<Shape::kThreads, kTransposed>(Stage::w(stage, half),
                                                       weight_at<T>(p.w, cls, int64_t{b.group} * r.width + b.first, at),
-                                                      p.w.stride, b.cols, r.part - ahead.depth);
+                                                      p.w.stride, b.cols, r.dense_width - ahead.depth);
     }
     advance(ahead);
   };
@@ -442,11 +443,11 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
         if (used_at(row)) {
           z = {{v[0], v[1], v[2], v[3]}};
           if (p.dot_with != nullptr) {
-            const auto other = load_global(reinterpret_cast<const Vec<T, 8>*>(dot_with + token * p.dot_stride + col));
+            const auto factor = load_global(reinterpret_cast<const Vec<T, 8>*>(dot_with + token * p.dot_stride + col));
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const auto pair = unpack2<T>(v[i]);
-              dot += pair[0] * to_float(other[2 * i]) + pair[1] * to_float(other[2 * i + 1]);
+              dot += pair[0] * to_float(factor[2 * i]) + pair[1] * to_float(factor[2 * i + 1]);
             }
           }
         }

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "common/column_sum.h"
+#include "device/dispatch.cuh"
 #include "device/launch.cuh"
 
 namespace warpform {
@@ -12,29 +13,27 @@ namespace {
 
 constexpr const char* kOp = "hidden_weight_grad";
 using Shape = HiddenTileShape;
-// Tiles of tokens of a range: as few are worth a partial sum, as many have room in the list.
+// Tiles of tokens that a range has: at least as many as are worth a partial sum, at most as many as the list holds.
 constexpr int kLeastRange = 4, kMostRange = 2048;
 
-int others_of(const Routes& r) { return ceil_div(r.part, Shape::kM) * r.num_out; }
+int part_tiles_of(const Routes& r) { return ceil_div(r.dense_width, Shape::kM); }
+int dense_tiles_of(const Routes& r) { return part_tiles_of(r) * r.num_out; }
 int blocks_of(const Routes& r) { return ceil_div(r.width, kHiddenBlock) * r.num_groups; }
 
-int64_t ctas_of(const Routes& r) { return int64_t{others_of(r)} * ceil_div(blocks_of(r), 2) * r.num_classes; }
+// CTAs of one split.
+int64_t ctas_of(const Routes& r) { return int64_t{dense_tiles_of(r)} * ceil_div(blocks_of(r), 2) * r.num_classes; }
 
-template <class T>
-void launch_type(const HiddenWeightGradParams& p, void* stream) {
+HiddenWeightGradWork work_of(const HiddenWeightGradParams& p) {
   const Routes& r = p.routes;
   HiddenWeightGradWork work{.p = p,
-                            .others = others_of(r),
-                            .part_others = ceil_div(r.part, Shape::kM),
+                            .dense_tiles = dense_tiles_of(r),
+                            .part_tiles = part_tiles_of(r),
                             .pairs = ceil_div(blocks_of(r), 2),
                             .group_blocks = {},
                             .blocks = blocks_of(r),
                             .range = ceil_div(r.tiles, p.splits)};
   work.group_blocks.set(ceil_div(r.width, kHiddenBlock));
-  const int64_t ctas = ctas_of(r) * p.splits;
-  if (ctas > INT_MAX) throw std::runtime_error(std::string(kOp) + ": too many blocks");
-  launch<hidden_weight_grad<T>>(kOp, dim3(static_cast<unsigned>(ctas)), Shape::kThreads, GradStage::bytes(work.range),
-                                stream, work);
+  return work;
 }
 
 }  // namespace
@@ -48,19 +47,21 @@ int hidden_weight_grad_splits(const Routes& r) {
 
 void launch_hidden_weight_grad(const HiddenWeightGradParams& p, void* stream) {
   const Routes& r = p.routes;
-  if (r.part == 0 || r.width == 0) return;
-  if (p.bfloat16) {
-    launch_type<bf16_t>(p, stream);
-  } else {
-    launch_type<half_t>(p, stream);
-  }
+  if (r.dense_width == 0 || r.width == 0) return;
+  const HiddenWeightGradWork work = work_of(p);
+  const int64_t ctas = ctas_of(r) * p.splits;
+  if (ctas > INT_MAX) throw std::runtime_error(std::string(kOp) + ": too many blocks");
+  const dim3 grid(static_cast<unsigned>(ctas));
+  dispatch_dtype(p.bfloat16, [&]<class T>() {
+    launch<hidden_weight_grad<T>>(kOp, grid, Shape::kThreads, GradStage::bytes(work.range), stream, work);
+  });
   if (p.splits == 1) return;
   launch_column_sum(kOp,
                     {.partials = p.partials,
                      .out = {p.dw},
                      .sums = 1,
                      .groups = p.splits,
-                     .cols = int64_t{r.num_classes} * r.num_out * r.part * r.num_groups * r.width,
+                     .cols = int64_t{r.num_classes} * r.num_out * r.dense_width * r.num_groups * r.width,
                      .dtype = DType::kFloat32},
                     stream);
 }

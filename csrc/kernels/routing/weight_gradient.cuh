@@ -1,7 +1,7 @@
-// Gradient of the weight of a routed linear layer: dw = the sum over tokens of other[t] (gates[t, g] routed[t, g])^T.
+// Gradient of the weight of a routed linear layer: dw = the sum over tokens of dense[t] (gates[t, g] routed[t, g])^T.
 //
-// Tile      128 dimensions of the side that is not routed by two blocks of 64 of the routed one, which may be of two
-//           groups; four warps of 64 x 64; 64 tokens at a time, in the plan's order.
+// Tile      128 dimensions of the dense side by two blocks of 64 of the routed side, which may be of two groups; four
+//           warps of 64 x 64; 64 tokens at a time, in the plan's order.
 // Loads     all threads, 16-byte cp.async of rows that the copies gather, three stages. A CTA first lists the tiles of
 //           its range whose union has one of its groups: the others cost nothing. Tokens, masks and gates are asked for
 //           4, 3 and 2 steps before they are used: a mask's address follows from its token, a gate's from the mask.
@@ -21,12 +21,12 @@ namespace warpform {
 
 struct HiddenWeightGradWork {
   HiddenWeightGradParams p;
-  int others;            // tiles of 128 of the side that is not routed, all parts
-  int part_others;       // of a part
+  int dense_tiles;       // tiles of 128 dimensions of the dense side, over all parts
+  int part_tiles;        // tiles of one part
   int pairs;             // pairs of blocks of the routed side
-  Divisor group_blocks;  // blocks of a group
-  int blocks;            // of all groups
-  int range;             // tiles of tokens of a split
+  Divisor group_blocks;  // blocks of one group
+  int blocks;            // blocks of all groups
+  int range;             // tiles of tokens of one split
 };
 
 // Tokens that a stage holds, and the gates of both halves; then the list of tiles.
@@ -36,17 +36,17 @@ struct GradStage {
   static constexpr int kTokenBytes = kTokens * 8;  // the token, and which halves it uses
   static constexpr int kGatePlaces = HiddenTileShape::kStages + 1;
 
-  static __device__ __forceinline__ SharedTile<128> other(int stage) {
+  static __device__ __forceinline__ SharedTile<128> dense(int stage) {
     return {shared_base() + stage * HiddenTileShape::kStageBytes};
   }
   static __device__ __forceinline__ SharedTile<64> routed(int stage, int half) {
-    return {other(stage).base + SharedTile<128>::bytes(kTokens) + half * SharedTile<64>::bytes(kTokens)};
+    return {dense(stage).base + SharedTile<128>::bytes(kTokens) + half * SharedTile<64>::bytes(kTokens)};
   }
   // One place more than stages: those of the step after the last one loaded are kept while the first is worked on.
   static __device__ __forceinline__ uint32_t gate(int step, int half, int row) {
     return shared_base() + HiddenTileShape::kBytes + step % kGatePlaces * kGateBytes + (half * kTokens + row) * 4;
   }
-  // Two places in turn: the tokens of the step that is loaded, and of the one after.
+  // The tokens of the step that is loaded and those of the step after it take two places in turn.
   static __device__ __forceinline__ uint32_t token(int step, int row) {
     return shared_base() + HiddenTileShape::kBytes + kGatePlaces * kGateBytes + step % 2 * kTokenBytes + row * 8;
   }
@@ -69,15 +69,15 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
   // CTAs of one range are neighbours: its rows stay in L2. Within it those of one pair: the pairs of groups that all
   // tokens use, mostly the first, have more to do than others and go to different SMs that way.
   int cta = static_cast<int>(blockIdx.x);
-  const int other_tile = cta % work.others;
-  cta /= work.others;
+  const int dense_tile = cta % work.dense_tiles;
+  cta /= work.dense_tiles;
   const int pair = cta % work.pairs;
   cta /= work.pairs;
   const int cls = cta % r.num_classes, split = cta / r.num_classes;
-  const int part = other_tile / work.part_others;
-  const int first_in_part = (other_tile - part * work.part_others) * Shape::kM;
-  const int rows = min(r.part - first_in_part, Shape::kM);
-  const int64_t first_other = int64_t{part} * r.part + first_in_part;
+  const int part = dense_tile / work.part_tiles;
+  const int first_in_part = (dense_tile - part * work.part_tiles) * Shape::kM;
+  const int rows = min(r.dense_width - first_in_part, Shape::kM);
+  const int64_t first_dense = int64_t{part} * r.dense_width + first_in_part;
 
   struct Half {
     int group, first, cols;
@@ -165,12 +165,12 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
 
   const auto load = [&](int step, int stage) {
     if (step > 0 && step < Shape::kStages - 1) block_sync();  // the first loads follow each other with none between
-    // 16 chunks of a row of `other`, 8 of each half: a thread has the same column and the same rows of both.
+    // 16 chunks of a row of `dense`, 8 of each half: a thread has the same column and the same rows of both.
     constexpr int kRowStep = Shape::kThreads / 16, kTurns = kTokens / kRowStep;
     const int c = thread % 16, half = c / 8;
     const Half mine = half_at(half);
-    const int other_left = rows - c * kChunk, left = mine.cols - c % 8 * kChunk;
-    const T* other = static_cast<const T*>(p.other) + first_other + c * kChunk;
+    const int dense_left = rows - c * kChunk, left = mine.cols - c % 8 * kChunk;
+    const T* dense = static_cast<const T*>(p.dense) + first_dense + c * kChunk;
     const T* routed = static_cast<const T*>(p.routed) + int64_t{mine.group} * r.width + mine.first + c % 8 * kChunk;
     Vec<int, 2> tokens[kTurns];  // before the first copy: behind it each would wait for shared memory
 #pragma unroll
@@ -180,9 +180,9 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
 #pragma unroll
     for (int i = 0; i < kTurns; ++i) {
       const int row = i * kRowStep + thread / 16;
-      const bool any = tokens[i][1] != 0 && other_left > 0;
+      const bool any = tokens[i][1] != 0 && dense_left > 0;
       const bool uses = (tokens[i][1] >> half & 1) && left > 0;
-      cp_async_16(GradStage::other(stage).chunk(row, c), other + tokens[i][0] * p.other_stride, any);
+      cp_async_16(GradStage::dense(stage).chunk(row, c), dense + tokens[i][0] * p.dense_stride, any);
       cp_async_16(GradStage::routed(stage, half).chunk(row, c % 8), routed + tokens[i][0] * p.routed_stride, uses);
     }
     keep(step + 1, next);
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
           }
         };
 #pragma unroll
-        for (int m = 0; m < kM; ++m) load_a_transposed(a[m], GradStage::other(stage), lane_a, k, warp_row + 16 * m);
+        for (int m = 0; m < kM; ++m) load_a_transposed(a[m], GradStage::dense(stage), lane_a, k, warp_row + 16 * m);
         right(0, b[0]);
 #pragma unroll
         for (int n = 0; n < kN; n += 2) {
@@ -242,10 +242,10 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
   });
 
   const Half mine = half_at(half);
-  const int64_t num_routed = int64_t{r.num_groups} * r.width, num_other = int64_t{r.num_out} * r.part;
+  const int64_t num_routed = int64_t{r.num_groups} * r.width, num_dense = int64_t{r.num_out} * r.dense_width;
   const int64_t first_routed = int64_t{mine.group} * r.width + mine.first;
-  float* dw = p.splits == 1 ? p.dw : p.partials + int64_t{split} * r.num_classes * num_routed * num_other;
-  dw += cls * num_routed * num_other;
+  float* dw = p.splits == 1 ? p.dw : p.partials + int64_t{split} * r.num_classes * num_routed * num_dense;
+  dw += cls * num_routed * num_dense;
   const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
@@ -258,11 +258,11 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
         if (row >= rows || col >= mine.cols) continue;
         const float x = acc[m][n][2 * e], y = acc[m][n][2 * e + 1];
         if (p.routed_out) {
-          float* to = dw + (first_routed + col) * num_other + first_other + row;
+          float* to = dw + (first_routed + col) * num_dense + first_dense + row;
           store_global(to, x);
-          store_global(to + num_other, y);
+          store_global(to + num_dense, y);
         } else {
-          float* to = dw + (first_other + row) * num_routed + first_routed + col;
+          float* to = dw + (first_dense + row) * num_routed + first_routed + col;
           store_global(reinterpret_cast<Vec<float, 2>*>(to), Vec<float, 2>{{x, y}});
         }
       }

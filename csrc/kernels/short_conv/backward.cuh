@@ -66,7 +66,7 @@ __device__ __forceinline__ void load_times(Vec<T, kPack> (&words)[kPack][kWords]
   }
 }
 
-// From dc of one channel and part: dx into the place of x, and the sums over this thread's times.
+// Computes, from dc of one channel and part, dx, in the place of x, and the sums over this thread's times.
 template <class Kernel, class T, int kSpan, int kWords, int kPack, int kTotal>
 __device__ __forceinline__ void convolve_backward(const float (&dc)[kSpan], const Vec<T, kPack> (&words)[kWords], int h,
                                                   int part, uint32_t rows, const ShortConvFilter& filter, int taps,

@@ -38,7 +38,7 @@ struct ShortConvBackwardParams {
   void* dweight;       // [3 channels, taps]
   void* dbias;         // [3 channels]; not written without a bias
   float* partials;     // [groups, 3 channels, taps] and behind them, with a bias, [groups, 3 channels]: scratch
-  int64_t groups;      // what short_conv_gate_backward_groups says; the current device decides it
+  int64_t groups;      // the result of short_conv_gate_backward_groups; the current device decides it
   int64_t batch;
   int64_t seqlen;
   int64_t channels;

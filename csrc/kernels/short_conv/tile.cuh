@@ -18,7 +18,7 @@ namespace warpform {
 constexpr int kShortConvWarps = 8;
 constexpr int kShortConvThreads = kShortConvWarps * kWarpSize;
 
-// How the launch has cut the tensors, and which of them may be accessed 16 bytes at a time.
+// The tiles into which the launch has cut the tensors, and the tensors that may be accessed 16 bytes at a time.
 struct ShortConvTiles {
   int64_t times;         // tiles along time of a sequence
   int64_t channels;      // tiles of channels
@@ -52,11 +52,11 @@ struct ShortConvTile {
   }
 };
 
-// Where a tile lies.
+// The first element of a tile.
 struct ShortConvOrigin {
   int64_t batch;
-  int64_t time;     // its first, halo not counted
-  int64_t channel;  // its first
+  int64_t time;     // its first time, halo not counted
+  int64_t channel;  // its first channel
 };
 
 // Copies kRows rows of x from origin.time - kHalo on, in all three parts; zeros beyond the sequence and the channels.

@@ -69,6 +69,18 @@ __device__ __forceinline__ QueryFacts query_facts(const WindowBackwardParams& pa
   return facts;
 }
 
+// Loads the facts of the two queries that a lane has in a warp's accumulators, [16, 8 kN].
+template <int kBucket>
+__device__ __forceinline__ void load_facts(QueryFacts (&facts)[2], const WindowBackwardParams& params, const Rows& rows,
+                                           int64_t index, int image, int first_query) {
+  using Position = WindowTile<kBucket>;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    facts[r] = query_facts(params, rows, index, image, Position::head(),
+                           first_query + Position::row() + lane_id() / 4 + 8 * r);
+  }
+}
+
 // ---- queries as rows ----
 
 // Q, dO, two of K and V.
@@ -118,9 +130,7 @@ window_attention_backward_queries(const __grid_constant__ WindowBackwardParams p
   for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
     const int index = p.blocks.quotient(item), first_query = (item - index * p.blocks.divisor) * kBlock;
     const Window window = window_at(p, index);
-    block_sync();  // every warp is done with the window before
-    shared.tokens.set_rows<window_threads(kBucket)>(shared.rows(), p, window);
-    block_sync();
+    begin_window<kBucket>(shared, p, window);
     const auto copy = [&](Tile to, const TokenRows<T>& from, int first) {
       copy_rows_async<kBucket>(to, from, shared.rows(), first, p);
     };
@@ -135,15 +145,9 @@ window_attention_backward_queries(const __grid_constant__ WindowBackwardParams p
 
     const bool warp_has_rows = Position::head() < p.heads && first_query + Position::row() < p.tokens;
     QueryFacts facts[2] = {};
-    if (warp_has_rows) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        facts[r] = query_facts(params, shared.rows(), index, window.image, Position::head(),
-                               first_query + Position::row() + lane_id() / 4 + 8 * r);
-      }
-    }
+    if (warp_has_rows) load_facts<kBucket>(facts, params, shared.rows(), index, window.image, first_query);
     float dq[1][kO][4] = {};
-    float left[2] = {};  // what the rows of dS add up to
+    float left[2] = {};  // the sum of a row of dS, for two rows
     for (int n = 0; n < p.blocks.divisor; ++n) {
       const int stage = n % 2;
       cp_async_wait<0>();
@@ -223,9 +227,7 @@ window_attention_backward_keys(const __grid_constant__ WindowBackwardParams para
   for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
     const int index = p.blocks.quotient(item), first_key = (item - index * p.blocks.divisor) * kBlock;
     const Window window = window_at(p, index);
-    block_sync();  // every warp is done with the window before
-    shared.tokens.set_rows<window_threads(kBucket)>(shared.rows(), p, window);
-    block_sync();
+    begin_window<kBucket>(shared, p, window);
     const auto copy = [&](Tile to, const TokenRows<T>& from, int first) {
       copy_rows_async<kBucket>(to, from, shared.rows(), first, p);
     };
@@ -337,9 +339,7 @@ window_attention_backward_bias(const __grid_constant__ WindowBackwardParams para
   const bool warp_has_rows = Position::head() < p.heads && first_query + Position::row() < p.tokens;
   for (int index = share; index < p.windows; index += params.table_shares) {
     const Window window = window_at(p, index);
-    block_sync();  // every warp is done with the window before
-    shared.tokens.set_rows<window_threads(kBucket)>(shared.rows(), p, window);
-    block_sync();
+    begin_window<kBucket>(shared, p, window);
     const auto copy = [&](Tile to, const TokenRows<T>& from, int first) {
       copy_rows_async<kBucket>(to, from, shared.rows(), first, p);
     };
@@ -349,13 +349,7 @@ window_attention_backward_bias(const __grid_constant__ WindowBackwardParams para
     copy(tile_v, qkv_rows<T>(p, 2, window.image, Position::first_head()), first_key);
     cp_async_commit();
     QueryFacts facts[2] = {};
-    if (warp_has_rows) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        facts[r] = query_facts(params, shared.rows(), index, window.image, Position::head(),
-                               first_query + Position::row() + lane_id() / 4 + 8 * r);
-      }
-    }
+    if (warp_has_rows) load_facts<kBucket>(facts, params, shared.rows(), index, window.image, first_query);
     cp_async_wait<0>();
     block_sync();
     if (score.cosine) {

@@ -68,9 +68,7 @@ window_attention_backward_short(const __grid_constant__ WindowBackwardParams par
 
   for (int index = static_cast<int>(blockIdx.x); index < p.windows; index += static_cast<int>(gridDim.x)) {
     const Window window = window_at(p, index);
-    block_sync();  // all warps are done with the previous window, so its buffers may be refilled
-    shared.tokens.set_rows<window_threads(kBucket)>(shared.rows(), p, window);
-    block_sync();
+    begin_window<kBucket>(shared, p, window);
     const auto copy = [&](Tile to, const TokenRows<T>& from) {
       copy_rows_async<kBucket>(to, from, shared.rows(), 0, p);
     };

@@ -7,6 +7,14 @@
 
 namespace warpform {
 
+// Sets the rows of a window, once all warps are done with the previous one. Its buffers may be refilled then.
+template <int kBucket>
+__device__ __forceinline__ void begin_window(const WindowShared& shared, const WindowProblem& p, const Window& window) {
+  block_sync();
+  shared.tokens.set_rows<window_threads(kBucket)>(shared.rows(), p, window);
+  block_sync();
+}
+
 // Adds over the rows of a warp's accumulators, the same order always; lanes of one column have the same t.
 __device__ __forceinline__ float sum_over_rows(float v) {
 #pragma unroll
@@ -92,7 +100,7 @@ struct ScoreSums {
       store_shared(at(n), sum);
     }
   }
-  // To [tokens, tokens] of one share and head; rows and columns from `row` and `col` on.
+  // Writes to the [tokens, tokens] of one share and head, rows and columns from `row` and `col` on.
   __device__ __forceinline__ void write(float* sums, int tokens, int row, int col) const {
     const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll

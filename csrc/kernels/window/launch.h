@@ -81,7 +81,7 @@ struct WindowBackwardParams {
   int shares;           // of the windows, each with its own part of the sums: window_backward_shares
   int table_shares;
 };
-// How many partial sums a backward leaves: a function of the problem and the GPU's number of SMs.
+// The number of partial sums that a backward leaves: a function of the problem and the GPU's number of SMs.
 struct WindowShares {
   int shares;
   int table_shares;

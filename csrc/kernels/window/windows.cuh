@@ -56,7 +56,7 @@ static_assert(kMaxWindow <= 1 << kPlaceBits, "three places fit one int");
 constexpr int kPadded = -1;   // a position past the end of the grid: its q, k and v are qkv_bias
 constexpr int kOutside = -2;  // past the window's last token: zeros
 
-// Where the rows of a window's tokens are, in shared memory: an int a token.
+// The rows of a window's tokens, in shared memory: an int a token.
 struct Rows {
   uint32_t base;
 
@@ -98,7 +98,7 @@ struct Tokens {
     }
   }
 
-  // Where a window's rows are. Each thread reads only what it has set itself.
+  // Sets the rows of a window. Each thread reads only what it has set itself.
   template <int kThreads>
   __device__ __forceinline__ void set_rows(const Rows& rows, const WindowProblem& p, const Window& w) const {
     for (int i = static_cast<int>(threadIdx.x); i < capacity; i += kThreads) {
@@ -158,9 +158,9 @@ struct WindowTile {
   // Heads of the CTA: the first, and how many there are.
   __device__ static __forceinline__ int first_head() { return static_cast<int>(blockIdx.y) * kTeams; }
   __device__ static __forceinline__ int heads(const WindowProblem& p) { return min(kTeams, p.heads - first_head()); }
-  // The team's, which may be past the last: then the team only helps to load.
+  // The team's head. It may be past the last one: then the team only helps to load.
   __device__ static __forceinline__ int head() { return first_head() + team(); }
-  // Where the head begins in the tiles.
+  // The column of the tiles at which the head begins.
   __device__ static __forceinline__ int col() { return team() * kBucket; }
   // First of the warp's 16 rows.
   __device__ static __forceinline__ int row() { return thread() / kWarpSize % kTeamWarps * 16; }

@@ -141,8 +141,11 @@ def _binary() -> dict[str, Any]:
 # ---- which implementation an op would use ----
 
 
-def _covers(archs: str, capability: str) -> bool:
-    """Whether code built for `archs` ("80 90a-real") runs on a GPU of this compute capability ("9.0")."""
+def _covers(archs: str, capability: str, *, ptx: bool = True) -> bool:
+    """Whether code built for `archs` ("80 90a-real") runs on a GPU of this compute capability ("9.0").
+
+    `ptx=False` asks for machine code, without what the driver would compile from PTX.
+    """
     major, minor = (int(part) for part in capability.split("."))
     for arch in re.split(r"[\s;,]+", archs.strip()):
         match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", arch)
@@ -154,7 +157,9 @@ def _covers(archs: str, capability: str) -> bool:
                 return True
             continue
         same_family = built[0] == major and built[1] <= minor
-        if (same_family and match[4] != "-virtual") or (built <= (major, minor) and match[4] != "-real"):
+        if same_family and match[4] != "-virtual":
+            return True
+        if ptx and built <= (major, minor) and match[4] != "-real":
             return True
     return False
 
@@ -188,6 +193,17 @@ def _backends(report: dict[str, Any]) -> list[dict[str, str]]:
         else:
             rows.append({"op": op, "backend": "reference", "why": "has no kernel in this version"})
     return rows
+
+
+def _only_ptx(archs: str, capability: str) -> str | None:
+    """What to do where the driver has to compile the kernels for this GPU, or None."""
+    if _covers(archs, capability, ptx=False) or not _covers(archs, capability):
+        return None
+    code = capability.replace(".", "") + ("a" if capability == "9.0" else "")
+    return (
+        f"the library has machine code for {archs} and none for this GPU, compute capability {capability}, so that the "
+        f"driver compiles its PTX: build warpform with WARPFORM_CUDA_ARCHS={code}-real"
+    )
 
 
 def _runtime(binary: dict[str, Any]) -> str | None:
@@ -230,6 +246,9 @@ def _advice(report: dict[str, Any]) -> list[str]:
     sentences = [_library.stale_sources()]
     if machine["gpus"]:
         sentences.append(_old_driver(machine["driver_cuda"], _runtime(binary)))
+    gpus = report["torch"].get("gpus")
+    if isinstance(gpus, list) and gpus:
+        sentences.append(_only_ptx(binary.get("cuda_archs", ""), gpus[0]["capability"]))
     return [sentence for sentence in sentences if sentence]
 
 

@@ -5,7 +5,7 @@
 
 namespace warpform {
 
-// As in the code for every GPU; tests ask for the other by its template argument.
+// The same value as in the code for every GPU; tests ask for the other by its template argument.
 constexpr bool kPairedReductions = false;
 
 inline void red_add_global(float* p, float x, float y, const simt::Where& where = simt::Where::current()) {
