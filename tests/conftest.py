@@ -78,11 +78,18 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def _left_out(nodeid: str) -> bool:
+    """Of a test that is sampled, whether a quick run leaves out these parameters: half of them, by a hash."""
+    return hashlib.sha256(nodeid.encode()).digest()[0] % 2 == 1
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        if item.get_closest_marker("sampled") and not item.get_closest_marker("gpu") and _left_out(item.nodeid):
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("slow") and not os.environ.get("CI"):
             item.add_marker(pytest.mark.skip(reason="slow: runs in CI, or with --slow"))
     seed = config.getoption("shuffle_files")

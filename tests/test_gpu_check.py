@@ -166,6 +166,7 @@ def test_budget_skips_and_says_so(tmp_path):
     assert cli.read_failed(tmp_path / "failed.txt") == ["stage::smoke", "stage::tests", "stage::profile"]
 
 
+@pytest.mark.slow
 def test_stage_without_time_leaves_the_rest_unrun(tmp_path, monkeypatch):
     for name in set(emulated.TESTS) - {"test_hanging.py"}:
         monkeypatch.delitem(emulated.TESTS, name)

@@ -65,6 +65,7 @@ def test_figures_and_embeddings(texts: Path, tmp_path: Path, capsys: pytest.Capt
     assert_close("embeddings", torch.from_numpy(embeddings), *vectors)
 
 
+@pytest.mark.slow
 def test_table_in_bfloat16(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert demo.main(["--input", str(texts), "--dtype", "bfloat16", "--repeats", "1"]) == 0
     table = capsys.readouterr().out

@@ -25,6 +25,7 @@ def test_cases(backend: Backend, case: LayerNormCase, dtype: torch.dtype) -> Non
     checks.check_layer_norm(backend.library, case, dtype, backend.device)
 
 
+@pytest.mark.sampled
 @on(SIMT, GPU, width=cases.LAYER_NORM_WIDTHS)
 @by_parameters
 def test_widths(backend: Backend, width: int, dtype: torch.dtype, wide: bool) -> None:
@@ -159,6 +160,7 @@ def test_misaligned_tensors(backend: Backend, width: int, dtype: torch.dtype, wi
             assert_close(f"backward, misaligned {name}", got, truth, other, gradient=True)
 
 
+@pytest.mark.sampled
 @on(*EVERY, width=(100, 768, 2048, 8192, 513))
 def test_results_repeat_bit_for_bit(backend: Backend, width: int, dtype: torch.dtype) -> None:
     """In any order of blocks and threads. On another GPU, with more blocks, only sums over rows may change theirs."""

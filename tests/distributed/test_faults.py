@@ -18,6 +18,7 @@ TIMEOUT_S = {"stop": 1.0, "kill": 20.0}
 SLACK_S = 4.0
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("shape", "victim", "how", "phase", "at_step"),
     [

@@ -16,6 +16,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 SHAPES = ((2,), (3,), (4,), (8,), (2, 2), (2, 4), (4, 2))
 
 
+@pytest.mark.sampled
 @pytest.mark.distributed
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
@@ -35,6 +36,7 @@ def test_in_one_process(case: helper.RingCase, dtype: torch.dtype) -> None:
     helper.check_ring_attention(case, dtype, LocalGroup(3), 3)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", helper.cases(), ids=str)
 @pytest.mark.parametrize(("size", "inner_size"), [(1, None), (8, 2), (6, 1)])
 def test_double_ring_in_one_process(case: helper.RingCase, size: int, inner_size: int | None) -> None:

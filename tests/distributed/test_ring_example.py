@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_example_under_torchrun() -> None:
     script = ROOT / "examples" / "ring_attention.py"

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.distributed
 Started = Callable[[int], Processes]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("attention", "causal", "layout", "optimizer"),
     [

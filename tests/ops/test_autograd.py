@@ -20,6 +20,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **how: object) -> tuple[Tensor, Tens
     return ops.varlen_attention(q, k, v, CU, CU, 4, 4, return_lse=True, **how)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "how",
     (
@@ -50,6 +51,7 @@ def attend_disentangled(
     return ops.disentangled_attention(q, k, v, *(tables or (None, None)), CU, 4, return_lse=True, **how)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "how",
     (

@@ -57,7 +57,7 @@ def inputs_of(lengths: list[int], seqlen: int, capacity: int | None = None) -> t
 BATCHES = (([3, 5, 2], 6), ([7, 1, 4, 9], 9), ([2, 2], 11), ([13, 8, 5, 3, 3], 14), ([6, 10, 4], 12))
 
 
-@pytest.mark.parametrize("capacity", (None, 60))
+@pytest.mark.parametrize("capacity", (None, pytest.param(60, marks=pytest.mark.slow)))
 def test_compile_once_for_all_sizes(capacity: int | None) -> None:
     backend = Compilations()
     compiled = torch.compile(encode, fullgraph=True, dynamic=True, backend=backend)

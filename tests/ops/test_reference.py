@@ -20,6 +20,7 @@ def dtype_id(dtype: torch.dtype) -> str:
 floats = pytest.mark.parametrize("dtype", cases.FLOATS, ids=dtype_id)
 
 
+@pytest.mark.sampled
 @floats
 @pytest.mark.parametrize("case", cases.DISENTANGLED_CASES, ids=str)
 def test_disentangled_attention_in_blocks(

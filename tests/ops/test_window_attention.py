@@ -25,6 +25,7 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 # ---- gradients ----
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("cosine", (False, True), ids=("scaled", "cosine"))
 @pytest.mark.parametrize(
     ("grid", "window", "shift"),
@@ -286,7 +287,7 @@ class Layer(torch.nn.Module):
 SIZES = ((2, 10, 8), (3, 10, 8), (5, 12, 20), (2, 19, 7))  # tracing makes a size of 1, of windows too, a constant
 
 
-@pytest.mark.parametrize("window", (4, 9))
+@pytest.mark.parametrize("window", (4, pytest.param(9, marks=pytest.mark.slow)))
 def test_compile_once_for_all_sizes(window: int, fresh_dynamo: None) -> None:
     model, backend = Layer(window), Compilations()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)

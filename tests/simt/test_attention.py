@@ -34,6 +34,7 @@ def test_long_forward(simt: Any, case: AttentionCase, sm_count: int) -> None:
     checks.check_attention(simt, case, torch.bfloat16, backward=False)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", LONG_CASES, ids=str)
 def test_long_backward(simt: Any, case: AttentionCase) -> None:
     """dQ by atomics, then by the kernel that owns the queries."""

@@ -27,6 +27,7 @@ LONG_CASES = tuple(
 )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", LONG_CASES, ids=str)
 def test_long(simt: Any, case: StepCase) -> None:
     simt._configure(len(case.name), 1, H200_SHARED)

@@ -105,6 +105,7 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
     assert torch.equal(run(base)[0], run(found)[0])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("normalize", [None, True, False])
 @pytest.mark.parametrize("pooling", [None, "pooler", "cls", "mean"])
 def test_a_sentence_embedding_keeps_its_pooling(pooling: str | None, normalize: bool | None, tmp_path: Path) -> None:

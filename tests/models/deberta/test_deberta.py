@@ -146,6 +146,7 @@ NO_TERMS: dict[str, object] = {"pos_att_type": None}
 EACH_TERM: list[dict[str, object]] = [{"pos_att_type": ["c2p"]}, {"pos_att_type": ["p2c"]}, NO_TERMS]
 
 
+@pytest.mark.sampled
 @torch_norms
 @pytest.mark.parametrize(
     ("kind", "fields"),

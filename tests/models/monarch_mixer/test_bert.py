@@ -119,6 +119,7 @@ def head(name: str, weights: Mapping[str, Tensor], ids: Tensor, types: Tensor | 
     return torch.cat([hidden, pooled[:, None]], dim=1) if name == "M2BertModel" else pooled
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("seqlen", (20, 9))
 @pytest.mark.parametrize("name", HEADS)
 def test_parity_with_the_formulas(name: str, seqlen: int) -> None:

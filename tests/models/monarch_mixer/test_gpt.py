@@ -61,6 +61,7 @@ def plain_gpt(weights: Mapping[str, Tensor], config: M2GPTConfig, ids: Tensor) -
     return plain.layer_norm(plain.under(weights, "norm."), x, eps) @ weights["tokens.weight"].T
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 def test_parity_with_the_formulas(kind: str) -> None:
     """Logits, the loss of the next tokens, and the gradient of every parameter by itself."""

@@ -245,6 +245,7 @@ def test_a_decoder_learns_to_copy():
     assert loss.item() < 0.25, "chance is ln 12 = 2.5"
 
 
+@pytest.mark.slow
 def test_compiles_without_a_plan():
     model = SequenceParallelTransformer(Config.decoder(**SMALL))
     ids = torch.randint(0, 37, (2, 8))

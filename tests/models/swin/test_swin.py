@@ -189,6 +189,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled
 @versions
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_parity_of_options(version: str, options: dict[str, Any]) -> None:
@@ -424,6 +425,7 @@ def without(weights: dict[str, Tensor], *ends: str) -> dict[str, Tensor]:
     return {name: weight for name, weight in weights.items() if not name.endswith(ends)}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("image", "trained"), [(32, (0, 0)), (32, (6, 3)), (32, (12, 24)), (8, (6, 3)), (16, (0, 0))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_constants_of_published_swinv2(image: int, trained: tuple[int, int], dtype: torch.dtype) -> None:
