@@ -36,6 +36,8 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent
 # A wheel serves every GPU from sm_80 on: machine code of sm_80 and sm_90a, and PTX that drivers compile for later ones.
 WHEEL_ARCHS = "80;90a-real"
+# Where there is no GPU to build for: machine code of sm_90a, and PTX for every other GPU from sm_80 on.
+NO_GPU_ARCHS = "80-virtual;90a-real"
 MIN_TORCH = (2, 10)
 MIN_NVCC = (12, 0)
 BYTES_PER_JOB = 2 << 30
@@ -203,7 +205,7 @@ def find_cuda_headers(cuda: Cuda | None) -> Path | None:
 def local_archs() -> str:
     """Architectures of a build that stays on this machine: what its GPUs run of a wheel's. One takes 0.6 of the time.
 
-    Without a GPU: machine code of sm_80 and its PTX, which serves every GPU.
+    Without a GPU: NO_GPU_ARCHS, which runs on every GPU from sm_80 on, on most after the driver has compiled it.
     """
     text = run_text("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     capabilities = re.findall(r"^(\d+)\.(\d+)\s*$", text, re.MULTILINE)
@@ -213,7 +215,7 @@ def local_archs() -> str:
     }
     if "80" in archs:
         archs.discard("80-real")
-    return ";".join(sorted(archs)) or "80"
+    return ";".join(sorted(archs)) or NO_GPU_ARCHS
 
 
 def jobs() -> int:

@@ -203,8 +203,8 @@ def test_says_which_driver_the_kernels_need():
         (["8.0", "12.0"], "80"),
         (["9.0", "12.0"], "80;90a-real"),
         (["7.5"], "80"),
-        (["[N/A]"], "80"),
-        ([], "80"),
+        (["[N/A]"], "80-virtual;90a-real"),
+        ([], "80-virtual;90a-real"),
     ],
 )
 def test_a_local_build_takes_the_architectures_of_this_machine(tmp_path, capabilities, archs):

@@ -71,8 +71,7 @@ GeluTiles tiles_of(int64_t rows, int64_t cols, int vec, int64_t groups) {
   GeluTiles tiles;
   tiles.log2_width = log2_tile_width(vectors);
   const int64_t col_tiles = ceil_div(vectors, int64_t{1} << tiles.log2_width);
-  if (col_tiles > INT_MAX)
-    throw std::runtime_error("bias_gelu: a row of " + std::to_string(cols) + " elements is too long");
+  if (col_tiles > INT_MAX) fail_for_size("bias_gelu", "a row of", cols, "elements is too long");
   tiles.col_tiles = static_cast<int>(col_tiles);
   const int64_t rows_a_tile = kGeluThreads >> tiles.log2_width;
   if (groups == 0) groups = std::min(ceil_div(rows, rows_a_tile * kGeluRows), INT_MAX / col_tiles);

@@ -3,9 +3,14 @@
 #pragma once
 
 #include <cstdint>
-#include <string_view>
 
 namespace warpform {
+
+// Whether two texts are equal. <string_view> would cost every file of kernels half a second.
+constexpr bool same_text(const char* a, const char* b) {
+  while (*a != 0 && *a == *b) ++a, ++b;
+  return *a == *b;
+}
 
 // The dtypes of a tensor that an op has kernels for.
 struct SupportedDTypes {
@@ -13,9 +18,9 @@ struct SupportedDTypes {
   const char* otherwise = nullptr;  // why a tensor of another dtype has no kernel
 
   // Null if there are kernels for the dtype of this name, else why there are none.
-  constexpr const char* why_not(std::string_view name) const {
+  constexpr const char* why_not(const char* name) const {
     for (const char* supported : names) {
-      if (supported != nullptr && name == supported) return nullptr;
+      if (supported != nullptr && same_text(name, supported)) return nullptr;
     }
     return otherwise;
   }

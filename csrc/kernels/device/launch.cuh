@@ -1,62 +1,40 @@
 // Launches of kernels. Kernels take one params struct and are template arguments here, so that shared
 // memory above 48 KiB is asked for once per kernel and device rather than at every call: all that the device has, as
 // one kernel's launches may differ in how much they use.
+//
+// What needs the standard library's larger headers is in launch.cu: every file of kernels includes this one, and nvcc
+// would parse them once for the host and once for each architecture.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include <atomic>
-#include <stdexcept>
-#include <string>
+#include <cstdint>
+
+#include "common/failure.h"
 
 namespace warpform {
 
-inline void throw_on_error(const char* name, const char* what, cudaError_t error) {
-  if (error != cudaSuccess) {
-    static_cast<void>(cudaGetLastError());  // the runtime keeps it, and the next launch would be blamed for it
-    throw std::runtime_error(std::string(name) + ": " + what + ": " + cudaGetErrorString(error));
-  }
-}
-
-// An attribute of the current device, asked for once per device.
-template <cudaDeviceAttr kAttribute>
-int device_attribute() {
-  constexpr int kDevices = 64;
-  static std::atomic<int> cache[kDevices];
-  int device = 0;
-  throw_on_error("warpform", "no current CUDA device", cudaGetDevice(&device));
-  int value = device < kDevices ? cache[device].load(std::memory_order_relaxed) : 0;
-  if (value == 0) {
-    throw_on_error("warpform", "cannot read the device's properties",
-                   cudaDeviceGetAttribute(&value, kAttribute, device));
-    if (device < kDevices) cache[device].store(value, std::memory_order_relaxed);
-  }
-  return value;
-}
-
 // Streaming multiprocessors of the current device.
-inline int sm_count() { return device_attribute<cudaDevAttrMultiProcessorCount>(); }
+int sm_count();
 // Bytes of shared memory that a block may ask for on the current device.
-inline int shared_memory_limit() { return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(); }
+int shared_memory_limit();
+
+// Allows a kernel all shared memory of the current device, once for each: `devices` has a bit for those that were
+// asked, and is read and written atomically. Throws std::runtime_error that begins with `name`.
+void allow_shared_memory(const char* name, const void* kernel, uint64_t& devices);
+// Throws std::runtime_error that begins with `name` where the last launch of this thread failed.
+void check_launch(const char* name);
 
 // Launches kKernel(params) on `stream`; an empty grid is no launch. Throws std::runtime_error that begins with `name`.
 template <auto kKernel, class Params>
 void launch(const char* name, dim3 grid, int threads, int shared_bytes, void* stream, const Params& params) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (shared_bytes > 48 * 1024) {
-    static std::atomic<uint64_t> asked{0};
-    int device = 0;
-    throw_on_error(name, "no current CUDA device", cudaGetDevice(&device));
-    const uint64_t bit = uint64_t{1} << (device % 64);
-    if (device >= 64 || !(asked.load(std::memory_order_relaxed) & bit)) {
-      throw_on_error(name, "the kernel cannot have its shared memory on this GPU",
-                     cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory_limit()));
-      asked.fetch_or(bit, std::memory_order_relaxed);
-    }
+    static uint64_t devices = 0;
+    allow_shared_memory(name, reinterpret_cast<const void*>(kKernel), devices);
   }
   kKernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
-  throw_on_error(name, "kernel launch failed", cudaGetLastError());
+  check_launch(name);
 }
 
 }  // namespace warpform

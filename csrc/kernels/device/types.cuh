@@ -5,8 +5,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <algorithm>
 #include <cstdint>
+
+#ifndef __CUDACC__
+#include <algorithm>
+#endif
 
 namespace warpform {
 

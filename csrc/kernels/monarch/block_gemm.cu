@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <climits>
-#include <stdexcept>
 
 #include "device/dispatch.cuh"
 #include "device/launch.cuh"
@@ -20,7 +19,7 @@ void launch_tile(const char* op, const BlockGemmParams& p, void* stream) {
   const int64_t share = std::clamp<int64_t>(row_tiles * items / (4 * sm_count()), 1, ceil_div(int64_t{8}, steps));
   BlockGemmWork work{.p = p, .items = static_cast<int>(items), .share = static_cast<int>(share), .ctas = {}};
   const int64_t ctas = ceil_div(items, share);
-  if (items > INT_MAX || row_tiles * ctas > INT_MAX) throw std::runtime_error(std::string(op) + ": too many tokens");
+  if (items > INT_MAX || row_tiles * ctas > INT_MAX) fail(op, "too many tokens");
   work.ctas.set(static_cast<int>(ctas));
   const dim3 grid(static_cast<unsigned>(row_tiles * ctas));
   dispatch_bool(p.b_transposed, [&]<bool kTransposed>() {

@@ -1,7 +1,6 @@
 #include "monarch/gate.cuh"
 
 #include <climits>
-#include <stdexcept>
 
 #include "device/dispatch.cuh"
 #include "device/launch.cuh"
@@ -12,7 +11,7 @@ void launch_gate(const char* op, const GateParams& params, void* stream) {
   if (params.rows == 0 || params.cols == 0) return;
   GateWork work{.p = params, .parts = {}};
   const int64_t parts = ceil_div(params.cols, int64_t{kGateCols});
-  if (params.rows * parts > INT_MAX) throw std::runtime_error(std::string(op) + ": too many tokens");
+  if (params.rows * parts > INT_MAX) fail(op, "too many tokens");
   work.parts.set(static_cast<int>(parts));
   const auto ctas = static_cast<unsigned>(params.rows * parts);
   dispatch_dtype(params.bfloat16, [&]<class T>() {

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <climits>
-#include <stdexcept>
 
 #include "device/launch.cuh"
 
@@ -14,7 +13,7 @@ void launch_transpose_rows(const char* op, const TransposeRowsParams& params, vo
   const int line_bytes = 2 * transpose_pitch(params.inner);
   work.lines = std::min(params.outer, std::max(2, kTransposeBytes / line_bytes / 2 * 2));
   const int parts = ceil_div(params.outer, work.lines);
-  if (params.rows * parts > INT_MAX) throw std::runtime_error(std::string(op) + ": too many tokens");
+  if (params.rows * parts > INT_MAX) fail(op, "too many tokens");
   work.parts.set(parts);
   work.by_inner.set(params.inner);
   launch<transpose_rows>(op, dim3(static_cast<unsigned>(params.rows * parts)), kTransposeThreads,

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <climits>
-#include <stdexcept>
 
 #include "common/column_sum.h"
 #include "device/dispatch.cuh"
@@ -31,7 +30,7 @@ void launch_tile(const char* op, const WeightGradientParams& p, void* stream) {
   const int64_t range = ceil_div(ceil_div(p.rows, int64_t{p.splits}), int64_t{Tile::kDepth}) * Tile::kDepth;
   const WeightGradientWork work{p, range, ceil_div(p.m, Tile::kM), tiles_n<Tile>(p)};
   const int64_t ctas = tiles<Tile>(p) * p.splits;
-  if (ctas > INT_MAX) throw std::runtime_error(std::string(op) + ": too many blocks");
+  if (ctas > INT_MAX) fail(op, "too many blocks");
   launch<block_weight_gradient<T, Tile>>(op, dim3(static_cast<unsigned>(ctas)), Tile::kThreads, Tile::kBytes, stream,
                                          work);
 }

@@ -90,7 +90,7 @@ const Shape<Params>& first_that_holds(const Shape<Params> (&shapes)[kCount], int
   for (const Shape<Params>& shape : shapes) {
     if (cols <= shape.max_cols) return shape;
   }
-  throw std::runtime_error("add_bias_residual_layer_norm: no kernel for rows of " + std::to_string(cols) + " elements");
+  fail_for_size("add_bias_residual_layer_norm", "no kernel for rows of", cols, "elements");
 }
 
 // True if every row and pointer allows 16-byte accesses.

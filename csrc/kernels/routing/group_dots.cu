@@ -3,7 +3,6 @@
 // Bounds    4 bytes a dimension that is in use, read once.
 // Measured  not yet.
 #include <climits>
-#include <stdexcept>
 
 #include "device/dispatch.cuh"
 #include "device/launch.cuh"

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <climits>
-#include <stdexcept>
 
 #include "common/column_sum.h"
 #include "device/dispatch.cuh"
@@ -16,7 +15,7 @@ namespace {
 using Shape = HiddenTileShape;
 
 dim3 grid_of(const char* op, int64_t ctas) {
-  if (ctas > INT_MAX) throw std::runtime_error(std::string(op) + ": too many tokens");
+  if (ctas > INT_MAX) fail(op, "too many tokens");
   return dim3(static_cast<unsigned>(ctas));
 }
 

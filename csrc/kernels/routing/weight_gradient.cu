@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <climits>
-#include <stdexcept>
 
 #include "common/column_sum.h"
 #include "device/dispatch.cuh"
@@ -50,7 +49,7 @@ void launch_hidden_weight_grad(const HiddenWeightGradParams& p, void* stream) {
   if (r.dense_width == 0 || r.width == 0) return;
   const HiddenWeightGradWork work = work_of(p);
   const int64_t ctas = ctas_of(r) * p.splits;
-  if (ctas > INT_MAX) throw std::runtime_error(std::string(kOp) + ": too many blocks");
+  if (ctas > INT_MAX) fail(kOp, "too many blocks");
   const dim3 grid(static_cast<unsigned>(ctas));
   dispatch_dtype(p.bfloat16, [&]<class T>() {
     launch<hidden_weight_grad<T>>(kOp, grid, Shape::kThreads, GradStage::bytes(work.range), stream, work);

@@ -1,9 +1,7 @@
 // The host's body of kernels/device/launch.cuh: the launch runs to its end in the emulator.
 #pragma once
 
-#include <stdexcept>
-#include <string>
-
+#include "common/failure.h"
 #include "device/ptx.cuh"
 
 namespace warpform {

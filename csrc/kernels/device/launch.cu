@@ -1,0 +1,54 @@
+// The host's part of every launch. The emulator has its own.
+#include "device/launch.cuh"
+
+#include <atomic>
+
+namespace warpform {
+
+namespace {
+
+void throw_on_error(const char* name, const char* what, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());  // the runtime keeps it, and the next launch would be blamed for it
+  fail(name, what, cudaGetErrorString(error));
+}
+
+int current_device(const char* name) {
+  int device = 0;
+  throw_on_error(name, "no current CUDA device", cudaGetDevice(&device));
+  return device;
+}
+
+// An attribute of the current device, asked for once per device.
+template <cudaDeviceAttr kAttribute>
+int device_attribute() {
+  constexpr int kDevices = 64;
+  static std::atomic<int> cache[kDevices];
+  const int device = current_device("warpform");
+  int value = device < kDevices ? cache[device].load(std::memory_order_relaxed) : 0;
+  if (value == 0) {
+    throw_on_error("warpform", "cannot read the device's properties",
+                   cudaDeviceGetAttribute(&value, kAttribute, device));
+    if (device < kDevices) cache[device].store(value, std::memory_order_relaxed);
+  }
+  return value;
+}
+
+}  // namespace
+
+int sm_count() { return device_attribute<cudaDevAttrMultiProcessorCount>(); }
+int shared_memory_limit() { return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(); }
+
+void allow_shared_memory(const char* name, const void* kernel, uint64_t& devices) {
+  const std::atomic_ref<uint64_t> asked(devices);
+  const int device = current_device(name);
+  const uint64_t bit = uint64_t{1} << (device % 64);
+  if (device < 64 && (asked.load(std::memory_order_relaxed) & bit)) return;
+  throw_on_error(name, "the kernel cannot have its shared memory on this GPU",
+                 cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory_limit()));
+  asked.fetch_or(bit, std::memory_order_relaxed);
+}
+
+void check_launch(const char* name) { throw_on_error(name, "kernel launch failed", cudaGetLastError()); }
+
+}  // namespace warpform
