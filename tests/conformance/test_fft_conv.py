@@ -77,7 +77,7 @@ def _call(backend: Backend, x: FftConvInputs) -> tuple[Tensor, ...]:
 
 @on(*EVERY, seqlen=(200, 1000, 8192, 32768), dtype=one_dtype)
 def test_results_repeat_bit_for_bit(backend: Backend, seqlen: int, dtype: torch.dtype) -> None:
-    """In any order of blocks and threads: nothing is added by whoever comes first."""
+    """In any order of blocks and threads, since sums have an order of their own."""
     case = FftConvCase("", 4 if seqlen > 4096 else 19, 1, seqlen, pregate=True, postgate=True)
     x = fft_conv_inputs(case, dtype, backend.device)
     backend.assert_repeats(lambda: _call(backend, x))

@@ -146,7 +146,7 @@ REPEATED: dict[Calls, tuple[Callable[..., monarch.Inputs], Any]] = {
 
 @on(*EVERY, calls=tuple(REPEATED), dtype=one_dtype)
 def test_results_repeat_bit_for_bit(backend: Backend, calls: Calls, dtype: torch.dtype) -> None:
-    """In any order of blocks and threads: nothing is added by whoever comes first."""
+    """In any order of blocks and threads, since sums have an order of their own."""
     inputs, case = REPEATED[calls]
     if backend is REFERENCE:
         case = replace(case, leading=(700,))  # more than it takes at one time

@@ -50,7 +50,7 @@ def _call(backend: Backend, x: WindowInputs) -> tuple[Tensor, ...]:
 
 @on(*EVERY, case=lambda backend: (*BOTH, SCALED) if backend is REFERENCE else BOTH, dtype=one_dtype)
 def test_results_repeat_bit_for_bit(backend: Backend, case: WindowCase, dtype: torch.dtype) -> None:
-    """In any order of blocks and threads: nothing is added by whoever comes first."""
+    """In any order of blocks and threads, since sums have an order of their own."""
     x = window_inputs(case, dtype, backend.device)
     backend.assert_repeats(lambda: _call(backend, x))
 
@@ -147,7 +147,7 @@ def test_zero_rows_have_no_gradient(backend: Backend, case: WindowCase, dtype: t
 
 @on(*EVERY, case=BOTH, dtype=one_dtype)
 def test_the_bias_of_padding_is_used_nowhere_else(backend: Backend, case: WindowCase, dtype: torch.dtype) -> None:
-    """Where the windows divide the grid nobody reads it and its gradient is 0; none is the same as zeros."""
+    """If the windows divide the grid, it is not read and its gradient is 0; no bias is the same as zeros."""
     case = WindowCase("", tuple(2 * w for w in case.window), case.window, case.shift, heads=2, qkv_bias=True)
     x = window_inputs(case, dtype, backend.device)
     assert x.qkv_bias is not None

@@ -32,7 +32,7 @@ def test_mean_pool_and_first_tokens(lengths: list[int], capacity: int | None) ->
     total = sum(lengths)
     packing = warpform.Packing.from_lengths(lengths, capacity=None if capacity is None else total + capacity)
     hidden = torch.randn(packing.total, 7)
-    hidden[total:] = float("nan")  # rows past the last sequence belong to nobody
+    hidden[total:] = float("nan")  # rows past the last sequence hold no token
     rows = list(hidden[:total].split(lengths)) if lengths else []
     means = [r.double().mean(0) if len(r) else torch.zeros(7, dtype=torch.float64) for r in rows]
     firsts = [r[0] if len(r) else torch.zeros(7) for r in rows]
