@@ -22,7 +22,7 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,35 @@ class Case:
 def is_main(session: Session, condition: bool) -> bool:
     """`Spec.main` of a workload that a file lists among its main ones on a GPU; elsewhere all of them are."""
     return condition or session.tiny or session.device != "cuda"
+
+
+def inference_or_step(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    tensors: Sequence[Tensor],
+    douts: Sequence[Tensor],
+    backward: bool,
+    *,
+    allow_unused: bool = False,
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A call of function(*tensors): in inference mode, or with the gradients of all tensors from `douts`.
+
+    The call returns the outputs, followed by the gradients. allow_unused: a tensor may have None for its gradient.
+    """
+    leaves = [t.detach().requires_grad_(backward) for t in tensors]
+
+    def outputs() -> tuple[Tensor, ...]:
+        found = function(*leaves)
+        return (found,) if isinstance(found, Tensor) else tuple(found)
+
+    def infer() -> tuple[Tensor, ...]:
+        with torch.inference_mode():
+            return outputs()
+
+    def step() -> tuple[Tensor, ...]:
+        found = outputs()
+        return (*found, *torch.autograd.grad(found, leaves, douts, allow_unused=allow_unused))
+
+    return step if backward else infer
 
 
 def draw_lengths(batch: int, seqlen: int) -> tuple[int, ...]:

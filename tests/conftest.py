@@ -78,18 +78,27 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _left_out(nodeid: str) -> bool:
-    """Of a test that is sampled, whether a quick run leaves out these parameters: half of them, by a hash."""
-    return hashlib.sha256(nodeid.encode()).digest()[0] % 2 == 1
+def _mark_the_rest_of_samples(items: list[pytest.Item]) -> None:
+    """Of each test that is sampled, the half of its parameters that a quick run leaves out becomes slow.
+
+    Hashes of the names choose, so that each kind of parameter is on both sides. On a GPU all run.
+    """
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled") and not item.get_closest_marker("gpu"):
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for parameters in tests.values():
+        parameters.sort(key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
+        for item in parameters[-(-len(parameters) // 2) :]:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _mark_the_rest_of_samples(items)
     for item in items:
         if item.get_closest_marker("gpu") and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-        if item.get_closest_marker("sampled") and not item.get_closest_marker("gpu") and _left_out(item.nodeid):
-            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("slow") and not os.environ.get("CI"):
             item.add_marker(pytest.mark.skip(reason="slow: runs in CI, or with --slow"))
     seed = config.getoption("shuffle_files")
@@ -128,6 +137,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return _unit(config.rootpath, nodeid.partition("::")[0]) or nodeid
 
     return Units(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The sizes here are small: threads that wait for each other take longer than the work, above all beside others."""
+    try:
+        import torch
+    except Exception:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

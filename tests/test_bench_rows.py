@@ -6,11 +6,9 @@ import csv
 import faulthandler
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "bench").is_dir():
@@ -27,13 +25,9 @@ BOTH = ("short_conv_gate-forward+backward-batch2-seqlen20-tokens40-hidden8", "sh
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Sizes are tiny, and other tests may run beside."""
-    before = torch.get_num_threads()
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rows.py, too, runs tiny sizes on the threads that it finds."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -110,17 +110,7 @@ class ConvCase(Case):
         return [self.call(functools.partial(function, taps=self.backward), *given) for given in self.inputs]
 
     def call(self, function: Callable[..., Tensor], tensors: list[Tensor], dout: Tensor) -> Callable[[], Any]:
-        leaves = [t.detach().requires_grad_(self.backward) for t in tensors]
-
-        def infer() -> tuple[Tensor, ...]:
-            with torch.inference_mode():
-                return (function(*leaves),)
-
-        def step() -> tuple[Tensor, ...]:
-            out = function(*leaves)
-            return (out, *torch.autograd.grad(out, leaves, dout))
-
-        return step if self.backward else infer
+        return harness.inference_or_step(function, tensors, [dout], self.backward)
 
     def with_warpform(self) -> list[Callable[[], Any]]:
         return self.calls(with_warpform)

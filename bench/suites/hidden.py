@@ -106,17 +106,9 @@ class HiddenCase(Case):
     def call(
         self, function: Callable[..., Tensor], chosen: Tensor, tensors: list[Tensor], dout: Tensor
     ) -> Callable[[], Any]:
-        leaves = [t.detach().requires_grad_(self.backward) for t in tensors]
-
-        def infer() -> tuple[Tensor, ...]:
-            with torch.inference_mode():
-                return (function(chosen, *leaves),)
-
-        def step() -> tuple[Tensor, ...]:
-            out = function(chosen, *leaves)
-            return (out, *torch.autograd.grad(out, leaves, dout, allow_unused=True))
-
-        return step if self.backward else infer
+        return harness.inference_or_step(
+            functools.partial(function, chosen), tensors, [dout], self.backward, allow_unused=True
+        )
 
     # ---- what each provider calls ----
 

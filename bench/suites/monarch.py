@@ -165,17 +165,7 @@ class MonarchCase(Case):
         return [self.call(function, [x[0], _whole(*x[1:])] if whole else x, dout) for x, dout in self.inputs]
 
     def call(self, function: Callable[..., Tensor], tensors: list[Tensor], dout: Tensor) -> Callable[[], Any]:
-        leaves = [t.detach().requires_grad_(self.backward) for t in tensors]
-
-        def infer() -> tuple[Tensor, ...]:
-            with torch.inference_mode():
-                return (function(*leaves),)
-
-        def step() -> tuple[Tensor, ...]:
-            out = function(*leaves)
-            return (out, *torch.autograd.grad(out, leaves, dout))
-
-        return step if self.backward else infer
+        return harness.inference_or_step(function, tensors, [dout], self.backward)
 
     def with_warpform(self) -> list[Callable[[], Any]]:
         return self.calls(self.ours)

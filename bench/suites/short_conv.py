@@ -86,17 +86,7 @@ class ShortConvCase(Case):
     def call(
         self, function: Callable[..., tuple[Tensor, Tensor]], tensors: list[Tensor], douts: list[Tensor]
     ) -> Callable[[], tuple[Tensor, ...]]:
-        leaves = [t.detach().requires_grad_(self.backward) for t in tensors]
-
-        def infer() -> tuple[Tensor, ...]:
-            with torch.inference_mode():
-                return function(*leaves)
-
-        def step() -> tuple[Tensor, ...]:
-            outputs = function(*leaves)
-            return (*outputs, *torch.autograd.grad(outputs, leaves, douts))
-
-        return step if self.backward else infer
+        return harness.inference_or_step(function, tensors, douts, self.backward)
 
     def with_warpform(self) -> list[Callable[[], Any]]:
         return self.calls(warpform.ops.short_conv_gate)

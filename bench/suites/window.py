@@ -156,17 +156,7 @@ class WindowCase(Case):
     def call(
         self, function: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor], douts: list[Tensor], *rest: Any
     ) -> Callable[[], Any]:
-        leaves = [t.detach().requires_grad_(self.backward) for t in tensors]
-
-        def infer() -> tuple[Tensor, ...]:
-            with torch.inference_mode():
-                return function(*leaves, *rest)
-
-        def step() -> tuple[Tensor, ...]:
-            outputs = function(*leaves, *rest)
-            return (*outputs, *torch.autograd.grad(outputs, leaves, douts))
-
-        return step if self.backward else infer
+        return harness.inference_or_step(lambda *leaves: function(*leaves, *rest), tensors, douts, self.backward)
 
     def with_eager(self) -> list[Callable[[], Any]]:
         return self.blocks(eager_block)

@@ -10,15 +10,6 @@ import torch
 from helpers.processes import Processes
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For many small steps: threads that wait for each other take far longer where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class _Shared:
     def __init__(self) -> None:
         self._by_size: dict[int, Processes] = {}

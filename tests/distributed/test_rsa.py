@@ -25,15 +25,6 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 NAMES = ("q", "k", "v", "key_projection", "value_projection")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For many small steps: threads that wait for each other take far longer where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None) -> Tensor:
     """[B, L, H, D] from whole sequences, head by head of the definition."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale

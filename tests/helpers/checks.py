@@ -5,6 +5,7 @@ Forward and backward are called as ops, so an implementation without autograd is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -110,6 +111,34 @@ def _attention_gradients(
         return tuple(torch.zeros_like(leaf) for leaf in leaves)
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     return tuple(torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True))
+
+
+# Equal lengths side by side and apart, so that grouping could mix them up.
+LENGTHS_ALIKE = (5, 20, 3, 20, 3, 40)
+
+
+def check_bad_values_stay(
+    inputs: tuple[Tensor, Tensor, Tensor], bad: float, call: Callable[..., tuple[Tensor, ...]]
+) -> None:
+    """Puts `bad` into the second of sequences of LENGTHS_ALIKE and into the two rows past the end.
+
+    Args:
+        inputs: q, k, v [93, H, D] as call() has them; they are written to.
+        call: called with the changed q, k and v by name; returns out, lse, dq, dk, dv and more that is not looked at.
+    """
+    q, k, v = inputs
+    end, total = sum(LENGTHS_ALIKE), q.size(0)
+    clean = call()
+    for t in inputs:
+        t[5:25] = bad
+        t[end:] = bad
+    dirty = call(q=q, k=k, v=v)
+    rows = torch.ones(total, dtype=torch.bool, device=q.device)
+    rows[5:25] = False
+    for before, after in zip((clean[0], clean[1].T, *clean[2:5]), (dirty[0], dirty[1].T, *dirty[2:5]), strict=True):
+        assert torch.equal(before[rows], after[rows])
+    for t in (dirty[0], *dirty[2:5]):
+        assert (t[end:] == 0).all()
 
 
 def check_disentangled_attention(

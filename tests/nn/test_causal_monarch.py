@@ -5,7 +5,6 @@ from __future__ import annotations
 import cmath
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,15 +16,6 @@ from helpers import plain_m2 as plain
 from helpers.compare import assert_close
 from warpform import ops
 from warpform.nn import CausalMonarchConvolution, CausalMonarchMixer, ImplicitFilter, TriangularMonarch
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For many small steps: threads that wait for each other take far longer where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def randomised(module: torch.nn.Module, std: float) -> Any:

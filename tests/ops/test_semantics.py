@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from helpers import cases
 from warpform import ops
@@ -159,6 +160,17 @@ def test_sums_by_index_do_not_depend_on_how_they_are_made(shape: tuple[int, ...]
     assert torch.equal(sums, _sums_in_order(values, index, 6))
     one_hot = torch.nn.functional.one_hot(index, 6).double()  # [n, 1, a, b, 6]
     torch.testing.assert_close(sums, (values.unsqueeze(-1) * one_hot).sum(-2))
+
+
+@pytest.mark.parametrize("shape", ((5, 0), (0,), (0, 48), (3, 0, 7)), ids=str)
+def test_fake_tensors_have_the_shapes_of_a_layer_norm_of_nothing(shape: tuple[int, ...]) -> None:
+    def shapes() -> list[torch.Size]:
+        x, weight = torch.zeros(shape), torch.ones(shape[-1])
+        return [t.shape for t in torch.ops.warpform.add_bias_residual_layer_norm(x, None, None, weight, weight)]
+
+    with FakeTensorMode():
+        fake = shapes()
+    assert fake == shapes()
 
 
 def test_outputs_do_not_alias_inputs() -> None:

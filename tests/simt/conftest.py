@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,6 @@ SEEDS = (0, 1, 2)  # 0 is the plain order of threads
 def simt() -> Any:
     """torch.ops.warpform_simt: the ops of torch.ops.warpform with their CUDA kernels, run on CPU tensors."""
     return simt_library()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # Inputs are small: a second thread would only wait.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=SEEDS)

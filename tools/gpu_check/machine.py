@@ -77,8 +77,8 @@ class Machine:
             raise Unfit("the library was built without CUDA kernels; build it where nvcc is (make build).")
         if found["capability"] == "9.0" and "90a" not in found["build"]["cuda_archs"]:
             raise Unfit(
-                f"the library has machine code for {found['build']['cuda_archs']} and none for this GPU; build it with "
-                'WARPFORM_CUDA_ARCHS="80;90a-real" (make build).'
+                f"the library was built for {found['build']['cuda_archs']} and has no machine code for this GPU; "
+                'build it with WARPFORM_CUDA_ARCHS="80;90a-real" (make build).'
             )
 
     def facts(self, run: Run) -> dict[str, Any]:

@@ -6,7 +6,7 @@
 
 namespace warpform {
 
-// Whether two texts are equal. <string_view> would cost every file of kernels half a second.
+// True if two texts are equal. <string_view> would cost every file of kernels half a second.
 constexpr bool same_text(const char* a, const char* b) {
   while (*a != 0 && *a == *b) ++a, ++b;
   return *a == *b;

@@ -196,13 +196,13 @@ def _backends(report: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _only_ptx(archs: str, capability: str) -> str | None:
-    """What to do where the driver has to compile the kernels for this GPU, or None."""
+    """Returns a remedy where the driver has to compile the kernels for this GPU, or None."""
     if _covers(archs, capability, ptx=False) or not _covers(archs, capability):
         return None
     code = capability.replace(".", "") + ("a" if capability == "9.0" else "")
     return (
-        f"the library has machine code for {archs} and none for this GPU, compute capability {capability}, so that the "
-        f"driver compiles its PTX: build warpform with WARPFORM_CUDA_ARCHS={code}-real"
+        f"the library was built for {archs} and has no machine code for this GPU, compute capability {capability}, so "
+        f"that the driver compiles its PTX: build warpform with WARPFORM_CUDA_ARCHS={code}-real"
     )
 
 

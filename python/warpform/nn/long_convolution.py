@@ -27,8 +27,8 @@ SHORTEST = 256  # `ops.fft_conv_spectrum` has no transform of fewer than twice a
 def _linspace(start: float, end: float, steps: int) -> Tensor:
     """torch.linspace on the device of an enclosing `with torch.device(...)`.
 
-    Named, because transformers replaces torch.linspace while it loads a model; where torch first lists the functions
-    that take the device at that time, the original never takes it again in this process.
+    The device is passed, because transformers replaces torch.linspace while it loads a model. If torch first lists the
+    functions that take the device at that time, the original takes it no more in this process.
     """
     return torch.linspace(start, end, steps, device=torch.get_default_device())
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops._dtypes import accumulation_dtype
+
 
 def rotary_tables(
     positions: Tensor, head_dim: int, theta: float = 10_000.0, dtype: torch.dtype = torch.float32
@@ -20,7 +22,7 @@ def rotary_tables(
     Returns:
         cos and sin [..., head_dim / 2], in float32, or in float64 where dtype is.
     """
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = accumulation_dtype(dtype)
     steps = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
     angles = positions.unsqueeze(-1) * theta ** (-steps / head_dim)
     return angles.cos().to(wide), angles.sin().to(wide)
@@ -36,7 +38,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         Like x, computed in float32 (float64 for float64).
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = accumulation_dtype(x.dtype)
     first, second = x.to(wide).chunk(2, -1)
     cos, sin = cos.unsqueeze(-2).to(wide), sin.unsqueeze(-2).to(wide)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)

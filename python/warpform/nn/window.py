@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _autocast, ops
+from ..ops._dtypes import accumulation_dtype
 from ._product import is_plain, product, product_with_bias
 from .feed_forward import FeedForward
 from .norm import AddBiasResidualLayerNorm
@@ -209,8 +210,8 @@ class CosineWindowAttention(WindowAttention):
             if not (is_plain(up, nn.Linear) and is_plain(down, nn.Linear)):
                 # They take the dtype of the model, which the attention scale has too.
                 out: Tensor = down(F.relu(up(distances.to(self.logit_scale.dtype))))
-                return 16 * torch.sigmoid(out.to(torch.promote_types(out.dtype, torch.float32)))
-            dtype = torch.promote_types(up.weight.dtype, torch.float32)
+                return 16 * torch.sigmoid(out.to(accumulation_dtype(out.dtype)))
+            dtype = accumulation_dtype(up.weight.dtype)
             x = F.relu(F.linear(distances.to(dtype), up.weight.to(dtype), up.bias.to(dtype)))
             return 16 * torch.sigmoid(F.linear(x, down.weight.to(dtype)))
 

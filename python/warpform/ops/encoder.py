@@ -172,9 +172,11 @@ def _layer_norm_fake(
     *,
     return_sum: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = 1
+    cols, rows = x.shape[-1], 1
     for size in x.shape[:-1]:
         rows = rows * size
+    if isinstance(cols, int) and cols == 0:
+        rows = 0  # rows without columns have no statistics
     statistics = x.new_empty(rows, dtype=accumulation_dtype(x.dtype))
     total = x.new_empty(x.shape if return_sum else (0,))
     return x.new_empty(x.shape), total, statistics, torch.empty_like(statistics)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -457,16 +456,6 @@ def test_hidden_dropout_acts_between_bias_and_residual() -> None:
     assert_close("norm", norm(x, bias, residual), truth, eager)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For many tiny steps: threads that wait for each other take far longer where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_training_learns() -> None:
     """Whether a marked token stands in the text: only attention can bring that to the first one."""
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -149,15 +149,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, BlockdiagLinear)
 NORMS = (AddBiasResidualLayerNorm, nn.LayerNorm, nn.RMSNorm)
 SOME = ["BertForMaskedLM", "DebertaV2, shared", "Swinv2", "M2BertForMaskedLM", "M2GPT, token by token", "DiT3D", "MoHD"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For many small steps: threads that wait for each other take far longer where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make(name: str) -> tuple[nn.Module, Call]:

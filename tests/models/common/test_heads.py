@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,15 +28,6 @@ SIZES = {
 }  # fmt: skip
 HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 MODELS = [f"{family}{head}" for family in SIZES for head in HEADS]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # Starting threads would take longer than the work.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def hf_model(name: str, **fields) -> torch.nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Iterator
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -17,15 +16,6 @@ from helpers.training import train
 from warpform import models
 
 UNKNOWN, MASK = 0, 1
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For many small steps: threads that wait for each other take far longer where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def paragraphs() -> list[tuple[str, str]]:

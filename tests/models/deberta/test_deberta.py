@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,15 +41,6 @@ V3 = {
 V2_XLARGE = {**V3, "conv_kernel_size": 3, "conv_act": "gelu", "conv_groups": 1}
 KINDS = {"v1": ("Deberta", V1), "v2-xlarge": ("DebertaV2", V2_XLARGE), "v3": ("DebertaV2", V3)}
 HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # Starting threads would take longer than the work.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

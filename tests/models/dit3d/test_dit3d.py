@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -26,15 +26,6 @@ CONFIGS = {
     "windows larger than the grid": DiT3DConfig(**{**SMALL, "input_size": (4, 6, 10)}, window_size=(3, 2, 4)),
     "global attention only": DiT3DConfig(**{**SMALL, "input_size": 8, "depth": 2}, window_block_indexes=()),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For many small steps: threads that wait for each other take far longer where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- the model as the paper describes it ----

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -30,15 +29,6 @@ TINY: dict[str, Any] = {
     "top_k": 2,
 }
 DENSE = {**TINY, "num_groups": 0, "num_shared": 0, "top_k": 0}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For many small products: threads that wait for each other take far longer where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def model_of(**fields: Any) -> MoHDForCausalLM:

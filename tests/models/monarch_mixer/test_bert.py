@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -32,15 +32,6 @@ TINY = {
     "hyena_filter_order": 16, "hidden_dropout_prob": 0.0, "num_labels": 3,
 }  # fmt: skip
 HEADS = ("M2BertModel", "M2BertForMaskedLM", "M2BertForSequenceClassification", "M2BertForSentenceEmbedding")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For many small steps: threads that wait for each other take far longer where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_model(name: str = "M2BertModel", **fields: Any) -> Any:

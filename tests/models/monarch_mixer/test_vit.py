@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -20,15 +20,6 @@ TINY = {
     "image_size": 15, "patch_size": 3, "num_channels": 2, "hidden_size": 16, "num_hidden_layers": 2,
     "intermediate_size": 24, "filter_order": 16, "num_labels": 5,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For many small steps: threads that wait for each other take far longer where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_model(**fields: Any) -> Any:

@@ -5,8 +5,6 @@ tests/distributed/test_sequence_parallel.py has the same model over several proc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,14 +16,6 @@ from warpform.models.sequence_parallel_transformer import next_tokens
 
 Config = SequenceParallelTransformerConfig
 SMALL = {"vocab_size": 37, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def randomised(model: nn.Module) -> nn.Module:

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from helpers.training import accuracy_on_digits
 from warpform import models
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For many small steps: threads that wait for each other take far longer where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.slow

@@ -40,6 +40,3 @@ class BertConfig(TransformersConfig):
     num_labels: int = 2
     classifier_dropout: float | None = None
     problem_type: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ...ops._dtypes import accumulation_dtype
+
 # Called with the tokens that the model has not seen yet, an int64 tensor for each row (the prompts in the first call, a
 # single token in each later one), and with the rows: which of the B sequences these are. Returns the logits after the
 # last token of each, [rows, vocab].
@@ -42,7 +44,7 @@ def choose_tokens(
     """
     if temperature == 0:
         return logits.argmax(1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(accumulation_dtype(logits.dtype)) / temperature
     if top_k is not None and top_k < logits.shape[1]:
         least = logits.topk(top_k, dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)

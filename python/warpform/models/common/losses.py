@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...ops._dtypes import accumulation_dtype
 from .checks import check_shape
 
 IGNORED = -100  # the label of tokens that no loss counts, as in transformers
@@ -108,4 +109,4 @@ def mean_loss(total: Tensor, count: Tensor | int) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(accumulation_dtype(x.dtype))
