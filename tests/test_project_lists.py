@@ -26,8 +26,9 @@ def read_variables() -> set[str]:
 
 
 def described_variables() -> set[str]:
-    """The first column of README's table."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Environment variables")[1].split("\n## ")[0]
+    """The first column of the table in docs/settings.md."""
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    section = page.split("## Environment variables")[1].split("\n## ")[0]
     return {name for row in re.findall(r"^\|([^|]+)\|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
 
 
