@@ -15,7 +15,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-EXECUTED = ("add-an-architecture", "encoder", "window", "monarch", "ring", "hidden-routing", "drop-in")
+EXECUTED = ("add-an-architecture", "models", "encoder", "window", "monarch", "ring", "hidden-routing", "drop-in")
 PAGES = [
     page
     for page in (
