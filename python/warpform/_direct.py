@@ -50,7 +50,7 @@ def why_not() -> str | None:
 
 
 def direct(name: str, through_torch: Callable[..., Any]) -> Callable[..., Any]:
-    """A callable of an op's arguments that goes straight to its kernels where it may, and else calls `through_torch`."""
+    """A callable of an op's arguments: straight to the kernels where that is open, else `through_torch`."""
     if _module is None:
         return through_torch
     call: Callable[..., Any] = library().direct(name, through_torch)
