@@ -395,3 +395,19 @@ def test_the_smoke_suite_passes_with_it() -> None:
     names = [name for family in self_test.families().values() for name in family]
     rows = [row for row in self_test.run(names, device="cpu", kernels=False) if "ok" in row]
     assert len(rows) > len(names) and all(row["ok"] for row in rows), [row for row in rows if not row["ok"]]
+
+
+# ---- gradients ----
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("name", [name for name, op in ops().items() if op.differentiable])
+def test_gradients_without_the_dispatcher(simt: Simt, name: str) -> None:
+    """The forward is a direct call of kernels; the backward is the op's own, by its reference on a CPU."""
+    op = ops()[name]
+    function = self_test._recorded_call(op, emulated(name))
+    simt.configure(0)
+    problem = self_test._backward(op, torch.float16, "cpu", function)
+    assert problem is None
+    wanted = next(iter(op.calls(torch.float16)))
+    assert all(g is not None for g in self_test._gradients(function, wanted)[:1])

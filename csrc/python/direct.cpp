@@ -36,6 +36,7 @@ struct DirectOp {
   std::vector<Parameter>* parameters;
   int positional;
   PyObject* fallback;
+  PyObject* recorded;
 };
 
 // A call's arguments as the table takes them.
@@ -179,21 +180,25 @@ bool is_set(const char* variable) {
   return value != nullptr && *value != '\0';
 }
 
-// True if the call has to go through torch: gradients are wanted, or a mode, a transform, autocast, a profiler or a
-// tracer would see it; or a setting of warpform makes the long way log or validate.
-bool needs_dispatcher(PyObject* const* placed, const std::vector<Parameter>& parameters) {
+// Where a call goes.
+enum class Way { kKernels, kAutograd, kTorch };
+
+// Through torch if a mode, a transform, autocast, a profiler or a tracer would see the call, or a setting of warpform
+// makes the long way log or validate. Otherwise to the kernels, recorded for a backward where gradients are wanted.
+Way way_of(PyObject* const* placed, const std::vector<Parameter>& parameters) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(torch.busy); ++i) {
-    if (asks_yes(PyTuple_GET_ITEM(torch.busy, i))) return true;
+    if (asks_yes(PyTuple_GET_ITEM(torch.busy, i))) return Way::kTorch;
   }
+  if (is_set("WARPFORM_LOG") || is_set("WARPFORM_VALIDATE")) return Way::kTorch;
   if (asks_yes(torch.grad_enabled)) {
     for (size_t i = 0; i < parameters.size(); ++i) {
       if (parameters[i].kind == Kind::kTensor && placed[i] != nullptr && placed[i] != Py_None &&
           attribute_is_true(placed[i], requires_grad_name)) {
-        return true;
+        return Way::kAutograd;
       }
     }
   }
-  return is_set("WARPFORM_LOG") || is_set("WARPFORM_VALIDATE");
+  return Way::kKernels;
 }
 
 // ---- results ----
@@ -252,7 +257,11 @@ PyObject* call(PyObject* object, PyObject* const* args, size_t flags, PyObject* 
       return fall_back();
     }
   }
-  if (needs_dispatcher(placed, parameters)) return fall_back();
+  switch (way_of(placed, parameters)) {
+    case Way::kTorch: return fall_back();
+    case Way::kAutograd: return PyObject_Vectorcall(self.recorded, args, flags, names);
+    case Way::kKernels: break;
+  }
 
   void* handles[kMostResults];
   api::Status status;
@@ -270,6 +279,7 @@ void deallocate(PyObject* object) {
   PyTypeObject* type = Py_TYPE(object);
   delete self->parameters;
   Py_XDECREF(self->fallback);
+  Py_XDECREF(self->recorded);
   PyObject_Free(object);
   Py_DECREF(type);
 }
@@ -340,7 +350,7 @@ void use_torch(py::object tensor_type, py::object parameter_type, py::object gra
 
 void set_open(bool is_open) { open = is_open; }
 
-py::object make_direct(const api::Table* table, const api::Op* op, py::object fallback) {
+py::object make_direct(const api::Table* table, const api::Op* op, py::object fallback, py::object recorded) {
   if (exchange == nullptr) throw std::runtime_error("warpform._C: use_torch comes first");
   auto parameters = std::make_unique<std::vector<Parameter>>(parse_schema(op->arguments));
   if (parameters->size() > kMostArguments || op->results > kMostResults) {
@@ -354,6 +364,7 @@ py::object make_direct(const api::Table* table, const api::Op* op, py::object fa
   self->positional = 0;
   for (const Parameter& parameter : *parameters) self->positional += !parameter.keyword_only;
   self->parameters = parameters.release();
+  self->recorded = (recorded.is_none() ? fallback : recorded).inc_ref().ptr();
   self->fallback = fallback.release().ptr();
   return py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(self));
 }

@@ -27,8 +27,9 @@ void use_torch(py::object tensor_type, py::object parameter_type, py::object gra
 // False: every call goes to its fallback.
 void set_open(bool open);
 
-// A callable of an op's arguments. `fallback` is called with the same arguments where the direct way is not open.
-py::object make_direct(const api::Table* table, const api::Op* op, py::object fallback);
+// A callable of an op's arguments. `fallback` is called with the same arguments where the direct way is not open, and
+// `recorded` where only gradients are wanted; None: `fallback` then too.
+py::object make_direct(const api::Table* table, const api::Op* op, py::object fallback, py::object recorded);
 
 // Calls an op under a plan, with tensors of the shapes and dtypes of the arguments and without data.
 api::Status call_for_plan(const api::Table* table, const api::Op* op, const py::args& args, const py::kwargs& kwargs);

@@ -49,8 +49,8 @@ class Library {
     return names;
   }
 
-  py::object direct(const std::string& op, py::object fallback) const {
-    return make_direct(table_, find(op), std::move(fallback));
+  py::object direct(const std::string& op, py::object fallback, py::object recorded) const {
+    return make_direct(table_, find(op), std::move(fallback), std::move(recorded));
   }
 
   py::object supported(const std::string& op, const py::object& dtype, const py::object& device,
@@ -136,7 +136,7 @@ PYBIND11_MODULE(_C, m) {
       .def("build_info", &Library::build_info)
       .def("kernel_table", &Library::kernel_table)
       .def("ops", &Library::ops)
-      .def("direct", &Library::direct, py::arg("op"), py::arg("fallback"))
+      .def("direct", &Library::direct, py::arg("op"), py::arg("fallback"), py::arg("recorded") = py::none())
       .def("supported", &Library::supported, py::arg("op"), py::arg("dtype") = py::none(), py::arg("device") = "cuda")
       .def("launch_plan", &Library::launch_plan, py::arg("op"));
   m.def("use_torch", &warpform::python::use_torch, py::arg("tensor_type"), py::arg("parameter_type"),

@@ -12,8 +12,14 @@ class Library:
     def build_info(self) -> dict[str, str]: ...
     def kernel_table(self) -> list[dict[str, Any]]: ...
     def ops(self) -> list[str]: ...
-    def direct(self, op: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
-        """A call of the op past torch's dispatcher; `fallback` gets the arguments where the dispatcher is needed."""
+    def direct(
+        self, op: str, fallback: Callable[..., Any], recorded: Callable[..., Any] | None = None
+    ) -> Callable[..., Any]:
+        """A call of the op past torch's dispatcher.
+
+        `fallback` gets the arguments where the dispatcher is needed, and `recorded` where only gradients are wanted;
+        None: `fallback` then too.
+        """
 
     def supported(self, op: str, dtype: Any = None, device: Any = "cuda", **sizes: int) -> str | None: ...
     def launch_plan(self, op: str, *args: Any, **kwargs: Any) -> dict[str, Any]: ...

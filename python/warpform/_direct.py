@@ -67,9 +67,14 @@ def closed() -> Iterator[None]:
         _module.set_open(True)
 
 
-def direct(name: str, through_torch: Callable[..., Any]) -> Callable[..., Any]:
-    """A callable of an op's arguments: straight to the kernels where that is open, else `through_torch`."""
+def direct(
+    name: str, through_torch: Callable[..., Any], recorded: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """A callable of an op's arguments: straight to the kernels where that is open, else `through_torch`.
+
+    Where only gradients stand in the way, `recorded`; None: `through_torch` then too.
+    """
     if _module is None:
         return through_torch
-    call: Callable[..., Any] = _module.library.direct(name, through_torch)
+    call: Callable[..., Any] = _module.library.direct(name, through_torch, recorded)
     return call

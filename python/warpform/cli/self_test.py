@@ -57,8 +57,8 @@ def run(
     Yields:
         {"op", "dtype", "starting": True} before an op is tested in a dtype, then for each direction
         {"op", "device", "dtype", "direction", "ok", "problem", "ms"}: "forward" is the op itself, "backward" is
-        autograd through a differentiable op, "direct" is the op past torch's dispatcher
-        (`warpform._C`), where that is open. `problem` is None, or what is wrong, with the example's label.
+        autograd through a differentiable op, and "direct" and "direct backward" are the same two past torch's
+        dispatcher (`warpform._C`), where that is open. `problem` is None, or what is wrong, with the example's label.
 
     Raises:
         ImportError: the library is not loaded. KeyError: an unknown op.
@@ -85,6 +85,9 @@ def run(
                 if direct is not None:
                     how = (*how[:3], direct)
                     yield _timed(name, device, dtype, "direct", lambda how=how: _forward(*how))  # type: ignore[misc]
+                    if op.differentiable:
+                        how = (*how[:3], _recorded_call(op, direct))
+                        yield _timed(name, device, dtype, "direct backward", lambda how=how: _backward(*how))  # type: ignore[misc]
 
 
 def _registry() -> dict[str, Any]:
@@ -131,10 +134,22 @@ def _direct_call(name: str) -> Callable[..., Any] | None:
     call = _direct.direct(name, refuse)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode():
+        with torch.no_grad():
             return call(*args, **kwargs)
 
     return run
+
+
+def _recorded_call(op: Any, direct: Callable[..., Any]) -> Callable[..., Any]:
+    """An op whose forward is a direct call, recorded for its backward."""
+    import importlib
+
+    import torch
+
+    register = importlib.import_module("warpform.ops._register")
+    overload = getattr(torch.ops.warpform, op.name).default
+    recorded: Callable[..., Any] = register.autograd_function(overload, direct, op.backward, op.setup_context)
+    return recorded
 
 
 def _timed(name: str, device: str, dtype: str, direction: str, test: Callable[[], str | None]) -> Row:

@@ -33,7 +33,13 @@ class RegisteredOp:
     name: str
     reference: Callable[..., Any]
     example: Example
-    differentiable: bool
+    backward: Callable[..., Any] | None
+    setup_context: Callable[..., None] | None
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether it has a gradient."""
+        return self.backward is not None
 
     @property
     def family(self) -> str:
@@ -91,7 +97,7 @@ def register_op(
 
     Where the library is not loaded nothing is registered, and what is returned raises the load error when it is called.
     """
-    _ops[name] = RegisteredOp(name, reference, example, backward is not None)
+    _ops[name] = RegisteredOp(name, reference, example, backward, setup_context)
     if not _library.loaded():
 
         @functools.wraps(reference)
@@ -121,10 +127,16 @@ def register_op(
     op = implement(
         name, reference, fake=checked_fake, backward=backward, setup_context=setup_context, autocast=autocast
     )
-    return _callable(name, op, validate)
+    return _callable(name, op, validate, backward, setup_context)
 
 
-def _callable(name: str, op: Any, validate: Callable[..., None] | None) -> Callable[..., Any]:
+def _callable(
+    name: str,
+    op: Any,
+    validate: Callable[..., None] | None,
+    backward: Callable[..., Any] | None,
+    setup_context: Callable[..., None] | None,
+) -> Callable[..., Any]:
     """What `register_op` returns for a registered op."""
 
     names = [argument.name for argument in op._schema.arguments]
@@ -142,7 +154,11 @@ def _callable(name: str, op: Any, validate: Callable[..., None] | None) -> Calla
                 raise
             raise explained from None
 
-    direct = _direct.direct(name, through_torch)
+    def straight(*args: Any, **kwargs: Any) -> Any:
+        return direct(*args, **kwargs)
+
+    recorded = None if backward is None else autograd_function(op, straight, backward, setup_context)
+    direct = _direct.direct(name, through_torch, recorded)
 
     @functools.wraps(op)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -150,6 +166,52 @@ def _callable(name: str, op: Any, validate: Callable[..., None] | None) -> Calla
         return op(*args, **kwargs) if torch.compiler.is_compiling() else direct(*args, **kwargs)
 
     return call
+
+
+def autograd_function(
+    op: Any,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None] | None,
+) -> Callable[..., Any]:
+    """The op with the rule of its registration as a function of `torch.autograd`: it needs no dispatcher.
+
+    `forward` is called where no gradients are recorded, so it goes straight to the kernels.
+    """
+    name = op._opname
+    arguments = op._schema.arguments
+    positional = [argument for argument in arguments if not argument.kwarg_only]
+    keyword_only = [argument for argument in arguments if argument.kwarg_only]
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            values, keywords = inputs[:-1], inputs[-1]
+            output = forward(*values, **keywords)
+            if setup_context is not None and keyword_only:
+                setup_context(ctx, values, keywords, output)
+            elif setup_context is not None:
+                setup_context(ctx, values, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            found = backward(ctx, *gradients)
+            return (*found, None) if isinstance(found, tuple) else (found, None)
+
+    Recorded.__name__ = Recorded.__qualname__ = name
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        inputs = list(args)
+        for argument in positional[len(args) :]:
+            inputs.append(kwargs.pop(argument.name) if argument.name in kwargs else argument.default_value)
+        for argument in keyword_only:
+            value = kwargs.setdefault(argument.name, argument.default_value)
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise ValueError(f"{name}: {argument.name} has no gradient; pass {argument.name}.detach()")
+        return Recorded.apply(*inputs, kwargs)
+
+    return recorded
 
 
 def implement(
