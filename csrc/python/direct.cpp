@@ -77,13 +77,25 @@ bool attribute_is_true(PyObject* object, PyObject* name) {
 
 // ---- arguments ----
 
+// True for a tensor that is negated where it is read, such as the imaginary part of a conjugate: its memory holds other
+// numbers, and DLPack does not say so.
+bool is_negated(PyObject* object) {
+  PyObject* answer = PyObject_CallMethodNoArgs(object, is_neg_name);
+  if (answer == nullptr) PyErr_Clear();
+  const bool no = answer == Py_False;
+  Py_XDECREF(answer);
+  return !no;
+}
+
 bool read_tensor(PyObject* object, Arguments& arguments, api::Value& value) {
   dlpack::Tensor t;
   if (exchange->tensor_from_py_object_no_sync(object, &t) != 0) {
     PyErr_Clear();
     return false;
   }
+  constexpr uint8_t kFloat = 2, kBfloat16 = 4;
   if (t.dtype.lanes != 1) return false;
+  if ((t.dtype.code == kFloat || t.dtype.code == kBfloat16) && is_negated(object)) return false;
   api::TensorView& view = arguments.tensors[arguments.tensor_count++];
   view = {.data = static_cast<char*>(t.data) + t.byte_offset,
           .sizes = t.shape,
@@ -203,19 +215,19 @@ Way way_of(PyObject* const* placed, const std::vector<Parameter>& parameters) {
 
 // ---- results ----
 
-PyObject* tensor_of(void* handle) {
+PyObject* tensor_of(const api::Table& table, void* handle) {
   PyObject* capsule = PyCapsule_New(handle, nullptr, nullptr);
-  if (capsule == nullptr) return nullptr;
-  PyObject* tensor = PyObject_CallOneArg(torch.from_handle, capsule);
-  Py_DECREF(capsule);
+  PyObject* tensor = capsule == nullptr ? nullptr : PyObject_CallOneArg(torch.from_handle, capsule);
+  Py_XDECREF(capsule);
+  if (tensor == nullptr || !torch.frees_handle) table.free_result(handle);
   return tensor;
 }
 
 PyObject* results_of(const api::Table& table, void** handles, int count) {
-  if (count == 1) return tensor_of(handles[0]);
+  if (count == 1) return tensor_of(table, handles[0]);
   PyObject* tuple = PyTuple_New(count);
   for (int i = 0; i < count; ++i) {
-    PyObject* tensor = tuple == nullptr ? nullptr : tensor_of(handles[i]);
+    PyObject* tensor = tuple == nullptr ? nullptr : tensor_of(table, handles[i]);
     if (tensor == nullptr) {
       if (tuple == nullptr) table.free_result(handles[i]);
       while (++i < count) table.free_result(handles[i]);
@@ -327,7 +339,7 @@ struct PlannedTensor {
 }  // namespace
 
 void use_torch(py::object tensor_type, py::object parameter_type, py::object grad_enabled, py::object from_handle,
-               py::tuple busy) {
+               bool frees_handle, py::tuple busy) {
   const auto capsule = tensor_type.attr("__dlpack_c_exchange_api__");
   const auto* found =
       static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::Exchange::kCapsule));
@@ -342,6 +354,7 @@ void use_torch(py::object tensor_type, py::object parameter_type, py::object gra
            .parameter_type = parameter_type.release().ptr(),
            .grad_enabled = grad_enabled.release().ptr(),
            .from_handle = from_handle.release().ptr(),
+           .frees_handle = frees_handle,
            .busy = busy.release().ptr()};
   requires_grad_name = PyUnicode_InternFromString("requires_grad");
   is_neg_name = PyUnicode_InternFromString("is_neg");

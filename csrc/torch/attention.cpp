@@ -50,7 +50,10 @@ void check_arguments(const char* op, const Arguments& a) {
   if (a.alibi_slopes) {
     const Tensor& s = *a.alibi_slopes;
     const int64_t batch = a.cu_seqlens_q.size(0) - 1, heads = a.q.size(1);
-    check_type(s.scalar_type() == ScalarType::Float, op, ": alibi_slopes must be float32, got ", Got{s});
+    // Of float64 attention they may be float64.
+    check_type(s.scalar_type() == ScalarType::Float ||
+                   (s.scalar_type() == ScalarType::Double && a.q.scalar_type() == ScalarType::Double),
+               op, ": alibi_slopes must be float32, got ", Got{s});
     check((s.dim() == 1 && s.size(0) == heads) || (s.dim() == 2 && s.size(0) == batch && s.size(1) == heads), op,
           ": alibi_slopes must be of shape [", heads, "] or [", batch, ", ", heads, "], got ", Got{s});
     check_same_device(op, "alibi_slopes", s, "q", a.q);

@@ -69,6 +69,7 @@ def launch_plan(
 
 def use_torch(
     tensor_type: type, parameter_type: type, grad_enabled: Callable[[], bool], from_handle: Callable[[Any], Any],
+    frees_handle: bool,
     busy: tuple[Callable[[], Any], ...],
 ) -> None: ...  # fmt: skip
 def set_open(open: bool) -> None: ...

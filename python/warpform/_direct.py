@@ -36,11 +36,13 @@ def attach() -> None:
         _why_not = f"warpform._C found another library than {_library.library_path()}"
         return
     try:
+        from_handle, frees_handle = _torch_private.tensor_from_handle()
         module.use_torch(
             tensor_type=torch.Tensor,
             parameter_type=torch.nn.Parameter,
             grad_enabled=torch.is_grad_enabled,
-            from_handle=_torch_private.tensor_from_handle(),
+            from_handle=from_handle,
+            frees_handle=frees_handle,
             busy=_torch_private.dispatcher_needed(),
         )
     except Exception as error:

@@ -23,6 +23,7 @@ NAMES = (
     "torch._subclasses.fake_tensor:is_fake",
     "torch.distributed.distributed_c10d:_resolve_process_group",
     "torch._C._aoti:alloc_tensor_by_stealing_from_void_ptr",
+    "torch._C._aoti:unsafe_alloc_void_ptr_from_tensor",
     "torch._C:_len_torch_function_stack",
     "torch._C:_len_torch_dispatch_stack",
     "torch._C:_is_any_autocast_enabled",
@@ -45,9 +46,17 @@ def missing() -> list[str]:
     return [name for name in NAMES if _find(name) is None]
 
 
-_make_autograd_impl, _info, _, _transforms_active, _is_fake, _resolve_process_group, _from_handle, *_modes = (
-    _find(name) for name in NAMES
-)
+(
+    _make_autograd_impl,
+    _info,
+    _,
+    _transforms_active,
+    _is_fake,
+    _resolve_process_group,
+    _from_handle,
+    _to_handle,
+    *_modes,
+) = (_find(name) for name in NAMES)
 
 
 def autograd_rule(
@@ -76,16 +85,24 @@ def in_functorch() -> bool:
     return _transforms_active is not None and bool(_transforms_active())
 
 
-def tensor_from_handle() -> Callable[[Any], Tensor]:
-    """The function that makes a tensor of the capsule of a handle of the stable ABI, which it takes over.
+def tensor_from_handle() -> tuple[Callable[[Any], Tensor], bool]:
+    """The function that makes a tensor of the capsule of a handle of the stable ABI, and whether it frees the handle.
+
+    Its name says that it takes the handle over. In the torch versions that are known it does not: so it is tried.
 
     Raises:
-        ImportError: this torch has no such function under the name that is known.
+        ImportError: this torch lacks it, or what it is tried with, under the names that are known.
     """
-    if _from_handle is None:
-        raise ImportError(f"there is no {NAMES[6]}")
+    if _from_handle is None or _to_handle is None or not hasattr(Tensor, "_use_count"):
+        raise ImportError(f"there is no {NAMES[6]}, {NAMES[7]} or torch.Tensor:_use_count")
     function: Callable[[Any], Tensor] = _from_handle
-    return function
+    tensor = torch.empty(0)
+    before = tensor._use_count()  # type: ignore[attr-defined]
+    function(_to_handle(tensor))
+    left = tensor._use_count() - before  # type: ignore[attr-defined]
+    if left not in (0, 1):
+        raise ImportError(f"{NAMES[6]} leaves {left} references to a tensor")
+    return function, left == 0
 
 
 def dispatcher_needed() -> tuple[Callable[[], Any], ...]:

@@ -187,9 +187,13 @@ def _forward(op: Any, dtype: Any, device: str, function: Callable[..., Any]) -> 
 
 
 def _backward(op: Any, dtype: Any, device: str, function: Callable[..., Any]) -> str | None:
-    """Autograd through the op on every call of its example; the first problem, or None."""
+    """Autograd through `function` on every call of the op's example; the first problem, or None."""
+    import torch
+
+    on_cpu = getattr(torch.ops.warpform, op.name)
     for call in op.calls(dtype):
-        gradients = tuple(_gradients(function, c) for c in (call.to(device), call, call.double()))
+        here = _gradients(function, call.to(device))
+        gradients = (here, _gradients(on_cpu, call), _gradients(on_cpu, call.double()))
         problem = _compare(f"{call.label}: gradient", gradients, dtype, 3)
         if problem:
             return problem
