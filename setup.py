@@ -1,6 +1,7 @@
-"""Builds libwarpform.so with CMake and ninja, and hands it to setuptools as the package's one binary.
+"""Builds libwarpform.so and the module _C with CMake and ninja, and hands them to setuptools.
 
-The library uses torch's stable ABI and no Python, so the wheel serves every Python and every torch from 2.10 on.
+The library uses torch's stable ABI and no Python, so the wheel serves every Python and every torch from 2.10 on. _C is
+for the Python that builds; another one does without, and calls the ops through torch.
 Everything a builder may lack is looked for before anything is compiled, and its absence is one sentence.
 
 Environment: WARPFORM_CUDA=auto|0|1, WARPFORM_CUDA_ARCHS (a build in the checkout takes those of this machine's GPUs, a
@@ -20,6 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -135,6 +137,22 @@ def find_tool(module: str, attribute: str, program: str) -> str:
     )
 
 
+def find_module_headers() -> tuple[Path, Path] | None:
+    """The folders of Python.h and of pybind11, which _C needs; None where one is missing."""
+    python = Path(sysconfig.get_paths()["include"])
+    found = importlib.util.find_spec("pybind11")
+    pybind11 = Path(found.origin).parent / "include" if found and found.origin else None
+    missing = []
+    if not (python / "Python.h").is_file():
+        missing.append(f"{python} has no Python.h (Debian, Ubuntu: apt install python3-dev)")
+    if pybind11 is None or not (pybind11 / "pybind11" / "pybind11.h").is_file():
+        missing.append("there is no Python package pybind11")
+    if missing:
+        print(f"warpform: building without _C, which makes calls faster: {'; '.join(missing)}.", flush=True)
+        return None
+    return python, pybind11
+
+
 def run_text(*command: str) -> str:
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60)
@@ -232,6 +250,11 @@ def jobs() -> int:
     return max(1, min([cores] + [size // BYTES_PER_JOB for size in memory]))
 
 
+def module_file() -> str:
+    """The name of _C for the Python that builds. Other Pythons look for other names, so one wheel may hold it."""
+    return "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+
+
 class BuildLibrary(build_ext):
     """Runs CMake and ninja in build/cmake-*, which stays, and copies the library to where setuptools wants it."""
 
@@ -261,12 +284,15 @@ class BuildLibrary(build_ext):
         ninja = find_tool("ninja", "BIN_DIR", "ninja")
         cuda = find_cuda()
         headers = find_cuda_headers(cuda)
+        module = find_module_headers()
         simt = self.wants_simt(headers)
         local = self.in_place or self.editable_mode
         archs = os.environ.get("WARPFORM_CUDA_ARCHS") or (local_archs() if local else WHEEL_ARCHS)
 
         # Each set of architectures has a folder, so that a build for one leaves what was built for another.
-        identity = "|".join([str(ROOT), str(torch.lib), compiler, *([cuda.nvcc, archs] if cuda else [""])])
+        identity = "|".join(
+            [str(ROOT), str(torch.lib), sys.executable, compiler, *([cuda.nvcc, archs] if cuda else [""])]
+        )
         kind = "cuda" if cuda else "nocuda"
         base = Path(os.environ.get("WARPFORM_BUILD_DIR") or ROOT / "build")
         folder = base / f"cmake-{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
@@ -284,6 +310,8 @@ class BuildLibrary(build_ext):
             "WARPFORM_CUDA": "ON" if cuda else "OFF",
             "WARPFORM_SIMT": "ON" if simt else "OFF",
             "WARPFORM_CUDA_INCLUDE": str(headers or ""),
+            "WARPFORM_PYTHON_INCLUDE": str(module[0]) if module else "",
+            "WARPFORM_PYBIND11_INCLUDE": str(module[1]) if module else "",
         }
         env = dict(os.environ)
         if cuda:
@@ -314,6 +342,10 @@ class BuildLibrary(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.replace(folder / "libwarpform.so", target)
+        if module:
+            self.replace(folder / "_C.so", target.with_name(module_file()))
+        else:
+            target.with_name(module_file()).unlink(missing_ok=True)
         if simt:
             self.replace(folder / "csrc" / "simt" / "libwarpform_simt.so", ROOT / "build" / "libwarpform_simt.so")
 
@@ -336,10 +368,13 @@ class BuildLibrary(build_ext):
         for ext in self.extensions:
             built = Path(self.build_lib) / self.get_ext_filename(ext.name)
             self.replace(built, ROOT / "python" / "warpform" / "libwarpform.so")
+            module = built.with_name(module_file())
+            if module.is_file():
+                self.replace(module, ROOT / "python" / "warpform" / module.name)
 
 
 class PlatformWheel(bdist_wheel):
-    """One wheel for every Python: the binary has no Python in it."""
+    """One wheel for every Python: the library has no Python in it, and other Pythons do not see this one's _C."""
 
     def finalize_options(self) -> None:
         super().finalize_options()

@@ -139,8 +139,11 @@ def test_report(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
-def test_readme_is_written_from_results(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Machine, date, commit and files; plots that are there; the same bytes again; and nothing but the blocks."""
+def test_pages_are_written_from_results(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Machine, date, commit and files; plots that are there; the same bytes again; and nothing but the blocks.
+
+    README quotes GPUs alone: without one it stays as it is.
+    """
     pytest.importorskip("matplotlib")
     folder = tmp_path / "results"
     shutil.copytree(results, folder)
@@ -149,14 +152,16 @@ def test_readme_is_written_from_results(results: Path, tmp_path: Path, capsys: p
     run = {"order": "arrival", "texts": 5, "padding_ratio": 2.5, "transformers_seconds": 2.0, "warpform_seconds": 1.0}
     facts["results"] = [run | {"speedup": 2.0, "max_difference": 1e-7}]
     (folder / "demo-cpu.json").write_text(json.dumps(facts))
-    page = tmp_path / "README.md"
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
+    page.parent.mkdir()
+    readme.write_text("<!-- numbers:begin -->\nkept\n<!-- numbers:end -->\n")
     around = (
         "# Title\n\n<!-- demo:begin -->\n",
         "<!-- demo:end -->\n\nwords\n\n<!-- bench:begin -->\nold\n",
         "<!-- bench:end -->\n",
     )
     page.write_text("".join(around))
-    command = ["--results", str(folder), "--readme", str(page)]
+    command = ["--results", str(folder), "--readme", str(readme)]
     assert report.main(command) == 2
     assert "does not say at which commit" in capsys.readouterr().err
     (folder / "demo-cpu.json").write_text(json.dumps(facts | {"commit": "abcdef0"}))
@@ -167,8 +172,9 @@ def test_readme_is_written_from_results(results: Path, tmp_path: Path, capsys: p
     for words in ("abcdef0", "| speed-up | 2.00x |", row["device"], row["date"][:10], row["commit"], row["torch"]):
         assert words in text
     targets = re.findall(r"\]\(([^)]*)\)", text)
-    assert len(targets) > 8 and all((tmp_path / target).is_file() for target in targets)
-    before = {path: path.read_bytes() for path in [page, *(tmp_path / "docs" / "plots").glob("*.svg")]}
+    assert len(targets) > 8 and all((page.parent / target).is_file() for target in targets)
+    assert "\nkept\n" in readme.read_text()
+    before = {path: path.read_bytes() for path in [readme, page, *(tmp_path / "docs" / "plots").glob("*.svg")]}
     assert report.main(command) == 0
     assert {path: path.read_bytes() for path in before} == before
 
@@ -187,16 +193,48 @@ def test_readme_quotes_no_row_without_a_commit(tmp_path: Path, commit: str, caps
     assert "measured at a commit" in capsys.readouterr().err and page.read_text() == "untouched\n"
 
 
-def test_readme_in_the_repository_has_its_markers_and_numbers() -> None:
-    """Every table of figures in it is what its results say."""
-    page = ROOT / "README.md"
-    text = page.read_text(encoding="utf-8")
-    demos = sorted((BENCH / "results").glob("demo-*.json"), key=lambda path: json.loads(path.read_text())["date"])
-    lines = report.readme.demo(demos[-1], report.readme.link(page, demos[-1]))
-    assert report.readme.replace(text, "demo", lines) == text
-    assert report.readme.replace(text, "bench", ["x"]) != text
-    for picture in re.findall(r"docs/plots/[\w.-]+", text):
-        assert (ROOT / picture).is_file()
+def gpu_rows(device: str, workloads: list[str], commit: str) -> list[dict[str, str]]:
+    """Rows of workloads on a GPU, beside a peer that takes half of the time and one that takes double."""
+    row = dict.fromkeys(harness.COLUMNS, "") | {"device": device, "kind": "cuda", "family": "f", "kernel": "k"}
+    row |= {"direction": "forward", "date": "2026-01-01T00:00Z", "status": "ok", "commit": commit, "dtype": "bfloat16"}
+    times = {"warpform": "2000", "warpform_graphs": "10", "sdpa_cudnn_padded": "1000", "slow": "4000"}
+    return [
+        row | {"workload": workload, "provider": provider, "p50_us": us}
+        for workload in workloads
+        for provider, us in times.items()
+    ]
+
+
+def test_readme_quotes_the_fastest_peer_of_the_gpu_with_most_workloads(tmp_path: Path) -> None:
+    names = [*report.readme.QUOTED, "another"]
+    rows = gpu_rows("A", names[:1], "a1") + gpu_rows("B", names, "b1")
+    rows += [row | {"device": "C", "kind": "cpu"} for row in gpu_rows("C", names, "c1")]
+    found = report.newest(rows)
+    assert report.readme.quoted_device(found) == "B"
+    assert report.readme.quoted_device({"C": found["C"]}) is None and report.readme.quoted_device({}) is None
+    lines = report.readme.numbers("B", found["B"], "plot.svg", "Words.")
+    assert lines[0].endswith("](plot.svg)") and "commit b1" in " ".join(lines) and lines[-1].endswith("Words.")
+    table = [line for line in lines if line.startswith("| ")][1:]
+    labels = list(report.readme.QUOTED.values())
+    assert table == [f"| {label} | cuDNN | 1 ms | 2 ms | 0.50x |" for label in labels]
+
+
+def test_pages_in_the_repository_say_what_results_say() -> None:
+    """Every table of figures in README and docs/benchmarks.md; python bench/report --readme writes them."""
+    page, long = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+    text, long_text = page.read_text(encoding="utf-8"), long.read_text(encoding="utf-8")
+    found = report.newest(filter(report.readme.quotable, report.read(BENCH / "results")))
+    drawn = {
+        (device, family): ROOT / "docs" / "plots" / report.file_name(device, family)
+        for device, kernels in found.items()
+        for family in report.figures(device, kernels)
+    }
+    assert len(drawn) > 10 and all(path.is_file() for path in drawn.values())
+    new, long_new = report.readme.filled(page, long, BENCH / "results", found, drawn)
+    assert new == text
+    assert long_new == long_text
+    for name, where in (("numbers", text), ("demo", long_text), ("bench", long_text)):
+        assert report.readme.replace(where, name, ["x"]) != where
 
 
 def test_rows_of_one_run_are_compared(tmp_path: Path) -> None:

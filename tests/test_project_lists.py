@@ -26,8 +26,9 @@ def read_variables() -> set[str]:
 
 
 def described_variables() -> set[str]:
-    """The first column of README's table."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Environment variables")[1].split("\n## ")[0]
+    """The first column of the table in docs/settings.md."""
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    section = page.split("## Environment variables")[1].split("\n## ")[0]
     return {name for row in re.findall(r"^\|([^|]+)\|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
 
 
@@ -82,3 +83,28 @@ def test_pinned_versions_are_those_that_the_package_allows(group: str, files: tu
         for required in pinned[wanted.name]:
             versions = [s.version for s in required.specifier if s.operator in ("==", ">=")]
             assert versions and all(wanted.specifier.contains(v) for v in versions), f"{required} against {wanted}"
+
+
+def test_pages_name_the_versions_that_the_build_takes() -> None:
+    """The tables of README and docs/settings.md against pyproject.toml, setup.py and the drivers that doctor names."""
+    tomllib = pytest.importorskip("tomllib")
+    from warpform._hardware import DRIVERS
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    torch = ".".join(re.findall(r"\d+", re.findall(r"^MIN_TORCH = (.+)$", setup, re.MULTILINE)[0]))
+    nvcc = ".".join(re.findall(r"\d+", re.findall(r"^MIN_NVCC = (.+)$", setup, re.MULTILINE)[0]))
+    assert f"torch>={torch}" in project["dependencies"]
+    needed = {
+        "Python": project["requires-python"].removeprefix(">="),
+        "torch": torch,
+        "transformers": project["optional-dependencies"]["transformers"][0].removeprefix("transformers>="),
+    }
+    for page in ("README.md", "docs/settings.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for name, version in needed.items():
+            assert f"| {name} | {version} or later" in text, f"{page}: {name} {version}"
+        assert f"{nvcc} or later" in text and "sm_80" in text, page
+        for cuda, driver in DRIVERS.items():
+            words = rf"\b{driver}( or later)? for (kernels built with )?CUDA {cuda}\b"
+            assert re.search(words, text), f"{page}: {driver}"

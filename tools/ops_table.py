@@ -1,4 +1,4 @@
-"""Writes README's table of ops from the registry of ops and the library's table of kernels.
+"""Writes the table of ops in docs/ops.md from the registry of ops and the library's table of kernels.
 
     python tools/ops_table.py          writes it in place
     python tools/ops_table.py --check  exits 1 where it would change something
@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
     from warpform import _library
     from warpform.ops import _register
 
-    page = ROOT / "README.md"
+    page = ROOT / "docs" / "ops.md"
     kernels = _library.kernel_table()
     if not kernels:
         print("ops_table: the library has no kernels; build it where nvcc is (make build)", file=sys.stderr)
@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> int:
     text = page.read_text(encoding="utf-8")
     new = replace(text, "ops", table(_register.ops().values(), kernels))
     if "--check" in arguments:
-        print("ops_table: README's table is current" if new == text else "ops_table: run python tools/ops_table.py")
+        print("ops_table: docs/ops.md is current" if new == text else "ops_table: run python tools/ops_table.py")
         return int(new != text)
     page.write_text(new, encoding="utf-8")
     return 0

@@ -2,7 +2,7 @@
 
     python bench/report                                 the tables, on standard output
     python bench/report --markdown FILE --plots FOLDER  written to files
-    python bench/report --readme                        README's numbers and the plots that it shows, in place
+    python bench/report --readme                        numbers and plots of README and docs/benchmarks.md
     python bench/report --device H200                   one device of several
 
 Of each device, workload and provider the newest row counts. Nothing is computed here but ratios of what the rows say.
@@ -225,7 +225,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--markdown", type=Path, help="write the tables there; default: standard output")
     parser.add_argument("--plots", type=Path, help="write a plot for each device and family into this folder")
     parser.add_argument(
-        "--readme", type=Path, nargs="?", const=ROOT / "README.md", help="write numbers and plots (docs/plots) into it"
+        "--readme",
+        type=Path,
+        nargs="?",
+        const=ROOT / "README.md",
+        help="write numbers into it and into docs/benchmarks.md, and plots (docs/plots)",
     )
     given = parser.parse_args(arguments)
     try:

@@ -1,4 +1,7 @@
-"""The numbers of README.md, written between its markers from committed results, so that none is typed by hand."""
+"""The numbers of README.md and docs/benchmarks.md, written between their markers from committed results.
+
+README has a plot and a few workloads, docs/benchmarks.md all of them and the demo. No number is typed by hand.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,34 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from .plots import duration
+
 Row = dict[str, str]
 Kernels = dict[tuple[str, str, str], dict[str, dict[str, Row]]]
 
-# The plots that README shows; the others are linked to.
+# The plots that docs/benchmarks.md shows; it links to the others.
 SHOWN = ("attention", "models")
+# The plot that README shows.
+QUOTED_PLOT = "models"
+# README's rows, all of them forward passes: where warpform is ahead, and where it is behind.
+QUOTED = {
+    "bert_base-forward-batch16-seqlen1024-tokens9531-heads12-head_dim64-hidden768": (
+        "BERT-base, 16 texts padded to 1,024, of 9,531 tokens"
+    ),
+    "swin_t-forward-B128-224x224": "Swin-T, 128 images of 224 x 224",
+    "fft_conv-forward-batch64-seqlen4096-tokens262144-hidden768": "long convolution, 64 x 768 rows of 4,096",
+    "varlen_attention-forward-B8-S2048-T16384-H32-32-D64": "attention alone, 8 x 2,048 tokens, no padding",
+    "hidden_gather_linear-forward-T8192-d2048": "routed layer, 8 of 16 groups of 2,048 columns",
+}
+PEERS = {
+    "transformers_sdpa": "transformers, fused attention",
+    "transformers_eager": "transformers, eager attention",
+    "torch_fft": "`torch.fft`",
+    "sdpa_cudnn_padded": "cuDNN",
+    "dense": "cuBLAS, all groups",
+}
+# The orders in which the demo takes its texts.
+ORDERS = {"arrival": "in order of arrival", "sorted": "sorted by length"}
 
 
 def quotable(row: Row) -> bool:
@@ -37,16 +63,98 @@ def replace(text: str, name: str, lines: list[str]) -> str:
 
 
 def write(page: Path, results: Path, found: dict[str, Kernels], drawn: dict[tuple[str, str], Path]) -> None:
-    """Both blocks of the page: the demo's, if its results are there, and that of the benchmarks."""
-    text = page.read_text(encoding="utf-8")
+    """Writes README, which is `page`, and docs/benchmarks.md beside it; neither where a marker is missing.
+
+    Raises:
+        ValueError: a page lacks a marker, or the demo's results name no commit.
+        FileNotFoundError: there is no docs/benchmarks.md.
+    """
+    long = page.parent / "docs" / "benchmarks.md"
+    text, long_text = filled(page, long, results, found, drawn)
+    page.write_text(text, encoding="utf-8")
+    long.write_text(long_text, encoding="utf-8")
+
+
+def filled(
+    page: Path, long: Path, results: Path, found: dict[str, Kernels], drawn: dict[tuple[str, str], Path]
+) -> tuple[str, str]:
+    """The texts of README and of docs/benchmarks.md with what the results say between their markers."""
+    text, long_text = page.read_text(encoding="utf-8"), long.read_text(encoding="utf-8")
     demos = sorted(results.glob("demo-*.json"), key=lambda path: (json.loads(path.read_text())["date"], path.name))
     if demos:
-        text = replace(text, "demo", demo(demos[-1], link(page, demos[-1])))
+        long_text = replace(long_text, "demo", demo(demos[-1], link(long, demos[-1])))
     lines: list[str] = []
-    for device, kernels in found.items():
-        plots = {family: link(page, path) for (name, family), path in drawn.items() if name == device}
-        lines += [*benchmarks(device, kernels, plots, link(page, results)), ""]
-    page.write_text(replace(text, "bench", lines[:-1]), encoding="utf-8")
+    for device, kernels in sorted(found.items(), key=lambda item: kind(item[1]) == "cpu"):  # GPUs first
+        plots = {family: link(long, path) for (name, family), path in drawn.items() if name == device}
+        lines += [*benchmarks(device, kernels, plots, link(long, results)), ""]
+    long_text = replace(long_text, "bench", lines[:-1])
+    device = quoted_device(found)
+    if device is not None:
+        plot = drawn.get((device, QUOTED_PLOT))
+        words = shortly(demos[-1]) if demos else ""
+        text = replace(text, "numbers", numbers(device, found[device], plot and link(page, plot), words))
+    return text, long_text
+
+
+def kind(kernels: Kernels) -> str:
+    """What a device is, as its rows say: "cuda" or "cpu"."""
+    workloads = next(iter(kernels.values()))
+    return next(row["kind"] for providers in workloads.values() for row in providers.values())
+
+
+def quoted_device(found: dict[str, Kernels]) -> str | None:
+    """The GPU that most of README's workloads were measured on, of several the first; None where there is none."""
+    counts = {device: len(quoted(kernels)) for device, kernels in found.items()}
+    device = max(counts, key=lambda name: counts[name], default=None)
+    return device if device is not None and counts[device] else None
+
+
+def quoted(kernels: Kernels) -> dict[str, tuple[Row, Row]]:
+    """README's workloads that a GPU has rows of: warpform's row and that of the fastest peer."""
+    found: dict[str, tuple[Row, Row]] = {}
+    for workloads in kernels.values():
+        for workload, providers in workloads.items():
+            own = providers.get("warpform", {})
+            peers = {p: ratio for p, ratio in ratios(providers).items() if not p.startswith("warpform")}
+            if workload in QUOTED and own.get("kind") == "cuda" and peers:
+                found[workload] = own, providers[min(peers, key=lambda p: peers[p])]
+    return found
+
+
+def numbers(device: str, kernels: Kernels, plot: str | None, words: str) -> list[str]:
+    """Writes README's lines: the plot, a row for each quoted workload, where they come from, and `words`."""
+    rows = quoted(kernels)
+    one, _ = next(iter(rows.values()))
+    lines = []
+    if plot is not None:
+        name = html.escape(f"{QUOTED_PLOT} on {device}: times of peers over those of warpform")
+        lines += [f"![{name}]({plot})", ""]
+    lines += ["| forward | fastest peer | its time | warpform | |", "|---|---|---:|---:|---:|"]
+    for workload, label in QUOTED.items():
+        if workload in rows:
+            own, peer = rows[workload]
+            # A peer that the newest run left out has a time of warpform's own from the run that timed both.
+            ours, theirs = float(peer.get("own_us") or own["p50_us"]), float(peer["p50_us"])
+            name = PEERS.get(peer["provider"], peer["provider"].replace("_", " "))
+            lines.append(f"| {label} | {name} | {duration(theirs)} | {duration(ours)} | {theirs / ours:.2f}x |")
+    runs = sorted((peer["date"], peer["commit"]) for _, peer in rows.values())
+    dates, commits = span(date[:10] for date, _ in runs), span(commit for _, commit in runs)
+    text = (
+        f"Medians on **{device}**, {one['dtype']}, torch {one['torch']}, {dates}, commit {commits}. Above 1x warpform "
+        f"is faster. {words}"
+    )
+    return [*lines, "", *wrapped(text)]
+
+
+def shortly(demo: Path) -> str:
+    """Writes a sentence on a result of `python -m warpform demo --json`."""
+    facts: dict[str, Any] = json.loads(demo.read_text(encoding="utf-8"))
+    times = [
+        f"{run['warpform_seconds']:.3g} s {ORDERS.get(run['order'], run['order'])} (transformers: "
+        f"{run['transformers_seconds']:.3g} s)"
+        for run in facts["results"]
+    ]
+    return f"On a CPU ({facts['device']}) `make demo` takes {' and '.join(times)}."
 
 
 def link(page: Path, target: Path) -> str:
@@ -59,7 +167,6 @@ def demo(path: Path, where: str) -> list[str]:
     facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if not facts.get("commit"):
         raise ValueError(f"{path} does not say at which commit it was measured")
-    orders = {"arrival": "in order of arrival", "sorted": "sorted by length"}
     runs = facts["results"]
     rows = {
         "padded / real tokens": [f"{run['padding_ratio']:.2f}" for run in runs],
@@ -80,7 +187,7 @@ def demo(path: Path, where: str) -> list[str]:
     return [
         *wrapped(text),
         "",
-        "| | " + " | ".join(orders.get(run["order"], run["order"]) for run in runs) + " |",
+        "| | " + " | ".join(ORDERS.get(run["order"], run["order"]) for run in runs) + " |",
         "|---|" + "---:|" * len(runs),
         *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()),
     ]
@@ -100,14 +207,14 @@ def benchmarks(device: str, kernels: Kernels, plots: dict[str, str], results: st
         f"{one['transformers'] or 'absent'}, {span(row['date'][:10] for row in timed)}, commit "
         f"{span(row['commit'] for row in timed)}: {files}."
     )
-    lines = [*wrapped(text), ""]
+    lines = [f"### {device}", "", *wrapped(text), ""]
     for family in SHOWN:
         if family in plots:
             name = html.escape(f"{family.replace('_', ' ')} on {device}: times of peers over those of warpform")
             lines += [f"![{name}]({plots[family]})", ""]
     others = [f"[{family.replace('_', ' ')}]({path})" for family, path in plots.items() if family not in SHOWN]
     if others:
-        lines += [f"More plots: {', '.join(others)}.", ""]
+        lines += [*wrapped(f"More plots: {', '.join(others)}."), ""]
     lines += [
         "| | workloads | warpform ahead in | fastest peer's time / warpform's: least, median, most |",
         "|---|---:|---:|---:|",
@@ -116,6 +223,7 @@ def benchmarks(device: str, kernels: Kernels, plots: dict[str, str], results: st
         ratios = [] if family == "host" else [r for r in map(ratio, workloads.values()) if r is not None]
         if ratios:
             spread = f"{min(ratios):.2f}, {statistics.median(ratios):.2f}, {max(ratios):.2f}"
+            spread = spread if len(ratios) > 1 else f"{ratios[0]:.2f}"
             ahead = sum(r > 1 for r in ratios)
             lines.append(f"| `{kernel}`, {direction} | {len(ratios)} | {ahead} | {spread} |")
     return lines

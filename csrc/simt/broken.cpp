@@ -10,7 +10,7 @@
 #include "device/memory.cuh"
 #include "device/ptx.cuh"
 #include "simt/host.h"
-#include "torch/tensor.h"
+#include "torch/launch.h"
 
 namespace warpform {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "torch/tensor.h"
+#include "torch/launch.h"
 
 namespace warpform {
 namespace {
@@ -16,7 +16,8 @@ DType dtype_of(const Tensor& t) {
   }
 }
 
-void column_sum(Tensor partials, Tensor out) {
+void column_sum(torch::stable::Tensor partials_, torch::stable::Tensor out_) {
+  const Tensor partials(partials_), out(out_);
   check(partials.dim() == 3 && partials.size(0) <= 3 && partials.is_contiguous() && out.dim() == 2 &&
             out.size(0) == partials.size(0) && out.size(1) == partials.size(2) && out.stride(1) == 1,
         "_column_sum: partials must be of shape [sums, groups, cols] and out [sums, cols], got ", Got{partials},

@@ -12,7 +12,7 @@
 #include "device/memory.cuh"
 #include "device/ptx.cuh"
 #include "device/reduce.cuh"
-#include "torch/tensor.h"
+#include "torch/launch.h"
 
 namespace warpform {
 namespace {
@@ -353,14 +353,15 @@ const std::map<std::string, Instruction> kInstructions = {
     {"repeat_ldmatrix_trans", repeated<9>()},
 };
 
-Tensor instruction(std::string name, Tensor a, Tensor b) {
+torch::stable::Tensor instruction(std::string name, torch::stable::Tensor a_, torch::stable::Tensor b_) {
+  const Tensor a(a_), b(b_);
   const auto found = kInstructions.find(name);
   check(found != kInstructions.end(), "_instruction: none is called ", name);
   check(a.is_contiguous() && b.is_contiguous(), "_instruction: a and b must be contiguous");
   Tensor out = empty("_instruction", found->second.shape(a), found->second.dtype, a);
   const Launch launch("_instruction", a);
   found->second.run({launch.in(a), launch.in(b), launch.out(out), a.numel()});
-  return out;
+  return out.as_torch();
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 #include <string>
 
 #include "simt/scheduler.h"
-#include "torch/tensor.h"
+#include "torch/launch.h"
 
 namespace warpform {
 namespace {

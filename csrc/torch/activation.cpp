@@ -3,9 +3,9 @@
 
 #include <optional>
 
+#include "binding.h"
 #include "rows.h"
 
-#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
 namespace warpform {
 namespace {
 
@@ -26,11 +26,12 @@ Tensor bias_gelu(Tensor x, std::optional<Tensor> bias, std::string approximate) 
   const auto [rows, cols] = rows_of(kOp, "x", x);
   if (bias) check_parameter(kOp, "bias", *bias, cols, x);
   const bool tanh = is_tanh(kOp, approximate);
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, x)) {
-    return std::get<0>(call_reference<Tensor>(kOp, reason, x, bias, approximate));
+    return UseReference(reason);
   }
-  x = torch::stable::contiguous(x);
+  x = contiguous(x);
   bias = contiguous(bias);
   Tensor out = empty(kOp, sizes_of(x), x.scalar_type(), x);
   launch_bias_gelu({.x = launch.in(x),
@@ -52,12 +53,13 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor dout, Tensor x, std::option
   check_like(kOp, "dout", dout, "x", x);
   if (bias) check_parameter(kOp, "bias", *bias, cols, x);
   const bool tanh = is_tanh(kOp, approximate);
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, x)) {
-    return call_reference<Tensor, Tensor>(kOp, reason, dout, x, bias, approximate);
+    return UseReference(reason);
   }
-  dout = torch::stable::contiguous(dout);
-  x = torch::stable::contiguous(x);
+  dout = contiguous(dout);
+  x = contiguous(x);
   bias = contiguous(bias);
   Tensor dx = empty(kOp, sizes_of(x), x.scalar_type(), x);
   Tensor dbias = empty(kOp, {bias ? cols : 0}, bias ? bias->scalar_type() : x.scalar_type(), x);
@@ -82,10 +84,9 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor dout, Tensor x, std::option
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
-  m.impl("bias_gelu", TORCH_BOX(&bias_gelu));
-  m.impl("bias_gelu_backward", TORCH_BOX(&bias_gelu_backward));
+std::span<const Body> activation_ops() {
+  static constexpr Body kOps[] = {body<"bias_gelu", &bias_gelu>(), body<"bias_gelu_backward", &bias_gelu_backward>()};
+  return kOps;
 }
 
 }  // namespace warpform
-#endif

@@ -2,9 +2,9 @@
 #include <cmath>
 #include <optional>
 
+#include "binding.h"
 #include "heads.h"
 
-#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
 namespace warpform {
 namespace {
 
@@ -19,46 +19,51 @@ struct Arguments {
   std::optional<Tensor> alibi_slopes;
   bool deterministic;
 
-  // The backward has out and lse between the two.
-  auto tensors() const { return std::tie(q, k, v); }
-  auto rest() const {
-    return std::tie(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left,
-                    window_right, softcap, alibi_slopes, deterministic);
+  // What kernels read as it lies.
+  void make_contiguous() {
+    cu_seqlens_q = contiguous(cu_seqlens_q);
+    cu_seqlens_k = contiguous(cu_seqlens_k);
+    alibi_slopes = contiguous(alibi_slopes);
   }
 };
 
 void check_arguments(const char* op, const Arguments& a) {
-  check(a.q.dim() == 3, op, ": q must be of shape [total_q, heads, head_dim], got ", Got{a.q});
-  check(a.k.dim() == 3 && a.k.size(2) == a.q.size(2) && a.k.scalar_type() == a.q.scalar_type(), op,
-        ": k must be of shape [total_k, heads_kv, head_dim] with q's head_dim and dtype, got ", Got{a.k}, " for q ",
-        Got{a.q});
-  check(a.v.dim() == 3 && a.v.size(0) == a.k.size(0) && a.v.size(1) == a.k.size(1) && a.v.size(2) == a.k.size(2) &&
-            a.v.scalar_type() == a.k.scalar_type(),
-        op, ": v must have the shape and dtype of k, ", Got{a.k}, ", got ", Got{a.v});
-  check(a.q.size(1) == 0 || (a.k.size(1) > 0 && a.q.size(1) % a.k.size(1) == 0), op,
-        ": the heads of q must be a multiple of those of k and v, got ", a.q.size(1), " and ", a.k.size(1));
-  check_same_device(op, "k", a.k, a.q);
-  check_same_device(op, "v", a.v, a.q);
+  for (const auto& [name, t] : {std::pair{"q", &a.q}, {"k", &a.k}, {"v", &a.v}}) check_heads(op, name, *t);
+  check_floating(op, "q", a.q);
+  const int64_t head_dim = a.q.size(2);
+  check(head_dim > 0, op, ": head_dim must be at least 1, got q ", Got{a.q});
+  check(same_sizes(a.v, a.k) && a.k.size(2) == head_dim, op, ": k and v must both be of shape [total_k, heads_k, ",
+        head_dim, "], got k ", Got{a.k}, " and v ", Got{a.v});
+  check(a.k.size(1) > 0 && a.q.size(1) % a.k.size(1) == 0, op, ": the ", a.q.size(1),
+        " heads of q must be a multiple of the heads of k and v, got ", a.k.size(1));
+  check_same_dtype(op, a.q, a.k, a.v);
   check_offsets(op, "cu_seqlens_q", a.cu_seqlens_q, a.q);
   check_offsets(op, "cu_seqlens_k", a.cu_seqlens_k, a.q);
-  check(a.cu_seqlens_q.size(0) == a.cu_seqlens_k.size(0), op,
-        ": cu_seqlens_q and cu_seqlens_k must have the same length, got ", a.cu_seqlens_q.size(0), " and ",
-        a.cu_seqlens_k.size(0));
-  check(a.window_left >= -1 && a.window_right >= -1, op, ": window_size must be at least -1 on both sides, got (",
-        a.window_left, ", ", a.window_right, ")");
-  check(a.max_seqlen_q >= 0 && a.max_seqlen_k >= 0, op, ": max_seqlen_q and max_seqlen_k must not be negative, got ",
-        a.max_seqlen_q, " and ", a.max_seqlen_k);
-  check(a.softcap >= 0, op, ": softcap must not be negative, got ", a.softcap);
+  check(a.cu_seqlens_q.size(0) == a.cu_seqlens_k.size(0), op, ": cu_seqlens_k must be of shape ", Shape{a.cu_seqlens_q},
+        " as cu_seqlens_q is, got ", Got{a.cu_seqlens_k});
+  check_same_device(op, "k", a.k, "q", a.q);
+  check_same_device(op, "v", a.v, "q", a.q);
+  check_window(op, a.window_left, a.window_right);
+  check_finite(op, "softmax_scale", a.softmax_scale.value_or(1));
+  check_finite(op, "softcap", a.softcap);
+  check(a.softcap >= 0, op, ": softcap must not be negative, got ", Number{a.softcap});
   if (a.alibi_slopes) {
     const Tensor& s = *a.alibi_slopes;
     const int64_t batch = a.cu_seqlens_q.size(0) - 1, heads = a.q.size(1);
-    const bool shape_fits =
-        (s.dim() == 1 && s.size(0) == heads) || (s.dim() == 2 && s.size(0) == batch && s.size(1) == heads);
-    check(shape_fits && s.scalar_type() == ScalarType::Float, op, ": alibi_slopes must be float32 of shape [", heads,
-          "] or [", batch, ", ", heads, "], got ", Got{s});
-    check_same_device(op, "alibi_slopes", s, a.q);
-    check_contiguous(op, "alibi_slopes", s);
+    check_type(s.scalar_type() == ScalarType::Float, op, ": alibi_slopes must be float32, got ", Got{s});
+    check((s.dim() == 1 && s.size(0) == heads) || (s.dim() == 2 && s.size(0) == batch && s.size(1) == heads), op,
+          ": alibi_slopes must be of shape [", heads, "] or [", batch, ", ", heads, "], got ", Got{s});
+    check_same_device(op, "alibi_slopes", s, "q", a.q);
   }
+  check(a.max_seqlen_q >= 0 && a.max_seqlen_k >= 0, op, ": max_seqlen_q and max_seqlen_k must not be negative, got ",
+        a.max_seqlen_q, ", ", a.max_seqlen_k);
+}
+
+// dout or out: as q in everything but strides.
+void check_like_q(const char* op, const char* name, const Tensor& t, const Tensor& q) {
+  check(same_sizes(t, q) && t.scalar_type() == q.scalar_type(), op, ": ", name, " must have the shape and dtype of q, ",
+        Got{q}, ", got ", Got{t});
+  check_same_device(op, name, t, "q", q);
 }
 
 // Why no kernel serves the call, or null.
@@ -110,13 +115,15 @@ ForwardResult varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q
   Arguments a(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left,
               window_right, softcap, alibi_slopes, deterministic);
   check_arguments(kOp, a);
+  if constexpr (!kHasKernels) return UseReference(without_kernels(q));
   const Launch launch(kOp, q);
   if (const char* reason = no_kernel(launch, a, /*backward=*/false)) {
-    return call_reference<Tensor, Tensor>(kOp, reason, a.tensors(), a.rest());
+    return UseReference(reason);
   }
   check_aligned(kOp, "q", q);
   check_aligned(kOp, "k", k);
   check_aligned(kOp, "v", v);
+  a.make_contiguous();
   ForwardResult result{empty(kOp, sizes_of(q), q.scalar_type(), q),
                        empty(kOp, {q.size(1), q.size(0)}, ScalarType::Float, q)};
   launch_varlen_attention({.problem = problem(launch, a),
@@ -138,30 +145,28 @@ BackwardResult varlen_attention_backward(Tensor dout, std::optional<Tensor> dlse
   Arguments a(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left,
               window_right, softcap, alibi_slopes, deterministic);
   check_arguments(kOp, a);
-  for (const auto& [name, t] : {std::pair{"dout", dout}, std::pair{"out", out}}) {
-    check(t.dim() == 3 && t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(2) == q.size(2) &&
-              t.scalar_type() == q.scalar_type(),
-          kOp, ": ", name, " must have the shape and dtype of q, ", Got{q}, ", got ", Got{t});
-    check_same_device(kOp, name, t, q);
-  }
+  check_like_q(kOp, "dout", dout, q);
+  check_like_q(kOp, "out", out, q);
+  if constexpr (!kHasKernels) return UseReference(without_kernels(q));
   const Launch launch(kOp, q);
   if (const char* reason = no_kernel(launch, a, /*backward=*/true)) {
-    return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dout, dlse, a.tensors(), out, lse, a.rest());
+    return UseReference(reason);
   }
   const auto check_rows = [&](const char* name, const Tensor& t) {
     check(t.dim() == 2 && t.size(0) == q.size(1) && t.size(1) == q.size(0) && t.scalar_type() == ScalarType::Float, kOp,
           ": ", name, " must be float32 of shape [", q.size(1), ", ", q.size(0), "], got ", Got{t});
-    check_same_device(kOp, name, t, q);
+    check_same_device(kOp, name, t, "q", q);
   };
   check_rows("lse", lse);
   check_contiguous(kOp, "lse", lse);
   if (dlse) {
     check_rows("dlse", *dlse);
-    dlse = torch::stable::contiguous(*dlse);
+    dlse = contiguous(*dlse);
   }
   check_aligned(kOp, "q", q);
   check_aligned(kOp, "k", k);
   check_aligned(kOp, "v", v);
+  a.make_contiguous();
   dout = with_aligned_rows(dout);
   out = with_aligned_rows(out);
   BackwardResult result{empty(kOp, sizes_of(q), q.scalar_type(), q), empty(kOp, sizes_of(k), q.scalar_type(), q),
@@ -188,10 +193,10 @@ BackwardResult varlen_attention_backward(Tensor dout, std::optional<Tensor> dlse
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
-  m.impl("varlen_attention", TORCH_BOX(&varlen_attention));
-  m.impl("varlen_attention_backward", TORCH_BOX(&varlen_attention_backward));
+std::span<const Body> attention_ops() {
+  static constexpr Body kOps[] = {body<"varlen_attention", &varlen_attention>(),
+                                  body<"varlen_attention_backward", &varlen_attention_backward>()};
+  return kOps;
 }
 
 }  // namespace warpform
-#endif

@@ -2,9 +2,9 @@
 #include <cmath>
 #include <optional>
 
+#include "binding.h"
 #include "heads.h"
 
-#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
 namespace warpform {
 namespace {
 
@@ -37,8 +37,6 @@ struct Arguments {
     return {q.size(0), q.size(2), q.size(1)};
   }
 };
-
-bool same_sizes(const Tensor& t, const Tensor& as) { return sizes_of(t) == sizes_of(as); }
 
 void check_arguments(const char* op, const Arguments& a) {
   check(a.cu_seqlens_q.has_value() == a.cu_seqlens_k.has_value(), op,
@@ -164,9 +162,10 @@ ForwardResult attention_step(Tensor q, Tensor k, Tensor v, std::optional<Tensor>
                     cu_seqlens_q, cu_seqlens_k);
   check_arguments(kOp, a);
   check(out.has_value() == lse.has_value(), kOp, ": out and lse must both be given, or neither");
+  if constexpr (!kHasKernels) return UseReference(without_kernels(q));
   const Launch launch(kOp, q);
   if (const char* reason = no_kernel(launch, a, /*backward=*/false)) {
-    return call_reference<Tensor, Tensor>(kOp, reason, a.tensors(), out, lse, a.rest());
+    return UseReference(reason);
   }
   check_aligned(kOp, "q", q);
   check_aligned(kOp, "k", k);
@@ -175,7 +174,7 @@ ForwardResult attention_step(Tensor q, Tensor k, Tensor v, std::optional<Tensor>
     check_state(kOp, "out", *out, sizes_of(q), q);
     check_state(kOp, "lse", *lse, a.row_sizes(), q);
     out = readable_state(out);
-    lse = torch::stable::contiguous(*lse);
+    lse = contiguous(*lse);
   }
   ForwardResult result{empty(kOp, sizes_of(q), ScalarType::Float, q), empty(kOp, a.row_sizes(), ScalarType::Float, q)};
   launch_attention_step({.problem = problem(launch, a),
@@ -203,10 +202,10 @@ BackwardResult attention_step_backward(Tensor dout, Tensor delta, Tensor q, Tens
   check(same_sizes(dout, q) && dout.scalar_type() == q.scalar_type(), kOp,
         ": dout must have the shape and dtype of q, ", Got{q}, ", got ", Got{dout});
   check_same_device(kOp, "dout", dout, q);
+  if constexpr (!kHasKernels) return UseReference(without_kernels(q));
   const Launch launch(kOp, q);
   if (const char* reason = no_kernel(launch, a, /*backward=*/true)) {
-    return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dout, delta, a.tensors(), lse, dq, dk, dv, a.rest(),
-                                                  deterministic);
+    return UseReference(reason);
   }
   check_aligned(kOp, "q", q);
   check_aligned(kOp, "k", k);
@@ -217,8 +216,8 @@ BackwardResult attention_step_backward(Tensor dout, Tensor delta, Tensor q, Tens
   if (dk) check_state(kOp, "dk", *dk, sizes_of(k), q);
   if (dv) check_state(kOp, "dv", *dv, sizes_of(v), q);
   dout = with_aligned_rows(dout);
-  delta = torch::stable::contiguous(delta);
-  lse = torch::stable::contiguous(lse);
+  delta = contiguous(delta);
+  lse = contiguous(lse);
   dk = readable_state(dk);
   dv = readable_state(dv);
   BackwardResult result{empty(kOp, sizes_of(q), ScalarType::Float, q), empty(kOp, sizes_of(k), ScalarType::Float, q),
@@ -228,9 +227,9 @@ BackwardResult attention_step_backward(Tensor dout, Tensor delta, Tensor q, Tens
   } else {
     // The atomics add to what is there.
     if (dq) {
-      torch::stable::copy_(std::get<0>(result), *dq);
+      copy_(std::get<0>(result), *dq);
     } else {
-      torch::stable::zero_(std::get<0>(result));
+      zero_(std::get<0>(result));
     }
     dq = std::nullopt;
   }
@@ -252,10 +251,10 @@ BackwardResult attention_step_backward(Tensor dout, Tensor delta, Tensor q, Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
-  m.impl("attention_step", TORCH_BOX(&attention_step));
-  m.impl("attention_step_backward", TORCH_BOX(&attention_step_backward));
+std::span<const Body> attention_step_ops() {
+  static constexpr Body kOps[] = {body<"attention_step", &attention_step>(),
+                                  body<"attention_step_backward", &attention_step_backward>()};
+  return kOps;
 }
 
 }  // namespace warpform
-#endif

@@ -13,6 +13,7 @@
 #include "kernels/routing/launch.h"
 #include "kernels/short_conv/launch.h"
 #include "kernels/window/launch.h"
+#include "usable.h"
 
 // The build defines these; the defaults serve a compile by hand.
 #if __has_include("sources_hash.h")
@@ -101,30 +102,71 @@ std::string row_json(const SupportedConfig& config, const char* dtype) {
 
 }  // namespace
 
+namespace {
+
+constexpr std::span<const SupportedConfig> kTables[] = {kAttentionConfigs, kPackingConfigs,   kLayerNormConfigs,
+                                                        kGeluConfigs,      kFftConvConfigs,   kRoutingConfigs,
+                                                        kMonarchConfigs,   kShortConvConfigs, kWindowConfigs};
+
+std::string texts(const char* dtype, const SupportedDTypes& dtypes) {
+  std::string names;
+  for (const char* name : dtypes.names) {
+    if (name != nullptr) names += (names.empty() ? "" : ", ") + std::string(name);
+  }
+  return "the kernels take " + names + ", not " + dtype;
+}
+
+}  // namespace
+
 std::string kernel_table() {
   std::string table;
-  const auto add = [&](std::span<const SupportedConfig> configs) {
-    const auto add_row = [&](const std::string& row) { table += (table.empty() ? "[" : ", ") + row; };
+  const auto add_row = [&](const std::string& row) { table += (table.empty() ? "[" : ", ") + row; };
+  for (const auto configs : kTables) {
     for (const SupportedConfig& config : configs) {
       if (config.dtypes.names[0] == nullptr) add_row(row_json(config, nullptr));
       for (const char* dtype : config.dtypes.names) {
         if (dtype != nullptr) add_row(row_json(config, dtype));
       }
     }
-  };
-  add(kAttentionConfigs);
-  add(kPackingConfigs);
-  add(kLayerNormConfigs);
-  add(kGeluConfigs);
-  add(kFftConvConfigs);
-  add(kRoutingConfigs);
-  add(kMonarchConfigs);
-  add(kShortConvConfigs);
-  add(kWindowConfigs);
+  }
   return table + "]";
+}
+
+const char* supported(const char* op, const char* dtype, int32_t device, int32_t count, const char* const* names,
+                      const int64_t* sizes) {
+  thread_local std::string reason;
+  if (device >= 0) {
+    if (const char* unusable = kernels_unusable(device)) return unusable;
+  }
+  const SupportedConfig* found = nullptr;
+  for (const auto configs : kTables) {
+    for (const SupportedConfig& config : configs) {
+      if (same_text(config.op, op)) found = &config;
+    }
+  }
+  if (found == nullptr) return "there is no kernel of this op";
+  if (dtype != nullptr && found->dtypes.names[0] != nullptr && found->dtypes.why_not(dtype) != nullptr) {
+    reason = texts(dtype, found->dtypes);
+    return reason.c_str();
+  }
+  for (int32_t i = 0; i < count; ++i) {
+    const SizeLimit* limit = nullptr;
+    for (const SizeLimit& each : found->limits) {
+      if (each.name != nullptr && same_text(each.name, names[i])) limit = &each;
+    }
+    if (limit == nullptr) continue;  // a size without a bound
+    if (limit->allows(sizes[i])) continue;
+    if (limit->otherwise != nullptr) return limit->otherwise;
+    reason = std::string(limit->name) + " is at most " + std::to_string(limit->max);
+    return reason.c_str();
+  }
+  return nullptr;
 }
 #else
 std::string kernel_table() { return "[]"; }
+const char* supported(const char*, const char*, int32_t, int32_t, const char* const*, const int64_t*) {
+  return "warpform was built without CUDA kernels";
+}
 #endif
 
 }  // namespace warpform

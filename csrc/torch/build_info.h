@@ -1,6 +1,7 @@
 // Facts about this binary, for doctor, tests and tools.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 namespace warpform {
@@ -10,6 +11,10 @@ std::string build_info();
 std::string built_architectures();
 // A version of CUDA, 1000 * major + 10 * minor, as "13.0".
 std::string cuda_version(int number);
+// Every configuration that has a kernel, as a JSON list.
 std::string kernel_table();
+// As api::Table says.
+const char* supported(const char* op, const char* dtype, int32_t device, int32_t count, const char* const* names,
+                      const int64_t* sizes);
 
 }  // namespace warpform

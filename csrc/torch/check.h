@@ -1,60 +1,78 @@
-// Errors of the ops. Every message reads "op: argument must be ..., got ...", and carries no source path.
+// Checks of arguments, the only ones: both ways into an op, through torch's dispatcher and from warpform._C, lead to
+// them. Every message reads "op: argument must be ..., got ...", and carries no source path.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
+#include <charconv>
+#include <cmath>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
-extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+#include "tensor.h"
 
 namespace warpform {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+// An argument of a wrong type or dtype: TypeError in Python.
+struct TypeError : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+// An argument of a wrong shape, device, layout or value: ValueError in Python.
+struct ValueError : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
 
-// Throws std::runtime_error (RuntimeError in Python) with the parts joined, if !ok. The text is only built then.
-template <class... Parts>
-inline void check(bool ok, const Parts&... parts) {
-  if (__builtin_expect(ok, true)) return;
+namespace detail {
+template <class Error, class... Parts>
+[[noreturn, gnu::noinline, gnu::cold]] void raise(const Parts&... parts) {
   std::ostringstream text;
   (text << ... << parts);
-  throw std::runtime_error(text.str());
+  throw Error(text.str());
+}
+}  // namespace detail
+
+// Throws ValueError with the parts joined, if !ok.
+template <class... Parts>
+inline void check(bool ok, const Parts&... parts) {
+  if (!ok) [[unlikely]]
+    detail::raise<ValueError>(parts...);
+}
+// Throws TypeError with the parts joined, if !ok.
+template <class... Parts>
+inline void check_type(bool ok, const Parts&... parts) {
+  if (!ok) [[unlikely]]
+    detail::raise<TypeError>(parts...);
 }
 
-// Checks the return code of a call into torch and keeps torch's own words. The stable headers of torch 2.10 have no
-// such macro, and the function that has the text came later, hence weak. Without it torch prints the text.
-inline void torch_check(int32_t code, const char* op) {
-  if (__builtin_expect(code == 0, true)) return;
-  const char* what =
-      torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
-  throw std::runtime_error(std::string(op) + ": " + (what ? what : "a call into torch failed; stderr says why"));
-}
-
-inline const char* dtype_name(ScalarType t) {
-  switch (t) {
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::BFloat16: return "bfloat16";
-    default: return "another dtype";
+// Streams as Python prints a float: "0.5", "-1.0", "inf".
+struct Number {
+  double value;
+  friend std::ostream& operator<<(std::ostream& os, const Number& n) {
+    char text[40];
+    const auto end = std::to_chars(text, text + sizeof text, n.value).ptr;
+    os.write(text, end - text);
+    const bool whole = std::isfinite(n.value) && n.value == std::floor(n.value) && std::abs(n.value) < 1e16;
+    return whole ? os << ".0" : os;
   }
-}
+};
 
-// Streams as "int64 of shape [5]".
-struct Got {
+// Streams as "[2, 3]".
+struct Shape {
   const Tensor& t;
-  friend std::ostream& operator<<(std::ostream& os, const Got& g) {
-    os << dtype_name(g.t.scalar_type()) << " of shape [";
-    for (int64_t i = 0; i < g.t.dim(); ++i) os << (i ? ", " : "") << g.t.size(i);
+  friend std::ostream& operator<<(std::ostream& os, const Shape& s) {
+    os << "[";
+    for (int64_t i = 0; i < s.t.dim(); ++i) os << (i ? ", " : "") << s.t.size(i);
     return os << "]";
+  }
+};
+
+// Streams as "cuda:0".
+struct Place {
+  const Tensor& t;
+  friend std::ostream& operator<<(std::ostream& os, const Place& p) {
+    if (p.t.is_cpu()) return os << "cpu";
+    if (p.t.device_type() == aoti_torch_device_type_meta()) return os << "meta";
+    if (!p.t.is_cuda()) return os << "another device";
+    return os << "cuda:" << p.t.get_device_index();
   }
 };
 
@@ -62,14 +80,26 @@ inline bool is_float(ScalarType t) {
   return t == ScalarType::Half || t == ScalarType::BFloat16 || t == ScalarType::Float || t == ScalarType::Double;
 }
 
+inline void check_floating(const char* op, const char* name, const Tensor& t) {
+  check_type(is_float(t.scalar_type()), op, ": ", name, " must be float16, bfloat16, float32 or float64, got ", Got{t});
+}
+
+inline void check_same_device(const char* op, const char* name, const Tensor& t, const char* as_name,
+                              const Tensor& as) {
+  check(t.on_device_of(as), op, ": ", name, " must be on ", Place{as}, " as ", as_name, " is, got ", Place{t});
+}
+
 inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& as) {
-  check(t.is_cuda() == as.is_cuda() && t.get_device_index() == as.get_device_index(), op, ": ", name,
-        " must be on the device of the first argument");
+  check_same_device(op, name, t, "the first argument", as);
 }
 
 inline void check_contiguous(const char* op, const char* name, const Tensor& t) {
   check(t.is_contiguous(), op, ": ", name, " must be contiguous, got ", Got{t},
         " with other strides; call .contiguous()");
+}
+
+inline void check_finite(const char* op, const char* name, double value) {
+  check(std::isfinite(value), op, ": ", name, " must be finite, got ", Number{value});
 }
 
 }  // namespace warpform

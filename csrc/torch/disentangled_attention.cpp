@@ -2,9 +2,9 @@
 #include <cmath>
 #include <optional>
 
+#include "binding.h"
 #include "heads.h"
 
-#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
 namespace warpform {
 namespace {
 
@@ -109,19 +109,18 @@ const char* no_kernel(const Launch& launch, const Arguments& a, const Columns& c
 }
 
 // [rows, heads, x] as a batch over heads, [heads, rows, x]; no copy.
-Tensor by_head(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+Tensor by_head(const Tensor& t) { return transpose(t, 0, 1); }
 
 // The embeddings of the columns, [heads, width, head_dim].
 Tensor embeddings(const Tensor& table, const Columns& columns) {
-  Tensor whole = table;
-  return by_head(torch::stable::narrow(whole, 0, columns.first, columns.width));
+  return by_head(narrow(table, 0, columns.first, columns.width));
 }
 
 // A function of torch's of two tensors.
 Tensor call(const char* op, const char* name, const char* overload, const Tensor& a, const Tensor& b) {
-  StableIValue stack[2] = {detail::box(a), detail::box(b)};
+  StableIValue stack[2] = {detail::box(a.as_torch()), detail::box(b.as_torch())};
   torch_check(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION), op);
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
 }
 
 Tensor product(const char* op, const Tensor& a, const Tensor& b) { return call(op, "aten::bmm", "", a, b); }
@@ -144,9 +143,9 @@ int product_exponent(const Arguments& a) {
 // is a tensor of one element.
 Tensor over_power_of_two(const char* op, const Tensor& t, int exponent) {
   if (exponent == 0) return t;
-  const Tensor factor = empty(op, {1}, t.scalar_type(), t);
+  torch::stable::Tensor factor = empty(op, {1}, t.scalar_type(), t).as_torch();
   torch::stable::fill_(factor, std::ldexp(1.0, -exponent));
-  return call(op, "aten::mul", "Tensor", t, factor);
+  return call(op, "aten::mul", "Tensor", t, Tensor(factor));
 }
 
 // c2p of q and pos_key or p2c of k and pos_query over 2^product_exponent, [heads, total, width].
@@ -156,7 +155,7 @@ std::optional<Tensor> relative_scores(const char* op, const Arguments& a, const 
   const int exponent = product_exponent(a);
   const Tensor left = over_power_of_two(op, x, exponent / 2);
   const Tensor right = over_power_of_two(op, embeddings(*table, columns), exponent - exponent / 2);
-  return product(op, by_head(left), torch::stable::transpose(right, 1, 2));
+  return product(op, by_head(left), transpose(right, 1, 2));
 }
 
 AttentionProblem problem(const Launch& launch, const Arguments& a, const Columns& columns,
@@ -207,10 +206,11 @@ ForwardResult disentangled_attention(Tensor q, Tensor k, Tensor v, std::optional
   const Arguments a(q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, positions, softmax_scale, position_buckets,
                     max_relative_positions);
   check_arguments(kOp, a);
+  if constexpr (!kHasKernels) return UseReference(without_kernels(q));
   const Launch launch(kOp, q);
   const Columns columns = columns_of(a);
   if (const char* reason = no_kernel(launch, a, columns, /*backward=*/false)) {
-    return call_reference<Tensor, Tensor>(kOp, reason, a.tensors(), a.rest());
+    return UseReference(reason);
   }
   check_aligned(kOp, "q", q);
   check_aligned(kOp, "k", k);
@@ -231,7 +231,7 @@ ForwardResult disentangled_attention(Tensor q, Tensor k, Tensor v, std::optional
 std::optional<Tensor> zeros_like(const char* op, const std::optional<Tensor>& t) {
   if (!t) return std::nullopt;
   Tensor zeros = empty(op, sizes_of(*t), t->scalar_type(), *t);
-  torch::stable::zero_(zeros);
+  zero_(zeros);
   return zeros;
 }
 
@@ -239,7 +239,8 @@ std::optional<Tensor> zeros_like(const char* op, const std::optional<Tensor>& t)
 Tensor add_relative(const char* op, const Tensor& dx, const std::optional<Tensor>& dscores,
                     const std::optional<Tensor>& table, const Columns& columns) {
   if (!dscores) return dx;
-  return torch::stable::subtract(dx, by_head(product(op, *dscores, embeddings(*table, columns))), -1.0);
+  const Tensor part = by_head(product(op, *dscores, embeddings(*table, columns)));
+  return torch::stable::subtract(dx.as_torch(), part.as_torch(), -1.0);
 }
 
 // The gradient of pos_key or pos_query; empty where there is none.
@@ -248,12 +249,12 @@ Tensor relative_gradient(const char* op, const Tensor& x, const std::optional<Te
   const auto gradient = zeros_like(op, table);
   if (!gradient) return empty(op, {0}, x.scalar_type(), x);
   // Rows of no sequence have no gradient, but may hold what times 0 is NaN.
-  StableIValue stack[4] = {detail::box(x), detail::box(std::optional<double>(0.0)),
+  StableIValue stack[4] = {detail::box(x.as_torch()), detail::box(std::optional<double>(0.0)),
                            detail::box(std::optional<double>(0.0)), detail::box(std::optional<double>(0.0))};
   torch_check(torch_call_dispatcher("aten::nan_to_num", "", stack, TORCH_ABI_VERSION), op);
-  const Tensor finite = torch::stable::detail::to<Tensor>(stack[0]);
+  const Tensor finite = torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
   Tensor part = embeddings(*gradient, columns);
-  torch::stable::copy_(part, product(op, torch::stable::transpose(*dscores, 1, 2), by_head(finite)));
+  copy_(part, product(op, transpose(*dscores, 1, 2), by_head(finite)));
   return *gradient;
 }
 
@@ -273,10 +274,11 @@ BackwardResult disentangled_attention_backward(Tensor dout, Tensor q, Tensor k, 
           " must have the shape and dtype of q, ", Got{q}, ", got ", Got{t});
     check_same_device(kOp, name, t, q);
   }
+  if constexpr (!kHasKernels) return UseReference(without_kernels(q));
   const Launch launch(kOp, q);
   const Columns columns = columns_of(a);
   if (const char* reason = no_kernel(launch, a, columns, /*backward=*/true)) {
-    return call_reference<Tensor, Tensor, Tensor, Tensor, Tensor>(kOp, reason, dout, a.tensors(), out, lse, a.rest());
+    return UseReference(reason);
   }
   check(
       lse.dim() == 2 && lse.size(0) == q.size(1) && lse.size(1) == q.size(0) && lse.scalar_type() == ScalarType::Float,
@@ -320,10 +322,10 @@ BackwardResult disentangled_attention_backward(Tensor dout, Tensor q, Tensor k, 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
-  m.impl("disentangled_attention", TORCH_BOX(&disentangled_attention));
-  m.impl("disentangled_attention_backward", TORCH_BOX(&disentangled_attention_backward));
+std::span<const Body> disentangled_attention_ops() {
+  static constexpr Body kOps[] = {body<"disentangled_attention", &disentangled_attention>(),
+                                  body<"disentangled_attention_backward", &disentangled_attention_backward>()};
+  return kOps;
 }
 
 }  // namespace warpform
-#endif

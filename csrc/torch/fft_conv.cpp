@@ -3,9 +3,8 @@
 
 #include <optional>
 
-#include "tensor.h"
+#include "binding.h"
 
-#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
 namespace warpform {
 namespace {
 
@@ -120,9 +119,10 @@ Tensor spectral_conv(Tensor u, Tensor spectrum, std::optional<Tensor> skip, std:
   constexpr const char* kOp = "spectral_conv";
   Arguments a{u, spectrum, skip, pregate, postgate};
   check_arguments(kOp, a);
+  if constexpr (!kHasKernels) return UseReference(without_kernels(u));
   const Launch launch(kOp, u);
   if (const char* reason = no_kernel(launch, a)) {
-    return std::get<0>(call_reference<Tensor>(kOp, reason, u, spectrum, skip, pregate, postgate));
+    return UseReference(reason);
   }
   const Tensor out = empty(kOp, sizes_of(u), u.scalar_type(), u);
   if (u.numel() == 0) return out;
@@ -147,10 +147,10 @@ BackwardResult spectral_conv_backward(Tensor dout, Tensor u, Tensor spectrum, st
   check_as_u(kOp, "dout", dout, u);
   check(dout.scalar_type() == u.scalar_type(), kOp, ": dout must have the dtype of u, ", dtype_name(u.scalar_type()),
         ", got ", dtype_name(dout.scalar_type()));
+  if constexpr (!kHasKernels) return UseReference(without_kernels(u));
   const Launch launch(kOp, u);
   if (const char* reason = no_kernel(launch, a)) {
-    return call_reference<Tensor, Tensor, Tensor, Tensor, Tensor>(kOp, reason, dout, u, spectrum, skip, pregate,
-                                                                  postgate);
+    return UseReference(reason);
   }
   const auto like = [&](const std::optional<Tensor>& t) {
     return t ? empty(kOp, sizes_of(*t), t->scalar_type(), *t) : empty(kOp, {0}, u.scalar_type(), u);
@@ -160,7 +160,7 @@ BackwardResult spectral_conv_backward(Tensor dout, Tensor u, Tensor spectrum, st
   if (u.numel() == 0) {
     // Sums over nothing.
     for (const Tensor& t : {dspectrum, dskip}) {
-      if (t.numel() > 0) torch::stable::zero_(const_cast<Tensor&>(t));
+      if (t.numel() > 0) zero_(const_cast<Tensor&>(t));
     }
     return result;
   }
@@ -215,10 +215,10 @@ BackwardResult spectral_conv_backward(Tensor dout, Tensor u, Tensor spectrum, st
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
-  m.impl("spectral_conv", TORCH_BOX(&spectral_conv));
-  m.impl("spectral_conv_backward", TORCH_BOX(&spectral_conv_backward));
+std::span<const Body> fft_conv_ops() {
+  static constexpr Body kOps[] = {body<"spectral_conv", &spectral_conv>(),
+                                  body<"spectral_conv_backward", &spectral_conv_backward>()};
+  return kOps;
 }
 
 }  // namespace warpform
-#endif

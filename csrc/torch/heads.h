@@ -5,15 +5,35 @@
 #include <optional>
 
 #include "kernels/attention/launch.h"
-#include "tensor.h"
+#include "launch.h"
 
 namespace warpform {
 
-inline void check_offsets(const char* op, const char* name, const Tensor& cu_seqlens, const Tensor& as) {
-  check(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1 && cu_seqlens.scalar_type() == ScalarType::Int, op, ": ", name,
-        " must be int32 of shape [batch + 1], got ", Got{cu_seqlens});
-  check_same_device(op, name, cu_seqlens, as);
-  check_contiguous(op, name, cu_seqlens);
+// [total, heads, head_dim], the last dimension contiguous.
+inline void check_heads(const char* op, const char* name, const Tensor& t) {
+  check(t.dim() == 3, op, ": ", name, " must be of shape [total, heads, head_dim], got ", Got{t});
+  check(last_dimension_is_contiguous(t), op, ": the last dimension of ", name, " must be contiguous, got stride ",
+        t.stride(2), "; call ", name, ".contiguous()");
+}
+
+inline void check_same_dtype(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
+  check_type(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), op, ": k and v must be ",
+             dtype_name(q.scalar_type()), " as q is, got ", dtype_name(k.scalar_type()), " and ",
+             dtype_name(v.scalar_type()));
+}
+
+inline void check_offsets(const char* op, const char* name, const Tensor& cu_seqlens, const Tensor& q) {
+  const auto fits = [&](auto check, bool ok) {
+    check(ok, op, ": ", name, " must be int32 of shape [batch + 1], got ", Got{cu_seqlens});
+  };
+  fits([](auto&&... parts) { check_type(parts...); }, cu_seqlens.scalar_type() == ScalarType::Int);
+  fits([](auto&&... parts) { check(parts...); }, cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0);
+  check_same_device(op, name, cu_seqlens, "q", q);
+}
+
+inline void check_window(const char* op, int64_t left, int64_t right) {
+  check(left >= -1 && right >= -1, op, ": window_size must be at least -1, which is unbounded, got (", left, ", ",
+        right, ")");
 }
 
 // Why none of the attention kernels serves tensors like these, or null.

@@ -3,9 +3,8 @@
 
 #include <optional>
 
-#include "tensor.h"
+#include "binding.h"
 
-#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
 namespace warpform {
 namespace {
 
@@ -194,9 +193,10 @@ Tensor blockdiag_multiply(Tensor x, Tensor w, std::optional<Tensor> bias) {
   const Blocks blocks(w);
   check_width(kOp, "x", x, blocks.in(), "w");
   check_bias(kOp, bias, blocks.out(), x);
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, x, {blocks.rows, blocks.cols})) {
-    return std::get<0>(call_reference<Tensor>(kOp, reason, x, w, bias));
+    return UseReference(reason);
   }
   const Matrix rows(x);
   w = dense(w);
@@ -214,9 +214,10 @@ std::tuple<Tensor, Tensor, Tensor> blockdiag_multiply_backward(Tensor dout, Tens
   const Blocks blocks(w);
   check_width(kOp, "x", x, blocks.in(), "w");
   check_gradient(kOp, dout, x, blocks.out());
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, x, {blocks.rows, blocks.cols})) {
-    return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dout, x, w, has_bias);
+    return UseReference(reason);
   }
   const Matrix drows(dout), rows(x);
   w = dense(w);
@@ -243,6 +244,7 @@ Tensor monarch_multiply(Tensor x, Tensor w1, Tensor w2) {
   constexpr const char* kOp = "monarch_multiply";
   check_monarch(kOp, x, w1, w2);
   const Blocks first(w1), second(w2);
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   const Matrix rows(x);
   MonarchParams params{.x = nullptr,
@@ -263,13 +265,13 @@ Tensor monarch_multiply(Tensor x, Tensor w1, Tensor w2) {
   const bool fused = launch.unusable() == nullptr && second.out() % kMonarchAlignment == 0 && monarch_fits(params);
   const char* reason = fused ? no_kernel(launch, x, {first.cols, second.cols})
                              : no_kernel(launch, x, {first.rows, first.cols, second.rows, second.cols});
-  if (reason != nullptr) return std::get<0>(call_reference<Tensor>(kOp, reason, x, w1, w2));
+  if (reason != nullptr) return UseReference(reason);
   w1 = dense(w1);
   w2 = dense(w2);
   const Call call{kOp, x, launch};
   Tensor y = call.make(with_columns(x, second.out()));
   if (y.numel() == 0) return y;
-  if (second.in() == 0) return torch::stable::zero_(y);
+  if (second.in() == 0) return zero_(y);
   if (fused) {
     params.x = launch.in(rows.t);
     params.w1 = launch.in(w1);
@@ -296,9 +298,10 @@ std::tuple<Tensor, Tensor, Tensor> monarch_multiply_backward(Tensor dout, Tensor
   check_monarch(kOp, x, w1, w2);
   const Blocks first(w1), second(w2);
   check_gradient(kOp, dout, x, second.out());
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, x, {first.rows, first.cols, second.rows, second.cols})) {
-    return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dout, x, w1, w2);
+    return UseReference(reason);
   }
   const Matrix drows(dout), rows(x);
   w1 = dense(w1);
@@ -348,9 +351,10 @@ Tensor blockdiag_glu(Tensor x, Tensor w_up, Tensor w_down, std::optional<Tensor>
   check_glu(kOp, x, w_up, w_down);
   const Blocks up(w_up), down(w_down);
   check_bias(kOp, bias, down.out(), x);
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, x, {up.rows, up.cols, down.rows, down.cols})) {
-    return std::get<0>(call_reference<Tensor>(kOp, reason, x, w_up, w_down, bias));
+    return UseReference(reason);
   }
   const Matrix rows(x);
   w_up = dense(w_up);
@@ -382,9 +386,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blockdiag_glu_backward(Tensor dout, T
   check_glu(kOp, x, w_up, w_down);
   const Blocks up(w_up), down(w_down);
   check_gradient(kOp, dout, x, down.out());
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, x, {up.rows, up.cols, down.rows, down.cols})) {
-    return call_reference<Tensor, Tensor, Tensor, Tensor>(kOp, reason, dout, x, w_up, w_down, has_bias);
+    return UseReference(reason);
   }
   const Matrix drows(dout), rows(x);
   w_up = dense(w_up);
@@ -417,14 +422,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blockdiag_glu_backward(Tensor dout, T
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
-  m.impl("blockdiag_multiply", TORCH_BOX(&blockdiag_multiply));
-  m.impl("blockdiag_multiply_backward", TORCH_BOX(&blockdiag_multiply_backward));
-  m.impl("monarch_multiply", TORCH_BOX(&monarch_multiply));
-  m.impl("monarch_multiply_backward", TORCH_BOX(&monarch_multiply_backward));
-  m.impl("blockdiag_glu", TORCH_BOX(&blockdiag_glu));
-  m.impl("blockdiag_glu_backward", TORCH_BOX(&blockdiag_glu_backward));
+std::span<const Body> monarch_ops() {
+  static constexpr Body kOps[] = {body<"blockdiag_multiply", &blockdiag_multiply>(),
+                                  body<"blockdiag_multiply_backward", &blockdiag_multiply_backward>(),
+                                  body<"monarch_multiply", &monarch_multiply>(),
+                                  body<"monarch_multiply_backward", &monarch_multiply_backward>(),
+                                  body<"blockdiag_glu", &blockdiag_glu>(),
+                                  body<"blockdiag_glu_backward", &blockdiag_glu_backward>()};
+  return kOps;
 }
 
 }  // namespace warpform
-#endif

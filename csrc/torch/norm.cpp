@@ -3,9 +3,9 @@
 
 #include <optional>
 
+#include "binding.h"
 #include "rows.h"
 
-#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
 namespace warpform {
 namespace {
 
@@ -40,16 +40,16 @@ Quadruple add_bias_residual_layer_norm(Tensor x, std::optional<Tensor> bias, std
   check(ln_bias.scalar_type() == weight.scalar_type() && (!bias || bias->scalar_type() == weight.scalar_type()), kOp,
         ": weight, ln_bias and bias must be of one dtype, got ", dtype_name(weight.scalar_type()), ", ",
         dtype_name(ln_bias.scalar_type()), " and ", bias ? dtype_name(bias->scalar_type()) : "none");
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const std::string reason = layer_norm_unsupported(launch, x, cols); !reason.empty()) {
-    return call_reference<Tensor, Tensor, Tensor, Tensor>(kOp, reason, x, bias, residual, weight, ln_bias, eps,
-                                                          return_sum);
+    return UseReference(reason);
   }
-  x = torch::stable::contiguous(x);
+  x = contiguous(x);
   residual = contiguous(residual);
   bias = contiguous(bias);
-  weight = torch::stable::contiguous(weight);
-  ln_bias = torch::stable::contiguous(ln_bias);
+  weight = contiguous(weight);
+  ln_bias = contiguous(ln_bias);
   Tensor out = empty(kOp, sizes_of(x), x.scalar_type(), x);
   Tensor sum = empty(kOp, return_sum ? sizes_of(x) : std::vector<int64_t>{0}, x.scalar_type(), x);
   Tensor mean = empty(kOp, {rows}, ScalarType::Float, x);
@@ -81,16 +81,17 @@ Quadruple add_bias_residual_layer_norm_backward(Tensor dout, std::optional<Tenso
   check_parameter(kOp, "weight", weight, cols, sum);
   check_statistics(kOp, "mean", mean, rows, sum);
   check_statistics(kOp, "rstd", rstd, rows, sum);
+  if constexpr (!kHasKernels) return UseReference(without_kernels(sum));
   const Launch launch(kOp, sum);
   if (const std::string reason = layer_norm_unsupported(launch, sum, cols); !reason.empty()) {
-    return call_reference<Tensor, Tensor, Tensor, Tensor>(kOp, reason, dout, dsum, sum, weight, mean, rstd);
+    return UseReference(reason);
   }
-  dout = torch::stable::contiguous(dout);
+  dout = contiguous(dout);
   dsum = contiguous(dsum);
-  sum = torch::stable::contiguous(sum);
-  weight = torch::stable::contiguous(weight);
-  mean = torch::stable::contiguous(mean);
-  rstd = torch::stable::contiguous(rstd);
+  sum = contiguous(sum);
+  weight = contiguous(weight);
+  mean = contiguous(mean);
+  rstd = contiguous(rstd);
   Tensor dx = empty(kOp, sizes_of(sum), sum.scalar_type(), sum);
   Tensor dbias = empty(kOp, {cols}, weight.scalar_type(), sum);
   Tensor dweight = empty(kOp, {cols}, weight.scalar_type(), sum);
@@ -120,10 +121,11 @@ Quadruple add_bias_residual_layer_norm_backward(Tensor dout, std::optional<Tenso
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
-  m.impl("add_bias_residual_layer_norm", TORCH_BOX(&add_bias_residual_layer_norm));
-  m.impl("add_bias_residual_layer_norm_backward", TORCH_BOX(&add_bias_residual_layer_norm_backward));
+std::span<const Body> norm_ops() {
+  static constexpr Body kOps[] = {
+      body<"add_bias_residual_layer_norm", &add_bias_residual_layer_norm>(),
+      body<"add_bias_residual_layer_norm_backward", &add_bias_residual_layer_norm_backward>()};
+  return kOps;
 }
 
 }  // namespace warpform
-#endif

@@ -1,9 +1,8 @@
 // Bindings of packing: checks, allocation, launch.
 #include "kernels/packing/launch.h"
 
-#include "tensor.h"
+#include "binding.h"
 
-#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
 namespace warpform {
 namespace {
 
@@ -19,13 +18,14 @@ Plan packing_plan(Tensor mask, int64_t capacity) {
         ": mask and capacity must count at most 2^31 - 1 tokens, since cu_seqlens is int32; got ", Got{mask},
         " and capacity ", capacity);
   const int mask_bytes = static_cast<int>(mask.element_size());
+  if constexpr (!kHasKernels) return UseReference(without_kernels(mask));
   const Launch launch(kOp, mask);
   const char* reason = launch.unusable();
   if (reason == nullptr && (mask_bytes == 2 || (seqlen > 1 && mask.stride(1) != 1))) {
     reason = "the mask is int16 or its last dimension is not contiguous";
   }
   if (reason != nullptr) {
-    return call_reference<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(kOp, reason, mask, capacity);
+    return UseReference(reason);
   }
   Plan plan{empty(kOp, {batch + 1}, ScalarType::Int, mask),     empty(kOp, {batch}, ScalarType::Int, mask),
             empty(kOp, {capacity}, ScalarType::Long, mask),     empty(kOp, {capacity}, ScalarType::Long, mask),
@@ -89,11 +89,12 @@ Tensor pack(Tensor x, Tensor indices, Tensor ranks) {
   check_packing(kOp, x, indices, ranks);
   check(x.dim() >= 2 && x.size(0) == ranks.size(0) && x.size(1) == ranks.size(1), kOp, ": x must be of shape [",
         ranks.size(0), ", ", ranks.size(1), ", ...] as the mask was, got ", Got{x});
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = launch.unusable()) {
-    return std::get<0>(call_reference<Tensor>(kOp, reason, x, indices, ranks));
+    return UseReference(reason);
   }
-  return gather(kOp, launch, torch::stable::contiguous(x), 2, indices);
+  return gather(kOp, launch, contiguous(x), 2, indices);
 }
 
 Tensor unpack(Tensor t, Tensor indices, Tensor ranks) {
@@ -101,20 +102,20 @@ Tensor unpack(Tensor t, Tensor indices, Tensor ranks) {
   check_packing(kOp, t, indices, ranks);
   check(t.dim() >= 1 && t.size(0) == indices.size(0), kOp, ": t must be of shape [", indices.size(0),
         ", ...], the packed rows, got ", Got{t});
+  if constexpr (!kHasKernels) return UseReference(without_kernels(t));
   const Launch launch(kOp, t);
   if (const char* reason = launch.unusable()) {
-    return std::get<0>(call_reference<Tensor>(kOp, reason, t, indices, ranks));
+    return UseReference(reason);
   }
-  return gather(kOp, launch, torch::stable::contiguous(t), 1, ranks);
+  return gather(kOp, launch, contiguous(t), 1, ranks);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
-  m.impl("packing_plan", TORCH_BOX(&packing_plan));
-  m.impl("pack", TORCH_BOX(&pack));
-  m.impl("unpack", TORCH_BOX(&unpack));
+std::span<const Body> packing_ops() {
+  static constexpr Body kOps[] = {body<"packing_plan", &packing_plan>(), body<"pack", &pack>(),
+                                  body<"unpack", &unpack>()};
+  return kOps;
 }
 
 }  // namespace warpform
-#endif

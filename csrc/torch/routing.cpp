@@ -3,9 +3,8 @@
 
 #include <optional>
 
-#include "tensor.h"
+#include "binding.h"
 
-#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
 namespace warpform {
 namespace {
 
@@ -35,11 +34,12 @@ Tensor routing_mask(Tensor idx, int64_t num_groups, int64_t num_shared) {
   check(num_shared >= 0 && num_shared <= num_groups, kOp, ": num_shared must be within 0 to num_groups, ", num_groups,
         ", got ", num_shared);
   check(idx.size(0) <= INT32_MAX && idx.size(1) <= INT32_MAX, kOp, ": idx has too many elements, got ", Got{idx});
+  if constexpr (!kHasKernels) return UseReference(without_kernels(idx));
   const Launch launch(kOp, idx);
   if (const char* reason = launch.unusable()) {
-    return std::get<0>(call_reference<Tensor>(kOp, reason, idx, num_groups, num_shared));
+    return UseReference(reason);
   }
-  idx = torch::stable::contiguous(idx);
+  idx = contiguous(idx);
   Tensor out = empty(kOp, {idx.size(0)}, ScalarType::Long, idx);
   launch_routing_mask({.idx = launch.in(idx),
                        .group_mask = launch.out<int64_t>(out),
@@ -68,10 +68,8 @@ PlanTensors routing_plan(Tensor group_mask, std::optional<Tensor> token_class, i
           "], got ", Got{*token_class});
     check_same_device(kOp, "token_class", *token_class, group_mask);
   }
-  const auto reference = [&](const char* reason) {
-    return call_reference<Tensor, Tensor, Tensor, Tensor>(kOp, reason, group_mask, token_class, num_groups, num_classes,
-                                                          tile);
-  };
+  const auto reference = [&](const char* reason) { return UseReference(reason); };
+  if constexpr (!kHasKernels) return UseReference(without_kernels(group_mask));
   const Launch launch(kOp, group_mask);
   if (const char* reason = launch.unusable()) return reference(reason);
   if (const char* reason = kRoutingClasses.why_not(num_classes)) return reference(reason);
@@ -79,8 +77,8 @@ PlanTensors routing_plan(Tensor group_mask, std::optional<Tensor> token_class, i
   const int64_t tiles = (tokens + tile - 1) / tile + num_classes;
   if (tiles > INT32_MAX / tile) return reference("more places than 32 bits count");
 
-  group_mask = torch::stable::contiguous(group_mask);
-  if (token_class) token_class = torch::stable::contiguous(*token_class);
+  group_mask = contiguous(group_mask);
+  if (token_class) token_class = contiguous(*token_class);
   Tensor perm = empty(kOp, {tiles * tile}, ScalarType::Int, group_mask);
   Tensor inverse = empty(kOp, {tokens}, ScalarType::Int, group_mask);
   Tensor tile_mask = empty(kOp, {tiles}, ScalarType::Long, group_mask);
@@ -316,9 +314,10 @@ Tensor hidden_gather_linear(Tensor x, Tensor w, std::optional<Tensor> gates, std
   check_divides(kOp, "w's outputs", outputs, plan.num_out());
   check_gates(kOp, gates, plan, x);
   check_bias(kOp, bias, outputs, plan, x);
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, plan, x, x.size(1), outputs)) {
-    return std::get<0>(call_reference<Tensor>(kOp, reason, x, w, gates, bias, plan.arguments()));
+    return UseReference(reason);
   }
   return gather(kOp, launch, x, w, /*swapped=*/false, gates, bias, plan);
 }
@@ -337,9 +336,10 @@ std::tuple<Tensor, Tensor> hidden_gather_linear_backward(Tensor dout, Tensor x, 
   check_divides(kOp, "x", x.size(1), num_groups);
   check_divides(kOp, "dout", dout.size(1), plan.num_out());
   check_gates(kOp, gates, plan, x);
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, plan, x, x.size(1), dout.size(1))) {
-    return call_reference<Tensor, Tensor>(kOp, reason, dout, x, w, gates, plan.arguments());
+    return UseReference(reason);
   }
   const auto dot_with = gates ? std::optional<Tensor>(x) : std::nullopt;
   const Scattered s = scatter(kOp, launch, dout, w, /*swapped=*/true, gates, std::nullopt, dot_with, false, plan);
@@ -362,9 +362,10 @@ std::tuple<Tensor, Tensor> hidden_scatter_linear(Tensor x, Tensor w, std::option
   check_divides(kOp, "x", x.size(1), plan.num_out());
   check_gates(kOp, gates, plan, x);
   check_bias(kOp, bias, outputs, plan, x);
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, plan, x, outputs, x.size(1))) {
-    return call_reference<Tensor, Tensor>(kOp, reason, x, w, gates, bias, keep_ungated, plan.arguments());
+    return UseReference(reason);
   }
   const Scattered s = scatter(kOp, launch, x, w, /*swapped=*/false, gates, bias, std::nullopt, keep_ungated, plan);
   return {s.out, s.ungated};
@@ -389,9 +390,10 @@ std::tuple<Tensor, Tensor> hidden_scatter_linear_backward(Tensor dout, std::opti
     check_matrix(kOp, "ungated", *ungated, dout);
     check(ungated->size(1) == dout.size(1), kOp, ": ungated must have the shape of dout, got ", Got{*ungated});
   }
+  if constexpr (!kHasKernels) return UseReference(without_kernels(dout));
   const Launch launch(kOp, dout);
   if (const char* reason = no_kernel(launch, plan, dout, dout.size(1), inputs)) {
-    return call_reference<Tensor, Tensor>(kOp, reason, dout, ungated, w, gates, plan.arguments());
+    return UseReference(reason);
   }
   Tensor dx = gather(kOp, launch, dout, w, /*swapped=*/true, gates, std::nullopt, plan);
   const int64_t tokens = dout.size(0);
@@ -426,9 +428,10 @@ Tensor hidden_weight_grad(Tensor x, Tensor dy, std::optional<Tensor> gates, bool
   check_divides(kOp, routed_out ? "dy" : "x", routed_side.size(1), num_groups);
   check_divides(kOp, routed_out ? "x" : "dy", dense_side.size(1), plan.num_out());
   check_gates(kOp, gates, plan, x);
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, plan, x, routed_side.size(1), dense_side.size(1))) {
-    return std::get<0>(call_reference<Tensor>(kOp, reason, x, dy, gates, routed_out, plan.arguments()));
+    return UseReference(reason);
   }
   Tensor dw = empty(kOp, {num_classes, dy.size(1), x.size(1)}, ScalarType::Float, x);
   const Tensor dense = with_aligned_rows(dense_side), routed = with_aligned_rows(routed_side);
@@ -452,15 +455,16 @@ Tensor hidden_weight_grad(Tensor x, Tensor dy, std::optional<Tensor> gates, bool
 }
 
 }  // namespace
-}  // namespace warpform
 
-STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
-  m.impl("routing_mask", TORCH_BOX(&warpform::routing_mask));
-  m.impl("routing_plan", TORCH_BOX(&warpform::routing_plan));
-  m.impl("hidden_gather_linear", TORCH_BOX(&warpform::hidden_gather_linear));
-  m.impl("hidden_gather_linear_backward", TORCH_BOX(&warpform::hidden_gather_linear_backward));
-  m.impl("hidden_scatter_linear", TORCH_BOX(&warpform::hidden_scatter_linear));
-  m.impl("hidden_scatter_linear_backward", TORCH_BOX(&warpform::hidden_scatter_linear_backward));
-  m.impl("hidden_weight_grad", TORCH_BOX(&warpform::hidden_weight_grad));
+std::span<const Body> routing_ops() {
+  static constexpr Body kOps[] = {body<"routing_mask", &routing_mask>(),
+                                  body<"routing_plan", &routing_plan>(),
+                                  body<"hidden_gather_linear", &hidden_gather_linear>(),
+                                  body<"hidden_gather_linear_backward", &hidden_gather_linear_backward>(),
+                                  body<"hidden_scatter_linear", &hidden_scatter_linear>(),
+                                  body<"hidden_scatter_linear_backward", &hidden_scatter_linear_backward>(),
+                                  body<"hidden_weight_grad", &hidden_weight_grad>()};
+  return kOps;
 }
-#endif
+
+}  // namespace warpform

@@ -1,7 +1,7 @@
 // Checks that the bindings of the row-wise and elementwise ops share: activations seen as rows, and their parameters.
 #pragma once
 
-#include "tensor.h"
+#include "launch.h"
 
 namespace warpform {
 

@@ -3,9 +3,8 @@
 
 #include <optional>
 
-#include "tensor.h"
+#include "binding.h"
 
-#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
 namespace warpform {
 namespace {
 
@@ -36,13 +35,14 @@ std::string unsupported(const Launch& launch, const Tensor& x, const Tensor& wei
 std::tuple<Tensor, Tensor> short_conv_gate(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   constexpr const char* kOp = "short_conv_gate";
   check_arguments(kOp, x, weight, bias);
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const std::string reason = unsupported(launch, x, weight); !reason.empty()) {
-    return call_reference<Tensor, Tensor>(kOp, reason, x, weight, bias);
+    return UseReference(reason);
   }
   // Rows lie end to end in the kernels; what comes otherwise is copied.
-  x = torch::stable::contiguous(x);
-  weight = torch::stable::contiguous(weight);
+  x = contiguous(x);
+  weight = contiguous(weight);
   bias = contiguous(bias);
   const int64_t batch = x.size(0), seqlen = x.size(1), channels = x.size(2) / 3;
   Tensor gated = empty(kOp, {batch, channels, seqlen}, x.scalar_type(), x);
@@ -74,14 +74,15 @@ std::tuple<Tensor, Tensor, Tensor> short_conv_gate_backward(Tensor dgated, Tenso
   };
   check_gradient("dgated", dgated);
   check_gradient("dgate", dgate);
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const std::string reason = unsupported(launch, x, weight); !reason.empty()) {
-    return call_reference<Tensor, Tensor, Tensor>(kOp, reason, dgated, dgate, x, weight, bias);
+    return UseReference(reason);
   }
-  dgated = torch::stable::contiguous(dgated);
-  dgate = torch::stable::contiguous(dgate);
-  x = torch::stable::contiguous(x);
-  weight = torch::stable::contiguous(weight);
+  dgated = contiguous(dgated);
+  dgate = contiguous(dgate);
+  x = contiguous(x);
+  weight = contiguous(weight);
   bias = contiguous(bias);
   const int64_t taps = weight.size(1);
   Tensor dx = empty(kOp, sizes_of(x), x.scalar_type(), x);
@@ -111,10 +112,10 @@ std::tuple<Tensor, Tensor, Tensor> short_conv_gate_backward(Tensor dgated, Tenso
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
-  m.impl("short_conv_gate", TORCH_BOX(&short_conv_gate));
-  m.impl("short_conv_gate_backward", TORCH_BOX(&short_conv_gate_backward));
+std::span<const Body> short_conv_ops() {
+  static constexpr Body kOps[] = {body<"short_conv_gate", &short_conv_gate>(),
+                                  body<"short_conv_gate_backward", &short_conv_gate_backward>()};
+  return kOps;
 }
 
 }  // namespace warpform
-#endif

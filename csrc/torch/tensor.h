@@ -1,5 +1,8 @@
-// Helpers of all bindings on top of torch's stable headers: allocation with errors that keep their text, layouts that
-// kernels read, the pointers of a launch, and the call of the reference.
+// Tensors as the bodies of the ops see them, and what bodies ask of torch on top of its stable headers: allocation with
+// errors that keep their text, and the few functions that are torch's.
+//
+// A tensor comes from torch's dispatcher or, without it, from warpform._C, which lends its address and its shape. Both
+// look the same here; one that was lent becomes a tensor of torch only where a function of torch takes it.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -8,63 +11,180 @@
 
 #include <cstring>
 #include <initializer_list>
+#include <memory>
 #include <optional>
+#include <ostream>
+#include <span>
+#include <stdexcept>
 #include <string>
-#include <tuple>
+#include <utility>
 #include <vector>
 
-#include "check.h"
+#include "api.h"
 #include "kernels/common/dtype.h"
-#include "usable.h"
 
 #ifdef WARPFORM_SIMT
-#include "simt/host.h"
 #define WARPFORM_NAMESPACE warpform_simt
-#define WARPFORM_DEVICE_KEY CPU
 #else
 #define WARPFORM_NAMESPACE warpform
-#define WARPFORM_DEVICE_KEY CUDA
 #endif
 
-// A CPU build of torch lacks this function, hence weak.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                   void** ret_stream);
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace warpform {
 
-// A new contiguous tensor on the device of `like`, its contents unset (in the emulator: every byte 0xff, so that an
-// element that no kernel wrote reads as NaN).
-inline Tensor empty(const char* op, const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= sizes[i] > 0 ? sizes[i] : 1;
-  }
-  int32_t device_type = 0;
-  torch_check(aoti_torch_get_device_type(like.get(), &device_type), op);
-  AtenTensorHandle handle = nullptr;
-  const int32_t code = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                                                device_type, like.get_device_index(), &handle);
-  if (code != 0) {
-    const char* what =
-        torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
-    std::string text = what ? what : std::string(op) + ": allocation of an output failed";
-    // Code that retries with a smaller batch looks for these words.
-    if (like.is_cuda() && text.find("CUDA out of memory.") != 0) text = "CUDA out of memory. " + text;
-    throw std::runtime_error(text);
-  }
-  Tensor out(handle);
-#ifdef WARPFORM_SIMT
-  std::memset(out.mutable_data_ptr(), 0xff, static_cast<size_t>(out.numel()) * out.element_size());
-#endif
-  return out;
+using torch::headeronly::ScalarType;
+
+// Torch's own words for what went wrong last. The function came after torch 2.10, hence weak; without it torch prints
+// the text.
+inline const char* torch_error() {
+  return torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
 }
+
+// Checks the return code of a call into torch.
+inline void torch_check(int32_t code, const char* op) {
+  if (code == 0) [[likely]]
+    return;
+  const char* what = torch_error();
+  throw std::runtime_error(std::string(op) + ": " + (what ? what : "a call into torch failed; stderr says why"));
+}
+
+inline int32_t torch_code(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
+
+class Tensor {
+ public:
+  Tensor() = default;
+  // A tensor of torch.
+  Tensor(torch::stable::Tensor t) : torch_(std::move(t)) {
+    const AtenTensorHandle handle = torch_->get();
+    int64_t dims = 0, *sizes = nullptr, *strides = nullptr;
+    int32_t dtype = 0;
+    torch_check(aoti_torch_get_dim(handle, &dims), "warpform");
+    torch_check(aoti_torch_get_sizes(handle, &sizes), "warpform");
+    torch_check(aoti_torch_get_strides(handle, &strides), "warpform");
+    torch_check(aoti_torch_get_dtype(handle, &dtype), "warpform");
+    torch_check(aoti_torch_get_device_type(handle, &device_type_), "warpform");
+    torch_check(aoti_torch_get_device_index(handle, &device_index_), "warpform");
+    dims_ = static_cast<int32_t>(dims);
+    sizes_ = sizes;
+    strides_ = strides;
+    dtype_ = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype));
+  }
+  // A tensor that the caller keeps alive. Throws where no op knows its dtype.
+  explicit Tensor(const api::TensorView& lent);
+
+  int64_t dim() const { return dims_; }
+  // Of a dimension, counted from the last one where it is negative.
+  int64_t size(int64_t dim) const { return sizes_[dim < 0 ? dim + dims_ : dim]; }
+  int64_t stride(int64_t dim) const { return strides_[dim < 0 ? dim + dims_ : dim]; }
+  std::span<const int64_t> sizes() const { return {sizes_, static_cast<size_t>(dims_)}; }
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int32_t i = 0; i < dims_; ++i) n *= sizes_[i];
+    return n;
+  }
+  bool is_contiguous() const {
+    if (numel() == 0) return true;
+    int64_t expected = 1;
+    for (int32_t i = dims_; i-- > 0; expected *= sizes_[i]) {
+      if (sizes_[i] != 1 && strides_[i] != expected) return false;
+    }
+    return true;
+  }
+  ScalarType scalar_type() const { return dtype_; }
+  size_t element_size() const;
+
+  bool is_cpu() const { return device_type_ == aoti_torch_device_type_cpu(); }
+  bool is_cuda() const { return device_type_ == aoti_torch_device_type_cuda(); }
+  int32_t device_type() const { return device_type_; }
+  int32_t get_device_index() const { return device_index_; }
+  bool on_device_of(const Tensor& other) const {
+    return device_type_ == other.device_type_ && (is_cpu() || device_index_ == other.device_index_);
+  }
+
+  // Null for a tensor without data, which plans are made with.
+  const void* const_data_ptr() const { return torch_ ? (is_meta() ? nullptr : torch_->const_data_ptr()) : lent_data_; }
+  void* mutable_data_ptr() const { return torch_ ? (is_meta() ? nullptr : torch_->mutable_data_ptr()) : lent_data_; }
+
+  // As torch knows it.
+  torch::stable::Tensor as_torch() const;
+
+ private:
+  bool is_meta() const { return device_type_ == aoti_torch_device_type_meta(); }
+
+  std::optional<torch::stable::Tensor> torch_;  // empty: lent
+  void* lent_data_ = nullptr;
+  const int64_t* sizes_ = nullptr;
+  const int64_t* strides_ = nullptr;
+  int32_t dims_ = 0;
+  ScalarType dtype_ = ScalarType::Undefined;
+  int32_t device_type_ = 0;
+  int32_t device_index_ = 0;
+};
+
+inline const char* dtype_name(ScalarType t) {
+  switch (t) {
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::ComplexHalf: return "complex32";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return "another dtype";
+  }
+}
+
+// Streams as "int64 of shape [5]".
+struct Got {
+  const Tensor& t;
+  friend std::ostream& operator<<(std::ostream& os, const Got& g) {
+    os << dtype_name(g.t.scalar_type()) << " of shape [";
+    for (int64_t i = 0; i < g.t.dim(); ++i) os << (i ? ", " : "") << g.t.size(i);
+    return os << "]";
+  }
+};
 
 inline std::vector<int64_t> sizes_of(const Tensor& t) {
   const auto s = t.sizes();
   return std::vector<int64_t>(s.begin(), s.end());
+}
+
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  return a.dim() == b.dim() && std::memcmp(a.sizes().data(), b.sizes().data(), a.sizes().size_bytes()) == 0;
+}
+
+// A new contiguous tensor on the device of `like`, its contents unset (in the emulator: every byte 0xff, so that an
+// element that no kernel wrote reads as NaN).
+Tensor empty(const char* op, const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like);
+
+// ---- functions of torch ----
+
+inline Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t.as_torch()); }
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(contiguous(*t)) : std::nullopt;
+}
+inline Tensor transpose(const Tensor& t, int64_t a, int64_t b) { return torch::stable::transpose(t.as_torch(), a, b); }
+inline Tensor narrow(const Tensor& t, int64_t dim, int64_t start, int64_t length) {
+  torch::stable::Tensor whole = t.as_torch();
+  return torch::stable::narrow(whole, dim, start, length);
+}
+inline Tensor zero_(const Tensor& t) {
+  torch::stable::Tensor self = t.as_torch();
+  torch::stable::zero_(self);
+  return t;
+}
+inline void copy_(const Tensor& to, const Tensor& from) {
+  torch::stable::Tensor self = to.as_torch();
+  torch::stable::copy_(self, from.as_torch());
 }
 
 // ---- layouts that kernels read ----
@@ -75,7 +195,7 @@ inline bool is_aligned(const Tensor& t, int64_t alignment) {
 
 // A copy whose elements lie end to end and begin at an address that the allocator aligns.
 inline Tensor dense_copy(const Tensor& t) {
-  return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
+  return t.is_contiguous() ? torch::stable::clone(t.as_torch()) : torch::stable::contiguous(t.as_torch());
 }
 
 // `t` contiguous and at a multiple of `alignment` bytes; copied where it is not, as gradients of slices are not.
@@ -84,10 +204,6 @@ inline Tensor dense(const Tensor& t, int64_t alignment = 16) {
 }
 inline std::optional<Tensor> dense(const std::optional<Tensor>& t, int64_t alignment = 16) {
   return t ? std::optional<Tensor>(dense(*t, alignment)) : std::nullopt;
-}
-
-inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
 }
 
 // Elements from one index of `dim` to the next. A dimension of one element may have any stride and no address is made
@@ -124,133 +240,5 @@ inline DType element_type(const Tensor& t) {
 }
 
 inline bool is_bfloat16(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
-
-// ---- launches ----
-
-// Makes the tensors' device current for its lifetime, says whether kernels can run there, and hands a launch its
-// pointers and its stream. An op makes it before it asks anything that depends on the device. In the emulator the same
-// calls tell it which memory the kernel may touch.
-class Launch {
- public:
-  Launch(const char* op, const Tensor& on)
-#ifndef WARPFORM_SIMT
-      : device_(on.get_device_index()), guard_(device_) {
-    check(aoti_torch_get_current_cuda_stream != nullptr, op,
-          ": this torch has no CUDA stream function, although the tensor is on a GPU; install a CUDA build of torch");
-    torch_check(aoti_torch_get_current_cuda_stream(device_, &stream_), op);
-  }
-#else
-  {
-    (void)on;
-    simt::begin_launches(op);
-  }
-  ~Launch() { simt::end_launches(); }
-  Launch(const Launch&) = delete;
-  Launch& operator=(const Launch&) = delete;
-#endif
-
-  // Why no kernel may run, whatever the arguments, or null: the first question of every op, and what sends it to its
-  // reference.
-  const char* unusable() const {
-#ifdef WARPFORM_SIMT
-    return kernels_unusable(-1);
-#else
-    return kernels_unusable(device_);
-#endif
-  }
-
-  const void* in(const Tensor& t) const {
-    const void* p = t.const_data_ptr();
-#ifdef WARPFORM_SIMT
-    simt::register_memory(p, extent(t), /*writable=*/false);
-#endif
-    return p;
-  }
-  void* out(const Tensor& t) const {
-    void* p = t.mutable_data_ptr();
-#ifdef WARPFORM_SIMT
-    simt::register_memory(p, extent(t), /*writable=*/true);
-#endif
-    return p;
-  }
-  template <class T>
-  const T* in(const Tensor& t) const {
-    return static_cast<const T*>(in(t));
-  }
-  template <class T>
-  T* out(const Tensor& t) const {
-    return static_cast<T*>(out(t));
-  }
-  const void* in_or_null(const std::optional<Tensor>& t) const { return t ? in(*t) : nullptr; }
-  template <class T>
-  const T* in_or_null(const std::optional<Tensor>& t) const {
-    return t ? in<T>(*t) : nullptr;
-  }
-  void* stream() const { return stream_; }
-
- private:
-#ifdef WARPFORM_SIMT
-  // Bytes from the first to past the last element of a strided tensor.
-  static size_t extent(const Tensor& t) {
-    if (t.numel() == 0) return 0;
-    int64_t last = 0;
-    for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
-    return static_cast<size_t>(last + 1) * t.element_size();
-  }
-#else
-  int32_t device_;
-  torch::stable::accelerator::DeviceGuard guard_;
-#endif
-  void* stream_ = nullptr;
-};
-
-namespace detail {
-template <class T>
-inline StableIValue box(const T& v) {
-  return torch::stable::detail::from(v);
-}
-}  // namespace detail
-
-// The text of an exception that a reference raised in this thread. Torch 2.10 and 2.11 drop that text on the way back
-// into C++, so the reference leaves it here as well (`_keep_error`).
-inline std::string& kept_error() {
-  thread_local std::string text;
-  return text;
-}
-
-namespace detail {
-template <class T>
-std::tuple<const T&> as_tuple(const T& t) {
-  return {t};
-}
-template <class... T>
-std::tuple<T...> as_tuple(const std::tuple<T...>& t) {
-  return t;
-}
-}  // namespace detail
-
-// Calls warpform::NAME_reference(reason, args...) through the dispatcher: PyTorch code that warns once and names the
-// reason. An argument that is a tuple counts as its elements. In the emulator there is no way out: a configuration
-// without a kernel is an error there.
-template <class... Results, class... Args>
-inline std::tuple<Results...> call_reference(const char* name, const std::string& reason,
-                                             [[maybe_unused]] const Args&... args) {
-#ifdef WARPFORM_SIMT
-  throw std::runtime_error(std::string(name) + ": no kernel: " + reason);
-#else
-  const auto call = [&](const auto&... each) {
-    constexpr size_t kArgs = 1 + sizeof...(each);
-    constexpr size_t kSlots = kArgs > sizeof...(Results) ? kArgs : sizeof...(Results);
-    StableIValue stack[kSlots] = {detail::box(reason), detail::box(each)...};
-    const std::string op = std::string("warpform::") + name + "_reference";
-    kept_error().clear();
-    const auto code = torch_call_dispatcher(op.c_str(), "", stack, TORCH_ABI_VERSION);
-    if (code != 0 && !kept_error().empty()) throw std::runtime_error(kept_error());
-    torch_check(code, name);
-    return torch::stable::detail::unbox_to_tuple<Results...>(stack);
-  };
-  return std::apply(call, std::tuple_cat(detail::as_tuple(args)...));
-#endif
-}
 
 }  // namespace warpform

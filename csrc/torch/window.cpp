@@ -4,9 +4,8 @@
 #include <cmath>
 #include <optional>
 
-#include "tensor.h"
+#include "binding.h"
 
-#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
 namespace warpform {
 namespace {
 
@@ -143,9 +142,10 @@ ForwardResult window_attention(Tensor qkv, std::optional<Tensor> relative_positi
   constexpr const char* kOp = "window_attention";
   Arguments a{qkv, relative_position_bias_table, logit_scale, qkv_bias, window_size, shift_size, scale, mask_value};
   check_arguments(kOp, a);
+  if constexpr (!kHasKernels) return UseReference(without_kernels(qkv));
   const Launch launch(kOp, qkv);
   if (const char* reason = no_kernel(launch, a, /*backward=*/false)) {
-    return call_reference<Tensor, Tensor>(kOp, reason, a.tensors(), a.rest());
+    return UseReference(reason);
   }
   make_dense(a);
   ForwardResult result{empty(kOp, out_sizes(a), qkv.scalar_type(), qkv),
@@ -171,9 +171,10 @@ BackwardResult window_attention_backward(Tensor dout, Tensor qkv, std::optional<
           " must have the shape and dtype of the output for qkv, ", Got{qkv}, ", got ", Got{t});
     check_same_device(kOp, name, t, qkv);
   }
+  if constexpr (!kHasKernels) return UseReference(without_kernels(qkv));
   const Launch launch(kOp, qkv);
   if (const char* reason = no_kernel(launch, a, /*backward=*/true)) {
-    return call_reference<Tensor, Tensor, Tensor, Tensor>(kOp, reason, dout, a.tensors(), out, lse, a.rest());
+    return UseReference(reason);
   }
   check(sizes_of(lse) == lse_sizes(a) && lse.scalar_type() == ScalarType::Float, kOp,
         ": lse must be float32 as the forward returned it, got ", Got{lse});
@@ -217,10 +218,10 @@ BackwardResult window_attention_backward(Tensor dout, Tensor qkv, std::optional<
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, WARPFORM_DEVICE_KEY, m) {
-  m.impl("window_attention", TORCH_BOX(&window_attention));
-  m.impl("window_attention_backward", TORCH_BOX(&window_attention_backward));
+std::span<const Body> window_ops() {
+  static constexpr Body kOps[] = {body<"window_attention", &window_attention>(),
+                                  body<"window_attention_backward", &window_attention_backward>()};
+  return kOps;
 }
 
 }  // namespace warpform
-#endif

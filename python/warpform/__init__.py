@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import _library
+from . import _direct, _library
 from ._version import __version__
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ _SUBMODULES = ("compat", "distributed", "integrations", "models", "nn", "ops")
 
 if _library.load():
     # Autograd and autocast must be registered before anyone calls torch.ops.warpform.*, hence at import.
+    _direct.attach()
     try:
         importlib.import_module(".ops", __name__)
     except Exception as error:

@@ -22,6 +22,12 @@ NAMES = (
     "torch._C:_are_functorch_transforms_active",
     "torch._subclasses.fake_tensor:is_fake",
     "torch.distributed.distributed_c10d:_resolve_process_group",
+    "torch._C._aoti:alloc_tensor_by_stealing_from_void_ptr",
+    "torch._C:_len_torch_function_stack",
+    "torch._C:_len_torch_dispatch_stack",
+    "torch._C:_is_any_autocast_enabled",
+    "torch._C:_get_tracing_state",
+    "torch.autograd:_profiler_enabled",
 )
 
 
@@ -39,7 +45,9 @@ def missing() -> list[str]:
     return [name for name in NAMES if _find(name) is None]
 
 
-_make_autograd_impl, _info, _, _transforms_active, _is_fake, _resolve_process_group = (_find(name) for name in NAMES)
+_make_autograd_impl, _info, _, _transforms_active, _is_fake, _resolve_process_group, _from_handle, *_modes = (
+    _find(name) for name in NAMES
+)
 
 
 def autograd_rule(
@@ -66,6 +74,33 @@ def in_forward_mode() -> bool:
 def in_functorch() -> bool:
     """Tells whether a transform of torch.func is active."""
     return _transforms_active is not None and bool(_transforms_active())
+
+
+def tensor_from_handle() -> Callable[[Any], Tensor]:
+    """The function that makes a tensor of the capsule of a handle of the stable ABI, which it takes over.
+
+    Raises:
+        ImportError: this torch has no such function under the name that is known.
+    """
+    if _from_handle is None:
+        raise ImportError(f"there is no {NAMES[6]}")
+    function: Callable[[Any], Tensor] = _from_handle
+    return function
+
+
+def dispatcher_needed() -> tuple[Callable[[], Any], ...]:
+    """Functions without arguments, of which each says whether something is on that sees calls in torch's dispatcher.
+
+    They are: modes of `__torch_function__` and `__torch_dispatch__`, autocast, tracing by `torch.jit`, the profiler,
+    and transforms of `torch.func`, forward-mode differentiation among them.
+
+    Raises:
+        ImportError: this torch lacks one under the name that is known.
+    """
+    functions = (*_modes, _transforms_active)
+    if None in functions:
+        raise ImportError(f"there is no {', '.join(name for name in missing())}")
+    return (*functions, in_forward_mode)
 
 
 def is_fake(t: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The self-test and the registry that it, doctor, the GPU check, opcheck and README's table go through."""
+"""The self-test and the registry that it, doctor, the GPU check, opcheck and the table in docs/ops.md go through."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_draw_rounds_the_same_values() -> None:
     assert torch.equal(half, double.half()) and not torch.equal(half, Draw("y", torch.float16)(40, 3))
 
 
-def test_readme_has_the_table_of_ops() -> None:
+def test_docs_have_the_table_of_ops() -> None:
     if not (ROOT / "tools").is_dir() or not _library.kernel_table():
         pytest.skip("needs a checkout, and a library with kernels")
     sys.path.insert(0, str(ROOT / "tools"))

@@ -22,7 +22,8 @@ void launch_backward_keys(const char* name, const typename Mode::BackwardParams&
   const AttentionProblem& p = params.problem;
   launch<varlen_attention_backward_keys<T, kHeadDim, kSmall, ScoreMod, Mode>>(
       name, dim3(slots<kTile.block_n>(p.total_k, p.batch), p.heads_kv, ceil_div(p.head_dim, kTile.out_cols)),
-      32 * kTile.warps, backward_shared_bytes(kHeadDim, kTile) + ScoreMod::shared_bytes(p), stream, params);
+      32 * kTile.warps, backward_shared_bytes(kHeadDim, kTile) + ScoreMod::shared_bytes(p), stream, params,
+      TileShape{.m = kTile.block_m, .n = kTile.block_n, .k = kHeadDim, .stages = kTile.stages, .splits = 1});
 }
 
 template <class T, int kHeadDim, class ScoreMod, class Mode = FullAttention>
@@ -31,7 +32,8 @@ void launch_backward_queries(const char* name, const typename Mode::BackwardPara
   const AttentionProblem& p = params.problem;
   launch<varlen_attention_backward_queries<T, kHeadDim, ScoreMod, Mode>>(
       name, dim3(slots<kTile.block_m>(p.total_q, p.batch), p.heads_q), 32 * kTile.warps,
-      dq_shared_bytes(kHeadDim, kTile) + ScoreMod::shared_bytes(p), stream, params);
+      dq_shared_bytes(kHeadDim, kTile) + ScoreMod::shared_bytes(p), stream, params,
+      TileShape{.m = kTile.block_m, .n = kTile.block_n, .k = kHeadDim, .stages = 1, .splits = 1});
 }
 
 // All kernels of a backward, in order.

@@ -14,7 +14,8 @@ void launch_forward_kernel(const char* name, const typename Mode::ForwardParams&
   const AttentionProblem& p = params.problem;
   launch<varlen_attention_forward<T, kHeadDim, kSmall, ScoreMod, Mode>>(
       name, dim3(slots<kTile.block_m>(p.total_q, p.batch), p.heads_q), 32 * kTile.warps,
-      forward_shared_bytes(kHeadDim, kTile) + ScoreMod::shared_bytes(p), stream, params);
+      forward_shared_bytes(kHeadDim, kTile) + ScoreMod::shared_bytes(p), stream, params,
+      TileShape{.m = kTile.block_m, .n = kTile.block_n, .k = kHeadDim, .stages = 1, .splits = 1});
 }
 
 // True if a tile has registers for softcaps of any size. Other tiles are launched for softcaps up to kFewSoftcap only.

@@ -2,6 +2,7 @@
 // accumulators.
 #pragma once
 
+#include "common/plan.h"
 #include "device/mma.cuh"
 
 namespace warpform {
@@ -26,6 +27,12 @@ struct BlockTile {
 using LargeTile = BlockTile<128, 128, 2, 2, 3>;
 // The tile for blocks of up to 64 columns, and for problems with too few large tiles to fill the GPU.
 using SmallTile = BlockTile<64, 64, 2, 2, 4>;
+
+// For plans.
+template <class Tile>
+constexpr TileShape tile_shape(int splits) {
+  return {.m = Tile::kM, .n = Tile::kN, .k = Tile::kDepth, .stages = Tile::kStages, .splits = splits};
+}
 
 // load(step, stage) and work(stage) for all steps, kStages - 1 loads ahead of the work. Loads are cp.async and begin in
 // order; work may read what all threads loaded, and what other warps wrote to shared memory in the step before.

@@ -36,8 +36,36 @@ int device_attribute() {
 
 }  // namespace
 
-int sm_count() { return device_attribute<cudaDevAttrMultiProcessorCount>(); }
-int shared_memory_limit() { return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(); }
+int sm_count() {
+  const LaunchPlan* plan = current_plan();
+  return plan ? machine_of(*plan).sm_count : device_attribute<cudaDevAttrMultiProcessorCount>();
+}
+int shared_memory_limit() {
+  const LaunchPlan* plan = current_plan();
+  return plan ? machine_of(*plan).shared_memory_limit : device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>();
+}
+
+bool plan_launch(const char* name, const char* text, const void* kernel, dim3 grid, int threads, int shared_bytes,
+                 const TileShape& tile) {
+  LaunchPlan* plan = current_plan();
+  if (plan == nullptr) return false;
+  // Where there is a GPU it says how many blocks a multiprocessor takes, registers counted.
+  int blocks = 0;
+  if ((shared_bytes > 48 * 1024 &&
+       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) != cudaSuccess) ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes) != cudaSuccess) {
+    blocks = 0;
+    static_cast<void>(cudaGetLastError());
+  }
+  add_launch(*plan, {.op = name,
+                     .kernel = text,
+                     .grid = {grid.x, grid.y, grid.z},
+                     .threads = threads,
+                     .shared_bytes = shared_bytes,
+                     .blocks_per_sm = blocks,
+                     .tile = tile});
+  return true;
+}
 
 void allow_shared_memory(const char* name, const void* kernel, uint64_t& devices) {
   const std::atomic_ref<uint64_t> asked(devices);

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "common/failure.h"
+#include "common/plan.h"
 
 namespace warpform {
 
@@ -24,14 +25,21 @@ int shared_memory_limit();
 void allow_shared_memory(const char* name, const void* kernel, uint64_t& devices);
 // Throws std::runtime_error that begins with `name` where the last launch of this thread failed.
 void check_launch(const char* name);
+// True while this thread has a plan, after adding to it. `text` is __PRETTY_FUNCTION__ of launch().
+bool plan_launch(const char* name, const char* text, const void* kernel, dim3 grid, int threads, int shared_bytes,
+                 const TileShape& tile);
 
-// Launches kKernel(params) on `stream`; an empty grid is no launch. Throws std::runtime_error that begins with `name`.
+// Launches kKernel(params) on `stream`; an empty grid is no launch. `tile` is for plans. Throws std::runtime_error that
+// begins with `name`.
 template <auto kKernel, class Params>
-void launch(const char* name, dim3 grid, int threads, int shared_bytes, void* stream, const Params& params) {
+void launch(const char* name, dim3 grid, int threads, int shared_bytes, void* stream, const Params& params,
+            const TileShape& tile = {}) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  const auto address = reinterpret_cast<const void*>(kKernel);
+  if (plan_launch(name, __PRETTY_FUNCTION__, address, grid, threads, shared_bytes, tile)) return;
   if (shared_bytes > 48 * 1024) {
     static uint64_t devices = 0;
-    allow_shared_memory(name, reinterpret_cast<const void*>(kKernel), devices);
+    allow_shared_memory(name, address, devices);
   }
   kKernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
   check_launch(name);

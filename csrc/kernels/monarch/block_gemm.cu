@@ -23,7 +23,7 @@ void launch_tile(const char* op, const BlockGemmParams& p, void* stream) {
   work.ctas.set(static_cast<int>(ctas));
   const dim3 grid(static_cast<unsigned>(row_tiles * ctas));
   dispatch_bool(p.b_transposed, [&]<bool kTransposed>() {
-    launch<block_gemm<T, Tile, kTransposed>>(op, grid, Tile::kThreads, Tile::kBytes, stream, work);
+    launch<block_gemm<T, Tile, kTransposed>>(op, grid, Tile::kThreads, Tile::kBytes, stream, work, tile_shape<Tile>(1));
   });
 }
 

@@ -32,7 +32,7 @@ void launch_tile(const char* op, const WeightGradientParams& p, void* stream) {
   const int64_t ctas = tiles<Tile>(p) * p.splits;
   if (ctas > INT_MAX) fail(op, "too many blocks");
   launch<block_weight_gradient<T, Tile>>(op, dim3(static_cast<unsigned>(ctas)), Tile::kThreads, Tile::kBytes, stream,
-                                         work);
+                                         work, tile_shape<Tile>(p.splits));
 }
 
 }  // namespace

@@ -48,7 +48,7 @@ void gather(const char* op, const HiddenGatherParams& p, void* stream) {
   const dim3 grid = grid_of(op, int64_t{r.tiles} * work.columns.divisor);
   const int bytes = Shape::kBytes + TileTokens::bytes(p.gates == nullptr ? 0 : r.num_groups);
   dispatch_bool(p.w.transposed, [&]<bool kTransposed>() {
-    launch<hidden_gather<T, kTransposed>>(op, grid, Shape::kThreads, bytes, stream, work);
+    launch<hidden_gather<T, kTransposed>>(op, grid, Shape::kThreads, bytes, stream, work, tile_shape<Shape>(1));
   });
 }
 
@@ -69,7 +69,7 @@ void scatter(const char* op, const HiddenScatterParams& p, void* stream) {
   const dim3 grid = grid_of(op, int64_t{r.tiles} * work.columns.divisor);
   const int bytes = Shape::kBytes + TileTokens::bytes(0);
   dispatch_bool(p.w.transposed, [&]<bool kTransposed>() {
-    launch<hidden_scatter<T, kTransposed>>(op, grid, Shape::kThreads, bytes, stream, work);
+    launch<hidden_scatter<T, kTransposed>>(op, grid, Shape::kThreads, bytes, stream, work, tile_shape<Shape>(1));
   });
   if (p.dots == nullptr || group_blocks == 1) return;
   launch_column_sum(op,

@@ -52,7 +52,8 @@ void launch_hidden_weight_grad(const HiddenWeightGradParams& p, void* stream) {
   if (ctas > INT_MAX) fail(kOp, "too many blocks");
   const dim3 grid(static_cast<unsigned>(ctas));
   dispatch_dtype(p.bfloat16, [&]<class T>() {
-    launch<hidden_weight_grad<T>>(kOp, grid, Shape::kThreads, GradStage::bytes(work.range), stream, work);
+    launch<hidden_weight_grad<T>>(kOp, grid, Shape::kThreads, GradStage::bytes(work.range), stream, work,
+                                  tile_shape<Shape>(p.splits));
   });
   if (p.splits == 1) return;
   launch_column_sum(kOp,

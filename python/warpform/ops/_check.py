@@ -63,6 +63,15 @@ def integer(op: str, name: str, value: Any) -> None:
         raise TypeError(f"{op}: {name} must be an int, got {describe(value)}")
 
 
+def window(op: str, window_size: Any) -> tuple[int, int]:
+    """The two numbers of a window. Raises TypeError unless there are two."""
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(f"{op}: window_size must be (left, right), got {describe(window_size)}")
+    for index, number in enumerate(window_size):
+        integer(op, f"window_size[{index}]", number)
+    return window_size[0], window_size[1]
+
+
 def finite(op: str, name: str, value: Any) -> None:
     """Raises ValueError if value is a number, but infinite or NaN. Under tracing numbers are not looked at."""
     if not torch.compiler.is_compiling() and isinstance(value, Real) and not math.isfinite(value):

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import _env, _library, _torch_private
+from .. import _direct, _env, _library, _torch_private
+from . import _check, _errors
 from ._example import Call, Draw, Example
 
 NAMESPACE = "warpform"
-# The reason that the bindings give where the user asked for the reference: that needs no warning.
+# Reasons of the bindings that need no warning: the user asked for the reference, or has no GPU in use.
 REQUESTED = "WARPFORM_BACKEND=reference"
+ON_CPU = "the tensors are on a CPU"
 
 # A registration lasts as long as its Library.
 _libraries: list[torch.library.Library] = []
@@ -66,8 +68,13 @@ def register_op(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     autocast: Sequence[str] = (),
+    validate: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
-    """Registers warpform::NAME and warpform::NAME_reference, whose schemas the library defines, and returns the op.
+    """Registers warpform::NAME and warpform::NAME_reference, whose schemas the library defines, and returns a call.
+
+    What is returned takes the op's arguments. It goes straight to the kernels where nothing needs torch's dispatcher
+    (`warpform._C`), and through `torch.ops.warpform.NAME` otherwise. Both ways check the arguments in C++
+    (csrc/torch/NAME's file) and raise TypeError and ValueError.
 
     Args:
         name: the op's name, without a namespace.
@@ -79,6 +86,8 @@ def register_op(
             not differentiable: differentiating through it raises.
         setup_context: (ctx, inputs, output) or (ctx, inputs, keyword_only_inputs, output), saves what backward needs.
         autocast: the arguments that autocast casts; all others keep their dtype. Empty: autocast leaves the op alone.
+        validate: called with the op's arguments where WARPFORM_VALIDATE=1, before the op is: checks of values, which
+            wait for the device.
 
     Where the library is not loaded nothing is registered, and what is returned raises the load error when it is called.
     """
@@ -98,14 +107,49 @@ def register_op(
             return reference(*args, **kwargs)
         except Exception as error:
             # This is called from C++, and torch 2.10 and 2.11 lose the text on the way back.
-            getattr(torch.ops, NAMESPACE)._keep_error(str(error))
+            getattr(torch.ops, NAMESPACE)._keep_error(type(error).__name__, str(error))
             raise
+
+    def checked_fake(*args: Any, **kwargs: Any) -> Any:
+        _errors.check_devices(name, op._schema, args, kwargs)
+        return fake(*args, **kwargs)
 
     def fake_with_reason(reason: str, *args: Any, **kwargs: Any) -> Any:
         return fake(*args, **kwargs)
 
     implement(f"{name}_reference", reference_with_reason, fake=fake_with_reason)
-    return implement(name, reference, fake=fake, backward=backward, setup_context=setup_context, autocast=autocast)
+    op = implement(
+        name, reference, fake=checked_fake, backward=backward, setup_context=setup_context, autocast=autocast
+    )
+    return _callable(name, op, validate)
+
+
+def _callable(name: str, op: Any, validate: Callable[..., None] | None) -> Callable[..., Any]:
+    """What `register_op` returns for a registered op."""
+
+    names = [argument.name for argument in op._schema.arguments]
+
+    def through_torch(*args: Any, **kwargs: Any) -> Any:
+        if _env.log_debug():
+            _check.log(name, **dict(zip(names, args, strict=False)), **kwargs)
+        if validate is not None and _env.validate():
+            validate(*args, **kwargs)
+        try:
+            return op(*args, **kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            explained = _errors.explained(op, args, kwargs, error)
+            if explained is None:
+                raise
+            raise explained from None
+
+    direct = _direct.direct(name, through_torch)
+
+    @functools.wraps(op)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # A compiler traces the op itself: it takes sizes that are symbols, and asks nothing of this process.
+        return op(*args, **kwargs) if torch.compiler.is_compiling() else direct(*args, **kwargs)
+
+    return call
 
 
 def implement(
@@ -139,7 +183,7 @@ def implement(
 
 
 def _report(name: str, reason: str) -> None:
-    if reason == REQUESTED:
+    if reason in (REQUESTED, ON_CPU):
         return
     if _env.strict():
         raise RuntimeError(f"{name}: no kernel runs this ({reason}), and WARPFORM_STRICT=1 forbids the reference")

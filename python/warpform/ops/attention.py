@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast, _env
 from . import _check
 from ._dtypes import accumulation_dtype
 from ._register import register_op
@@ -61,6 +60,20 @@ def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     )
 
 
+def _validate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    **how: Any,
+) -> None:
+    if q.device.type != "cpu":  # on a CPU the reference checks
+        reference.check_offsets("varlen_attention", q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+
+
 _varlen_attention_backward = register_op(
     "varlen_attention_backward",
     reference=reference.varlen_attention_backward,
@@ -75,6 +88,7 @@ _varlen_attention = register_op(
     backward=_gradient,
     setup_context=_setup,
     autocast=("q", "k", "v"),
+    validate=_validate,
 )
 
 
@@ -128,29 +142,7 @@ def varlen_attention(
             the end or exceed max_seqlen: on a CPU, or with WARPFORM_VALIDATE=1, which waits for the device; otherwise
             they are clamped and never lead outside of the tensors.
     """
-    op = "varlen_attention"
-    _check_tensors(op, q, k, v, cu_seqlens_q, cu_seqlens_k)
-    _check.integer(op, "max_seqlen_q", max_seqlen_q)
-    _check.integer(op, "max_seqlen_k", max_seqlen_k)
-    left, right = _window(op, window_size)
-    _check.finite(op, "softmax_scale", softmax_scale)
-    _check.finite(op, "softcap", softcap)
-    if softcap < 0:
-        raise ValueError(f"{op}: softcap must not be negative, got {softcap}")
-    if alibi_slopes is not None:
-        _check_slopes(op, alibi_slopes, q, cu_seqlens_q)
-    if not torch.compiler.is_compiling():
-        if max_seqlen_q < 0 or max_seqlen_k < 0:
-            raise ValueError(
-                f"{op}: max_seqlen_q and max_seqlen_k must not be negative, got {max_seqlen_q}, {max_seqlen_k}"
-            )
-        if q.device.type != "cpu" and _env.validate():  # on a CPU the reference checks
-            reference.check_offsets(op, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        _check.log(
-            op, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
-            softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
-            alibi_slopes=alibi_slopes,
-        )  # fmt: skip
+    left, right = _check.window("varlen_attention", window_size)
     out, lse = _varlen_attention(
         q,
         k,
@@ -168,70 +160,3 @@ def varlen_attention(
         deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
     )
     return (out, lse) if return_lse else out
-
-
-def _check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        _check.tensor(op, name, t)
-        if t.dim() != 3:
-            raise ValueError(f"{op}: {name} must be of shape [total, heads, head_dim], got {_check.describe(t)}")
-        if t.stride(2) != 1 and t.size(2) != 1:
-            raise ValueError(
-                f"{op}: the last dimension of {name} must be contiguous, got stride {t.stride(2)}; "
-                f"call {name}.contiguous()"
-            )
-    _check.floating(op, "q", q)
-    head_dim = q.size(2)
-    if head_dim == 0:
-        raise ValueError(f"{op}: head_dim must be at least 1, got q {_check.describe(q)}")
-    if v.shape != k.shape or k.size(2) != head_dim:
-        raise ValueError(
-            f"{op}: k and v must both be of shape [total_k, heads_k, {head_dim}], got k {_check.describe(k)} and "
-            f"v {_check.describe(v)}"
-        )
-    if k.size(1) == 0 or q.size(1) % k.size(1) != 0:
-        raise ValueError(
-            f"{op}: the {q.size(1)} heads of q must be a multiple of the heads of k and v, got {k.size(1)}"
-        )
-    if (k.dtype != q.dtype or v.dtype != q.dtype) and not _autocast.enabled(q.device):
-        raise TypeError(
-            f"{op}: k and v must be {_check.dtype_name(q.dtype)} as q is, got {_check.dtype_name(k.dtype)} and "
-            f"{_check.dtype_name(v.dtype)}"
-        )
-    _check.cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q)
-    _check.cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, q)
-    if cu_seqlens_k is not cu_seqlens_q and cu_seqlens_k.size(0) != cu_seqlens_q.size(0):
-        raise ValueError(
-            f"{op}: cu_seqlens_k must be of shape [{cu_seqlens_q.size(0)}] as cu_seqlens_q is, "
-            f"got {_check.describe(cu_seqlens_k)}"
-        )
-    _check.same_device(op, "k", k, "q", q)
-    _check.same_device(op, "v", v, "q", q)
-
-
-def _window(op: str, window_size: tuple[int, int]) -> tuple[int, int]:
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise TypeError(f"{op}: window_size must be (left, right), got {_check.describe(window_size)}")
-    left, right = window_size
-    _check.integer(op, "window_size[0]", left)
-    _check.integer(op, "window_size[1]", right)
-    if left < -1 or right < -1:
-        raise ValueError(f"{op}: window_size must be at least -1, which is unbounded, got {(left, right)}")
-    return left, right
-
-
-def _check_slopes(op: str, slopes: Tensor, q: Tensor, cu_seqlens_q: Tensor) -> None:
-    _check.tensor(op, "alibi_slopes", slopes)
-    heads, batch = q.size(1), cu_seqlens_q.size(0) - 1
-    if slopes.dtype != torch.float32:
-        raise TypeError(f"{op}: alibi_slopes must be float32, got {_check.describe(slopes)}")
-    if not (
-        (slopes.dim() == 1 and slopes.size(0) == heads)
-        or (slopes.dim() == 2 and slopes.size(0) == batch and slopes.size(1) == heads)
-    ):
-        raise ValueError(
-            f"{op}: alibi_slopes must be of shape [{heads}] or [{batch}, {heads}], got {_check.describe(slopes)}"
-        )
-    if slopes.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{op}: alibi_slopes has no gradient; pass alibi_slopes.detach()")
-    _check.same_device(op, "alibi_slopes", slopes, "q", q)

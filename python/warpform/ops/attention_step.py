@@ -11,7 +11,6 @@ from .. import _env
 from . import _check
 from ._dtypes import accumulation_dtype
 from ._register import register_op
-from .attention import _window
 from .examples import attention_step as examples
 from .reference import attention as attention_reference
 from .reference import attention_step as reference
@@ -108,10 +107,6 @@ def attention_step(
     if out is not None and lse is not None:
         _check_state(op, "out", out, tuple(q.shape), q)
         _check_state(op, "lse", lse, _rows_shape(q), q)
-    _check.log(
-        op, q=q, k=k, out=out, softmax_scale=softmax_scale, causal=causal, window_size=window_size, q_offset=q_offset,
-        k_offset=k_offset, q_stride=q_stride, k_stride=k_stride, cu_seqlens_q=cu_seqlens_q,
-    )  # fmt: skip
     new_out, new_lse = _attention_step(
         q,
         k,
@@ -187,10 +182,6 @@ def attention_step_backward(
     for name, gradient, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
         if gradient is not None:
             _check_state(op, name, gradient, tuple(like.shape), q)
-    _check.log(
-        op, q=q, k=k, softmax_scale=softmax_scale, causal=causal, window_size=window_size, q_offset=q_offset,
-        k_offset=k_offset, q_stride=q_stride, k_stride=k_stride, cu_seqlens_q=cu_seqlens_q,
-    )  # fmt: skip
     new_dq, new_dk, new_dv = _attention_step_backward(
         dout if dout.dtype == q.dtype else dout.to(q.dtype),
         delta,
@@ -266,7 +257,7 @@ def _check_step(
         ("q_offset", q_offset), ("k_offset", k_offset), ("q_stride", q_stride), ("k_stride", k_stride),
     ):  # fmt: skip
         _check.integer(op, name, value)
-    left, right = _window(op, window_size)
+    left, right = _check.window(op, window_size)
     compiling = torch.compiler.is_compiling()
     if not compiling and (q_stride < 1 or k_stride < 1):
         raise ValueError(f"{op}: q_stride and k_stride must be at least 1, got {q_stride} and {k_stride}")

@@ -138,11 +138,6 @@ def disentangled_attention(
             attention_reference.offsets_of(op, "cu_seqlens", cu_seqlens, q.size(0), max_seqlen)
         if positions is not None and _env.validate():
             _check_increasing(op, positions, cu_seqlens)
-        _check.log(
-            op, q=q, k=k, v=v, pos_key=pos_key, pos_query=pos_query, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
-            positions=positions, softmax_scale=softmax_scale, position_buckets=position_buckets,
-            max_relative_positions=max_relative_positions,
-        )  # fmt: skip
     out, lse = _disentangled_attention(
         q,
         k,

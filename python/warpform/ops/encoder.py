@@ -61,7 +61,6 @@ def packing_plan(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, T
         raise TypeError(f"packing_plan: mask must be bool or integer, got {_check.describe(mask)}")
     if capacity < 0:
         raise ValueError(f"packing_plan: capacity must not be negative, got {capacity}")
-    _check.log("packing_plan", mask=mask, capacity=capacity)
     return _packing_plan(mask, capacity)
 
 
@@ -121,7 +120,6 @@ def pack(x: Tensor, indices: Tensor, ranks: Tensor) -> Tensor:
     if x.dim() < 2 or x.size(0) != ranks.size(0) or x.size(1) != ranks.size(1):
         expected = [*ranks.shape, "..."]
         raise ValueError(f"pack: x must be of shape {expected} as the mask was, got {_check.describe(x)}")
-    _check.log("pack", x=x, indices=indices)
     return _pack(x, indices, ranks)
 
 
@@ -143,7 +141,6 @@ def unpack(t: Tensor, indices: Tensor, ranks: Tensor) -> Tensor:
     if t.dim() < 1 or t.size(0) != indices.size(0):
         expected = [indices.size(0), "..."]
         raise ValueError(f"unpack: t must be of shape {expected}, the packed rows, got {_check.describe(t)}")
-    _check.log("unpack", t=t, ranks=ranks)
     return _unpack(t, indices, ranks)
 
 
@@ -313,7 +310,6 @@ def add_bias_residual_layer_norm(
     _check.finite(op, "eps", eps)
     if not torch.compiler.is_compiling() and eps < 0:
         raise ValueError(f"{op}: eps must not be negative, got {eps}")
-    _check.log(op, x=x, bias=bias, residual=residual, weight=weight, eps=eps, return_sum=return_sum)
     # The backward starts from the sum, so where there will be one it is better kept than computed again.
     keep = return_sum or (
         torch.is_grad_enabled()
@@ -395,5 +391,4 @@ def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none") -> Tens
                 f"{op}: bias must be {_check.dtype_name(x.dtype)} as x is, or float32, got {_check.describe(bias)}"
             )
         _check.same_device(op, "bias", bias, "x", x)
-    _check.log(op, x=x, bias=bias, approximate=approximate)
     return _gelu(x, bias, approximate)

@@ -204,7 +204,6 @@ def fft_conv(
     for name, gate in (("pregate", pregate), ("postgate", postgate)):
         if gate is not None:
             _check_like(op, name, gate, u, (batch, channels, seqlen), or_float32=autocast)
-    _check.log(op, u=u, k=k, skip=skip, pregate=pregate, postgate=postgate, k_reverse=k_reverse, spectrum=spectrum)
     if spectrum is not None:
         if k is not None or k_reverse is not None:
             raise ValueError(f"{op}: k and k_reverse must be None where spectrum is given")

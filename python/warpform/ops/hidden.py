@@ -166,7 +166,6 @@ def hidden_gather_linear(
     """
     op = "hidden_gather_linear"
     _check_arguments(op, x, w, plan, gates, bias, routed_out=False)
-    _check.log(op, x=x, w=w, gates=gates, bias=bias, num_groups=plan.num_groups, num_classes=plan.num_classes)
     return _gather(x, w, gates, bias, *plan.arguments())
 
 
@@ -196,7 +195,6 @@ def hidden_scatter_linear(
     """
     op = "hidden_scatter_linear"
     _check_arguments(op, x, w, plan, gates, bias, routed_out=True)
-    _check.log(op, x=x, w=w, gates=gates, bias=bias, num_groups=plan.num_groups, num_classes=plan.num_classes)
     keep = gates is not None and gates.requires_grad and torch.is_grad_enabled()
     out, _ = _scatter(x, w, gates, bias, keep, *plan.arguments())
     return out

@@ -94,7 +94,6 @@ def blockdiag_multiply(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tens
     op = "blockdiag_multiply"
     _check_tensors(op, x, w=w, bias=bias)
     reference.check_blockdiag(op, x, w, bias)
-    _check.log(op, x=x, w=w, bias=bias)
     return _blockdiag_multiply(x, w, bias)
 
 
@@ -159,7 +158,6 @@ def monarch_multiply(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     op = "monarch_multiply"
     _check_tensors(op, x, w1=w1, w2=w2)
     reference.check_monarch(op, x, w1, w2)
-    _check.log(op, x=x, w1=w1, w2=w2)
     return _monarch_multiply(x, w1, w2)
 
 
@@ -231,5 +229,4 @@ def blockdiag_glu(x: Tensor, w_up: Tensor, w_down: Tensor, bias: Tensor | None =
     op = "blockdiag_glu"
     _check_tensors(op, x, w_up=w_up, w_down=w_down, bias=bias)
     reference.check_glu(op, x, w_up, w_down, bias)
-    _check.log(op, x=x, w_up=w_up, w_down=w_down, bias=bias)
     return _blockdiag_glu(x, w_up, w_down, bias)

@@ -85,5 +85,4 @@ def short_conv_gate(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tu
             raise TypeError(f"{op}: {name} must be {_check.dtype_name(x.dtype)} as x is, got {_check.describe(tensor)}")
         _check.same_device(op, name, tensor, "x", x)
     reference.check_shapes(op, x, weight, bias)
-    _check.log(op, x=x, weight=weight, bias=bias)
     return _short_conv_gate(x, weight, bias)

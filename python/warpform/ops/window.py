@@ -142,7 +142,6 @@ def window_attention(
     _check.finite(op, "scale", scale)
     if mask_value != -math.inf:
         _check.finite(op, "mask_value", mask_value)
-    _check.log(op, qkv=qkv, **parameters, window_size=window, shift_size=shift, scale=scale, mask_value=mask_value)
     if qkv_bias is not None and not _autocast.enabled(qkv.device):
         qkv_bias = qkv_bias.to(qkv.dtype)  # padded positions hold it as a product's output would
     out, _ = _window_attention(

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/failure.h"
+#include "common/plan.h"
 #include "device/ptx.cuh"
 
 namespace warpform {
@@ -10,7 +11,8 @@ inline int sm_count() { return simt::device().sm_count; }
 inline int shared_memory_limit() { return simt::device().shared_memory_limit; }
 
 template <auto kKernel, class Params>
-void launch(const char* name, dim3 grid, int threads, int shared_bytes, void* /*stream*/, const Params& params) {
+void launch(const char* name, dim3 grid, int threads, int shared_bytes, void* /*stream*/, const Params& params,
+            const TileShape& /*tile*/ = {}) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   simt::run_grid({name, __PRETTY_FUNCTION__, [](const void* p) { kKernel(*static_cast<const Params*>(p)); }, &params},
                  grid, threads, shared_bytes);

@@ -1,0 +1,36 @@
+// Direct calls of ops: Python's arguments to the table of libwarpform.so without torch's dispatcher, where nothing needs
+// it, and otherwise to a Python function that goes through it.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "torch/api.h"
+
+namespace warpform::python {
+
+namespace py = pybind11;
+
+// What direct calls need of torch. Functions of torch are called without arguments.
+struct Torch {
+  PyObject* tensor_type = nullptr;
+  PyObject* parameter_type = nullptr;
+  PyObject* grad_enabled = nullptr;  // whether gradients are recorded
+  PyObject* from_handle = nullptr;   // makes a tensor of the capsule of a handle, which it takes over
+  PyObject* busy = nullptr;          // a tuple of functions; each says whether something needs the dispatcher
+};
+
+// Takes torch's functions, once, before any direct call. Throws where torch's tensors have no DLPack exchange functions
+// of a version that is known.
+void use_torch(py::object tensor_type, py::object parameter_type, py::object grad_enabled, py::object from_handle,
+               py::tuple busy);
+
+// A callable of an op's arguments. `fallback` is called with the same arguments where the direct way is not open.
+py::object make_direct(const api::Table* table, const api::Op* op, py::object fallback);
+
+// Calls an op under a plan, with tensors of the shapes and dtypes of the arguments and without data.
+void call_for_plan(const api::Op* op, const py::args& args, const py::kwargs& kwargs, api::Status& status);
+
+// Throws the Python exception of a status that is one.
+void throw_status(const api::Table* table, api::Status status);
+
+}  // namespace warpform::python

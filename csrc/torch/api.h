@@ -1,0 +1,85 @@
+// What libwarpform.so offers to code that is not torch: one C symbol, which returns a table of the ops and of facts about
+// them. warpform._C (csrc/python) takes that table. It needs no header of torch or of CUDA, and the layout of what it
+// finds here changes with kVersion only.
+#pragma once
+
+#include <cstdint>
+
+namespace warpform::api {
+
+inline constexpr int32_t kVersion = 1;
+
+// A tensor that its caller keeps alive during a call. dtype and device are those of DLPack; kMeta is a tensor without
+// data, for plans.
+struct TensorView {
+  static constexpr int32_t kCpu = 1, kCuda = 2, kMeta = -1;
+
+  void* data;
+  const int64_t* sizes;
+  const int64_t* strides;  // in elements
+  int32_t dims;
+  uint8_t dtype_code;
+  uint8_t dtype_bits;
+  int32_t device_type;
+  int32_t device_index;
+};
+
+// One argument.
+struct Value {
+  enum Kind : int32_t { kNone, kTensor, kInt, kFloat, kBool, kText, kInts };
+
+  Kind kind = kNone;
+  int32_t count = 0;  // of integers
+  union {
+    const TensorView* tensor;
+    int64_t integer;  // a bool too
+    double number;
+    const char* text;
+    const int64_t* integers;
+  };
+};
+
+enum Status : int32_t {
+  kDone,
+  kNoKernel,  // the PyTorch reference has to run; message() says why
+  kTypeError,
+  kValueError,
+  kRuntimeError,
+};
+
+struct Op {
+  const char* name;
+  const char* arguments;  // as torch writes a schema: "Tensor q, float? scale=None"
+  int32_t results;
+  // Checks the arguments, allocates the results and launches. `results` receives that many handles of torch tensors,
+  // which the caller owns.
+  Status (*call)(const Value* arguments, void** results);
+};
+
+// The machine that a plan is made for.
+struct Machine {
+  int32_t sm_count;
+  int32_t shared_memory_limit;  // bytes that a block may ask for
+};
+
+struct Table {
+  int32_t version;
+  int32_t device_type;  // of the tensors that its kernels take
+  int32_t op_count;
+  const Op* ops;
+  // The text that belongs to the last status of this thread that was not kDone.
+  const char* (*message)();
+  // As the ops _build_info and _kernel_table return them: JSON.
+  const char* (*build_info)();
+  const char* (*kernel_table)();
+  // Why no kernel serves a call of these sizes, or null. device: of a GPU; -1: kernels in general.
+  const char* (*supported)(const char* op, const char* dtype, int32_t device, int32_t count, const char* const* names,
+                           const int64_t* sizes);
+  // Between the two, calls in this thread launch nothing and keep what they would launch; the second returns it as JSON.
+  void (*begin_plan)(const Machine* machine);
+  const char* (*end_plan)();
+};
+
+}  // namespace warpform::api
+
+extern "C" const warpform::api::Table* warpform_api_v1();

@@ -1,0 +1,107 @@
+#include "tensor.h"
+
+namespace warpform {
+namespace {
+
+// The codes of DLPack: signed, unsigned, floating-point, bfloat16, complex, bool.
+ScalarType dtype_of(const api::TensorView& t) {
+  switch (t.dtype_code << 8 | t.dtype_bits) {
+    case 0 << 8 | 8: return ScalarType::Char;
+    case 0 << 8 | 16: return ScalarType::Short;
+    case 0 << 8 | 32: return ScalarType::Int;
+    case 0 << 8 | 64: return ScalarType::Long;
+    case 1 << 8 | 8: return ScalarType::Byte;
+    case 2 << 8 | 16: return ScalarType::Half;
+    case 2 << 8 | 32: return ScalarType::Float;
+    case 2 << 8 | 64: return ScalarType::Double;
+    case 4 << 8 | 16: return ScalarType::BFloat16;
+    case 5 << 8 | 32: return ScalarType::ComplexHalf;
+    case 5 << 8 | 64: return ScalarType::ComplexFloat;
+    case 5 << 8 | 128: return ScalarType::ComplexDouble;
+    case 6 << 8 | 8: return ScalarType::Bool;
+    default: throw std::runtime_error("a tensor of a dtype that no op takes");
+  }
+}
+
+int32_t device_type_of(const api::TensorView& t) {
+  switch (t.device_type) {
+    case api::TensorView::kCpu: return aoti_torch_device_type_cpu();
+    case api::TensorView::kCuda: return aoti_torch_device_type_cuda();
+    case api::TensorView::kMeta: return aoti_torch_device_type_meta();
+    default: throw std::runtime_error("a tensor on a device that no op runs on");
+  }
+}
+
+}  // namespace
+
+Tensor::Tensor(const api::TensorView& lent)
+    : lent_data_(lent.data),
+      sizes_(lent.sizes),
+      strides_(lent.strides),
+      dims_(lent.dims),
+      dtype_(dtype_of(lent)),
+      device_type_(device_type_of(lent)),
+      device_index_(lent.device_type == api::TensorView::kCpu ? -1 : lent.device_index) {}
+
+size_t Tensor::element_size() const {
+  switch (dtype_) {
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Bool: return 1;
+    case ScalarType::Short:
+    case ScalarType::Half:
+    case ScalarType::BFloat16: return 2;
+    case ScalarType::Int:
+    case ScalarType::Float:
+    case ScalarType::ComplexHalf: return 4;
+    case ScalarType::Long:
+    case ScalarType::Double:
+    case ScalarType::ComplexFloat: return 8;
+    case ScalarType::ComplexDouble: return 16;
+    default: return as_torch().element_size();  // never lent
+  }
+}
+
+torch::stable::Tensor Tensor::as_torch() const {
+  if (torch_) return *torch_;
+  AtenTensorHandle handle = nullptr;
+  if (is_meta()) {
+    torch_check(aoti_torch_empty_strided(dims_, sizes_, strides_, torch_code(dtype_), device_type_, 0, &handle),
+                "warpform");
+  } else {
+    torch_check(aoti_torch_create_tensor_from_blob(lent_data_, dims_, sizes_, strides_, 0, torch_code(dtype_),
+                                                   device_type_, is_cpu() ? 0 : device_index_, &handle),
+                "warpform");
+  }
+  return torch::stable::Tensor(handle);
+}
+
+Tensor empty(const char* op, const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
+  constexpr size_t kDims = 16;
+  int64_t few[kDims];
+  std::vector<int64_t> many(sizes.size() > kDims ? sizes.size() : 0);
+  int64_t* strides = many.empty() ? few : many.data();
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  AtenTensorHandle handle = nullptr;
+  const int32_t code =
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, torch_code(dtype),
+                               like.device_type(), like.get_device_index(), &handle);
+  if (code != 0) {
+    const char* what = torch_error();
+    std::string text = what ? what : std::string(op) + ": allocation of an output failed";
+    // Code that retries with a smaller batch looks for these words.
+    if (like.is_cuda() && text.find("CUDA out of memory.") != 0) text = "CUDA out of memory. " + text;
+    throw std::runtime_error(text);
+  }
+  Tensor out{torch::stable::Tensor(handle)};
+#ifdef WARPFORM_SIMT
+  std::memset(out.mutable_data_ptr(), 0xff, static_cast<size_t>(out.numel()) * out.element_size());
+#endif
+  return out;
+}
+
+}  // namespace warpform

@@ -1,0 +1,62 @@
+"""Direct calls of ops, through `warpform._C` where it is there: what runs them, and when torch's dispatcher is needed.
+
+`warpform._C` is compiled for one Python and needs functions of torch that an older or a later torch may lack. Where
+anything is missing the ops are called through torch, and `why_not` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import _library
+
+_module: Any = None
+_why_not: str | None = None
+
+
+def attach() -> None:
+    """Imports `warpform._C` and hands it what it needs of torch. It never raises."""
+    global _module, _why_not
+    import torch
+
+    from . import _torch_private
+
+    try:
+        from . import _C as module  # type: ignore[attr-defined]
+    except ImportError as error:
+        _why_not = f"warpform._C cannot be imported ({error})"
+        return
+    if module.build_info() != _library.build_info():
+        _why_not = f"warpform._C found another library than {_library.library_path()}"
+        return
+    try:
+        module.use_torch(
+            tensor_type=torch.Tensor,
+            parameter_type=torch.nn.Parameter,
+            grad_enabled=torch.is_grad_enabled,
+            from_handle=_torch_private.tensor_from_handle(),
+            busy=_torch_private.dispatcher_needed(),
+        )
+    except Exception as error:
+        _why_not = f"torch {torch.__version__} has not what direct calls need ({error})"
+        return
+    _module = module
+
+
+def why_not() -> str | None:
+    """Why ops are called through torch's dispatcher alone; None where direct calls are open."""
+    return _why_not
+
+
+def direct(name: str, through_torch: Callable[..., Any]) -> Callable[..., Any]:
+    """A callable of an op's arguments: straight to the kernels where that is open, else `through_torch`."""
+    if _module is None:
+        return through_torch
+    call: Callable[..., Any] = library().direct(name, through_torch)
+    return call
+
+
+def library() -> Any:
+    """The `warpform._C.Library` of the ops. There is one only where `why_not` is None."""
+    return _module.library
