@@ -68,7 +68,7 @@ bench:
 	@$(VENV_PYTHON) -m warpform bench $(ARGS)
 
 clean:
-	@rm -rf build dist python/*.egg-info python/warpform/libwarpform.so
+	@rm -rf build dist python/*.egg-info python/warpform/*.so
 
 distclean: clean
 	@rm -rf .venv

@@ -348,6 +348,9 @@ class BuildLibrary(build_ext):
             target.with_name(module_file()).unlink(missing_ok=True)
         if simt:
             self.replace(folder / "csrc" / "simt" / "libwarpform_simt.so", ROOT / "build" / "libwarpform_simt.so")
+            if module:
+                control = ROOT / "build" / ("_simt" + sysconfig.get_config_var("EXT_SUFFIX"))
+                self.replace(folder / "csrc" / "simt" / "_simt.so", control)
 
     def step(self, command: list[str], env: dict[str, str], quiet: bool = False) -> None:
         """Runs a command; a quiet one shows what it printed only where it failed."""

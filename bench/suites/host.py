@@ -1,4 +1,8 @@
-"""The host's cost of a call of each op in each mode, at sizes where the device has almost no work."""
+"""The host's cost of a call of each op in each mode, at sizes where the device has almost no work.
+
+Without gradients a call goes straight to its kernels; `warpform_through_torch` is the same call in inference mode with
+that way closed, through torch's dispatcher.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ import warpform
 from helpers.fft_conv import eager_spectral_conv, short_conv_gate
 from suites import disentangled_attention
 from suites.monarch import two_bmm, two_bmm_glu
+from warpform import _direct
 
 OPS = (
     "packing_plan",
@@ -39,7 +44,14 @@ OPS = (
     "hidden_scatter_linear",
     "hidden_weight_grad",
 )
-MODES = ("warpform", "warpform_no_grad", "warpform_inference_mode", "warpform_compiled", "torch_inference_mode")
+MODES = (
+    "warpform",
+    "warpform_no_grad",
+    "warpform_inference_mode",
+    "warpform_through_torch",
+    "warpform_compiled",
+    "torch_inference_mode",
+)
 
 
 @dataclass(frozen=True)
@@ -221,6 +233,9 @@ class HostCase(Case):
     def with_warpform_inference_mode(self) -> list[Callable[[], Any]]:
         return [functools.partial(_under, torch.inference_mode, self.op, self.inputs)]
 
+    def with_warpform_through_torch(self) -> list[Callable[[], Any]]:
+        return [functools.partial(_through_torch, self.op, self.inputs)]
+
     def with_warpform_compiled(self) -> list[Callable[[], Any]]:
         self.session.allow_compile()
         return [functools.partial(_under, torch.no_grad, torch.compile(self.op), self.inputs)]
@@ -243,6 +258,11 @@ class HostCase(Case):
 
 def _under(mode: Callable[[], Any], function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
     with mode():
+        return function(*inputs)
+
+
+def _through_torch(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    with _direct.closed(), torch.inference_mode():
         return function(*inputs)
 
 

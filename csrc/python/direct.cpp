@@ -25,6 +25,7 @@ constexpr int kMostIntegers = 8;
 
 Torch torch;
 const dlpack::Exchange* exchange = nullptr;
+bool open = true;
 PyObject* requires_grad_name = nullptr;
 PyObject* is_neg_name = nullptr;
 
@@ -205,14 +206,15 @@ PyObject* tensor_of(void* handle) {
   return tensor;
 }
 
-PyObject* results_of(void** handles, int count) {
+PyObject* results_of(const api::Table& table, void** handles, int count) {
   if (count == 1) return tensor_of(handles[0]);
   PyObject* tuple = PyTuple_New(count);
-  if (tuple == nullptr) return nullptr;
   for (int i = 0; i < count; ++i) {
-    PyObject* tensor = tensor_of(handles[i]);
+    PyObject* tensor = tuple == nullptr ? nullptr : tensor_of(handles[i]);
     if (tensor == nullptr) {
-      Py_DECREF(tuple);
+      if (tuple == nullptr) table.free_result(handles[i]);
+      while (++i < count) table.free_result(handles[i]);
+      Py_XDECREF(tuple);
       return nullptr;
     }
     PyTuple_SET_ITEM(tuple, i, tensor);
@@ -236,7 +238,7 @@ PyObject* call(PyObject* object, PyObject* const* args, size_t flags, PyObject* 
   const auto fall_back = [&] { return PyObject_Vectorcall(self.fallback, args, flags, names); };
 
   PyObject* placed[kMostArguments] = {};
-  if (!place(self, args, PyVectorcall_NARGS(flags), names, placed)) return fall_back();
+  if (!open || !place(self, args, PyVectorcall_NARGS(flags), names, placed)) return fall_back();
   Arguments arguments;
   for (size_t i = 0; i < parameters.size(); ++i) {
     if (placed[i] == nullptr) {
@@ -257,7 +259,7 @@ PyObject* call(PyObject* object, PyObject* const* args, size_t flags, PyObject* 
   Py_BEGIN_ALLOW_THREADS;
   status = self.op->call(arguments.values, handles);
   Py_END_ALLOW_THREADS;
-  if (status == api::kDone) return results_of(handles, self.op->results);
+  if (status == api::kDone) return results_of(*self.table, handles, self.op->results);
   if (status == api::kNoKernel) return fall_back();
   PyErr_SetString(exception_of(status), self.table->message());
   return nullptr;
@@ -336,6 +338,8 @@ void use_torch(py::object tensor_type, py::object parameter_type, py::object gra
   exchange = found;
 }
 
+void set_open(bool is_open) { open = is_open; }
+
 py::object make_direct(const api::Table* table, const api::Op* op, py::object fallback) {
   if (exchange == nullptr) throw std::runtime_error("warpform._C: use_torch comes first");
   auto parameters = std::make_unique<std::vector<Parameter>>(parse_schema(op->arguments));
@@ -354,7 +358,7 @@ py::object make_direct(const api::Table* table, const api::Op* op, py::object fa
   return py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(self));
 }
 
-void call_for_plan(const api::Op* op, const py::args& args, const py::kwargs& kwargs, api::Status& status) {
+api::Status call_for_plan(const api::Table* table, const api::Op* op, const py::args& args, const py::kwargs& kwargs) {
   const std::vector<Parameter> parameters = parse_schema(op->arguments);
   Arguments arguments;
   std::vector<std::unique_ptr<PlannedTensor>> kept;
@@ -401,10 +405,11 @@ void call_for_plan(const api::Op* op, const py::args& args, const py::kwargs& kw
     throw py::type_error(std::string("launch_plan: ") + op->name + " has no such keyword arguments");
   }
   void* handles[kMostResults] = {};
-  status = op->call(arguments.values, handles);
+  const api::Status status = op->call(arguments.values, handles);
   if (status == api::kDone) {
-    for (int i = 0; i < op->results; ++i) py::reinterpret_steal<py::object>(tensor_of(handles[i]));
+    for (int i = 0; i < op->results; ++i) table->free_result(handles[i]);
   }
+  return status;
 }
 
 void throw_status(const api::Table* table, api::Status status) {

@@ -24,11 +24,14 @@ struct Torch {
 void use_torch(py::object tensor_type, py::object parameter_type, py::object grad_enabled, py::object from_handle,
                py::tuple busy);
 
+// False: every call goes to its fallback.
+void set_open(bool open);
+
 // A callable of an op's arguments. `fallback` is called with the same arguments where the direct way is not open.
 py::object make_direct(const api::Table* table, const api::Op* op, py::object fallback);
 
 // Calls an op under a plan, with tensors of the shapes and dtypes of the arguments and without data.
-void call_for_plan(const api::Op* op, const py::args& args, const py::kwargs& kwargs, api::Status& status);
+api::Status call_for_plan(const api::Table* table, const api::Op* op, const py::args& args, const py::kwargs& kwargs);
 
 // Throws the Python exception of a status that is one.
 void throw_status(const api::Table* table, api::Status status);

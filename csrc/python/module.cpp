@@ -90,7 +90,7 @@ class Library {
     api::Status status = api::kDone;
     table_->begin_plan(&machine);
     try {
-      call_for_plan(entry, args, kwargs, status);
+      status = call_for_plan(table_, entry, args, kwargs);
     } catch (...) {
       table_->end_plan();
       throw;
@@ -141,6 +141,8 @@ PYBIND11_MODULE(_C, m) {
       .def("launch_plan", &Library::launch_plan, py::arg("op"));
   m.def("use_torch", &warpform::python::use_torch, py::arg("tensor_type"), py::arg("parameter_type"),
         py::arg("grad_enabled"), py::arg("from_handle"), py::arg("busy"));
+
+  m.def("set_open", &warpform::python::set_open, py::arg("open"), "False: every call goes through torch.");
 
   // `import warpform._C` imports the package first, which registers the ops.
   const py::module_ library_module = py::module_::import("warpform._library");

@@ -24,6 +24,8 @@ std::exception_ptr error;
 uint64_t seed = 1;
 uint64_t random_state = 1;
 Device device_properties;
+constexpr size_t kMostLaunched = 4096;  // that are kept
+std::vector<Launched> launched;
 
 // One meeting in this many ends with a look at another warp.
 constexpr uint32_t kWarpPatience = 16;
@@ -393,6 +395,9 @@ void run_grid(const Kernel& kernel, dim3 grid_size, int threads, int shared_byte
   }
   if (grid_size.x > kMaxX || grid_size.y > kMaxY || grid_size.z > kMaxY) refuse("the grid is too large");
 
+  if (launched.size() < kMostLaunched) {
+    launched.push_back({grid_state.op, grid_state.kernel, grid_size, threads, shared_bytes});
+  }
   settle_extents();
   size_shared(static_cast<size_t>(shared_bytes));
   running_kernel = &kernel;
@@ -420,9 +425,12 @@ void run_grid(const Kernel& kernel, dim3 grid_size, int threads, int shared_byte
 void configure(uint64_t new_seed, const Device& device) {
   seed = new_seed;
   device_properties = device;
+  launched.clear();
 }
 
 void claim(const DeviceFacts& facts) { device_properties.facts = facts; }
+
+const std::vector<Launched>& launches() { return launched; }
 
 const Device& device() { return device_properties; }
 

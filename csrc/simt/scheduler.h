@@ -134,6 +134,16 @@ void run_grid(const Kernel& kernel, dim3 grid, int threads, int shared_bytes);
 
 constexpr int kRuntimeVersion = 13000;  // of CUDA, as cuda_runtime_version() has it
 
+// The first launches since configure(), as many as are kept.
+struct Launched {
+  std::string op;
+  std::string kernel;
+  dim3 grid;
+  int threads;
+  int shared_bytes;
+};
+const std::vector<Launched>& launches();
+
 // The device's properties as kernels and launches see them.
 struct Device {
   int sm_count = 4;

@@ -67,6 +67,8 @@ struct Table {
   int32_t device_type;  // of the tensors that its kernels take
   int32_t op_count;
   const Op* ops;
+  // Frees a result that nobody took.
+  void (*free_result)(void* handle);
   // The text that belongs to the last status of this thread that was not kDone.
   const char* (*message)();
   // As the ops _build_info and _kernel_table return them: JSON.

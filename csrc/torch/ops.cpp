@@ -247,16 +247,21 @@ const api::Table& table() {
       rows.push_back({op.schema.name.c_str(), op.schema.arguments.c_str(), op.body.results, op.body.call});
     }
     static const std::string facts = build_info(), kernels = kernel_table();
-    return new api::Table{.version = api::kVersion,
-                          .device_type = kDeviceOfKernels,
-                          .op_count = static_cast<int32_t>(rows.size()),
-                          .ops = rows.data(),
-                          .message = [] { return last_outcome().message.c_str(); },
-                          .build_info = [] { return facts.c_str(); },
-                          .kernel_table = [] { return kernels.c_str(); },
-                          .supported = supported,
-                          .begin_plan = begin_plan,
-                          .end_plan = end_plan};
+    return new api::Table{
+        .version = api::kVersion,
+        .device_type = kDeviceOfKernels,
+        .op_count = static_cast<int32_t>(rows.size()),
+        .ops = rows.data(),
+        .free_result =
+            [](void* handle) {
+              static_cast<void>(aoti_torch_delete_tensor_object(static_cast<AtenTensorHandle>(handle)));
+            },
+        .message = [] { return last_outcome().message.c_str(); },
+        .build_info = [] { return facts.c_str(); },
+        .kernel_table = [] { return kernels.c_str(); },
+        .supported = supported,
+        .begin_plan = begin_plan,
+        .end_plan = end_plan};
   }();
   return *made;
 }

@@ -6,12 +6,14 @@ anything is missing the ops are called through torch, and `why_not` says why.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
-from . import _library
+from . import _env, _library
 
-_module: Any = None
+_module: ModuleType | None = None
 _why_not: str | None = None
 
 
@@ -22,8 +24,11 @@ def attach() -> None:
 
     from . import _torch_private
 
+    if not _env.direct():
+        _why_not = "WARPFORM_DIRECT=0"
+        return
     try:
-        from . import _C as module  # type: ignore[attr-defined]
+        from . import _C as module
     except ImportError as error:
         _why_not = f"warpform._C cannot be imported ({error})"
         return
@@ -49,14 +54,22 @@ def why_not() -> str | None:
     return _why_not
 
 
+@contextlib.contextmanager
+def closed() -> Iterator[None]:
+    """A context in which every op is called through torch, in all threads."""
+    if _module is None:
+        yield
+        return
+    _module.set_open(False)
+    try:
+        yield
+    finally:
+        _module.set_open(True)
+
+
 def direct(name: str, through_torch: Callable[..., Any]) -> Callable[..., Any]:
     """A callable of an op's arguments: straight to the kernels where that is open, else `through_torch`."""
     if _module is None:
         return through_torch
-    call: Callable[..., Any] = library().direct(name, through_torch)
+    call: Callable[..., Any] = _module.library.direct(name, through_torch)
     return call
-
-
-def library() -> Any:
-    """The `warpform._C.Library` of the ops. There is one only where `why_not` is None."""
-    return _module.library

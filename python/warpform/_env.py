@@ -13,6 +13,7 @@ NAMES = (
     "WARPFORM_STRICT",
     "WARPFORM_VALIDATE",
     "WARPFORM_LOG",
+    "WARPFORM_DIRECT",
     "WARPFORM_CUDA",
     "WARPFORM_CUDA_ARCHS",
     "WARPFORM_SIMT",
@@ -47,6 +48,11 @@ def backend() -> str:
 def strict() -> bool:
     """`WARPFORM_STRICT=1`: going to the reference where a kernel was expected is an error, not a warning."""
     return _flag("WARPFORM_STRICT")
+
+
+def direct() -> bool:
+    """`WARPFORM_DIRECT=0`: every call goes through torch's dispatcher. It is read once, when warpform is imported."""
+    return os.environ.get("WARPFORM_DIRECT", "") != "0"
 
 
 def validate() -> bool:

@@ -92,10 +92,10 @@ def test_gates_of_any_size(backend: Backend, routed_out: bool, size: float, toke
         return backend.library.hidden_gather_linear(x.x, x.w, gates, None, *plan)
 
     plain, scaled = run(x.gates), run(x.gates * power)
-    # float16 rounds and overflows at the end, and only there.
+    # float16 rounds and overflows at the end, and only there; a subnormal number has lost digits.
     expected = (plain.double() * power).half()
     bound = torch.finfo(torch.float16).smallest_normal
-    ordinary = (expected.abs() >= bound) & expected.isfinite()
+    ordinary = (torch.minimum(plain.abs(), expected.abs()) >= bound) & expected.isfinite()
     assert torch.equal(scaled[ordinary], expected[ordinary])
     assert torch.equal(scaled.isfinite(), expected.isfinite())
 

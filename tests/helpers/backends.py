@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import inspect
 import itertools
 import os
+import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,12 +47,23 @@ Machine = tuple[int, ...]
 ORDERS: tuple[Machine, ...] = ((1, 3), (2, 3), (3, 3))
 
 
-@functools.cache
-def simt_library() -> Any:
+class Simt:
     """torch.ops.warpform_simt: the ops of torch.ops.warpform with their CUDA kernels, run on CPU tensors.
 
-    Skips the test where the emulator was not built.
+    And the emulator's control, with the functions of its module `_simt`: configure, claim, launches.
     """
+
+    def __init__(self, path: Path, control: Any) -> None:
+        self.path = path
+        self.configure, self.claim, self.launches = control.configure, control.claim, control.launches
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.ops.warpform_simt, name)
+
+
+@functools.cache
+def simt_library() -> Simt:
+    """The emulator. Skips the test where it was not built."""
     given = os.environ.get("WARPFORM_SIMT_LIBRARY")
     path = Path(given) if given else Path(__file__).parents[2] / "build" / "libwarpform_simt.so"
     if not path.exists():
@@ -59,7 +72,15 @@ def simt_library() -> Any:
             "are found; WARPFORM_SIMT=1 insists; WARPFORM_SIMT_LIBRARY names another place)"
         )
     torch.ops.load_library(str(path))
-    return torch.ops.warpform_simt
+    control = path.with_name("_simt" + sysconfig.get_config_var("EXT_SUFFIX"))
+    if not control.exists():
+        pytest.skip(f"the emulator's control was not built: {control.name} is missing; building it needs pybind11")
+    spec = importlib.util.spec_from_file_location("_simt", control)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.load(str(path))
+    return Simt(path, module)
 
 
 def order_of(name: str) -> int:
@@ -115,7 +136,7 @@ class Backend:
     def configure(self, *machine: int) -> None:
         """Makes the emulator this machine from here on; does nothing on other backends."""
         if self.name == "simt":
-            self.library._configure(*machine)
+            self.library.configure(*machine)
 
     def machines(self, *machines: Machine) -> Iterator[None]:
         """The body of the loop runs on each of these emulated machines, on other backends once."""

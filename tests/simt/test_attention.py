@@ -30,7 +30,7 @@ LONG_CASES = tuple(
 @pytest.mark.parametrize("sm_count", (FEW_SMS, MANY_SMS), ids=("few_sms", "many_sms"))
 @pytest.mark.parametrize("case", LONG_CASES, ids=str)
 def test_long_forward(simt: Any, case: AttentionCase, sm_count: int) -> None:
-    simt._configure(len(case.name), sm_count, H200_SHARED)
+    simt.configure(len(case.name), sm_count, H200_SHARED)
     checks.check_attention(simt, case, torch.bfloat16, backward=False)
 
 
@@ -38,14 +38,14 @@ def test_long_forward(simt: Any, case: AttentionCase, sm_count: int) -> None:
 @pytest.mark.parametrize("case", LONG_CASES, ids=str)
 def test_long_backward(simt: Any, case: AttentionCase) -> None:
     """dQ by atomics, then by the kernel that owns the queries."""
-    simt._configure(len(case.name), FEW_SMS, H200_SHARED)
+    simt.configure(len(case.name), FEW_SMS, H200_SHARED)
     checks.check_attention(simt, case, torch.bfloat16)
     checks.check_attention(Deterministic(simt), case, torch.float16)
 
 
 @pytest.mark.parametrize("case", [c for c in LONG_CASES if c.head_dim <= 128 and c.head_dim % 64 == 0], ids=str)
 def test_backward_with_little_shared_memory(simt: Any, case: AttentionCase) -> None:
-    simt._configure(3, FEW_SMS, AD102_SHARED)
+    simt.configure(3, FEW_SMS, AD102_SHARED)
     checks.check_attention(simt, case, torch.bfloat16)
 
 
@@ -67,7 +67,7 @@ def test_sums_of_dq_follow_the_order_of_blocks(simt: Any) -> None:
     case = AttentionCase("", (700, 40), heads=2, heads_k=1, head_dim=32)
     runs = []
     for seed in (1, 2, 3):
-        simt._configure(seed, FEW_SMS, H200_SHARED)
+        simt.configure(seed, FEW_SMS, H200_SHARED)
         torch.manual_seed(0)
         runs.append(_call(simt, case, torch.float16))
     for name, i in (("dq", 2), ("dk", 3), ("dv", 4)):

@@ -30,14 +30,14 @@ LONG_CASES = tuple(
 @pytest.mark.sampled
 @pytest.mark.parametrize("case", LONG_CASES, ids=str)
 def test_long(simt: Any, case: StepCase) -> None:
-    simt._configure(len(case.name), 1, H200_SHARED)
+    simt.configure(len(case.name), 1, H200_SHARED)
     check_attention_step(simt, case, torch.bfloat16)
 
 
 @pytest.mark.parametrize("case", [c for c in LONG_CASES if c.name.endswith(("gqa", "window"))], ids=str)
 def test_with_little_shared_memory(simt: Any, case: StepCase) -> None:
     """99 KiB a block, as on sm_86 and sm_89: the backward at 128 columns takes the small tile."""
-    simt._configure(3, 1, AD102_SHARED)
+    simt.configure(3, 1, AD102_SHARED)
     check_attention_step(simt, case, torch.float16)
 
 
@@ -48,7 +48,7 @@ def test_sums_of_dq_follow_the_order_of_blocks(simt: Any) -> None:
     delta = (x.dout * out).sum(-1).transpose(1, 2)
     runs = []
     for seed in (1, 2, 3):
-        simt._configure(seed)
+        simt.configure(seed)
         runs.append(simt.attention_step_backward(x.dout, delta, x.q, x.k, x.v, lse, x.dq, x.dk, x.dv, **x.options))
     for i, name in enumerate(("dq", "dk", "dv")):
         assert all(torch.equal(runs[0][i], run[i]) for run in runs[1:]) == (name != "dq"), name

@@ -70,20 +70,20 @@ def test_the_machine_survives_a_fault(simt: Any) -> None:
 
 def test_shared_memory_beyond_the_device(simt: Any) -> None:
     x, n = torch.zeros(128), torch.zeros(1, dtype=torch.int32)
-    simt._configure(1, 4, 6144)
+    simt.configure(1, 4, 6144)
     try:
         simt._instruction("chain", x, n)
-        simt._configure(1, 4, 6143)
+        simt.configure(1, 4, 6143)
         with pytest.raises(RuntimeError, match=r"6144 bytes of shared memory a block; the device has 6143"):
             simt._instruction("chain", x, n)
     finally:
-        simt._configure(1)
+        simt.configure(1)
 
 
 def test_bad_settings(simt: Any) -> None:
-    with pytest.raises(RuntimeError, match="sm_count must be 1 to 1024, got 0"):
-        simt._configure(1, 0)
-    with pytest.raises(RuntimeError, match="seed must not be negative"):
-        simt._configure(-1)
+    with pytest.raises(ValueError, match="sm_count must be 1 to 1024, got 0"):
+        simt.configure(1, 0)
+    with pytest.raises(ValueError, match="seed must not be negative"):
+        simt.configure(-1)
     with pytest.raises(RuntimeError, match="no kernel is called nonsense"):
         simt._broken("nonsense")

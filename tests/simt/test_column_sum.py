@@ -76,6 +76,6 @@ def test_bits_do_not_depend_on_the_order_of_threads_or_the_device(simt: Any, sha
     partials = torch.randn(shape)
     results = []
     for seed, sm_count in ((0, 1), (1, 4), (2, 132)):
-        simt._configure(seed, sm_count)
+        simt.configure(seed, sm_count)
         results.append(run(simt, partials, torch.float32, 0))
     assert all(torch.equal(results[0], result) for result in results)

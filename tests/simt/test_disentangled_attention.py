@@ -69,10 +69,10 @@ def test_kernel_table_lists_what_runs(simt: Any) -> None:
 
 def test_little_shared_memory_is_no_kernel(simt: Any) -> None:
     case = DisentangledCase("", (9,), head_dim=128, span=1500, holes=True)
-    simt._configure(0, 4, 65_000)
+    simt.configure(0, 4, 65_000)
     with pytest.raises(RuntimeError, match="no kernel: head_dim and the relative positions need more shared memory"):
         _call(simt, case)
-    simt._configure(0, 4, AD102_SHARED)
+    simt.configure(0, 4, AD102_SHARED)
     checks.check_disentangled_attention(simt, case, torch.float16)
 
 

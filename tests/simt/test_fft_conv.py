@@ -65,11 +65,11 @@ def test_sequences_too_long_for_the_gpu(simt: Any) -> None:
     def call(seqlen: int) -> None:
         simt.spectral_conv(torch.zeros(1, 0, seqlen).half(), torch.zeros(0, helpers.points_of(seqlen) // 2 + 1, 2))
 
-    simt._configure(1, FEW_SMS, AD102_SHARED)
+    simt.configure(1, FEW_SMS, AD102_SHARED)
     call(8192)
     with pytest.raises(RuntimeError, match="no kernel: sequences of this length need more shared memory"):
         call(8193)
-    simt._configure(1, FEW_SMS, H200_SHARED)
+    simt.configure(1, FEW_SMS, H200_SHARED)
     call(32768)
     with pytest.raises(RuntimeError, match="no kernel: sequences of more than 32768 values"):
         call(32769)

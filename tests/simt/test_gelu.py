@@ -13,7 +13,7 @@ from helpers import cases, checks
 
 def test_many_blocks(simt: Any) -> None:
     # 47 blocks leave partial sums: more than the second stage has warps.
-    simt._configure(1, 40)
+    simt.configure(1, 40)
     checks.check_gelu(simt, cases.GeluCase("", (1500, 5)), "none", torch.float32)
 
 

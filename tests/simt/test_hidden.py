@@ -31,7 +31,7 @@ def test_whatever_the_order_of_threads(simt: Any, seed: int, routed_out: bool) -
 @by_direction
 def test_partial_sums_of_the_weight_gradient(simt: Any, routed_out: bool) -> None:
     """With more blocks than tiles of the weight the tokens are split, and the parts added."""
-    simt._configure(0, 64)
+    simt.configure(0, 64)
     case = HiddenCase("split", 1300, 4, 16, 24, "topk", num_shared=1)
     hidden.check_hidden(simt, case, torch.bfloat16, routed_out=routed_out)
 

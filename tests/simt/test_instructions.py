@@ -195,7 +195,7 @@ def test_halves_of_a_word_are_no_race(simt: Any, seed: int) -> None:
 
 def test_seed_decides_the_order(simt: Any) -> None:
     def order(seed: int) -> list[int]:
-        simt._configure(seed)
+        simt.configure(seed)
         return simt._instruction("order", torch.zeros(1), number(0))[1:].tolist()
 
     assert order(0) == list(range(512))

@@ -13,7 +13,7 @@ from helpers import cases, checks
 
 def test_many_blocks(simt: Any) -> None:
     # 42 blocks leave partial sums: more than the second stage has warps.
-    simt._configure(1, 42)
+    simt.configure(1, 42)
     checks.check_layer_norm(simt, cases.LayerNormCase("", (660, 24)), torch.float32)
 
 

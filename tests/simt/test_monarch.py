@@ -20,7 +20,7 @@ by_dtype = pytest.mark.parametrize("dtype", HALF, ids=lambda d: str(d).removepre
 @pytest.mark.parametrize("case", [c for c in MONARCH_TILES if monarch.backward_aligned(c)], ids=str)
 def test_monarch_with_less_shared_memory(simt: Any, case: MonarchCase, dtype: torch.dtype) -> None:
     """Chunks of fewer lambdas, and two products one after the other where not even those fit."""
-    simt._configure(1, FEW_SMS, AD102_SHARED)
+    simt.configure(1, FEW_SMS, AD102_SHARED)
     monarch.check_monarch_multiply(simt, case, dtype, backward=False)
 
 
@@ -28,7 +28,7 @@ def test_monarch_with_less_shared_memory(simt: Any, case: MonarchCase, dtype: to
 def test_glu_with_less_shared_memory(simt: Any, dtype: torch.dtype) -> None:
     """Fewer rows at a time, and the wide activations through memory where not even those fit."""
     for case in (GLU_TILES[0], GluCase("", (70,), 2, 2 * 72, 2 * 40, 2 * 264), GLU_TILES[1]):
-        simt._configure(1, FEW_SMS, AD102_SHARED)
+        simt.configure(1, FEW_SMS, AD102_SHARED)
         monarch.check_blockdiag_glu(simt, case, dtype, backward=False)
 
 

@@ -94,8 +94,8 @@ def _ops() -> list[str]:
 @pytest.fixture
 def claim(simt: Any) -> Iterator[Callable[..., None]]:
     """What the machine says about itself, for one test."""
-    yield simt._claim
-    simt._claim()
+    yield simt.claim
+    simt.claim()
 
 
 def test_every_op_goes_to_its_reference(simt: Any, claim: Callable[..., None], monkeypatch: Any) -> None:

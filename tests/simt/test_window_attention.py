@@ -52,7 +52,7 @@ def test_more_windows_than_multiprocessors_leave_few_sums(simt: Any) -> None:
     x = window_inputs(case, torch.bfloat16)
     results = []
     for sm_count in (1, 5, 1024):
-        simt._configure(1, sm_count, H200_SHARED)
+        simt.configure(1, sm_count, H200_SHARED)
         results.append(_call(simt, x))
         checks.check_window_attention(simt, case, torch.bfloat16)  # sums of more parts, in another order
     assert all(torch.equal(r[2], results[0][2]) for r in results)
@@ -74,10 +74,10 @@ def test_kernel_table_lists_what_runs(simt: Any) -> None:
 def test_windows_too_large_for_the_gpu(simt: Any) -> None:
     case = WindowCase("", (20, 20), (20, 20), heads=1, batch=0)
     x = window_inputs(case, torch.float16)
-    simt._configure(1, FEW_SMS, AD102_SHARED)
+    simt.configure(1, FEW_SMS, AD102_SHARED)
     _call(simt, x)
     with pytest.raises(RuntimeError, match="no kernel: the window needs more shared memory a block than this GPU has"):
-        simt._configure(1, FEW_SMS, 48 * 1024)
+        simt.configure(1, FEW_SMS, 48 * 1024)
         _call(simt, x)
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import _env, _hardware, _library
+from .. import _direct, _env, _hardware, _library
 from .._hardware import DRIVERS, needed_driver, version_pair
 from .._version import __version__
 from . import self_test
@@ -70,6 +70,8 @@ def _package() -> dict[str, Any]:
         "exists": path.is_file(),
         "loaded": _library.loaded(),
         "error": None if error is None else str(error),
+        "direct_calls": _library.loaded() and _direct.why_not() is None,
+        "no_direct_calls": _direct.why_not(),
     }
 
 
@@ -306,6 +308,9 @@ def _lines(report: dict[str, Any]) -> list[str]:
         if driver:
             lines.append(f"  needs     {driver}")
         lines.append(f"  kernels   {', '.join(binary['kernels']) or 'none'}")
+    if package["loaded"]:
+        through_torch = f"through torch's dispatcher alone, which takes longer: {package['no_direct_calls']}"
+        lines.append(f"  calls     {'direct where nothing needs torch' if package['direct_calls'] else through_torch}")
     lines.append("")
     lines.append(f"python    {report['python']['version']}, {report['python']['executable']}")
     if "error" in torch:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from .. import _env, _library
+from .. import _direct, _env, _library
 
 # Examples of ops without a kernel for a floating-point dtype (plans, say) need one to be drawn in.
 _ANY = ("float32",)
@@ -57,7 +57,8 @@ def run(
     Yields:
         {"op", "dtype", "starting": True} before an op is tested in a dtype, then for each direction
         {"op", "device", "dtype", "direction", "ok", "problem", "ms"}: "forward" is the op itself, "backward" is
-        autograd through a differentiable op. `problem` is None, or what is wrong, with the example's label.
+        autograd through a differentiable op, "direct" is the op past torch's dispatcher
+        (`warpform._C`), where that is open. `problem` is None, or what is wrong, with the example's label.
 
     Raises:
         ImportError: the library is not loaded. KeyError: an unknown op.
@@ -80,6 +81,10 @@ def run(
                 yield _timed(name, device, dtype, "forward", lambda how=how: _forward(*how))  # type: ignore[misc]
                 if op.differentiable and library is torch.ops.warpform:
                     yield _timed(name, device, dtype, "backward", lambda how=how: _backward(*how))  # type: ignore[misc]
+                direct = _direct_call(name) if on_kernels and library is torch.ops.warpform else None
+                if direct is not None:
+                    how = (*how[:3], direct)
+                    yield _timed(name, device, dtype, "direct", lambda how=how: _forward(*how))  # type: ignore[misc]
 
 
 def _registry() -> dict[str, Any]:
@@ -111,6 +116,25 @@ def _strict(on: bool) -> Iterator[None]:
             os.environ.pop("WARPFORM_STRICT", None)
         else:
             os.environ["WARPFORM_STRICT"] = before
+
+
+def _direct_call(name: str) -> Callable[..., Any] | None:
+    """The op past torch's dispatcher, which raises where it would need that; None where that way is not open at all."""
+    import torch
+
+    if _direct.why_not() is not None or _env.backend() == "reference":
+        return None
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"{name}: the direct way was closed")
+
+    call = _direct.direct(name, refuse)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode():
+            return call(*args, **kwargs)
+
+    return run
 
 
 def _timed(name: str, device: str, dtype: str, direction: str, test: Callable[[], str | None]) -> Row:

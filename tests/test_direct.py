@@ -1,0 +1,397 @@
+"""Calls of ops past torch's dispatcher, by `warpform._C`: when they are taken, what they return; life without it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import warpform
+from helpers.backends import Simt, simt_library
+from helpers.cases import offsets
+from warpform import _direct, _library
+from warpform.cli import self_test
+from warpform.ops._register import ops
+
+pytestmark = pytest.mark.skipif(_direct.why_not() is not None, reason=f"there are no direct calls: {_direct.why_not()}")
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def simt() -> Simt:
+    return simt_library()
+
+
+class Closed(Exception):
+    """The direct way was not taken."""
+
+
+def closed(*args: Any, **kwargs: Any) -> Any:
+    raise Closed
+
+
+def emulated(name: str, fallback: Callable[..., Any] = closed) -> Callable[..., Any]:
+    """The direct call of an op's kernels in the emulator."""
+    import warpform._C as module
+
+    call: Callable[..., Any] = module.Library(str(simt_library().path)).direct(name, fallback)
+    return call
+
+
+# ---- results ----
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("name", ops())
+def test_same_results_as_through_torch(simt: Simt, name: str) -> None:
+    op = ops()[name]
+    direct = emulated(name)
+    dtypes = {row.get("dtype") for row in _library.kernel_table() if row["op"] == name}
+    for dtype in HALF if {"float16", "any"} & dtypes else (torch.float32,):
+        for call in op.calls(dtype):
+            simt.configure(0)
+            expected = getattr(simt, name)(*call.args, **call.kwargs)
+            simt.configure(0)
+            with torch.inference_mode():
+                found = direct(*call.args, **call.kwargs)
+            assert isinstance(found, tuple) == isinstance(expected, tuple)
+            pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+            for a, b in pairs:
+                assert a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b), call.label
+
+
+@pytest.mark.simt
+def test_results_are_ordinary_tensors(simt: Simt) -> None:
+    """Of torch's allocator, freed with the last reference, and good for anything that follows."""
+    direct = emulated("bias_gelu")
+    x = torch.randn(64, 128).half()
+    out = direct(x, None)
+    assert type(out) is Tensor and not out.requires_grad and out._version == 0 and out.untyped_storage().resizable()
+    out.requires_grad_().sum().backward()
+    assert out.grad is not None
+    dead = weakref.ref(out.untyped_storage())
+    del out
+    gc.collect()
+    assert dead() is None
+    with torch.inference_mode():
+        assert direct(x, None).is_inference()
+
+
+@pytest.mark.simt
+def test_nothing_leaks(simt: Simt) -> None:
+    direct = emulated("varlen_attention")
+    q, cu = torch.randn(7, 2, 64).half(), offsets([3, 4])
+    arguments = (q, q, q, cu, cu, 4, 4)
+
+    def counts() -> list[int]:
+        return [sys.getrefcount(x) for x in (q, cu, None, True, direct)]
+
+    direct(*arguments, causal=True)
+    gc.collect()
+    before, objects = counts(), len(gc.get_objects())
+    for _ in range(100):
+        direct(*arguments, causal=True)
+        with pytest.raises(ValueError, match="softcap"):
+            direct(*arguments, softcap=-1.0)
+    gc.collect()
+    assert all(abs(a - b) <= 2 for a, b in zip(counts(), before, strict=True))
+    assert len(gc.get_objects()) - objects < 50
+
+
+# ---- when the way is open ----
+
+
+class Subclass(Tensor):
+    pass
+
+
+class SeesFunctions(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class SeesOps(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def forward_mode() -> Iterator[None]:
+    with torch.autograd.forward_ad.dual_level():
+        yield
+
+
+MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "torch_function": SeesFunctions,
+    "torch_dispatch": SeesOps,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "profiler": lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+    "forward_ad": forward_mode,
+    "default_device": lambda: torch.device("cpu"),
+}
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_sees_the_call(simt: Simt, mode: str) -> None:
+    direct = emulated("bias_gelu")
+    x = torch.randn(4, 16).half()
+    direct(x, None)
+    with MODES[mode](), pytest.raises(Closed):
+        direct(x, None)
+    direct(x, None)
+
+
+@pytest.mark.simt
+def test_transforms_and_tracers_see_the_call(simt: Simt) -> None:
+    direct = emulated("bias_gelu", lambda x, bias: x + 1)
+    x = torch.randn(4, 16).half()
+    assert not torch.equal(direct(x, None), x + 1)
+    assert torch.equal(torch.func.vmap(lambda row: direct(row, None))(x), x + 1)
+    traced = torch.jit.trace(lambda t: direct(t, None), (x,), check_trace=False)
+    assert torch.equal(traced(x), x + 1)
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("variable", ["WARPFORM_LOG", "WARPFORM_VALIDATE"])
+def test_settings_close_it(simt: Simt, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "debug" if variable == "WARPFORM_LOG" else "1")
+    with pytest.raises(Closed):
+        emulated("bias_gelu")(torch.randn(4, 16).half(), None)
+
+
+@pytest.mark.simt
+def test_gradients_close_it(simt: Simt) -> None:
+    direct = emulated("bias_gelu")
+    x, bias = torch.randn(4, 16).half(), torch.randn(16).half().requires_grad_()
+    with pytest.raises(Closed):
+        direct(x, bias)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            direct(x, bias)
+    direct(x, bias.detach())
+    parameter = torch.nn.Parameter(bias.detach(), requires_grad=False)
+    direct(x, parameter)
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (torch.randn(4, 16).half().as_subclass(Subclass), None),
+        (torch.randn(4, 16, dtype=torch.complex64).conj().imag, None),  # negated where it is read
+        (torch.randn(4, 16).to_sparse(), None),
+        (torch.randn(4, 16, device="meta"), None),
+        ([1.0], None),
+        (torch.randn(4, 16).half(),),
+        (torch.randn(4, 16).half(), None, "none", 1),
+        (torch.randn(4, 16).half(), None, 3),
+    ],
+    ids=["subclass", "negative", "sparse", "meta", "list", "too_few", "too_many", "not_text"],
+)
+def test_what_torch_has_to_look_at(simt: Simt, arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(Closed):
+        emulated("bias_gelu")(*arguments)
+
+
+@pytest.mark.simt
+def test_arguments_by_name(simt: Simt) -> None:
+    direct = emulated("bias_gelu")
+    x = torch.randn(4, 16).half()
+    expected = direct(x, None, "tanh")
+    assert torch.equal(direct(bias=None, approximate="tanh", x=x), expected)
+    assert torch.equal(direct(x, bias=None, **{"".join(("approx", "imate")): "tanh"}), expected)
+    for wrong in ({"x": x, "bias": None, "nonsense": 1}, {"bias": None}):
+        with pytest.raises(Closed):
+            direct(**wrong)
+    with pytest.raises(Closed):
+        direct(x, None, x=x)
+
+
+@pytest.mark.simt
+def test_it_can_be_closed(simt: Simt) -> None:
+    direct, x = emulated("bias_gelu"), torch.randn(4, 16).half()
+    direct(x, None)
+    with _direct.closed(), pytest.raises(Closed):
+        direct(x, None)
+    direct(x, None)
+
+
+def test_a_setting_closes_it() -> None:
+    code = "import warpform; print(warpform._direct.why_not())"
+    assert "WARPFORM_DIRECT=0" in run_python(code, WARPFORM_DIRECT="0")
+
+
+def test_on_a_cpu_torch_is_called() -> None:
+    calls = []
+
+    def fallback(*args: Any, **kwargs: Any) -> str:
+        calls.append((args, kwargs))
+        return "through torch"
+
+    x = torch.randn(4, 16)
+    assert _direct.direct("bias_gelu", fallback)(x, None, approximate="tanh") == "through torch"
+    assert calls == [((x, None), {"approximate": "tanh"})]
+
+
+# ---- errors ----
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"q": torch.randn(2, 64).half()}, ValueError),
+        ({"k": torch.randn(7, 2, 64)}, TypeError),
+        ({"softcap": -1.0}, ValueError),
+        ({"cu_seqlens_q": offsets([3, 4]).long()}, TypeError),
+    ],
+    ids=["shape", "dtype", "value", "offsets"],
+)
+def test_errors_are_those_of_the_public_function(simt: Simt, change: dict[str, Any], error: type[Exception]) -> None:
+    q, cu = torch.randn(7, 2, 64).half(), offsets([3, 4])
+    arguments = {"q": q, "k": q, "v": q, "cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 4, "max_seqlen_k": 4}
+    with pytest.raises(error) as direct:
+        emulated("varlen_attention")(**arguments | change)
+    with pytest.raises(error) as public:
+        warpform.ops.varlen_attention(**arguments | change)
+    assert str(direct.value) == str(public.value) and type(direct.value) is type(public.value)
+
+
+# ---- facts and plans ----
+
+
+def test_facts() -> None:
+    import warpform._C as module
+
+    assert module.build_info() == _library.build_info()
+    assert module.kernel_table() == _library.kernel_table()
+    assert set(module.library.ops()) == set(ops())
+
+
+def needs_kernels() -> None:
+    if not _library.build_info()["cuda"]:
+        pytest.skip("built without CUDA kernels")
+
+
+def test_supported() -> None:
+    import warpform._C as module
+
+    needs_kernels()
+    assert module.supported("varlen_attention", torch.float16, "cuda", head_dim=64) is None
+    assert module.supported("varlen_attention", "bfloat16") is None
+    assert "float32" in module.supported("varlen_attention", torch.float32)
+    assert module.supported("varlen_attention", torch.float16, head_dim=257) is not None
+    assert module.supported("varlen_attention", torch.float16, head_dim=60) is not None
+    assert "CPU" in module.supported("varlen_attention", torch.float16, "cpu")
+    if not torch.cuda.is_available():
+        assert module.supported("varlen_attention", torch.float16, "cuda:0") is not None
+    with pytest.raises(ValueError, match="no op nonsense"):
+        module.supported("nonsense")
+    with pytest.raises(ValueError, match="device must be"):
+        module.supported("varlen_attention", torch.float16, "tpu")
+
+
+@pytest.mark.parametrize("name", ops())
+def test_every_op_has_a_plan(name: str) -> None:
+    import warpform._C as module
+
+    needs_kernels()
+    op = ops()[name]
+    dtypes = {row.get("dtype") for row in _library.kernel_table() if row["op"] == name}
+    dtype = torch.bfloat16 if {"bfloat16", "any"} & dtypes else torch.float32
+    for call in op.calls(dtype):
+        plan = module.launch_plan(name, *call.args, **call.kwargs)
+        assert {"tile", "stages", "splits", "shared_bytes", "grid", "threads", "waves", "kernel"} <= set(plan)
+        assert plan["launches"] and all(launch["op"] for launch in plan["launches"])
+        for launch in plan["launches"]:
+            assert "(" not in launch["kernel"].split("<")[0] and launch["kernel"], launch
+            assert min(launch["grid"]) >= 1 and 32 <= launch["threads"] <= 1024 and launch["waves"] > 0
+            assert 0 <= launch["shared_bytes"] <= 227 * 1024
+
+
+def test_plans_follow_the_sizes_and_the_machine() -> None:
+    import warpform._C as module
+
+    needs_kernels()
+
+    def plan(tokens: int, **machine: int) -> dict[str, Any]:
+        q = torch.empty(tokens, 16, 128, dtype=torch.bfloat16, device="meta")
+        cu = torch.empty(2, dtype=torch.int32, device="meta")
+        found: dict[str, Any] = module.launch_plan("varlen_attention", q, q, q, cu, cu, tokens, tokens, **machine)
+        return found
+
+    long, short = plan(16384), plan(64)
+    assert long["tile"] == [128, 64, 128] and short["tile"] == [64, 64, 128]
+    assert long["grid"][:2] == [129, 16] and long["waves"] > 1 > short["waves"]
+    assert plan(16384, sm_count=66)["waves"] == pytest.approx(2 * long["waves"])
+    with pytest.raises(ValueError, match="the kernels take float16 and bfloat16"):
+        q = torch.empty(4, 2, 64, device="meta")
+        cu = torch.empty(2, dtype=torch.int32, device="meta")
+        module.launch_plan("varlen_attention", q, q, q, cu, cu, 4, 4)
+    with pytest.raises(TypeError, match="needs the argument"):
+        module.launch_plan("bias_gelu")
+
+
+@pytest.mark.simt
+def test_plans_are_what_is_launched(simt: Simt) -> None:
+    """On the emulated machine: grid, threads and shared memory of every launch."""
+    import warpform._C as module
+
+    needs_kernels()
+    for name in ("varlen_attention", "varlen_attention_backward", "monarch_multiply", "add_bias_residual_layer_norm"):
+        for call in ops()[name].calls(torch.bfloat16):
+            simt.configure(0, 132)
+            getattr(simt, name)(*call.args, **call.kwargs)
+            plan = module.launch_plan(name, *call.args, **call.kwargs)
+            keys = ("op", "grid", "threads", "shared_bytes")
+            planned = [{key: launch[key] for key in keys} for launch in plan["launches"]]
+            assert planned == [{key: launch[key] for key in keys} for launch in simt.launches()], call.label
+
+
+# ---- the module, and life without it ----
+
+
+def run_python(code: str, **environment: str) -> str:
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_it_registers_the_ops() -> None:
+    code = "import warpform._C, torch; print(warpform._C.build_info()['version'], torch.ops.warpform.pack)"
+    assert warpform.__version__ in run_python(code)
+
+
+def test_everything_works_without_it() -> None:
+    """The smoke suite: the examples of all ops, forward and backward, where the module is not there."""
+    code = """
+import sys
+sys.modules["warpform._C"] = None
+import warpform
+from warpform import _direct
+from warpform.cli import self_test
+assert "cannot be imported" in _direct.why_not()
+names = [name for family in self_test.families().values() for name in family]
+rows = [row for row in self_test.run(names, device="cpu", kernels=False) if "ok" in row]
+assert len(rows) > len(names) and all(row["ok"] for row in rows), [row for row in rows if not row["ok"]]
+print("ok")
+"""
+    assert run_python(code).strip() == "ok"
+
+
+def test_the_smoke_suite_passes_with_it() -> None:
+    names = [name for family in self_test.families().values() for name in family]
+    rows = [row for row in self_test.run(names, device="cpu", kernels=False) if "ok" in row]
+    assert len(rows) > len(names) and all(row["ok"] for row in rows), [row for row in rows if not row["ok"]]
