@@ -10,13 +10,14 @@ CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -
 CHOSEN := $(filter command environment,$(firstword $(origin PYTHON)))
 GPU_PYTHON = $(if $(CHOSEN),$(PYTHON),$(shell $(VENV_PYTHON) -c 1 2>/dev/null && echo $(VENV_PYTHON) || echo $(PYTHON)))
 
-.PHONY: help demo test build lint format gates gpu-check bench clean distclean
+.PHONY: help demo test build lint format docs gates gpu-check bench clean distclean
 
 help:
 	@echo "make demo       set up, build, then encode real text padded and padding-free (ARGS='--json')"
 	@echo "make test       set up, build, then every quick test that this machine can run (PYTEST_ARGS='-k packing', --slow)"
 	@echo "make build      set up and compile what changed"
 	@echo "make lint       formatters, linter and type checker; make format applies the formatters"
+	@echo "make docs       builds the site of docs/ in build/docs, from the sources alone (ARGS='--dirty')"
 	@echo "make gates      reads the built binary: architectures, stack, tensor-core instructions"
 	@echo "make gpu-check  on a machine with a GPU, from a built tree: every op, test and benchmark (ARGS='--budget 270')"
 	@echo "make bench      times every op and model beside its peers, rows to bench/results (ARGS='-k attention')"
@@ -47,6 +48,12 @@ format:
 	@$(VENV_PYTHON) -m ruff check --fix --quiet . || true
 	@$(VENV_PYTHON) -m ruff format .
 	@.venv/bin/clang-format -i $(CXX_SOURCES)
+
+# The theme's makers announce the end of its support in each build. A warning of the build itself is an error.
+docs:
+	@$(SETUP) docs
+	@NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict --quiet $(ARGS)
+	@echo "docs: build/docs/index.html; $(VENV_PYTHON) -m http.server -d build/docs serves them with their search"
 
 # The gates are about what a wheel holds: all architectures, no emulator.
 gates:

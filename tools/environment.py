@@ -2,8 +2,8 @@
 
     python3 tools/environment.py run test lint build
 
-`run`, `test`, `bench` and `lint` install requirements/*.txt, each again only when it changed; `build` compiles what
-changed.
+`run`, `test`, `bench`, `lint` and `docs` install requirements/*.txt, each again only when it changed; `build` compiles
+what changed.
 A torch with CUDA that the calling Python has is used as it is, instead of downloading another.
 """
 
@@ -23,7 +23,13 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 REQUIREMENTS = ROOT / "requirements"
-SETS = {"run": ["build", "run", "weights"], "test": ["test", "bench"], "bench": ["bench"], "lint": ["lint"]}
+SETS = {
+    "run": ["build", "run", "weights"],
+    "test": ["test", "bench"],
+    "bench": ["bench"],
+    "lint": ["lint"],
+    "docs": ["docs"],
+}
 
 
 def fail(sentence: str) -> NoReturn:
@@ -148,7 +154,7 @@ def build() -> None:
 def main(arguments: list[str]) -> int:
     unknown = sorted(set(arguments) - set(SETS) - {"build"})
     if unknown or not arguments:
-        fail(f"environment.py takes any of run, test, bench, lint, build; got {' '.join(unknown) or 'nothing'}.")
+        fail(f"environment.py takes any of run, test, bench, lint, docs, build; got {' '.join(unknown) or 'nothing'}.")
     create()
     for name in arguments:
         if name == "run":

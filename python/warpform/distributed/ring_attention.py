@@ -171,7 +171,8 @@ def ring_attention_varlen(
         [T / N, H, D] like q; rows past the last sequence are 0.
 
     Raises:
-        As `ring_attention`. Values of cu_seqlens are read on a CPU only.
+        TypeError, ValueError, RingMismatchError, RingError, RingTimeoutError: as `ring_attention`. Values of cu_seqlens
+            are read on a CPU only.
     """
     op = "ring_attention_varlen"
     return _call(op, q, k, v, cu_seqlens, group, causal, layout, softmax_scale, None, timeout, check)

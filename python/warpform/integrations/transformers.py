@@ -30,6 +30,7 @@ from ..packing import Packing
 __all__ = ["NAME", "attention", "mask", "register"]
 
 NAME = "warpform"
+"""What `attn_implementation` is set to."""
 _names = {NAME}  # and that of integrations.ring
 # The first release whose mask functions are given q_length and q_offset; pyproject.toml's extra asks for it too.
 OLDEST = "5.4"

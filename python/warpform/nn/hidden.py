@@ -37,12 +37,12 @@ class HiddenRouter(nn.Module):
     s = softmax(x C^T) with C [num_groups, hidden_size], in float32. The gate of a group that a token uses is s times
     the activation scale alpha:
 
-    ========  ==================================  ====================================================
-    "sum"     num_groups * (sum of used s)         as the paper's scale was reported; not certain
-    "groups"  num_groups                           even scores give gates of 1: magnitudes are kept
-    "active"  used groups / (sum of used s)        the gates of a token have mean 1, whatever the scores
-    "none"    1                                    the scores themselves
-    ========  ==================================  ====================================================
+    | scale_mode | alpha                         |                                                      |
+    |------------|-------------------------------|------------------------------------------------------|
+    | "sum"      | num_groups * (sum of used s)  | as the paper's scale was reported; not certain       |
+    | "groups"   | num_groups                    | even scores give gates of 1: magnitudes are kept     |
+    | "active"   | used groups / (sum of used s) | the gates of a token have mean 1, whatever the scores |
+    | "none"     | 1                             | the scores themselves                                |
 
     The balance loss is Switch's (arXiv 2101.03961, equation 4) over the specialised groups: their number times the sum
     over them of (share of choices) * (mean probability among them).

@@ -337,9 +337,8 @@ class SwinBlock(nn.Module):
 class SwinV2Block(SwinBlock):
     """Swin V2's block (arXiv 2111.09883, section 3.2): cosine attention, and normalisation of what each part adds.
 
-    Args:
-        as of `SwinBlock`; **attention takes pretrained_window_size and mask_value too. hidden_dropout is on the
-        feed-forward block alone.
+    It takes the arguments of `SwinBlock`; **attention takes pretrained_window_size and mask_value too. hidden_dropout
+    is on the feed-forward block alone.
     """
 
     attention_class = CosineWindowAttention

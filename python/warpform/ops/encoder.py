@@ -42,12 +42,12 @@ def packing_plan(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, T
         capacity: how many packed rows there are. Tokens past it are dropped, and sequences shortened accordingly.
 
     Returns:
-        cu_seqlens int32 [B + 1]: sequence b is packed into rows cu_seqlens[b] to cu_seqlens[b + 1].
-        lengths int32 [B].
-        indices int64 [capacity]: position b * S + s of a packed row, -1 past the last token.
-        position_ids int64 [capacity]: s of a packed row, 0 past the last token.
-        ranks int32 [B, S]: the packed row of a token, -1 where masked or dropped.
-        summary int64 [2]: number of tokens and longest sequence, before anything was dropped.
+        * cu_seqlens int32 [B + 1]: sequence b is packed into rows cu_seqlens[b] to cu_seqlens[b + 1].
+        * lengths int32 [B].
+        * indices int64 [capacity]: position b * S + s of a packed row, -1 past the last token.
+        * position_ids int64 [capacity]: s of a packed row, 0 past the last token.
+        * ranks int32 [B, S]: the packed row of a token, -1 where masked or dropped.
+        * summary int64 [2]: number of tokens and longest sequence, before anything was dropped.
 
     Raises:
         TypeError: mask is not a bool or integer tensor, or capacity is not an int.

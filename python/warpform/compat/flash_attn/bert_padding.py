@@ -26,7 +26,7 @@ __all__ = [
 
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
-    """input [N, ...], indices int64 [T] of distinct rows -> input[indices] [T, ...], any dtype, differentiable.
+    """Rows of input [N, ...] at indices, int64 [T] and distinct: [T, ...], any dtype, differentiable.
 
     Raises:
         TypeError: an argument is not a tensor.
@@ -37,7 +37,7 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
-    """values [T, ...], indices int64 [T] of distinct rows -> [first_axis_dim, ...] with values in those rows, 0 else.
+    """A tensor [first_axis_dim, ...] with values [T, ...] in its rows indices, int64 [T] and distinct, and 0 else.
 
     Any dtype, differentiable.
 
@@ -89,11 +89,11 @@ def unpad_input(
         unused_mask: bool or int [B, S], 1 where a place is kept although it holds no token.
 
     Returns:
-        hidden_states [total, ...], where total counts both masks; differentiable.
-        indices int64 [total]: b * S + s of each row.
-        cu_seqlens int32 [B + 1].
-        max_seqlen_in_batch: an int, read from the device.
-        seqused int32 [B]: how many places of each sequence attention_mask selects.
+        * hidden_states [total, ...], where total counts both masks; differentiable.
+        * indices int64 [total]: b * S + s of each row.
+        * cu_seqlens int32 [B + 1].
+        * max_seqlen_in_batch: an int, read from the device.
+        * seqused int32 [B]: how many places of each sequence attention_mask selects.
 
     Raises:
         TypeError: an argument is not a tensor.

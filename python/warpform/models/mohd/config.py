@@ -30,8 +30,9 @@ class MoHDConfig(ModelConfig):
     and not what it writes, and all sizes but the number of parameters.
 
     Attributes:
-        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
-            rms_norm_eps, rope_theta, max_position_embeddings, tie_word_embeddings, initializer_range: as in LLaMA.
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers: as in LLaMA.
+        num_attention_heads, num_key_value_heads, rms_norm_eps, rope_theta: as in LLaMA.
+        max_position_embeddings, tie_word_embeddings, initializer_range: as in LLaMA.
         head_dim: None: that of `num_attention_heads` in `hidden_size`; wider models than the dense one keep its heads.
         num_groups, num_shared, top_k: groups of hidden dimensions, the first that all tokens use, and the choices.
             num_groups 0: a dense decoder.
