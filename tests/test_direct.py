@@ -334,7 +334,7 @@ def test_plans_follow_the_sizes_and_the_machine() -> None:
     long, short = plan(16384), plan(64)
     assert long["tile"] == [128, 64, 128] and short["tile"] == [64, 64, 128]
     assert long["grid"] == [131, 16, 1] and long["waves"] > 1 > short["waves"]
-    assert plan(16384, sm_count=66)["waves"] == pytest.approx(2 * long["waves"])
+    assert plan(16384, sm_count=66)["waves"] == pytest.approx(2 * long["waves"], rel=1e-4)
     with pytest.raises(ValueError, match="the kernels take float16 and bfloat16"):
         q = torch.empty(4, 2, 64, device="meta")
         cu = torch.empty(2, dtype=torch.int32, device="meta")
