@@ -136,7 +136,7 @@ def _callable(name: str, op: Any, validate: Callable[..., None] | None) -> Calla
             validate(*args, **kwargs)
         try:
             return op(*args, **kwargs)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             explained = _errors.explained(op, args, kwargs, error)
             if explained is None:
                 raise
