@@ -9,10 +9,14 @@
 namespace warpform {
 namespace {
 
-bool is_tanh(const char* op, const std::string& approximate) {
-  check(approximate == "none" || approximate == "tanh", op, ": approximate must be \"none\" or \"tanh\", got \"",
-        approximate, "\"");
-  return approximate == "tanh";
+void check_arguments(const char* op, const Tensor& x, const std::optional<Tensor>& bias,
+                     const std::string& approximate) {
+  check_floating(op, "x", x);
+  check(approximate == "none" || approximate == "tanh", op, ": approximate must be \"none\" or \"tanh\", got '",
+        approximate, "'");
+  if (!bias) return;
+  check(x.dim() > 0, op, ": bias must be of shape [width], and x of shape [..., width], got ", Got{*bias});
+  check_parameter(op, "bias", *bias, x.size(-1), "x", x);
 }
 
 // Why no kernel takes x, or null.
@@ -23,9 +27,7 @@ const char* no_kernel(const Launch& launch, const Tensor& x) {
 
 Tensor bias_gelu(Tensor x, std::optional<Tensor> bias, std::string approximate) {
   constexpr const char* kOp = "bias_gelu";
-  const auto [rows, cols] = rows_of(kOp, "x", x);
-  if (bias) check_parameter(kOp, "bias", *bias, cols, x);
-  const bool tanh = is_tanh(kOp, approximate);
+  check_arguments(kOp, x, bias, approximate);
   if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, x)) {
@@ -33,6 +35,7 @@ Tensor bias_gelu(Tensor x, std::optional<Tensor> bias, std::string approximate) 
   }
   x = contiguous(x);
   bias = contiguous(bias);
+  const auto [rows, cols] = rows_of(x);
   Tensor out = empty(kOp, sizes_of(x), x.scalar_type(), x);
   launch_bias_gelu({.x = launch.in(x),
                     .bias = launch.in_or_null(bias),
@@ -41,7 +44,7 @@ Tensor bias_gelu(Tensor x, std::optional<Tensor> bias, std::string approximate) 
                     .cols = cols,
                     .dtype = element_type(x),
                     .float_parameters = bias && bias->scalar_type() == ScalarType::Float,
-                    .tanh = tanh},
+                    .tanh = approximate == "tanh"},
                    launch.stream());
   return out;
 }
@@ -49,10 +52,8 @@ Tensor bias_gelu(Tensor x, std::optional<Tensor> bias, std::string approximate) 
 std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor dout, Tensor x, std::optional<Tensor> bias,
                                               std::string approximate) {
   constexpr const char* kOp = "bias_gelu_backward";
-  const auto [rows, cols] = rows_of(kOp, "x", x);
+  check_arguments(kOp, x, bias, approximate);
   check_like(kOp, "dout", dout, "x", x);
-  if (bias) check_parameter(kOp, "bias", *bias, cols, x);
-  const bool tanh = is_tanh(kOp, approximate);
   if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, x)) {
@@ -61,6 +62,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor dout, Tensor x, std::option
   dout = contiguous(dout);
   x = contiguous(x);
   bias = contiguous(bias);
+  const auto [rows, cols] = rows_of(x);
   Tensor dx = empty(kOp, sizes_of(x), x.scalar_type(), x);
   Tensor dbias = empty(kOp, {bias ? cols : 0}, bias ? bias->scalar_type() : x.scalar_type(), x);
   BiasGeluBackwardParams params{.dout = launch.in(dout),
@@ -74,7 +76,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor dout, Tensor x, std::option
                                 .cols = cols,
                                 .dtype = element_type(x),
                                 .float_parameters = bias && bias->scalar_type() == ScalarType::Float,
-                                .tanh = tanh};
+                                .tanh = approximate == "tanh"};
   params.groups = bias_gelu_backward_groups(params);
   Tensor partials = empty(kOp, {params.groups, cols}, ScalarType::Float, x);
   params.partials = launch.out<float>(partials);

@@ -9,11 +9,50 @@
 namespace warpform {
 namespace {
 
-void check_statistics(const char* op, const char* name, const Tensor& t, int64_t rows, const Tensor& x) {
-  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+void check_forward(const char* op, const Tensor& x, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& ln_bias, double eps) {
+  check(x.dim() > 0, op, ": x must be of shape [..., width], got ", Got{x});
+  check_floating(op, "x", x);
+  const int64_t width = x.size(-1);
+  const ScalarType dtype = weight.scalar_type();
+  const auto check_one = [&](const char* name, const Tensor& t) {
+    check(t.dim() == 1 && t.size(0) == width, op, ": ", name, " must be of shape [", width, "], got ", Got{t});
+    check_type(t.scalar_type() == dtype && (dtype == x.scalar_type() || dtype == ScalarType::Float), op,
+               ": bias, weight and ln_bias must all be ", dtype_name(x.scalar_type()), " as x is, or all float32, got ",
+               name, " ", Got{t});
+    check_same_device(op, name, t, "x", x);
+  };
+  if (bias) check_one("bias", *bias);
+  check_one("weight", weight);
+  check_one("ln_bias", ln_bias);
+  if (residual) {
+    check(same_sizes(*residual, x), op, ": residual must be of shape ", Shape{x}, ", got ", Got{*residual});
+    check_type(residual->scalar_type() == x.scalar_type(), op, ": residual must be ", dtype_name(x.scalar_type()),
+               " as x is, got ", Got{*residual});
+    check_same_device(op, "residual", *residual, "x", x);
+  }
+  check_finite(op, "eps", eps);
+  check(eps >= 0, op, ": eps must not be negative, got ", Number{eps});
+}
+
+// mean or rstd: one element for each row of `sum`.
+void check_statistics(const char* op, const char* name, const Tensor& t, int64_t rows, const Tensor& sum) {
+  const ScalarType dtype = sum.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   check(t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == rows, op, ": ", name, " must be ", dtype_name(dtype),
         " of shape [", rows, "], got ", Got{t});
-  check_same_device(op, name, t, x);
+  check_same_device(op, name, t, "sum", sum);
+}
+
+void check_backward(const char* op, const Tensor& dout, const std::optional<Tensor>& dsum, const Tensor& sum,
+                    const Tensor& weight, const Tensor& mean, const Tensor& rstd) {
+  check(sum.dim() > 0, op, ": sum must be of shape [..., width], got ", Got{sum});
+  check_floating(op, "sum", sum);
+  const auto [rows, cols] = rows_of(sum);
+  check_like(op, "dout", dout, "sum", sum);
+  if (dsum) check_like(op, "dsum", *dsum, "sum", sum);
+  check_parameter(op, "weight", weight, cols, "sum", sum);
+  check_statistics(op, "mean", mean, rows, sum);
+  check_statistics(op, "rstd", rstd, rows, sum);
 }
 
 // Why no LayerNorm kernel takes x, or nothing.
@@ -32,15 +71,9 @@ using Quadruple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Quadruple add_bias_residual_layer_norm(Tensor x, std::optional<Tensor> bias, std::optional<Tensor> residual,
                                        Tensor weight, Tensor ln_bias, double eps, bool return_sum) {
   constexpr const char* kOp = "add_bias_residual_layer_norm";
-  const auto [rows, cols] = rows_of(kOp, "x", x);
-  if (residual) check_like(kOp, "residual", *residual, "x", x);
-  check_parameter(kOp, "weight", weight, cols, x);
-  check_parameter(kOp, "ln_bias", ln_bias, cols, x);
-  if (bias) check_parameter(kOp, "bias", *bias, cols, x);
-  check(ln_bias.scalar_type() == weight.scalar_type() && (!bias || bias->scalar_type() == weight.scalar_type()), kOp,
-        ": weight, ln_bias and bias must be of one dtype, got ", dtype_name(weight.scalar_type()), ", ",
-        dtype_name(ln_bias.scalar_type()), " and ", bias ? dtype_name(bias->scalar_type()) : "none");
+  check_forward(kOp, x, bias, residual, weight, ln_bias, eps);
   if constexpr (!kHasKernels) return UseReference(without_kernels(x));
+  const auto [rows, cols] = rows_of(x);
   const Launch launch(kOp, x);
   if (const std::string reason = layer_norm_unsupported(launch, x, cols); !reason.empty()) {
     return UseReference(reason);
@@ -75,13 +108,9 @@ Quadruple add_bias_residual_layer_norm(Tensor x, std::optional<Tensor> bias, std
 Quadruple add_bias_residual_layer_norm_backward(Tensor dout, std::optional<Tensor> dsum, Tensor sum, Tensor weight,
                                                 Tensor mean, Tensor rstd) {
   constexpr const char* kOp = "add_bias_residual_layer_norm_backward";
-  const auto [rows, cols] = rows_of(kOp, "sum", sum);
-  check_like(kOp, "dout", dout, "sum", sum);
-  if (dsum) check_like(kOp, "dsum", *dsum, "sum", sum);
-  check_parameter(kOp, "weight", weight, cols, sum);
-  check_statistics(kOp, "mean", mean, rows, sum);
-  check_statistics(kOp, "rstd", rstd, rows, sum);
+  check_backward(kOp, dout, dsum, sum, weight, mean, rstd);
   if constexpr (!kHasKernels) return UseReference(without_kernels(sum));
+  const auto [rows, cols] = rows_of(sum);
   const Launch launch(kOp, sum);
   if (const std::string reason = layer_norm_unsupported(launch, sum, cols); !reason.empty()) {
     return UseReference(reason);

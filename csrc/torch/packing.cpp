@@ -6,12 +6,27 @@
 namespace warpform {
 namespace {
 
+bool is_bool_or_integer(ScalarType t) {
+  switch (t) {
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Short:
+    case ScalarType::Int:
+    case ScalarType::Long:
+    case ScalarType::UInt16:
+    case ScalarType::UInt32:
+    case ScalarType::UInt64: return true;
+    default: return false;
+  }
+}
+
 using Plan = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Plan packing_plan(Tensor mask, int64_t capacity) {
   constexpr const char* kOp = "packing_plan";
   check(mask.dim() == 2, kOp, ": mask must be of shape [batch, seqlen], got ", Got{mask});
-  check(!is_float(mask.scalar_type()), kOp, ": mask must be bool or integer, got ", Got{mask});
+  check_type(is_bool_or_integer(mask.scalar_type()), kOp, ": mask must be bool or integer, got ", Got{mask});
   check(capacity >= 0, kOp, ": capacity must not be negative, got ", capacity);
   const int64_t batch = mask.size(0), seqlen = mask.size(1);
   check(batch * seqlen <= INT32_MAX && capacity <= INT32_MAX, kOp,
@@ -73,41 +88,45 @@ Tensor gather(const char* op, const Launch& launch, const Tensor& x, int in_dims
   return out;
 }
 
-void check_packing(const char* op, const Tensor& x, const Tensor& indices, const Tensor& ranks) {
+// Why no kernel moves the rows of x, or null.
+const char* no_kernel(const Launch& launch, const Tensor& x) {
+  if (const char* reason = launch.unusable()) return reason;
+  return x.scalar_type() == ScalarType::Undefined ? "a dtype that torch's stable headers have no name for" : nullptr;
+}
+
+void check_packing(const char* op, const char* x_name, const Tensor& x, const Tensor& indices, const Tensor& ranks) {
   check(indices.dim() == 1 && indices.scalar_type() == ScalarType::Long, op,
         ": indices must be int64 of shape [total], got ", Got{indices});
   check(ranks.dim() == 2 && ranks.scalar_type() == ScalarType::Int, op,
         ": ranks must be int32 of shape [batch, seqlen], got ", Got{ranks});
-  check_same_device(op, "indices", indices, x);
-  check_same_device(op, "ranks", ranks, x);
-  check_contiguous(op, "indices", indices);
-  check_contiguous(op, "ranks", ranks);
+  check_same_device(op, "indices", indices, x_name, x);
+  check_same_device(op, "ranks", ranks, x_name, x);
 }
 
 Tensor pack(Tensor x, Tensor indices, Tensor ranks) {
   constexpr const char* kOp = "pack";
-  check_packing(kOp, x, indices, ranks);
+  check_packing(kOp, "x", x, indices, ranks);
   check(x.dim() >= 2 && x.size(0) == ranks.size(0) && x.size(1) == ranks.size(1), kOp, ": x must be of shape [",
-        ranks.size(0), ", ", ranks.size(1), ", ...] as the mask was, got ", Got{x});
+        ranks.size(0), ", ", ranks.size(1), ", '...'] as the mask was, got ", Got{x});
   if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
-  if (const char* reason = launch.unusable()) {
+  if (const char* reason = no_kernel(launch, x)) {
     return UseReference(reason);
   }
-  return gather(kOp, launch, contiguous(x), 2, indices);
+  return gather(kOp, launch, contiguous(x), 2, contiguous(indices));
 }
 
 Tensor unpack(Tensor t, Tensor indices, Tensor ranks) {
   constexpr const char* kOp = "unpack";
-  check_packing(kOp, t, indices, ranks);
+  check_packing(kOp, "t", t, indices, ranks);
   check(t.dim() >= 1 && t.size(0) == indices.size(0), kOp, ": t must be of shape [", indices.size(0),
-        ", ...], the packed rows, got ", Got{t});
+        ", '...'], the packed rows, got ", Got{t});
   if constexpr (!kHasKernels) return UseReference(without_kernels(t));
   const Launch launch(kOp, t);
-  if (const char* reason = launch.unusable()) {
+  if (const char* reason = no_kernel(launch, t)) {
     return UseReference(reason);
   }
-  return gather(kOp, launch, contiguous(t), 1, ranks);
+  return gather(kOp, launch, contiguous(t), 1, contiguous(ranks));
 }
 
 }  // namespace

@@ -8,18 +8,30 @@
 namespace warpform {
 namespace {
 
+void check_as_x(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  check_type(t.scalar_type() == x.scalar_type(), op, ": ", name, " must be ", dtype_name(x.scalar_type()),
+             " as x is, got ", Got{t});
+  check_same_device(op, name, t, "x", x);
+}
+
 void check_arguments(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  check(x.dim() == 3 && x.size(2) % 3 == 0 && is_float(x.scalar_type()), op,
-        ": x must be floating-point of shape [batch, seqlen, 3 * channels], got ", Got{x});
+  check_floating(op, "x", x);
+  check_as_x(op, "weight", weight, x);
+  if (bias) check_as_x(op, "bias", *bias, x);
+  check(x.dim() == 3 && x.size(2) % 3 == 0, op, ": x must be of shape [batch, seqlen, 3 channels], got ", Shape{x});
   const int64_t rows = x.size(2);
-  const char* dtype = dtype_name(x.scalar_type());
-  check(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) >= 1 && weight.scalar_type() == x.scalar_type(),
-        op, ": weight must be ", dtype, " of shape [", rows, ", taps], got ", Got{weight});
-  check_same_device(op, "weight", weight, x);
-  if (!bias) return;
-  check(bias->dim() == 1 && bias->size(0) == rows && bias->scalar_type() == x.scalar_type(), op, ": bias must be ",
-        dtype, " of shape [", rows, "], got ", Got{*bias});
-  check_same_device(op, "bias", *bias, x);
+  check(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) > 0, op, ": weight must be of shape [", rows,
+        ", taps], got ", Shape{weight});
+  check(!bias || (bias->dim() == 1 && bias->size(0) == rows), op, ": bias must be of shape [", rows, "], got ",
+        Shape{bias ? *bias : x});
+}
+
+// dgated or dgate.
+void check_gradient(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  const int64_t batch = x.size(0), seqlen = x.size(1), channels = x.size(2) / 3;
+  check(t.dim() == 3 && t.size(0) == batch && t.size(1) == channels && t.size(2) == seqlen, op, ": ", name,
+        " must be of shape [", batch, ", ", channels, ", ", seqlen, "], got ", Shape{t});
+  check_as_x(op, name, t, x);
 }
 
 // Why no kernel takes the arguments, or nothing.
@@ -65,15 +77,8 @@ std::tuple<Tensor, Tensor, Tensor> short_conv_gate_backward(Tensor dgated, Tenso
                                                             std::optional<Tensor> bias) {
   constexpr const char* kOp = "short_conv_gate_backward";
   check_arguments(kOp, x, weight, bias);
-  const int64_t batch = x.size(0), seqlen = x.size(1), channels = x.size(2) / 3;
-  const auto check_gradient = [&](const char* name, const Tensor& t) {
-    check(t.scalar_type() == x.scalar_type() && sizes_of(t) == std::vector<int64_t>{batch, channels, seqlen}, kOp, ": ",
-          name, " must be ", dtype_name(x.scalar_type()), " of shape [", batch, ", ", channels, ", ", seqlen, "], got ",
-          Got{t});
-    check_same_device(kOp, name, t, x);
-  };
-  check_gradient("dgated", dgated);
-  check_gradient("dgate", dgate);
+  check_gradient(kOp, "dgated", dgated, x);
+  check_gradient(kOp, "dgate", dgate, x);
   if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const std::string reason = unsupported(launch, x, weight); !reason.empty()) {
@@ -84,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> short_conv_gate_backward(Tensor dgated, Tenso
   x = contiguous(x);
   weight = contiguous(weight);
   bias = contiguous(bias);
-  const int64_t taps = weight.size(1);
+  const int64_t batch = x.size(0), seqlen = x.size(1), channels = x.size(2) / 3, taps = weight.size(1);
   Tensor dx = empty(kOp, sizes_of(x), x.scalar_type(), x);
   Tensor dweight = empty(kOp, sizes_of(weight), weight.scalar_type(), x);
   Tensor dbias = empty(kOp, {bias ? 3 * channels : 0}, weight.scalar_type(), x);

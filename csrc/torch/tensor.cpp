@@ -3,7 +3,7 @@
 namespace warpform {
 namespace {
 
-// The codes of DLPack: signed, unsigned, floating-point, bfloat16, complex, bool.
+// The codes of DLPack: signed, unsigned, floating-point, bfloat16, complex, bool, four of 8 bits.
 ScalarType dtype_of(const api::TensorView& t) {
   switch (t.dtype_code << 8 | t.dtype_bits) {
     case 0 << 8 | 8: return ScalarType::Char;
@@ -19,7 +19,14 @@ ScalarType dtype_of(const api::TensorView& t) {
     case 5 << 8 | 64: return ScalarType::ComplexFloat;
     case 5 << 8 | 128: return ScalarType::ComplexDouble;
     case 6 << 8 | 8: return ScalarType::Bool;
-    default: throw std::runtime_error("a tensor of a dtype that no op takes");
+    case 1 << 8 | 16: return ScalarType::UInt16;
+    case 1 << 8 | 32: return ScalarType::UInt32;
+    case 1 << 8 | 64: return ScalarType::UInt64;
+    case 10 << 8 | 8: return ScalarType::Float8_e4m3fn;
+    case 11 << 8 | 8: return ScalarType::Float8_e4m3fnuz;
+    case 12 << 8 | 8: return ScalarType::Float8_e5m2;
+    case 13 << 8 | 8: return ScalarType::Float8_e5m2fnuz;
+    default: return ScalarType::Undefined;
   }
 }
 
@@ -47,14 +54,21 @@ size_t Tensor::element_size() const {
   switch (dtype_) {
     case ScalarType::Byte:
     case ScalarType::Char:
+    case ScalarType::Float8_e5m2:
+    case ScalarType::Float8_e4m3fn:
+    case ScalarType::Float8_e5m2fnuz:
+    case ScalarType::Float8_e4m3fnuz:
     case ScalarType::Bool: return 1;
     case ScalarType::Short:
+    case ScalarType::UInt16:
     case ScalarType::Half:
     case ScalarType::BFloat16: return 2;
     case ScalarType::Int:
+    case ScalarType::UInt32:
     case ScalarType::Float:
     case ScalarType::ComplexHalf: return 4;
     case ScalarType::Long:
+    case ScalarType::UInt64:
     case ScalarType::Double:
     case ScalarType::ComplexFloat: return 8;
     case ScalarType::ComplexDouble: return 16;

@@ -53,6 +53,15 @@ inline int32_t torch_code(ScalarType dtype) {
   return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
 }
 
+// Undefined for a dtype that torch's stable headers have no name for. `pack` takes tensors of any dtype.
+inline ScalarType dtype_of(int32_t code) {
+  try {
+    return torch::stable::detail::to<ScalarType>(torch::stable::detail::from(code));
+  } catch (const std::exception&) {
+    return ScalarType::Undefined;
+  }
+}
+
 class Tensor {
  public:
   Tensor() = default;
@@ -70,9 +79,9 @@ class Tensor {
     dims_ = static_cast<int32_t>(dims);
     sizes_ = sizes;
     strides_ = strides;
-    dtype_ = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype));
+    dtype_ = dtype_of(dtype);
   }
-  // A tensor that the caller keeps alive. Throws where no op knows its dtype.
+  // A tensor that the caller keeps alive. Its dtype is Undefined where the ops have no name for it.
   explicit Tensor(const api::TensorView& lent);
 
   int64_t dim() const { return dims_; }
@@ -139,6 +148,13 @@ inline const char* dtype_name(ScalarType t) {
     case ScalarType::ComplexHalf: return "complex32";
     case ScalarType::ComplexFloat: return "complex64";
     case ScalarType::ComplexDouble: return "complex128";
+    case ScalarType::UInt16: return "uint16";
+    case ScalarType::UInt32: return "uint32";
+    case ScalarType::UInt64: return "uint64";
+    case ScalarType::Float8_e5m2: return "float8_e5m2";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2fnuz: return "float8_e5m2fnuz";
+    case ScalarType::Float8_e4m3fnuz: return "float8_e4m3fnuz";
     default: return "another dtype";
   }
 }

@@ -169,6 +169,8 @@ BAD_LAYER_NORM: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"x": torch.tensor(1.0)}, ValueError, r"x must be of shape \[..., width\], got float32 of shape \[\]"),
     ({"x": X.long()}, TypeError, r"x must be float16, bfloat16, float32 or float64, got int64 of shape \[2, 3, 8\]"),
     ({"weight": None}, TypeError, r"weight must be a tensor"),
+    ({"x": [1.0]}, TypeError, r"x must be a tensor, got \[1.0\] \(list\)"),
+    ({"bias": 1}, TypeError, r"bias must be a tensor, got 1 \(int\)"),
     ({"weight": W[:4]}, ValueError, r"weight must be of shape \[8\], got float32 of shape \[4\]"),
     ({"bias": W[None]}, ValueError, r"bias must be of shape \[8\], got float32 of shape \[1, 8\]"),
     (
@@ -184,6 +186,10 @@ BAD_LAYER_NORM: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"residual": X[:, :2]}, ValueError, r"residual must be of shape \[2, 3, 8\], got float32 of shape \[2, 2, 8\]"),
     ({"residual": X.double()}, TypeError, r"residual must be float32 as x is, got float64"),
     ({"residual": X.to("meta")}, ValueError, r"residual must be on cpu as x is, got meta"),
+    ({"ln_bias": W.to("meta")}, ValueError, r"ln_bias must be on cpu as x is, got meta"),
+    ({"eps": float("nan")}, ValueError, r"eps must be finite, got nan"),
+    ({"eps": -0.5}, ValueError, r"eps must not be negative, got -0.5"),
+    ({"eps": "small"}, TypeError, r"eps must be a number, got 'small' \(str\)"),
 ]
 
 
@@ -203,11 +209,53 @@ def test_add_bias_residual_layer_norm(changed: dict[str, Any], error: type[Excep
         ((X, W.half()), TypeError, r"bias must be float32 as x is, or float32, got float16"),
         ((X, None, "fast"), ValueError, r"approximate must be \"none\" or \"tanh\", got 'fast'"),
         ((X, W.to("meta")), ValueError, r"bias must be on cpu as x is, got meta"),
+        ((None, None), TypeError, r"x must be a tensor, got None"),
+        ((X, 1.0), TypeError, r"bias must be a tensor, got 1.0 \(float\)"),
+        ((X, W, 3), TypeError, r"approximate must be a string, got 3 \(int\)"),
     ),
 )
 def test_bias_gelu(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^bias_gelu: {message}"):
         ops.bias_gelu(*arguments)
+
+
+def test_bias_gelu_takes_a_number() -> None:
+    x = torch.tensor(0.5, requires_grad=True)
+    out = ops.bias_gelu(x, None)
+    assert out.shape == () and torch.equal(out, torch.nn.functional.gelu(x))
+    out.backward()
+    assert x.grad is not None and x.grad.shape == ()
+
+
+STATISTICS = torch.zeros(6)
+BAD_BACKWARD: list[tuple[str, dict[str, Any], str]] = [
+    ("layer_norm", {"sum": X.int()}, r"sum must be float16, bfloat16, float32 or float64, got int32"),
+    ("layer_norm", {"sum": torch.tensor(1.0)}, r"sum must be of shape \[..., width\], got float32 of shape \[\]"),
+    ("layer_norm", {"dout": X[0]}, r"dout must be float32 of shape \[2, 3, 8\] as sum is, got .* \[3, 8\]"),
+    ("layer_norm", {"dsum": X.half()}, r"dsum must be float32 of shape \[2, 3, 8\] as sum is, got float16"),
+    ("layer_norm", {"weight": W[:4]}, r"weight must be of shape \[8\], got float32 of shape \[4\]"),
+    ("layer_norm", {"weight": W.half()}, r"weight must be float32 as sum is, or float32, got float16"),
+    ("layer_norm", {"mean": STATISTICS[:5]}, r"mean must be float32 of shape \[6\], got float32 of shape \[5\]"),
+    ("layer_norm", {"rstd": STATISTICS.double()}, r"rstd must be float32 of shape \[6\], got float64"),
+    ("gelu", {"x": X.int()}, r"x must be float16, bfloat16, float32 or float64, got int32"),
+    ("gelu", {"dout": X.half()}, r"dout must be float32 of shape \[2, 3, 8\] as x is, got float16"),
+    ("gelu", {"bias": W[:3]}, r"bias must be of shape \[8\], got float32 of shape \[3\]"),
+    ("gelu", {"bias": W.half()}, r"bias must be float32 as x is, or float32, got float16"),
+    ("gelu", {"approximate": "fast"}, r"approximate must be \"none\" or \"tanh\", got 'fast'"),
+]
+
+
+@pytest.mark.parametrize(("name", "changed", "message"), BAD_BACKWARD, ids=[f"{n}: {m}" for n, _, m in BAD_BACKWARD])
+def test_backward_of_the_encoder_called_directly(name: str, changed: dict[str, Any], message: str) -> None:
+    op, arguments = {
+        "layer_norm": (
+            "add_bias_residual_layer_norm_backward",
+            {"dout": X, "dsum": X, "sum": X, "weight": W, "mean": STATISTICS, "rstd": STATISTICS},
+        ),
+        "gelu": ("bias_gelu_backward", {"dout": X, "x": X, "bias": W}),
+    }[name]
+    with pytest.raises(RuntimeError, match=f"^{op}: {message}"):
+        getattr(torch.ops.warpform, op)(**{**arguments, **changed})
 
 
 INDICES, RANKS = torch.arange(6), torch.arange(6, dtype=INT).view(2, 3)
@@ -226,6 +274,18 @@ INDICES, RANKS = torch.arange(6), torch.arange(6, dtype=INT).view(2, 3)
         ((X, INDICES.int(), RANKS), ValueError, r"indices must be int64 of shape \[total\], got int32"),
         ((X, INDICES, RANKS.long()), ValueError, r"ranks must be int32 of shape \[batch, seqlen\], got int64"),
         ((X, INDICES, RANKS.to("meta")), ValueError, r"ranks must be on cpu as x is, got meta"),
+        ((X, INDICES.to("meta"), RANKS), ValueError, r"indices must be on cpu as x is, got meta"),
+        (
+            (X, INDICES[None], RANKS),
+            ValueError,
+            r"indices must be int64 of shape \[total\], got int64 of shape \[1, 6\]",
+        ),
+        (
+            (X, INDICES, RANKS[0]),
+            ValueError,
+            r"ranks must be int32 of shape \[batch, seqlen\], got int32 of shape \[3\]",
+        ),
+        ((X, INDICES, None), TypeError, "ranks must be a tensor, got None"),
     ),
 )
 def test_pack(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
@@ -236,6 +296,21 @@ def test_pack(arguments: tuple[Any, ...], error: type[Exception], message: str) 
 def test_unpack() -> None:
     with pytest.raises(ValueError, match=r"^unpack: t must be of shape \[6, '...'\], the packed rows, got .* \[5, 8\]"):
         ops.unpack(torch.randn(5, 8), INDICES, RANKS)
+    with pytest.raises(ValueError, match="^unpack: ranks must be on cpu as t is, got meta"):
+        ops.unpack(torch.randn(6, 8), INDICES, RANKS.to("meta"))
+
+
+@pytest.mark.parametrize(
+    "dtype", (torch.bool, torch.uint16, torch.uint64, torch.complex64, torch.float8_e5m2, torch.float8_e8m0fnu), ids=str
+)
+def test_pack_takes_any_dtype_and_layout(dtype: torch.dtype) -> None:
+    x = torch.arange(6).view(2, 3, 1).to(dtype)
+    ranks, indices = RANKS.t().contiguous().t(), torch.arange(12)[::2] // 2
+    packed = ops.pack(x, indices, ranks)
+    assert packed.dtype == dtype
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    assert torch.equal(packed.to(wide), x.view(6, 1).to(wide))
+    assert torch.equal(ops.unpack(packed, indices, ranks).to(wide), x.to(wide))
 
 
 @pytest.mark.parametrize("op", ("pack", "unpack"))
@@ -255,6 +330,9 @@ def test_indices_out_of_range_read_nothing(op: str) -> None:
         (torch.ones(3, 2).int(), -1, ValueError, r"capacity must not be negative, got -1"),
         (torch.ones(3, 2).int(), 1.0, TypeError, r"capacity must be an int"),
         ([[1]], 1, TypeError, r"mask must be a tensor"),
+        (None, 1, TypeError, r"mask must be a tensor, got None"),
+        (torch.ones(3, 2).cfloat(), 1, TypeError, r"mask must be bool or integer, got complex64 of shape \[3, 2\]"),
+        (torch.ones(3, 2).bool(), 1 << 31, ValueError, r"mask and capacity must count at most 2\^31 - 1 tokens"),
     ),
 )
 def test_packing_plan(mask: Any, capacity: Any, error: type[Exception], message: str) -> None:

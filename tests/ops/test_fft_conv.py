@@ -241,14 +241,19 @@ def test_bad_arguments(changed: dict[str, Any], error: type[Exception], message:
 
 X, W = torch.randn(2, 5, 6), torch.randn(6, 3)
 BAD_SHORT: list[tuple[tuple[Any, ...], type[Exception], str]] = [
+    ((None, W), TypeError, r"x must be a tensor, got None"),
     ((X, None), TypeError, r"weight must be a tensor, got None"),
+    ((X, W, 1.0), TypeError, r"bias must be a tensor, got 1.0 \(float\)"),
+    ((X.int(), W), TypeError, r"x must be float16, bfloat16, float32 or float64, got int32 of shape \[2, 5, 6\]"),
     ((X, W.half()), TypeError, r"weight must be float32 as x is, got float16 of shape \[6, 3\]"),
     ((X[0], W), ValueError, r"x must be of shape \[batch, seqlen, 3 channels\], got \[5, 6\]"),
     ((X[..., :5], W), ValueError, r"x must be of shape \[batch, seqlen, 3 channels\], got \[2, 5, 5\]"),
     ((X, W[:, None]), ValueError, r"weight must be of shape \[6, taps\], got \[6, 1, 3\]"),
     ((X, W[:, :0]), ValueError, r"weight must be of shape \[6, taps\], got \[6, 0\]"),
     ((X, W, W), ValueError, r"bias must be of shape \[6\], got \[6, 3\]"),
+    ((X, W, W[:, 0].double()), TypeError, r"bias must be float32 as x is, got float64 of shape \[6\]"),
     ((X, W.to("meta")), ValueError, r"weight must be on cpu as x is, got meta"),
+    ((X, W, W[:, 0].to("meta")), ValueError, r"bias must be on cpu as x is, got meta"),
 ]
 
 
@@ -271,16 +276,25 @@ def test_bad_arguments_of_a_spectrum() -> None:
 
 
 def test_ops_called_directly_check_shapes() -> None:
-    gated, _ = ops.short_conv_gate(X, W)
     for call, message in (
         (lambda: OPS.spectral_conv(U, S[:2]), "spectral_conv: spectrum must be of shape"),
         (lambda: OPS.spectral_conv(U, S, K), "spectral_conv: skip must be of shape"),
         (lambda: OPS.spectral_conv_backward(U[:1], U, S, None, None, None), "spectral_conv_backward: dout must be"),
         (lambda: OPS.fft_conv(U, torch.randn(3, 20)), "fft_conv: k must have at most the 16 taps"),
-        (lambda: OPS.short_conv_gate(X, W[:5]), "short_conv_gate: weight must be of shape"),
-        (lambda: OPS.short_conv_gate_backward(gated, X, X, W, None), "short_conv_gate_backward: dgate must be"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
+            call()
+
+
+def test_the_short_one_called_directly_checks_its_arguments() -> None:
+    gated, _ = ops.short_conv_gate(X, W)
+    for call, message in (
+        (lambda: OPS.short_conv_gate(X, W[:5]), r"short_conv_gate: weight must be of shape \[6, taps\], got \[5, 3\]"),
+        (lambda: OPS.short_conv_gate_backward(gated, X, X, W, None), r"\w+: dgate must be of shape \[2, 2, 5\], got"),
+        (lambda: OPS.short_conv_gate_backward(gated.half(), gated, X, W, None), r"\w+: dgated must be float32 as x is"),
+        (lambda: OPS.short_conv_gate_backward(gated, gated, X, W[:5], None), r"\w+: weight must be of shape"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^{message}"):
             call()
 
 

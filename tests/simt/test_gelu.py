@@ -35,10 +35,10 @@ def test_table_of_configurations(simt: Any) -> None:
 def test_bad_input(simt: Any) -> None:
     x, bias = torch.zeros(3, 8), torch.zeros(8)
     for message, arguments in {
-        "x must be a floating-point tensor of shape [..., hidden], got bool of shape [3, 8]": (x.bool(), bias),
-        "bias must be float32 of shape [8], got float32 of shape [9]": (x, torch.zeros(9)),
-        "bias must be float16 or float32 of shape [8], got bfloat16 of shape [8]": (x.half(), bias.bfloat16()),
-        'approximate must be "none" or "tanh", got "erf"': (x, bias, "erf"),
+        "x must be float16, bfloat16, float32 or float64, got bool of shape [3, 8]": (x.bool(), bias),
+        "bias must be of shape [8], got float32 of shape [9]": (x, torch.zeros(9)),
+        "bias must be float16 as x is, or float32, got bfloat16 of shape [8]": (x.half(), bias.bfloat16()),
+        'approximate must be "none" or "tanh", got \'erf\'': (x, bias, "erf"),
     }.items():
         with pytest.raises(RuntimeError) as error:
             simt.bias_gelu(*arguments)

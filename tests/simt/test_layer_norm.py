@@ -44,23 +44,25 @@ def test_no_kernel(simt: Any) -> None:
 
 
 FORWARD_ERRORS = {
-    "x must be a floating-point tensor of shape [..., hidden], got int64 of shape [3, 8]": {
+    "x must be float16, bfloat16, float32 or float64, got int64 of shape [3, 8]": {
         "x": torch.zeros(3, 8, dtype=torch.int64)
     },
-    "x must be a floating-point tensor of shape [..., hidden], got float32 of shape []": {"x": torch.tensor(1.0)},
-    "residual must be float32 of shape [3, 8] as x is, got float32 of shape [8, 3]": {"residual": torch.zeros(8, 3)},
-    "residual must be float32 of shape [3, 8] as x is, got float16 of shape [3, 8]": {
-        "residual": torch.zeros(3, 8).half()
+    "x must be of shape [..., width], got float32 of shape []": {"x": torch.tensor(1.0)},
+    "residual must be of shape [3, 8], got float32 of shape [8, 3]": {"residual": torch.zeros(8, 3)},
+    "residual must be float32 as x is, got float16 of shape [3, 8]": {"residual": torch.zeros(3, 8).half()},
+    "weight must be of shape [8], got float32 of shape [7]": {"weight": torch.ones(7)},
+    "bias must be of shape [8], got float32 of shape [1, 8]": {"bias": torch.ones(1, 8)},
+    "bias, weight and ln_bias must all be float32 as x is, or all float32, got ln_bias float16 of shape [8]": {
+        "ln_bias": torch.ones(8).half()
     },
-    "weight must be float32 of shape [8], got float32 of shape [7]": {"weight": torch.ones(7)},
-    "bias must be float32 of shape [8], got float32 of shape [1, 8]": {"bias": torch.ones(1, 8)},
-    "ln_bias must be float32 of shape [8], got float16 of shape [8]": {"ln_bias": torch.ones(8).half()},
-    "weight, ln_bias and bias must be of one dtype, got float16, float16 and float32": {
+    "bias, weight and ln_bias must all be float16 as x is, or all float32, got bias float32 of shape [8]": {
         "x": torch.zeros(3, 8).half(),
         "residual": None,
         "weight": torch.ones(8).half(),
         "ln_bias": torch.ones(8).half(),
     },
+    "eps must be finite, got inf": {"eps": float("inf")},
+    "eps must not be negative, got -0.5": {"eps": -0.5},
 }
 
 
@@ -76,7 +78,8 @@ def test_bad_input(simt: Any, message: str) -> None:
 BACKWARD_ERRORS = {
     "dout must be float32 of shape [3, 8] as sum is, got float32 of shape [24]": {"dout": torch.zeros(24)},
     "dsum must be float32 of shape [3, 8] as sum is, got float64 of shape [3, 8]": {"dsum": torch.zeros(3, 8).double()},
-    "weight must be float32 of shape [8], got float32 of shape [3, 8]": {"weight": torch.ones(3, 8)},
+    "weight must be of shape [8], got float32 of shape [3, 8]": {"weight": torch.ones(3, 8)},
+    "weight must be float32 as sum is, or float32, got float16 of shape [8]": {"weight": torch.ones(8).half()},
     "mean must be float32 of shape [3], got float32 of shape [3, 1]": {"mean": torch.zeros(3, 1)},
     "rstd must be float32 of shape [3], got float16 of shape [3]": {"rstd": torch.zeros(3).half()},
 }

@@ -148,7 +148,7 @@ def _callable(
             validate(*args, **kwargs)
         try:
             return op(*args, **kwargs)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             explained = _errors.explained(op, args, kwargs, error)
             if explained is None:
                 raise

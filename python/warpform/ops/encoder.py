@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast
-from . import _check
 from ._dtypes import accumulation_dtype
 from ._register import register_op
 from .examples import encoder as examples
@@ -53,14 +51,6 @@ def packing_plan(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, T
         TypeError: mask is not a bool or integer tensor, or capacity is not an int.
         ValueError: mask is not two-dimensional, or capacity is negative.
     """
-    _check.tensor("packing_plan", "mask", mask)
-    _check.integer("packing_plan", "capacity", capacity)
-    if mask.dim() != 2:
-        raise ValueError(f"packing_plan: mask must be of shape [batch, seqlen], got {_check.describe(mask)}")
-    if mask.is_floating_point() or mask.is_complex():
-        raise TypeError(f"packing_plan: mask must be bool or integer, got {_check.describe(mask)}")
-    if capacity < 0:
-        raise ValueError(f"packing_plan: capacity must not be negative, got {capacity}")
     return _packing_plan(mask, capacity)
 
 
@@ -116,10 +106,6 @@ def pack(x: Tensor, indices: Tensor, ranks: Tensor) -> Tensor:
         TypeError: an argument is not a tensor.
         ValueError: a wrong shape or index dtype, or tensors on different devices.
     """
-    _check_packing("pack", "x", x, indices, ranks)
-    if x.dim() < 2 or x.size(0) != ranks.size(0) or x.size(1) != ranks.size(1):
-        expected = [*ranks.shape, "..."]
-        raise ValueError(f"pack: x must be of shape {expected} as the mask was, got {_check.describe(x)}")
     return _pack(x, indices, ranks)
 
 
@@ -137,23 +123,7 @@ def unpack(t: Tensor, indices: Tensor, ranks: Tensor) -> Tensor:
         TypeError: an argument is not a tensor.
         ValueError: a wrong shape or index dtype, or tensors on different devices.
     """
-    _check_packing("unpack", "t", t, indices, ranks)
-    if t.dim() < 1 or t.size(0) != indices.size(0):
-        expected = [indices.size(0), "..."]
-        raise ValueError(f"unpack: t must be of shape {expected}, the packed rows, got {_check.describe(t)}")
     return _unpack(t, indices, ranks)
-
-
-def _check_packing(op: str, name: str, x: Tensor, indices: Tensor, ranks: Tensor) -> None:
-    _check.tensor(op, name, x)
-    _check.tensor(op, "indices", indices)
-    _check.tensor(op, "ranks", ranks)
-    if indices.dtype != torch.int64 or indices.dim() != 1:
-        raise ValueError(f"{op}: indices must be int64 of shape [total], got {_check.describe(indices)}")
-    if ranks.dtype != torch.int32 or ranks.dim() != 2:
-        raise ValueError(f"{op}: ranks must be int32 of shape [batch, seqlen], got {_check.describe(ranks)}")
-    _check.same_device(op, "indices", indices, name, x)
-    _check.same_device(op, "ranks", ranks, name, x)
 
 
 # ---- add + bias + residual + LayerNorm ----
@@ -273,48 +243,11 @@ def add_bias_residual_layer_norm(
         TypeError: an argument is not a tensor, or of a wrong dtype.
         ValueError: a wrong shape, tensors on different devices, or an eps that is negative or not finite.
     """
-    op = "add_bias_residual_layer_norm"
-    _check.tensor(op, "x", x)
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x must be of shape [..., width], got {_check.describe(x)}")
-    _check.floating(op, "x", x)
-    width = x.size(-1)
-    _check.tensor(op, "weight", weight)
-    # Under autocast x may still be float16 where the residual is float32: the rule casts both.
-    autocast = _autocast.enabled(x.device)
-    for name, parameter in (("bias", bias), ("weight", weight), ("ln_bias", ln_bias)):
-        if parameter is None:
-            if name == "bias":
-                continue
-            raise TypeError(f"{op}: {name} must be a tensor, got None")
-        _check.tensor(op, name, parameter)
-        if parameter.dim() != 1 or parameter.size(0) != width:
-            raise ValueError(f"{op}: {name} must be of shape [{width}], got {_check.describe(parameter)}")
-        if parameter.dtype != weight.dtype or not (
-            parameter.dtype == x.dtype or parameter.dtype == torch.float32 or autocast
-        ):
-            raise TypeError(
-                f"{op}: bias, weight and ln_bias must all be {_check.dtype_name(x.dtype)} as x is, or all float32, "
-                f"got {name} {_check.describe(parameter)}"
-            )
-        _check.same_device(op, name, parameter, "x", x)
-    if residual is not None:
-        _check.tensor(op, "residual", residual)
-        if residual.shape != x.shape:
-            raise ValueError(f"{op}: residual must be of shape {list(x.shape)}, got {_check.describe(residual)}")
-        if residual.dtype != x.dtype and not autocast:
-            raise TypeError(
-                f"{op}: residual must be {_check.dtype_name(x.dtype)} as x is, got {_check.describe(residual)}"
-            )
-        _check.same_device(op, "residual", residual, "x", x)
-    _check.finite(op, "eps", eps)
-    if not torch.compiler.is_compiling() and eps < 0:
-        raise ValueError(f"{op}: eps must not be negative, got {eps}")
     # The backward starts from the sum, so where there will be one it is better kept than computed again.
     keep = return_sum or (
         torch.is_grad_enabled()
         and (bias is not None or residual is not None)
-        and any(t is not None and t.requires_grad for t in (x, bias, residual, weight, ln_bias))
+        and any(isinstance(t, Tensor) and t.requires_grad for t in (x, bias, residual, weight, ln_bias))
     )
     out, total, _, _ = _layer_norm(x, bias, residual, weight, ln_bias, eps, return_sum=keep)
     return (out, total) if return_sum else out
@@ -376,19 +309,4 @@ def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none") -> Tens
         TypeError: an argument is not a tensor, or of a wrong dtype.
         ValueError: a wrong shape, an unknown `approximate`, or tensors on different devices.
     """
-    op = "bias_gelu"
-    _check.tensor(op, "x", x)
-    _check.floating(op, "x", x)
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f'{op}: approximate must be "none" or "tanh", got {approximate!r}')
-    if bias is not None:
-        _check.tensor(op, "bias", bias)
-        if x.dim() == 0 or bias.dim() != 1 or bias.size(0) != x.size(-1):
-            expected = [x.size(-1)] if x.dim() else "[width], and x of shape [..., width]"
-            raise ValueError(f"{op}: bias must be of shape {expected}, got {_check.describe(bias)}")
-        if bias.dtype not in (x.dtype, torch.float32) and not _autocast.enabled(x.device):
-            raise TypeError(
-                f"{op}: bias must be {_check.dtype_name(x.dtype)} as x is, or float32, got {_check.describe(bias)}"
-            )
-        _check.same_device(op, "bias", bias, "x", x)
     return _gelu(x, bias, approximate)

@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import _autocast
-from . import _check
 from ._register import register_op
 from .examples import short_conv as examples
 from .reference import short_conv as reference
@@ -72,17 +70,4 @@ def short_conv_gate(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tu
         TypeError: an argument is not a tensor, or of a wrong dtype.
         ValueError: a wrong shape, or tensors on different devices.
     """
-    op = "short_conv_gate"
-    _check.tensor(op, "x", x)
-    _check.floating(op, "x", x)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            if name == "bias":
-                continue
-            raise TypeError(f"{op}: {name} must be a tensor, got None")
-        _check.tensor(op, name, tensor)
-        if tensor.dtype != x.dtype and not _autocast.enabled(x.device):
-            raise TypeError(f"{op}: {name} must be {_check.dtype_name(x.dtype)} as x is, got {_check.describe(tensor)}")
-        _check.same_device(op, name, tensor, "x", x)
-    reference.check_shapes(op, x, weight, bias)
     return _short_conv_gate(x, weight, bias)

@@ -13,12 +13,6 @@ from .._dtypes import accumulation_dtype
 
 def packing_plan(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Computes the packed places of the tokens of mask [B, S]; see `warpform.ops.packing_plan`."""
-    if mask.dim() != 2:
-        raise ValueError(f"packing_plan: mask must be of shape [batch, seqlen], got shape {list(mask.shape)}")
-    if mask.is_floating_point() or mask.is_complex():
-        raise TypeError(f"packing_plan: mask must be bool or integer, got {mask.dtype}")
-    if capacity < 0:
-        raise ValueError(f"packing_plan: capacity must not be negative, got {capacity}")
     batch, seqlen = mask.shape
     tokens = mask != 0
     full_lengths = tokens.sum(1)
@@ -64,29 +58,12 @@ def _gather_rows(rows: Tensor, index: Tensor) -> Tensor:
 
 def pack(x: Tensor, indices: Tensor, ranks: Tensor) -> Tensor:
     """x [B, S, ...] -> [N, ...]: row r is token indices[r] of the flattened batch, or 0 where there is none."""
-    _check_packing("pack", indices, ranks)
-    if x.dim() < 2 or x.shape[:2] != ranks.shape:
-        raise ValueError(f"pack: x must be of shape {[*ranks.shape, '...']}, got shape {list(x.shape)}")
     return _gather_rows(x.flatten(0, 1), indices)
 
 
 def unpack(t: Tensor, indices: Tensor, ranks: Tensor) -> Tensor:
     """t [N, ...] -> [B, S, ...]: token (b, s) is row ranks[b, s], or 0 where there is none."""
-    _check_packing("unpack", indices, ranks)
-    if t.dim() < 1 or t.size(0) != indices.size(0):
-        raise ValueError(f"unpack: t must be of shape {[indices.size(0), '...']}, got shape {list(t.shape)}")
     return _gather_rows(t, ranks.flatten()).unflatten(0, tuple(ranks.shape))
-
-
-def _check_packing(op: str, indices: Tensor, ranks: Tensor) -> None:
-    if indices.dim() != 1 or indices.dtype != torch.int64:
-        raise ValueError(
-            f"{op}: indices must be int64 of shape [total], got {indices.dtype} of shape {list(indices.shape)}"
-        )
-    if ranks.dim() != 2 or ranks.dtype != torch.int32:
-        raise ValueError(
-            f"{op}: ranks must be int32 of shape [batch, seqlen], got {ranks.dtype} of shape {list(ranks.shape)}"
-        )
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -17,16 +17,6 @@ from .._dtypes import accumulation_dtype
 _POSITIONS_AT_A_TIME = 128
 
 
-def check_shapes(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """ValueError for what `warpform.ops.short_conv_gate` does not take."""
-    if x.dim() != 3 or x.size(2) % 3 != 0:
-        raise ValueError(f"{op}: x must be of shape [batch, seqlen, 3 channels], got {list(x.shape)}")
-    if weight.dim() != 2 or weight.size(0) != x.size(2) or weight.size(1) == 0:
-        raise ValueError(f"{op}: weight must be of shape [{x.size(2)}, taps], got {list(weight.shape)}")
-    if bias is not None and tuple(bias.shape) != (x.size(2),):
-        raise ValueError(f"{op}: bias must be of shape [{x.size(2)}], got {list(bias.shape)}")
-
-
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """c, channels last, [batch, seqlen, 3 D], in the dtype of all three."""
     taps = weight.size(1)
@@ -38,7 +28,6 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def short_conv_gate(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """gated and gate, [batch, D, seqlen], of x [batch, seqlen, 3 D], weight [3 D, K] and bias [3 D]."""
-    check_shapes("short_conv_gate", x, weight, bias)
     dtype = accumulation_dtype(x.dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     gated, gate = (
@@ -62,12 +51,6 @@ def short_conv_gate_backward(
 
     dx[t] = sum_j weight[j] dc[t + (K - 1) - j];  dweight[j] = sum dc[t] x[t - (K - 1) + j];  dbias = sum dc
     """
-    op = "short_conv_gate_backward"
-    check_shapes(op, x, weight, bias)
-    for name, gradient in (("dgated", dgated), ("dgate", dgate)):
-        if gradient.shape != (x.size(0), x.size(2) // 3, x.size(1)):
-            expected = [x.size(0), x.size(2) // 3, x.size(1)]
-            raise ValueError(f"{op}: {name} must be of shape {expected}, got {list(gradient.shape)}")
     dtype, taps = accumulation_dtype(x.dtype), weight.size(1)
     wide_x, wide_weight = x.to(dtype).contiguous(), weight.to(dtype)
     c = _convolve(wide_x, wide_weight, None if bias is None else bias.to(dtype))
