@@ -80,6 +80,20 @@ def test_bad_offsets_stay_in_bounds(simt: Any, offsets: list[int]) -> None:
             )
 
 
+def test_offsets_may_lie_apart(simt: Any) -> None:
+    x = step_inputs(StepCase("", (20, 7), (12, 20), varlen=True, causal=True), torch.float16)
+    apart = {name: x.options[name].repeat_interleave(2)[::2] for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    assert not any(t.is_contiguous() for t in apart.values())
+    results = []
+    for options in (x.options, x.options | apart):
+        out, lse = simt.attention_step(x.q, x.k, x.v, x.out, x.lse, **options)
+        gradients = simt.attention_step_backward(
+            x.dout, lse, x.q, x.k, x.v, lse, x.dq, x.dk, x.dv, **options, deterministic=True
+        )
+        results.append((out, lse, *gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_kernel_table_lists_what_runs(simt: Any) -> None:
     rows = [row for row in json.loads(simt._kernel_table()) if row["op"].startswith("attention_step")]
     assert {(row["op"], row["dtype"]) for row in rows} == {
