@@ -1,4 +1,5 @@
 // Bindings of a step of attention: checks, allocation, launch.
+#include <algorithm>
 #include <cmath>
 #include <optional>
 
@@ -17,11 +18,10 @@ struct Arguments {
   int64_t q_offset, k_offset, q_stride, k_stride;
   std::optional<Tensor> cu_seqlens_q, cu_seqlens_k;
 
-  // The state lies between the two.
-  auto tensors() const { return std::tie(q, k, v); }
-  auto rest() const {
-    return std::tie(softmax_scale, causal, window_left, window_right, q_offset, k_offset, q_stride, k_stride,
-                    cu_seqlens_q, cu_seqlens_k);
+  // What kernels read as it lies.
+  void make_contiguous() {
+    cu_seqlens_q = contiguous(cu_seqlens_q);
+    cu_seqlens_k = contiguous(cu_seqlens_k);
   }
 
   bool varlen() const { return cu_seqlens_q.has_value(); }
@@ -41,41 +41,54 @@ struct Arguments {
 void check_arguments(const char* op, const Arguments& a) {
   check(a.cu_seqlens_q.has_value() == a.cu_seqlens_k.has_value(), op,
         ": cu_seqlens_q and cu_seqlens_k must both be given, or neither");
-  const int64_t dim = a.varlen() ? 3 : 4;
   const char* shape = a.varlen() ? "[total, heads, head_dim]" : "[batch, length, heads, head_dim]";
-  check(a.q.dim() == dim, op, ": q must be of shape ", shape, ", got ", Got{a.q});
-  check(a.k.dim() == dim && a.k.size(dim - 1) == a.q.size(dim - 1) && a.k.scalar_type() == a.q.scalar_type() &&
-            (a.varlen() || a.k.size(0) == a.q.size(0)),
-        op, ": k must be of shape ", shape, " with q's batch, head_dim and dtype, got ", Got{a.k}, " for q ", Got{a.q});
-  check(same_sizes(a.v, a.k) && a.v.scalar_type() == a.k.scalar_type(), op, ": v must have the shape and dtype of k, ",
-        Got{a.k}, ", got ", Got{a.v});
-  check(a.heads(a.q) == 0 || (a.heads(a.k) > 0 && a.heads(a.q) % a.heads(a.k) == 0), op,
-        ": the heads of q must be a multiple of those of k and v, got ", a.heads(a.q), " and ", a.heads(a.k));
-  check_same_device(op, "k", a.k, a.q);
-  check_same_device(op, "v", a.v, a.q);
+  for (const auto& [name, t] : {std::pair{"q", &a.q}, {"k", &a.k}, {"v", &a.v}}) {
+    check(t->dim() == (a.varlen() ? 3 : 4), op, ": ", name, " must be of shape ", shape,
+          a.varlen() ? " with" : " without", " cu_seqlens, got ", Got{*t});
+    check_last_dimension(op, name, *t);
+  }
+  check_floating(op, "q", a.q);
+  check(a.head_dim() > 0, op, ": head_dim must be at least 1, got q ", Got{a.q});
+  check(same_sizes(a.v, a.k) && a.k.size(-1) == a.head_dim() && (a.varlen() || a.k.size(0) == a.q.size(0)), op,
+        ": k and v must be of one shape ", shape, ", batch and head_dim as q's, got q ", Got{a.q}, ", k ", Got{a.k},
+        " and v ", Got{a.v});
+  check(a.heads(a.k) > 0 && a.heads(a.q) % a.heads(a.k) == 0, op, ": the ", a.heads(a.q),
+        " heads of q must be a multiple of the heads of k and v, got ", a.heads(a.k));
+  for (const auto& [name, t] : {std::pair{"k", &a.k}, {"v", &a.v}}) {
+    check_type(t->scalar_type() == a.q.scalar_type(), op, ": ", name, " must be ", dtype_name(a.q.scalar_type()),
+               " as q is, got ", Got{*t});
+    check_same_device(op, name, *t, "q", a.q);
+  }
+  check_window(op, a.window_left, a.window_right);
+  check(a.q_stride >= 1 && a.k_stride >= 1, op, ": q_stride and k_stride must be at least 1, got ", a.q_stride, " and ",
+        a.k_stride);
   if (a.varlen()) {
     check_offsets(op, "cu_seqlens_q", *a.cu_seqlens_q, a.q);
     check_offsets(op, "cu_seqlens_k", *a.cu_seqlens_k, a.q);
-    check(a.cu_seqlens_q->size(0) == a.cu_seqlens_k->size(0), op,
-          ": cu_seqlens_q and cu_seqlens_k must have the same length, got ", a.cu_seqlens_q->size(0), " and ",
-          a.cu_seqlens_k->size(0));
+    check(a.cu_seqlens_q->size(0) == a.cu_seqlens_k->size(0), op, ": cu_seqlens_k must be of shape ",
+          Shape{*a.cu_seqlens_q}, " as cu_seqlens_q is, got ", Got{*a.cu_seqlens_k});
   }
-  check(a.window_left >= -1 && a.window_right >= -1, op, ": window_size must be at least -1 on both sides, got (",
-        a.window_left, ", ", a.window_right, ")");
-  check(a.q_stride >= 1 && a.k_stride >= 1, op, ": q_stride and k_stride must be at least 1, got ", a.q_stride, " and ",
-        a.k_stride);
+  check_finite(op, "softmax_scale", a.softmax_scale.value_or(1));
+}
+
+// A tensor of the carried state, with any strides, in the dtype that sums have.
+void check_state(const char* op, const char* name, const Tensor& t, std::span<const int64_t> sizes, const Tensor& q) {
+  const ScalarType dtype = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check_type(t.scalar_type() == dtype, op, ": ", name, " must be ", dtype_name(dtype), " for q in ",
+             dtype_name(q.scalar_type()), ", got ", Got{t});
+  check(std::ranges::equal(t.sizes(), sizes), op, ": ", name, " must be of shape ", Numbers{sizes}, ", got ", Got{t});
+  check_same_device(op, name, t, "q", q);
+}
+
+// What the kernels ask for on top.
+void check_for_kernels(const char* op, const Arguments& a) {
+  check_aligned(op, "q", a.q);
+  check_aligned(op, "k", a.k);
+  check_aligned(op, "v", a.v);
   constexpr int64_t kFarthest = int64_t{1} << 62;
   for (const int64_t offset : {a.q_offset, a.k_offset}) {
     check(offset > -kFarthest && offset < kFarthest, op, ": offsets must be within 2^62, got ", offset);
   }
-}
-
-// Checks a tensor of the carried state: float32, with any strides.
-void check_state(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
-                 const Tensor& as) {
-  check(sizes_of(t) == sizes && t.scalar_type() == ScalarType::Float, op, ": ", name,
-        " must be float32 of the shape that belongs to q ", Got{as}, ", got ", Got{t});
-  check_same_device(op, name, t, as);
 }
 
 bool steps_too_far(int64_t rows, int64_t stride) { return rows > 1 && stride > kMaxStepSpan / (rows - 1); }
@@ -158,24 +171,23 @@ ForwardResult attention_step(Tensor q, Tensor k, Tensor v, std::optional<Tensor>
                              int64_t window_right, int64_t q_offset, int64_t k_offset, int64_t q_stride,
                              int64_t k_stride, std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k) {
   constexpr const char* kOp = "attention_step";
-  const Arguments a(q, k, v, softmax_scale, causal, window_left, window_right, q_offset, k_offset, q_stride, k_stride,
-                    cu_seqlens_q, cu_seqlens_k);
+  Arguments a(q, k, v, softmax_scale, causal, window_left, window_right, q_offset, k_offset, q_stride, k_stride,
+              cu_seqlens_q, cu_seqlens_k);
   check_arguments(kOp, a);
   check(out.has_value() == lse.has_value(), kOp, ": out and lse must both be given, or neither");
+  if (out) {
+    check_state(kOp, "out", *out, q.sizes(), q);
+    check_state(kOp, "lse", *lse, a.row_sizes(), q);
+  }
   if constexpr (!kHasKernels) return UseReference(without_kernels(q));
   const Launch launch(kOp, q);
   if (const char* reason = no_kernel(launch, a, /*backward=*/false)) {
     return UseReference(reason);
   }
-  check_aligned(kOp, "q", q);
-  check_aligned(kOp, "k", k);
-  check_aligned(kOp, "v", v);
-  if (out) {
-    check_state(kOp, "out", *out, sizes_of(q), q);
-    check_state(kOp, "lse", *lse, a.row_sizes(), q);
-    out = readable_state(out);
-    lse = contiguous(*lse);
-  }
+  check_for_kernels(kOp, a);
+  a.make_contiguous();
+  out = readable_state(out);
+  lse = contiguous(lse);
   ForwardResult result{empty(kOp, sizes_of(q), ScalarType::Float, q), empty(kOp, a.row_sizes(), ScalarType::Float, q)};
   launch_attention_step({.problem = problem(launch, a),
                          .step = layout(a, nullptr),
@@ -196,25 +208,26 @@ BackwardResult attention_step_backward(Tensor dout, Tensor delta, Tensor q, Tens
                                        int64_t k_stride, std::optional<Tensor> cu_seqlens_q,
                                        std::optional<Tensor> cu_seqlens_k, bool deterministic) {
   constexpr const char* kOp = "attention_step_backward";
-  const Arguments a(q, k, v, softmax_scale, causal, window_left, window_right, q_offset, k_offset, q_stride, k_stride,
-                    cu_seqlens_q, cu_seqlens_k);
+  Arguments a(q, k, v, softmax_scale, causal, window_left, window_right, q_offset, k_offset, q_stride, k_stride,
+              cu_seqlens_q, cu_seqlens_k);
   check_arguments(kOp, a);
-  check(same_sizes(dout, q) && dout.scalar_type() == q.scalar_type(), kOp,
-        ": dout must have the shape and dtype of q, ", Got{q}, ", got ", Got{dout});
-  check_same_device(kOp, "dout", dout, q);
+  check_floating(kOp, "dout", dout);
+  check(same_sizes(dout, q), kOp, ": dout must be of shape ", Shape{q}, " as q is, got ", Got{dout});
+  check_same_device(kOp, "dout", dout, "q", q);
+  check_state(kOp, "delta", delta, a.row_sizes(), q);
+  check_state(kOp, "lse", lse, a.row_sizes(), q);
+  if (dq) check_state(kOp, "dq", *dq, q.sizes(), q);
+  if (dk) check_state(kOp, "dk", *dk, k.sizes(), q);
+  if (dv) check_state(kOp, "dv", *dv, v.sizes(), q);
+  check_type(dout.scalar_type() == q.scalar_type(), kOp, ": dout must be ", dtype_name(q.scalar_type()),
+             " as q is, got ", Got{dout});
   if constexpr (!kHasKernels) return UseReference(without_kernels(q));
   const Launch launch(kOp, q);
   if (const char* reason = no_kernel(launch, a, /*backward=*/true)) {
     return UseReference(reason);
   }
-  check_aligned(kOp, "q", q);
-  check_aligned(kOp, "k", k);
-  check_aligned(kOp, "v", v);
-  check_state(kOp, "delta", delta, a.row_sizes(), q);
-  check_state(kOp, "lse", lse, a.row_sizes(), q);
-  if (dq) check_state(kOp, "dq", *dq, sizes_of(q), q);
-  if (dk) check_state(kOp, "dk", *dk, sizes_of(k), q);
-  if (dv) check_state(kOp, "dv", *dv, sizes_of(v), q);
+  check_for_kernels(kOp, a);
+  a.make_contiguous();
   dout = with_aligned_rows(dout);
   delta = contiguous(delta);
   lse = contiguous(lse);

@@ -4,6 +4,7 @@
 
 #include <charconv>
 #include <cmath>
+#include <span>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -61,6 +62,16 @@ struct Shape {
   friend std::ostream& operator<<(std::ostream& os, const Shape& s) {
     os << "[";
     for (int64_t i = 0; i < s.t.dim(); ++i) os << (i ? ", " : "") << s.t.size(i);
+    return os << "]";
+  }
+};
+
+// Streams as "[2, 3]".
+struct Numbers {
+  std::span<const int64_t> values;
+  friend std::ostream& operator<<(std::ostream& os, const Numbers& n) {
+    os << "[";
+    for (size_t i = 0; i < n.values.size(); ++i) os << (i ? ", " : "") << n.values[i];
     return os << "]";
   }
 };

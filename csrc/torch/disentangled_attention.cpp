@@ -18,10 +18,10 @@ struct Arguments {
   std::optional<double> softmax_scale;
   int64_t position_buckets, max_relative_positions;
 
-  // The backward has out and lse between the two.
-  auto tensors() const { return std::tie(q, k, v, pos_key, pos_query); }
-  auto rest() const {
-    return std::tie(cu_seqlens, max_seqlen, positions, softmax_scale, position_buckets, max_relative_positions);
+  // What kernels read as it lies.
+  void make_contiguous() {
+    cu_seqlens = contiguous(cu_seqlens);
+    positions = contiguous(positions);
   }
 
   bool has_terms() const { return pos_key || pos_query; }
@@ -29,40 +29,49 @@ struct Arguments {
 };
 
 void check_arguments(const char* op, const Arguments& a) {
-  check(a.q.dim() == 3, op, ": q must be of shape [total, heads, head_dim], got ", Got{a.q});
-  const auto check_like_q = [&](const char* name, const Tensor& t) {
-    check(sizes_of(t) == sizes_of(a.q) && t.scalar_type() == a.q.scalar_type(), op, ": ", name,
-          " must have the shape and dtype of q, ", Got{a.q}, ", got ", Got{t});
-    check_same_device(op, name, t, a.q);
+  for (const auto& [name, t] : {std::pair{"q", &a.q}, {"k", &a.k}, {"v", &a.v}}) check_heads(op, name, *t);
+  if (a.pos_key) check_heads(op, "pos_key", *a.pos_key, "2 * span");
+  if (a.pos_query) check_heads(op, "pos_query", *a.pos_query, "2 * span");
+  check_floating(op, "q", a.q);
+  const int64_t heads = a.q.size(1), head_dim = a.q.size(2);
+  check(head_dim > 0, op, ": head_dim must be at least 1, got q ", Got{a.q});
+  for (const auto& [name, t] : {std::pair{"k", &a.k}, {"v", &a.v}}) {
+    check(same_sizes(*t, a.q), op, ": ", name, " must be of shape ", Shape{a.q}, " as q is, got ", Got{*t});
+  }
+  const auto check_table = [&](const char* name, const std::optional<Tensor>& t) {
+    check(!t || (t->size(0) >= 2 && t->size(0) % 2 == 0 && t->size(1) == heads && t->size(2) == head_dim), op, ": ",
+          name, " must be of shape [2 * span, ", heads, ", ", head_dim, "] with span at least 1, got ",
+          Got{t ? *t : a.q});
   };
-  check_like_q("k", a.k);
-  check_like_q("v", a.v);
-  const auto check_table = [&](const char* name, const Tensor& t) {
-    check(t.dim() == 3 && t.size(0) >= 2 && t.size(0) % 2 == 0 && t.size(1) == a.q.size(1) &&
-              t.size(2) == a.q.size(2) && t.scalar_type() == a.q.scalar_type(),
-          op, ": ", name, " must be of shape [2 * span, heads, head_dim] with q's heads, head_dim and dtype, got ",
-          Got{t}, " for q ", Got{a.q});
-    check_same_device(op, name, t, a.q);
+  check_table("pos_key", a.pos_key);
+  check_table("pos_query", a.pos_query);
+  if (a.pos_key && a.pos_query) {
+    check(same_sizes(*a.pos_key, *a.pos_query), op, ": pos_query must be of shape ", Shape{*a.pos_key},
+          " as pos_key is, got ", Got{*a.pos_query});
+  }
+  const auto check_as_q = [&](const char* name, const Tensor& t) {
+    check_type(t.scalar_type() == a.q.scalar_type(), op, ": ", name, " must be ", dtype_name(a.q.scalar_type()),
+               " as q is, got ", Got{t});
+    check_same_device(op, name, t, "q", a.q);
   };
-  if (a.pos_key) check_table("pos_key", *a.pos_key);
-  if (a.pos_query) check_table("pos_query", *a.pos_query);
-  check(!a.pos_key || !a.pos_query || a.pos_key->size(0) == a.pos_query->size(0), op,
-        ": pos_key and pos_query must have the same shape, got ", a.pos_key ? a.pos_key->size(0) : 0, " and ",
-        a.pos_query ? a.pos_query->size(0) : 0, " relative positions");
+  check_as_q("k", a.k);
+  check_as_q("v", a.v);
+  if (a.pos_key) check_as_q("pos_key", *a.pos_key);
+  if (a.pos_query) check_as_q("pos_query", *a.pos_query);
   check_offsets(op, "cu_seqlens", a.cu_seqlens, a.q);
-  check(a.max_seqlen >= 0, op, ": max_seqlen must not be negative, got ", a.max_seqlen);
   if (a.positions) {
     const Tensor& p = *a.positions;
-    check(p.dim() == 1 && p.size(0) == a.q.size(0) && p.scalar_type() == ScalarType::Long, op,
-          ": positions must be int64 of shape [", a.q.size(0), "], got ", Got{p});
-    check_same_device(op, "positions", p, a.q);
-    check_contiguous(op, "positions", p);
+    check_type(p.scalar_type() == ScalarType::Long, op, ": positions must be int64, got ", Got{p});
+    check(p.dim() == 1 && p.size(0) == a.q.size(0), op, ": positions must be of shape [", a.q.size(0),
+          "], the rows of q, got ", Got{p});
+    check_same_device(op, "positions", p, "q", a.q);
   }
-  check(a.position_buckets == 0 || a.position_buckets >= 2, op,
-        ": position_buckets must be 0 (none) or at least 2, got ", a.position_buckets);
-  check(a.position_buckets == 0 || a.max_relative_positions - 1 > a.position_buckets / 2, op,
-        ": max_relative_positions must be more than position_buckets / 2 + 1, got ", a.max_relative_positions, " and ",
-        a.position_buckets, " buckets");
+  const int64_t buckets = a.position_buckets;
+  check(buckets == 0 || buckets >= 2, op, ": position_buckets must be 0 or at least 2, got ", buckets);
+  check(buckets == 0 || a.max_relative_positions - 1 > buckets / 2, op, ": max_relative_positions must be at least ",
+        buckets / 2 + 2, " with ", buckets, " position_buckets, got ", a.max_relative_positions);
+  check_finite(op, "softmax_scale", a.softmax_scale.value_or(1));
+  check(a.max_seqlen >= 0, op, ": max_seqlen must not be negative, got ", a.max_seqlen);
 }
 
 // The relative positions that some pair of tokens can have, as columns of the tables: embeddings [first, first +
@@ -203,8 +212,8 @@ ForwardResult disentangled_attention(Tensor q, Tensor k, Tensor v, std::optional
                                      std::optional<Tensor> positions, std::optional<double> softmax_scale,
                                      int64_t position_buckets, int64_t max_relative_positions) {
   constexpr const char* kOp = "disentangled_attention";
-  const Arguments a(q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, positions, softmax_scale, position_buckets,
-                    max_relative_positions);
+  Arguments a(q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, positions, softmax_scale, position_buckets,
+              max_relative_positions);
   check_arguments(kOp, a);
   if constexpr (!kHasKernels) return UseReference(without_kernels(q));
   const Launch launch(kOp, q);
@@ -215,6 +224,7 @@ ForwardResult disentangled_attention(Tensor q, Tensor k, Tensor v, std::optional
   check_aligned(kOp, "q", q);
   check_aligned(kOp, "k", k);
   check_aligned(kOp, "v", v);
+  a.make_contiguous();
   const auto c2p = relative_scores(kOp, a, q, pos_key, columns);
   const auto p2c = relative_scores(kOp, a, k, pos_query, columns);
   ForwardResult result{empty(kOp, sizes_of(q), q.scalar_type(), q),
@@ -266,13 +276,13 @@ BackwardResult disentangled_attention_backward(Tensor dout, Tensor q, Tensor k, 
                                                std::optional<double> softmax_scale, int64_t position_buckets,
                                                int64_t max_relative_positions) {
   constexpr const char* kOp = "disentangled_attention_backward";
-  const Arguments a(q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, positions, softmax_scale, position_buckets,
-                    max_relative_positions);
+  Arguments a(q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, positions, softmax_scale, position_buckets,
+              max_relative_positions);
   check_arguments(kOp, a);
   for (const auto& [name, t] : {std::pair{"dout", dout}, std::pair{"out", out}}) {
-    check(sizes_of(t) == sizes_of(q) && t.scalar_type() == q.scalar_type(), kOp, ": ", name,
+    check(same_sizes(t, q) && t.scalar_type() == q.scalar_type(), kOp, ": ", name,
           " must have the shape and dtype of q, ", Got{q}, ", got ", Got{t});
-    check_same_device(kOp, name, t, q);
+    check_same_device(kOp, name, t, "q", q);
   }
   if constexpr (!kHasKernels) return UseReference(without_kernels(q));
   const Launch launch(kOp, q);
@@ -283,11 +293,12 @@ BackwardResult disentangled_attention_backward(Tensor dout, Tensor q, Tensor k, 
   check(
       lse.dim() == 2 && lse.size(0) == q.size(1) && lse.size(1) == q.size(0) && lse.scalar_type() == ScalarType::Float,
       kOp, ": lse must be float32 of shape [", q.size(1), ", ", q.size(0), "], got ", Got{lse});
-  check_same_device(kOp, "lse", lse, q);
+  check_same_device(kOp, "lse", lse, "q", q);
   check_contiguous(kOp, "lse", lse);
   check_aligned(kOp, "q", q);
   check_aligned(kOp, "k", k);
   check_aligned(kOp, "v", v);
+  a.make_contiguous();
   dout = with_aligned_rows(dout);
   out = with_aligned_rows(out);
   // Made again rather than kept from the forward: they are heads * width numbers a token.

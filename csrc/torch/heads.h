@@ -9,11 +9,15 @@
 
 namespace warpform {
 
-// [total, heads, head_dim], the last dimension contiguous.
-inline void check_heads(const char* op, const char* name, const Tensor& t) {
-  check(t.dim() == 3, op, ": ", name, " must be of shape [total, heads, head_dim], got ", Got{t});
+inline void check_last_dimension(const char* op, const char* name, const Tensor& t) {
   check(last_dimension_is_contiguous(t), op, ": the last dimension of ", name, " must be contiguous, got stride ",
-        t.stride(2), "; call ", name, ".contiguous()");
+        t.stride(-1), "; call ", name, ".contiguous()");
+}
+
+// [total, heads, head_dim], the last dimension contiguous.
+inline void check_heads(const char* op, const char* name, const Tensor& t, const char* rows = "total") {
+  check(t.dim() == 3, op, ": ", name, " must be of shape [", rows, ", heads, head_dim], got ", Got{t});
+  check_last_dimension(op, name, t);
 }
 
 inline void check_same_dtype(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {

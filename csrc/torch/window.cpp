@@ -1,7 +1,9 @@
 // Bindings of window attention: checks, allocation, launch.
 #include "kernels/window/launch.h"
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <optional>
 
 #include "binding.h"
@@ -17,11 +19,7 @@ struct Arguments {
   std::optional<double> scale;
   double mask_value;
 
-  // The backward has out and lse between the two.
-  auto tensors() const { return std::tie(qkv, table, logit_scale, qkv_bias); }
-  auto rest() const { return std::tie(window_size, shift_size, scale, mask_value); }
-
-  int64_t axes() const { return static_cast<int64_t>(window_size.size()); }
+  int64_t axes() const { return qkv.dim() - 4; }
   int64_t heads() const { return qkv.size(-2); }
   int64_t head_dim() const { return qkv.size(-1); }
   int64_t tokens() const {  // of a window
@@ -36,37 +34,50 @@ struct Arguments {
   }
 };
 
-void check_parameter(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
-                     const Tensor& as) {
-  bool fits = t.dim() == static_cast<int64_t>(sizes.size()) && is_float(t.scalar_type());
-  std::string shape;
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    fits = fits && t.size(static_cast<int64_t>(i)) == sizes[i];
-    shape += (i > 0 ? ", " : "") + std::to_string(sizes[i]);
-  }
-  check(fits, op, ": ", name, " must be floating-point of shape [", shape, "], got ", Got{t});
-  check_same_device(op, name, t, as);
-}
+// Every axis of a window holds at most so many tokens, so that numbers of tokens and of a table's rows fit an int64.
+constexpr int64_t kLongestAxis = int64_t{1} << 20;
 
 void check_arguments(const char* op, const Arguments& a) {
+  check_floating(op, "qkv", a.qkv);
+  check((a.qkv.dim() == 6 || a.qkv.dim() == 7) && a.qkv.size(-3) == 3, op,
+        ": qkv must be of shape [batch, height, width, 3, heads, head_dim], or with depth before height, got ",
+        Shape{a.qkv});
+  check(a.head_dim() > 0, op, ": head_dim must be at least 1, got qkv of shape ", Shape{a.qkv});
   const int64_t axes = a.axes();
-  check(axes == 2 || axes == 3, op, ": window_size must have 2 or 3 numbers, got ", axes);
-  check(a.qkv.dim() == axes + 4 && a.qkv.size(axes + 1) == 3 && is_float(a.qkv.scalar_type()), op,
-        ": qkv must be of shape [batch, ", axes == 3 ? "depth, " : "",
-        "height, width, 3, heads, head_dim] for a window of ", axes, " axes, got ", Got{a.qkv});
-  check(static_cast<int64_t>(a.shift_size.size()) == axes, op, ": shift_size must have ", axes,
-        " numbers, as window_size, got ", a.shift_size.size());
+  for (const auto& [name, sizes] : {std::pair{"window_size", &a.window_size}, {"shift_size", &a.shift_size}}) {
+    check(static_cast<int64_t>(sizes->size()) == axes, op, ": ", name, " must be an int or ", axes,
+          " of them, one for each axis, got ", Numbers{*sizes});
+  }
   int64_t entries = 1;
   for (int64_t i = 0; i < axes; ++i) {
     const int64_t w = a.window_size[i], s = a.shift_size[i];
-    check(w >= 1 && w <= 1 << 20, op, ": window_size must be 1 to 2^20 on every axis, got ", w);
-    check(s >= 0 && s < w, op, ": shift_size must be at least 0 and less than window_size, got ", s, " for ", w);
+    check(w >= 1, op, ": window_size must be at least 1, got ", Numbers{a.window_size});
+    check(s >= 0 && s < w, op, ": shift_size must be at least 0 and below window_size ", Numbers{a.window_size},
+          ", got ", Numbers{a.shift_size});
+    check(w <= kLongestAxis, op, ": window_size must be at most 2^20 on every axis, got ", Numbers{a.window_size});
     entries *= 2 * w - 1;
   }
-  check(!(a.logit_scale && a.scale), op, ": scale and logit_scale exclude each other, got both");
-  if (a.table) check_parameter(op, "relative_position_bias_table", *a.table, {entries, a.heads()}, a.qkv);
-  if (a.logit_scale) check_parameter(op, "logit_scale", *a.logit_scale, {a.heads()}, a.qkv);
-  if (a.qkv_bias) check_parameter(op, "qkv_bias", *a.qkv_bias, {3, a.heads(), a.head_dim()}, a.qkv);
+  const auto check_shape = [&](const char* name, const std::optional<Tensor>& t, std::vector<int64_t> sizes) {
+    if (!t) return;
+    check(std::ranges::equal(t->sizes(), sizes), op, ": ", name, " must be of shape ", Numbers{sizes}, ", got ",
+          Shape{*t});
+  };
+  check_shape("relative_position_bias_table", a.table, {entries, a.heads()});
+  check_shape("logit_scale", a.logit_scale, {a.heads()});
+  check_shape("qkv_bias", a.qkv_bias, {3, a.heads(), a.head_dim()});
+  check(!(a.logit_scale && a.scale), op, ": scale must be None where logit_scale is given, got ",
+        Number{a.scale.value_or(0)});
+  const auto check_parameter = [&](const char* name, const std::optional<Tensor>& t) {
+    if (!t) return;
+    check_type(t->scalar_type() == a.qkv.scalar_type() || t->scalar_type() == ScalarType::Float, op, ": ", name,
+               " must be ", dtype_name(a.qkv.scalar_type()), " as qkv is, or float32, got ", Got{*t});
+    check_same_device(op, name, *t, "qkv", a.qkv);
+  };
+  check_parameter("relative_position_bias_table", a.table);
+  check_parameter("logit_scale", a.logit_scale);
+  check_parameter("qkv_bias", a.qkv_bias);
+  check_finite(op, "scale", a.scale.value_or(1));
+  if (a.mask_value != -std::numeric_limits<double>::infinity()) check_finite(op, "mask_value", a.mask_value);
 }
 
 // The problem by its sizes and dtypes; `table` is not read; it tells only whether there is one.
@@ -107,9 +118,6 @@ const char* no_kernel(const Launch& launch, const Arguments& a, bool backward) {
   if (const char* reason = launch.unusable()) return reason;
   if (const char* reason = kHalfTypes.why_not(dtype_name(a.qkv.scalar_type()))) return reason;
   if (a.qkv_bias && a.qkv_bias->scalar_type() != a.qkv.scalar_type()) return "qkv_bias is not of qkv's dtype";
-  for (const auto& t : {a.table, a.logit_scale}) {
-    if (t && t->scalar_type() == ScalarType::Double) return "a float64 table or logit_scale";
-  }
   return window_attention_unsupported(problem(a), backward);
 }
 
@@ -169,7 +177,7 @@ BackwardResult window_attention_backward(Tensor dout, Tensor qkv, std::optional<
   for (const auto& [name, t] : {std::pair{"dout", dout}, std::pair{"out", out}}) {
     check(sizes_of(t) == out_sizes(a) && t.scalar_type() == qkv.scalar_type(), kOp, ": ", name,
           " must have the shape and dtype of the output for qkv, ", Got{qkv}, ", got ", Got{t});
-    check_same_device(kOp, name, t, qkv);
+    check_same_device(kOp, name, t, "qkv", qkv);
   }
   if constexpr (!kHasKernels) return UseReference(without_kernels(qkv));
   const Launch launch(kOp, qkv);
@@ -178,7 +186,7 @@ BackwardResult window_attention_backward(Tensor dout, Tensor qkv, std::optional<
   }
   check(sizes_of(lse) == lse_sizes(a) && lse.scalar_type() == ScalarType::Float, kOp,
         ": lse must be float32 as the forward returned it, got ", Got{lse});
-  check_same_device(kOp, "lse", lse, qkv);
+  check_same_device(kOp, "lse", lse, "qkv", qkv);
   make_dense(a);
   dout = dense(dout);
   out = dense(out);

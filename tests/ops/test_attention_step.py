@@ -243,11 +243,16 @@ VARLEN = {
         ({"k_stride": 0}, ValueError, "q_stride and k_stride must be at least 1, got 1 and 0"),
         ({"window_size": (-2, 1)}, ValueError, r"window_size must be at least -1, which is unbounded, got \(-2, 1\)"),
         ({"window_size": 3}, TypeError, r"window_size must be \(left, right\)"),
+        ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite, got nan"),
         ({"lse": None}, ValueError, "out and lse must both be given, or neither"),
         ({"out": _zeros(1, 9, 2, 8, dtype=torch.bfloat16)}, TypeError, "out must be float32 for q in float32"),
         ({"out": _zeros(1, 9, 8, 2)}, ValueError, r"out must be of shape \[1, 9, 2, 8\]"),
         ({"lse": _zeros(1, 9, 2)}, ValueError, r"lse must be of shape \[1, 2, 9\], got float32 of shape \[1, 9, 2\]"),
+        ({"lse": _zeros(1, 2, 9, dtype=torch.float64)}, TypeError, "lse must be float32 for q in float32, got float64"),
+        ({"out": 1.0}, TypeError, r"out must be a tensor, got 1.0 \(float\)"),
         ({"cu_seqlens_q": CU}, ValueError, "cu_seqlens_q and cu_seqlens_k must both be given, or neither"),
+        (VARLEN | {"cu_seqlens_q": [0, 9]}, TypeError, "cu_seqlens_q must be a tensor"),
+        (VARLEN | {"cu_seqlens_q": CU.to("meta")}, ValueError, "cu_seqlens_q must be on cpu as q is, got meta"),
         (VARLEN | {"cu_seqlens_k": CU.long()}, TypeError, r"cu_seqlens_k must be int32 of shape \[batch \+ 1\]"),
         (VARLEN | {"cu_seqlens_k": CU[:2].clone()}, ValueError, r"cu_seqlens_k must be of shape \[3\]"),
         (VARLEN | {"cu_seqlens_k": CU + 1}, ValueError, "cu_seqlens_k must begin with 0, got 1"),
@@ -268,6 +273,9 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
     [
         ({"dout": _zeros(1, 9, 2, 4)}, ValueError, r"dout must be of shape \[1, 9, 2, 8\] as q is"),
         ({"dout": _zeros(1, 9, 2, 8, dtype=torch.int32)}, TypeError, "dout must be float16, bfloat16"),
+        ({"dout": [1.0]}, TypeError, "dout must be a tensor"),
+        ({"dout": _zeros(1, 9, 2, 4, dtype=torch.float64)}, ValueError, r"dout must be of shape \[1, 9, 2, 8\]"),
+        ({"dout": _zeros(1, 9, 2, 8).to("meta")}, ValueError, "must be on .* as .* is, got"),
         ({"delta": _zeros(1, 2, 9, dtype=torch.float64)}, TypeError, "delta must be float32"),
         ({"lse": _zeros(1, 9, 2)}, ValueError, r"lse must be of shape \[1, 2, 9\]"),
         ({"dq": _zeros(1, 8, 2, 8)}, ValueError, r"dq must be of shape \[1, 9, 2, 8\]"),
@@ -287,10 +295,13 @@ def test_bad_input_of_the_backward(change: dict[str, Any], error: type[Exception
 
 def test_the_op_itself_refuses_what_would_be_unsafe() -> None:
     q = _zeros(1, 9, 2, 8)
-    with pytest.raises(ValueError, match="attention_step: q_stride and k_stride must be at least 1"):
+    with pytest.raises(RuntimeError, match="attention_step: q_stride and k_stride must be at least 1"):
         OPS.attention_step(q, q, q, q_stride=0)
-    with pytest.raises(ValueError, match="attention_step: out and lse must both be given"):
+    with pytest.raises(RuntimeError, match="attention_step: out and lse must both be given"):
         OPS.attention_step(q, q, q, q)
+    rows = _zeros(1, 2, 9)
+    with pytest.raises(RuntimeError, match="attention_step_backward: dout must be float32 as q is, got float16"):
+        OPS.attention_step_backward(q.half(), rows, q, q, q, rows)
 
 
 # ---- compile, export ----

@@ -90,13 +90,13 @@ def test_varlen_attention(changed: dict[str, Any], error: type[Exception], messa
 @pytest.mark.parametrize("values", ([0, 5, 4], [0, 3, 9], [-1, 3, 7], [0, 7, 7], [2, 3, 7], [0, -3, 4]), ids=str)
 def test_op_called_directly_checks_offsets(values: list[int]) -> None:
     cu = torch.tensor(values, dtype=INT)
-    with pytest.raises(ValueError, match=r"^varlen_attention: (cu_seqlens_q|max_seqlen_q) must"):
+    with pytest.raises(RuntimeError, match=r"^varlen_attention: (cu_seqlens_q|max_seqlen_q) must"):
         torch.ops.warpform.varlen_attention(Q, Q, Q, cu, cu, 4, 4)
-    with pytest.raises(ValueError, match=r"^varlen_attention_backward: (cu_seqlens_q|max_seqlen_q) must"):
+    with pytest.raises(RuntimeError, match=r"^varlen_attention_backward: (cu_seqlens_q|max_seqlen_q) must"):
         torch.ops.warpform.varlen_attention_backward(Q, None, Q, Q, Q, Q, Q[:, :, 0].t(), cu, cu, 4, 4)
-    with pytest.raises(ValueError, match=r"^disentangled_attention: (cu_seqlens|max_seqlen) must"):
+    with pytest.raises(RuntimeError, match=r"^disentangled_attention: (cu_seqlens|max_seqlen) must"):
         torch.ops.warpform.disentangled_attention(Q, Q, Q, None, None, cu, 4)
-    with pytest.raises(ValueError, match=r"^disentangled_attention_backward: (cu_seqlens|max_seqlen) must"):
+    with pytest.raises(RuntimeError, match=r"^disentangled_attention_backward: (cu_seqlens|max_seqlen) must"):
         torch.ops.warpform.disentangled_attention_backward(Q, Q, Q, Q, None, None, Q, Q[:, :, 0].t(), cu, 4)
 
 
@@ -153,6 +153,11 @@ BAD_DISENTANGLED: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"max_relative_positions must be at least 6 with 8 position_buckets, got 5",
     ),
+    ({"max_relative_positions": 5.5}, TypeError, r"max_relative_positions must be an int, got 5.5 \(float\)"),
+    ({"pos_query": [1.0]}, TypeError, r"pos_query must be a tensor, got \[1.0\] \(list\)"),
+    ({"pos_query": torch.randn(6, 8, 2).mT}, ValueError, r"the last dimension of pos_query must be contiguous"),
+    ({"softmax_scale": float("inf")}, ValueError, r"softmax_scale must be finite, got inf"),
+    ({"softmax_scale": "1"}, TypeError, r"softmax_scale must be a number, got '1' \(str\)"),
 ]
 
 
@@ -160,6 +165,20 @@ BAD_DISENTANGLED: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_disentangled_attention(changed: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^disentangled_attention: {message}"):
         ops.disentangled_attention(**{**DISENTANGLED, **changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"dout": Q[:6]}, r"dout must have the shape and dtype of q, float32 of shape \[7, 2, 8\], got .* \[6, 2, 8\]"),
+        ({"out": Q.half()}, r"out must have the shape and dtype of q, float32 .*, got float16 of shape \[7, 2, 8\]"),
+        ({"k": Q[:6]}, r"k must be of shape \[7, 2, 8\] as q is"),
+    ],
+)
+def test_disentangled_attention_backward_called_directly(changed: dict[str, Any], message: str) -> None:
+    arguments = {"dout": Q, **DISENTANGLED, "out": Q, "lse": torch.zeros(2, 7)} | changed
+    with pytest.raises(RuntimeError, match=f"^disentangled_attention_backward: {message}"):
+        torch.ops.warpform.disentangled_attention_backward(**arguments)
 
 
 X = torch.randn(2, 3, 8)

@@ -114,6 +114,23 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert {t.grad.dtype for t in (qkv, table, bias, scale)} == {torch.float32}
 
 
+def test_autocast_to_another_dtype_than_that_of_the_parameters() -> None:
+    qkv, table, bias = (leaf(*shape, dtype=torch.float16) for shape in ((2, 5, 6, 3, 2, 8), (25, 2), (3, 2, 8)))
+    scale = leaf(2, dtype=torch.float16)
+    how = {"window_size": 3, "shift_size": 1}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ops.window_attention(qkv, table, logit_scale=scale, qkv_bias=bias, **how)
+        # float64 stays, and padding is as exact.
+        exact = ops.window_attention(qkv.double(), qkv_bias=bias.float(), **how)
+    with torch.no_grad():
+        cast = [t.bfloat16() for t in (qkv, bias)]
+        wide = ops.window_attention(cast[0], table.float(), logit_scale=scale.float(), qkv_bias=cast[1], **how)
+        assert torch.equal(out, wide)
+        assert torch.equal(exact, ops.window_attention(qkv.double(), qkv_bias=bias.double(), **how))
+    out.float().sum().backward()
+    assert {t.grad.dtype for t in (qkv, table, bias, scale)} == {torch.float16}
+
+
 # ---- meaning ----
 
 
@@ -247,6 +264,19 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"scale must be None where logit_scale is given, got 0.5",
     ),
+    ({"scale": float("inf")}, ValueError, r"scale must be finite, got inf"),
+    ({"mask_value": float("inf")}, ValueError, r"mask_value must be finite, got inf"),
+    ({"mask_value": float("nan")}, ValueError, r"mask_value must be finite, got nan"),
+    ({"mask_value": "0"}, TypeError, r"mask_value must be a number, got '0' \(str\)"),
+    (
+        {"window_size": (1, 2**20 + 1)},
+        ValueError,
+        r"window_size must be at most 2\^20 on every axis, got \[1, 1048577\]",
+    ),
+    ({"logit_scale": torch.ones(2).double()}, TypeError, r"logit_scale must be float32 as qkv is, or float32, got"),
+    ({"qkv_bias": torch.ones(3, 2, 8).half()}, TypeError, r"qkv_bias must be float32 as qkv is, or float32, got"),
+    ({"qkv_bias": 1.0}, TypeError, r"qkv_bias must be a tensor, got 1.0 \(float\)"),
+    ({"qkv_bias": torch.ones(3, 2, 8).int()}, TypeError, r"qkv_bias must be float32 as qkv is, .* got int32"),
 ]
 
 
@@ -257,11 +287,17 @@ def test_bad_arguments(changed: dict[str, Any], error: type[Exception], message:
 
 
 def test_op_called_directly_checks_shapes() -> None:
-    with pytest.raises(ValueError, match=r"^window_attention: shift_size must"):
+    with pytest.raises(RuntimeError, match=r"^window_attention: shift_size must"):
         OPS.window_attention(QKV, None, None, None, [2, 2], [2, 0])
     out, lse = OPS.window_attention(QKV, None, None, None, [2, 2], [0, 0])
-    with pytest.raises(ValueError, match=r"^window_attention_backward: relative_position_bias_table must be of shape"):
+    with pytest.raises(
+        RuntimeError, match=r"^window_attention_backward: relative_position_bias_table must be of shape"
+    ):
         OPS.window_attention_backward(out, QKV, torch.ones(8, 2), None, None, out, lse, [2, 2], [0, 0])
+    with pytest.raises(
+        RuntimeError, match=r"^window_attention_backward: dout must have the shape and dtype of the out"
+    ):
+        OPS.window_attention_backward(out.half(), QKV, None, None, None, out, lse, [2, 2], [0, 0])
 
 
 # ---- compile, export ----

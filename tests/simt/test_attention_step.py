@@ -80,6 +80,20 @@ def test_bad_offsets_stay_in_bounds(simt: Any, offsets: list[int]) -> None:
             )
 
 
+def test_offsets_may_lie_apart(simt: Any) -> None:
+    x = step_inputs(StepCase("", (20, 7), (12, 20), varlen=True, causal=True), torch.float16)
+    apart = {name: x.options[name].repeat_interleave(2)[::2] for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    assert not any(t.is_contiguous() for t in apart.values())
+    results = []
+    for options in (x.options, x.options | apart):
+        out, lse = simt.attention_step(x.q, x.k, x.v, x.out, x.lse, **options)
+        gradients = simt.attention_step_backward(
+            x.dout, lse, x.q, x.k, x.v, lse, x.dq, x.dk, x.dv, **options, deterministic=True
+        )
+        results.append((out, lse, *gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_kernel_table_lists_what_runs(simt: Any) -> None:
     rows = [row for row in json.loads(simt._kernel_table()) if row["op"].startswith("attention_step")]
     assert {(row["op"], row["dtype"]) for row in rows} == {
@@ -103,19 +117,19 @@ def _zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         ({"q": _zeros(1, 9, 2, 136), "k": _zeros(1, 8, 2, 136), "v": _zeros(1, 8, 2, 136)}, "multiple of 8 up to 128"),
         ({"softmax_scale": -1.0}, "no kernel: softmax_scale is not a positive float32"),
         ({"q": _zeros(9, 2, 16)}, r"q must be of shape \[batch, length, heads, head_dim\], got bfloat16 of shape"),
-        ({"k": _zeros(2, 8, 2, 16)}, "k must be of shape .* with q's batch"),
-        ({"k": _zeros(1, 8, 2, 16, dtype=torch.float16)}, "k must be of shape .* and dtype, got float16"),
-        ({"v": _zeros(1, 8, 2, 24)}, "v must have the shape and dtype of k"),
-        ({"k": _zeros(1, 8, 3, 16), "v": _zeros(1, 8, 3, 16)}, "a multiple of those of k and v, got 2 and 3"),
+        ({"k": _zeros(2, 8, 2, 16)}, "k and v must be of one shape .*, batch and head_dim as q's"),
+        ({"k": _zeros(1, 8, 2, 16, dtype=torch.float16)}, "k must be bfloat16 as q is, got float16"),
+        ({"v": _zeros(1, 8, 2, 24)}, "k and v must be of one shape"),
+        ({"k": _zeros(1, 8, 3, 16), "v": _zeros(1, 8, 3, 16)}, "the 2 heads of q must be a multiple of .*, got 3"),
         ({"k_stride": 0}, "q_stride and k_stride must be at least 1, got 1 and 0"),
         ({"q_offset": 2**62}, "offsets must be within 2.62"),
-        ({"window_size_left": -2}, r"window_size must be at least -1 on both sides, got \(-2, -1\)"),
+        ({"window_size_left": -2}, r"window_size must be at least -1, which is unbounded, got \(-2, -1\)"),
         ({"cu_seqlens_q": torch.zeros(2, dtype=torch.int32)}, "must both be given, or neither"),
         ({"lse": None}, "out and lse must both be given, or neither"),
-        ({"out": _zeros(1, 9, 2, 16)}, "out must be float32 of the shape that belongs to q .* got bfloat16"),
-        ({"lse": _zeros(1, 9, 2, dtype=torch.float32)}, r"lse must be float32 .* got float32 of shape \[1, 9, 2\]"),
+        ({"out": _zeros(1, 9, 2, 16)}, "out must be float32 for q in bfloat16, got bfloat16"),
+        ({"lse": _zeros(1, 9, 2, dtype=torch.float32)}, r"lse must be of shape \[1, 2, 9\], got .* \[1, 9, 2\]"),
         ({"q": misaligned(_zeros(1, 9, 2, 16))}, r"q must be 16-byte aligned, .* call \.clone\(\)"),
-        ({"k": _zeros(1, 8, 2, 16, 2)[..., 0]}, "k must be contiguous in its last dimension"),
+        ({"k": _zeros(1, 8, 2, 16, 2)[..., 0]}, "the last dimension of k must be contiguous, got stride 2"),
         ({"v": _zeros(1, 8, 2, 17)[..., :16]}, "v must be 16-byte aligned"),
     ],
 )  # fmt: skip
@@ -129,12 +143,12 @@ def test_bad_input(simt: Any, change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dout": _zeros(1, 9, 2, 16, dtype=torch.float32)}, "dout must have the shape and dtype of q"),
-        ({"delta": _zeros(1, 2, 8, dtype=torch.float32)}, "delta must be float32"),
+        ({"dout": _zeros(1, 9, 2, 16, dtype=torch.float32)}, "dout must be bfloat16 as q is, got float32"),
+        ({"delta": _zeros(1, 2, 8, dtype=torch.float32)}, r"delta must be of shape \[1, 2, 9\]"),
         ({"lse": _zeros(1, 2, 9, dtype=torch.float64)}, "lse must be float32"),
         ({"dq": _zeros(1, 9, 2, 16)}, "dq must be float32"),
-        ({"dk": _zeros(1, 9, 2, 16, dtype=torch.float32)}, "dk must be float32"),
-        ({"dv": _zeros(1, 8, 2, 24, dtype=torch.float32)}, "dv must be float32"),
+        ({"dk": _zeros(1, 9, 2, 16, dtype=torch.float32)}, r"dk must be of shape \[1, 8, 2, 16\]"),
+        ({"dv": _zeros(1, 8, 2, 24, dtype=torch.float32)}, r"dv must be of shape \[1, 8, 2, 16\]"),
         ({"q_stride": -1}, "q_stride and k_stride must be at least 1"),
     ],
 )

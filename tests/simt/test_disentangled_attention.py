@@ -48,8 +48,20 @@ def test_misaligned_slices_are_refused(simt: Any) -> None:
     with pytest.raises(RuntimeError, match=r"disentangled_attention: q must be 16-byte aligned, .* call \.clone\(\)"):
         _call(simt, case, q=cases.misaligned(x.q))
     spread = torch.zeros(*x.k.shape, 2, dtype=torch.bfloat16)[..., 0]
-    with pytest.raises(RuntimeError, match=r"k must be contiguous in its last dimension; call \.contiguous\(\)"):
+    with pytest.raises(RuntimeError, match=r"the last dimension of k must be contiguous, .* call k\.contiguous\(\)"):
         _call(simt, case, k=spread)
+
+
+def test_offsets_and_positions_may_lie_apart(simt: Any) -> None:
+    case = DisentangledCase("", (30, 11), holes=True)
+    x = disentangled_inputs(case, torch.bfloat16)
+    positions = x.options["positions"]
+    apart = {
+        "cu_seqlens": x.cu_seqlens.repeat_interleave(2)[::2], "positions": positions.repeat_interleave(2)[::2]
+    }  # fmt: skip
+    assert not any(t.is_contiguous() for t in apart.values())
+    for plain, spread in zip(_call(simt, case), _call(simt, case, **apart), strict=True):
+        assert torch.equal(plain, spread)
 
 
 def test_kernel_table_lists_what_runs(simt: Any) -> None:
@@ -89,22 +101,21 @@ def _table(rows: int, heads: int = 2, head_dim: int = 16, dtype: torch.dtype = t
         ({"pos_key": _table(9000), "pos_query": None, "positions": torch.arange(9)},
          "no kernel: relative positions differ past a distance of 4096"),
         ({"max_seqlen": -1}, "max_seqlen must not be negative"),
-        ({"k": torch.zeros(9, 2, 16)}, "k must have the shape and dtype of q"),
-        ({"v": torch.zeros(8, 2, 16).bfloat16()}, "v must have the shape and dtype of q"),
-        ({"pos_key": _table(7)}, r"pos_key must be of shape \[2 \* span, heads, head_dim\] .* got bfloat16 of shape"),
+        ({"k": torch.zeros(9, 2, 16)}, "k must be bfloat16 as q is, got float32"),
+        ({"v": torch.zeros(8, 2, 16).bfloat16()}, r"v must be of shape \[9, 2, 16\] as q is"),
+        ({"pos_key": _table(7)}, r"pos_key must be of shape \[2 \* span, 2, 16\] .* got bfloat16 of shape"),
         ({"pos_key": _table(0)}, "pos_key must be of shape"),
         ({"pos_key": _table(16, heads=3)}, "pos_key must be of shape"),
         ({"pos_query": _table(16, head_dim=8)}, "pos_query must be of shape"),
-        ({"pos_query": _table(16, dtype=torch.float16)}, "pos_query must be of shape .* got float16"),
-        ({"pos_query": _table(18)}, "pos_key and pos_query must have the same shape, got 16 and 18 relative positions"),
+        ({"pos_query": _table(16, dtype=torch.float16)}, "pos_query must be bfloat16 as q is, got float16"),
+        ({"pos_query": _table(18)}, r"pos_query must be of shape \[16, 2, 16\] as pos_key is, got .* \[18, 2, 16\]"),
         ({"cu_seqlens": torch.zeros(2)}, r"cu_seqlens must be int32 of shape \[batch \+ 1\], got float32"),
-        ({"positions": torch.zeros(9)}, r"positions must be int64 of shape \[9\], got float32"),
-        ({"positions": torch.zeros(8).long()}, r"positions must be int64 of shape \[9\], got int64 of shape \[8\]"),
-        ({"positions": torch.zeros(18).long()[::2]}, "positions must be contiguous"),
-        ({"position_buckets": 1}, r"position_buckets must be 0 \(none\) or at least 2, got 1"),
-        ({"position_buckets": -1}, r"position_buckets must be 0 \(none\) or at least 2, got -1"),
+        ({"positions": torch.zeros(9)}, "positions must be int64, got float32"),
+        ({"positions": torch.zeros(8).long()}, r"positions must be of shape \[9\], the rows of q, got int64 .* \[8\]"),
+        ({"position_buckets": 1}, "position_buckets must be 0 or at least 2, got 1"),
+        ({"position_buckets": -1}, "position_buckets must be 0 or at least 2, got -1"),
         ({"position_buckets": 32, "max_relative_positions": 17},
-         "max_relative_positions must be more than position_buckets / 2 [+] 1, got 17 and 32 buckets"),
+         "max_relative_positions must be at least 18 with 32 position_buckets, got 17"),
     ],
 )  # fmt: skip
 def test_bad_input(simt: Any, change: dict[str, Any], message: str) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _env
 from . import _check
 from ._dtypes import accumulation_dtype
 from ._register import register_op
@@ -35,15 +34,45 @@ def _backward_fake(
     return dq, dk, dv
 
 
+def _validate_step(
+    q: Tensor, k: Tensor, *rest: Any, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, **how: Any
+) -> None:
+    _validate("attention_step", q, k, cu_seqlens_q, cu_seqlens_k)
+
+
+def _validate_backward(
+    dout: Tensor,
+    delta: Tensor,
+    q: Tensor,
+    k: Tensor,
+    *rest: Any,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    **how: Any,
+) -> None:
+    _validate("attention_step_backward", q, k, cu_seqlens_q, cu_seqlens_k)
+
+
+def _validate(op: str, q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
+    # On a CPU the reference checks.
+    if cu_seqlens_q is not None and cu_seqlens_k is not None and q.device.type != "cpu":
+        attention_reference.check_offsets(op, q, k, cu_seqlens_q, cu_seqlens_k, q.size(0), k.size(0))
+
+
 # Neither op is differentiable. Only the result of all steps is; code that takes steps calls the second op in backward.
 _attention_step = register_op(
-    "attention_step", reference=reference.attention_step, fake=_fake, example=examples.attention_step
+    "attention_step",
+    reference=reference.attention_step,
+    fake=_fake,
+    example=examples.attention_step,
+    validate=_validate_step,
 )
 _attention_step_backward = register_op(
     "attention_step_backward",
     reference=reference.attention_step_backward,
     fake=_backward_fake,
     example=examples.attention_step_backward,
+    validate=_validate_backward,
 )
 
 
@@ -98,15 +127,8 @@ def attention_step(
         RuntimeError: on differentiating through it.
     """
     op = "attention_step"
-    left, right = _check_step(
-        op, q, k, v, window_size, q_offset, k_offset, q_stride, k_stride, cu_seqlens_q, cu_seqlens_k
-    )
-    _check.finite(op, "softmax_scale", softmax_scale)
-    if (out is None) != (lse is None):
-        raise ValueError(f"{op}: out and lse must both be given, or neither")
-    if out is not None and lse is not None:
-        _check_state(op, "out", out, tuple(q.shape), q)
-        _check_state(op, "lse", lse, _rows_shape(q), q)
+    left, right = _check.window(op, window_size)
+    _check_integers(op, q_offset=q_offset, k_offset=k_offset, q_stride=q_stride, k_stride=k_stride)
     new_out, new_lse = _attention_step(
         q,
         k,
@@ -168,22 +190,12 @@ def attention_step_backward(
         TypeError, ValueError, RuntimeError: as `attention_step`.
     """
     op = "attention_step_backward"
-    left, right = _check_step(
-        op, q, k, v, window_size, q_offset, k_offset, q_stride, k_stride, cu_seqlens_q, cu_seqlens_k
-    )
-    _check.finite(op, "softmax_scale", softmax_scale)
-    _check.tensor(op, "dout", dout)
-    _check.floating(op, "dout", dout)
-    if dout.shape != q.shape:
-        raise ValueError(f"{op}: dout must be of shape {list(q.shape)} as q is, got {_check.describe(dout)}")
-    _check.same_device(op, "dout", dout, "q", q)
-    for name, t in (("delta", delta), ("lse", lse)):
-        _check_state(op, name, t, _rows_shape(q), q)
-    for name, gradient, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
-        if gradient is not None:
-            _check_state(op, name, gradient, tuple(like.shape), q)
+    left, right = _check.window(op, window_size)
+    _check_integers(op, q_offset=q_offset, k_offset=k_offset, q_stride=q_stride, k_stride=k_stride)
+    if isinstance(dout, Tensor) and isinstance(q, Tensor) and dout.dtype != q.dtype and dout.dtype in _check.FLOATS:
+        dout = dout.to(q.dtype)
     new_dq, new_dk, new_dv = _attention_step_backward(
-        dout if dout.dtype == q.dtype else dout.to(q.dtype),
+        dout,
         delta,
         q,
         k,
@@ -207,81 +219,7 @@ def attention_step_backward(
     return new_dq, new_dk, new_dv
 
 
-def _check_step(
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window_size: tuple[int, int],
-    q_offset: int,
-    k_offset: int,
-    q_stride: int,
-    k_stride: int,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-) -> tuple[int, int]:
-    """Checks what forward and backward share; returns the window."""
-    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
-        raise ValueError(f"{op}: cu_seqlens_q and cu_seqlens_k must both be given, or neither")
-    varlen = cu_seqlens_q is not None
-    shape = "[total, heads, head_dim]" if varlen else "[batch, length, heads, head_dim]"
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        _check.tensor(op, name, t)
-        if t.dim() != (3 if varlen else 4):
-            raise ValueError(
-                f"{op}: {name} must be of shape {shape} {'with' if varlen else 'without'} cu_seqlens, "
-                f"got {_check.describe(t)}"
-            )
-        if t.stride(-1) != 1 and t.size(-1) != 1:
-            raise ValueError(
-                f"{op}: the last dimension of {name} must be contiguous, got stride {t.stride(-1)}; "
-                f"call {name}.contiguous()"
-            )
-    _check.floating(op, "q", q)
-    if q.size(-1) == 0:
-        raise ValueError(f"{op}: head_dim must be at least 1, got q {_check.describe(q)}")
-    if v.shape != k.shape or k.size(-1) != q.size(-1) or (not varlen and k.size(0) != q.size(0)):
-        raise ValueError(
-            f"{op}: k and v must be of one shape {shape}, batch and head_dim as q's, got q {_check.describe(q)}, "
-            f"k {_check.describe(k)} and v {_check.describe(v)}"
-        )
-    if k.size(-2) == 0 or q.size(-2) % k.size(-2) != 0:
-        raise ValueError(
-            f"{op}: the {q.size(-2)} heads of q must be a multiple of the heads of k and v, got {k.size(-2)}"
-        )
-    for name, t in (("k", k), ("v", v)):
-        if t.dtype != q.dtype:
-            raise TypeError(f"{op}: {name} must be {_check.dtype_name(q.dtype)} as q is, got {_check.describe(t)}")
-        _check.same_device(op, name, t, "q", q)
-    for name, value in (
-        ("q_offset", q_offset), ("k_offset", k_offset), ("q_stride", q_stride), ("k_stride", k_stride),
-    ):  # fmt: skip
+def _check_integers(op: str, **values: int) -> None:
+    """Torch takes a bool for an int."""
+    for name, value in values.items():
         _check.integer(op, name, value)
-    left, right = _check.window(op, window_size)
-    compiling = torch.compiler.is_compiling()
-    if not compiling and (q_stride < 1 or k_stride < 1):
-        raise ValueError(f"{op}: q_stride and k_stride must be at least 1, got {q_stride} and {k_stride}")
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        _check.cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q)
-        _check.cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, q)
-        if cu_seqlens_k is not cu_seqlens_q and cu_seqlens_k.size(0) != cu_seqlens_q.size(0):
-            raise ValueError(
-                f"{op}: cu_seqlens_k must be of shape [{cu_seqlens_q.size(0)}] as cu_seqlens_q is, "
-                f"got {_check.describe(cu_seqlens_k)}"
-            )
-        if not compiling and q.device.type != "cpu" and _env.validate():  # on a CPU the reference checks
-            attention_reference.check_offsets(op, q, k, cu_seqlens_q, cu_seqlens_k, q.size(0), k.size(0))
-    return left, right
-
-
-def _check_state(op: str, name: str, t: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
-    _check.tensor(op, name, t)
-    state = accumulation_dtype(q.dtype)
-    if t.dtype != state:
-        raise TypeError(
-            f"{op}: {name} must be {_check.dtype_name(state)} for q in {_check.dtype_name(q.dtype)}, "
-            f"got {_check.describe(t)}"
-        )
-    if tuple(t.shape) != shape:
-        raise ValueError(f"{op}: {name} must be of shape {list(shape)}, got {_check.describe(t)}")
-    _check.same_device(op, name, t, "q", q)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .. import _autocast, _env
-from . import _check
 from ._dtypes import accumulation_dtype
 from ._register import register_op
 from .examples import disentangled_attention as examples
@@ -59,6 +56,36 @@ def _gradient(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | Non
     )
 
 
+def _validate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    positions: Tensor | None,
+    **how: Any,
+) -> None:
+    op = "disentangled_attention"
+    if q.device.type != "cpu":  # on a CPU the reference checks
+        attention_reference.offsets_of(op, "cu_seqlens", cu_seqlens, q.size(0), max_seqlen)
+    if positions is not None:
+        _check_increasing(op, positions, cu_seqlens)
+
+
+def _check_increasing(op: str, positions: Tensor, cu_seqlens: Tensor) -> None:
+    """Reads both on the host."""
+    starts = cu_seqlens.tolist()
+    for row in ((positions[1:] <= positions[:-1]).nonzero().flatten() + 1).tolist():
+        if starts[0] < row < starts[-1] and row not in starts:
+            raise ValueError(
+                f"{op}: positions must increase within a sequence, got {int(positions[row - 1])} and then "
+                f"{int(positions[row])} at row {row}"
+            )
+
+
 _disentangled_attention_backward = register_op(
     "disentangled_attention_backward",
     reference=reference.disentangled_attention_backward,
@@ -73,6 +100,7 @@ _disentangled_attention = register_op(
     backward=_gradient,
     setup_context=_setup,
     autocast=("q", "k", "v", "pos_key", "pos_query"),
+    validate=_validate,
 )
 
 
@@ -124,20 +152,6 @@ def disentangled_attention(
             otherwise they are clamped and never lead outside of the tensors. Positions that do not increase within a
             sequence: with WARPFORM_VALIDATE=1; otherwise gradients are wrong.
     """
-    op = "disentangled_attention"
-    _check_tensors(op, q, k, v, pos_key, pos_query)
-    _check.cu_seqlens(op, "cu_seqlens", cu_seqlens, q)
-    _check.integer(op, "max_seqlen", max_seqlen)
-    _check_positions(op, positions, q)
-    _check_buckets(op, position_buckets, max_relative_positions)
-    _check.finite(op, "softmax_scale", softmax_scale)
-    if not torch.compiler.is_compiling():
-        if max_seqlen < 0:
-            raise ValueError(f"{op}: max_seqlen must not be negative, got {max_seqlen}")
-        if q.device.type != "cpu" and _env.validate():  # on a CPU the reference checks
-            attention_reference.offsets_of(op, "cu_seqlens", cu_seqlens, q.size(0), max_seqlen)
-        if positions is not None and _env.validate():
-            _check_increasing(op, positions, cu_seqlens)
     out, lse = _disentangled_attention(
         q,
         k,
@@ -152,72 +166,3 @@ def disentangled_attention(
         max_relative_positions=max_relative_positions,
     )
     return (out, lse) if return_lse else out
-
-
-def _check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor, pos_key: Tensor | None, pos_query: Tensor | None) -> None:
-    tables = [(name, t) for name, t in (("pos_key", pos_key), ("pos_query", pos_query)) if t is not None]
-    for name, t in (("q", q), ("k", k), ("v", v), *tables):
-        _check.tensor(op, name, t)
-        if t.dim() != 3:
-            rows = "2 * span" if name.startswith("pos_") else "total"
-            raise ValueError(f"{op}: {name} must be of shape [{rows}, heads, head_dim], got {_check.describe(t)}")
-        if t.stride(2) != 1 and t.size(2) != 1:
-            raise ValueError(
-                f"{op}: the last dimension of {name} must be contiguous, got stride {t.stride(2)}; "
-                f"call {name}.contiguous()"
-            )
-    _check.floating(op, "q", q)
-    if q.size(2) == 0:
-        raise ValueError(f"{op}: head_dim must be at least 1, got q {_check.describe(q)}")
-    for name, t in (("k", k), ("v", v)):
-        if t.shape != q.shape:
-            raise ValueError(f"{op}: {name} must be of shape {list(q.shape)} as q is, got {_check.describe(t)}")
-    for name, t in tables:
-        if t.size(0) < 2 or t.size(0) % 2 != 0 or t.shape[1:] != q.shape[1:]:
-            expected = f"[2 * span, {q.size(1)}, {q.size(2)}]"
-            raise ValueError(f"{op}: {name} must be of shape {expected} with span at least 1, got {_check.describe(t)}")
-    if len(tables) == 2 and tables[0][1].size(0) != tables[1][1].size(0):
-        raise ValueError(
-            f"{op}: pos_query must be of shape {list(tables[0][1].shape)} as pos_key is, "
-            f"got {_check.describe(tables[1][1])}"
-        )
-    for name, t in (("k", k), ("v", v), *tables):
-        if t.dtype != q.dtype and not _autocast.enabled(q.device):
-            raise TypeError(f"{op}: {name} must be {_check.dtype_name(q.dtype)} as q is, got {_check.describe(t)}")
-        _check.same_device(op, name, t, "q", q)
-
-
-def _check_positions(op: str, positions: Tensor | None, q: Tensor) -> None:
-    if positions is None:
-        return
-    _check.tensor(op, "positions", positions)
-    if positions.dtype != torch.int64:
-        raise TypeError(f"{op}: positions must be int64, got {_check.describe(positions)}")
-    if positions.dim() != 1 or positions.size(0) != q.size(0):
-        raise ValueError(
-            f"{op}: positions must be of shape [{q.size(0)}], the rows of q, got {_check.describe(positions)}"
-        )
-    _check.same_device(op, "positions", positions, "q", q)
-
-
-def _check_increasing(op: str, positions: Tensor, cu_seqlens: Tensor) -> None:
-    """Reads both on the host."""
-    starts = cu_seqlens.tolist()
-    for row in ((positions[1:] <= positions[:-1]).nonzero().flatten() + 1).tolist():
-        if starts[0] < row < starts[-1] and row not in starts:
-            raise ValueError(
-                f"{op}: positions must increase within a sequence, got {int(positions[row - 1])} and then "
-                f"{int(positions[row])} at row {row}"
-            )
-
-
-def _check_buckets(op: str, position_buckets: int, max_relative_positions: int) -> None:
-    _check.integer(op, "position_buckets", position_buckets)
-    _check.integer(op, "max_relative_positions", max_relative_positions)
-    if position_buckets < 0 or position_buckets == 1:
-        raise ValueError(f"{op}: position_buckets must be 0 or at least 2, got {position_buckets}")
-    if position_buckets > 0 and max_relative_positions - 1 <= position_buckets // 2:
-        raise ValueError(
-            f"{op}: max_relative_positions must be at least {position_buckets // 2 + 2} with {position_buckets} "
-            f"position_buckets, got {max_relative_positions}"
-        )

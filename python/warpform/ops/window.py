@@ -126,28 +126,24 @@ def window_attention(
     """
     op = "window_attention"
     _check.tensor(op, "qkv", qkv)
-    _check.floating(op, "qkv", qkv)
     axes = qkv.dim() - 4
     window, shift = _of_axes(op, "window_size", window_size, axes), _of_axes(op, "shift_size", shift_size, axes)
-    parameters = {
-        "relative_position_bias_table": relative_position_bias_table, "logit_scale": logit_scale, "qkv_bias": qkv_bias
-    }  # fmt: skip
-    for name, parameter in parameters.items():
-        if parameter is not None:
-            _check.tensor(op, name, parameter)
-    reference.check_shapes(op, qkv, relative_position_bias_table, logit_scale, qkv_bias, window, shift, scale)
-    for name, parameter in parameters.items():
-        if parameter is not None:
-            _check_dtype(op, name, parameter, qkv)
-    _check.finite(op, "scale", scale)
-    if mask_value != -math.inf:
-        _check.finite(op, "mask_value", mask_value)
-    if qkv_bias is not None and not _autocast.enabled(qkv.device):
+    if _autocast.enabled(qkv.device) and qkv.dtype != torch.float64:
+        relative_position_bias_table = _beside_cast(relative_position_bias_table, qkv)
+        logit_scale = _beside_cast(logit_scale, qkv)
+    elif isinstance(qkv_bias, Tensor) and qkv_bias.dtype == torch.float32 and qkv.dtype in _check.FLOATS:
         qkv_bias = qkv_bias.to(qkv.dtype)  # padded positions hold it as a product's output would
     out, _ = _window_attention(
         qkv, relative_position_bias_table, logit_scale, qkv_bias, window, shift, scale=scale, mask_value=mask_value
     )
     return out
+
+
+def _beside_cast(parameter: Tensor | None, qkv: Tensor) -> Tensor | None:
+    """A parameter that autocast leaves alone: in float32 where it has a dtype that qkv loses by the cast."""
+    if not isinstance(parameter, Tensor) or parameter.dtype != qkv.dtype or qkv.dtype not in _check.FLOATS:
+        return parameter
+    return parameter if qkv.dtype == torch.get_autocast_dtype(qkv.device.type) else parameter.float()
 
 
 def _of_axes(op: str, name: str, value: int | Sequence[int], axes: int) -> list[int]:
@@ -156,11 +152,3 @@ def _of_axes(op: str, name: str, value: int | Sequence[int], axes: int) -> list[
     for one in values:
         _check.integer(op, name, one)
     return values
-
-
-def _check_dtype(op: str, name: str, value: Tensor, qkv: Tensor) -> None:
-    if value.dtype not in (qkv.dtype, torch.float32) and not _autocast.enabled(qkv.device):
-        raise TypeError(
-            f"{op}: {name} must be {_check.dtype_name(qkv.dtype)} as qkv is, or float32, got {_check.describe(value)}"
-        )
-    _check.same_device(op, name, value, "qkv", qkv)

@@ -91,10 +91,8 @@ class _Positions:
 
 
 def _positions(
-    op: str, causal: bool, left: int, right: int, q_offset: int, k_offset: int, q_stride: int, k_stride: int
+    causal: bool, left: int, right: int, q_offset: int, k_offset: int, q_stride: int, k_stride: int
 ) -> _Positions:
-    if q_stride < 1 or k_stride < 1:
-        raise ValueError(f"{op}: q_stride and k_stride must be at least 1, got {q_stride} and {k_stride}")
     return _Positions(q_offset - k_offset, q_stride, k_stride, left, 0 if causal else right)
 
 
@@ -106,8 +104,6 @@ class _Parts:
     """The sequences of a call, dense or varlen, as tensors [n, H, s, ...] that are read, changed and put back."""
 
     def __init__(self, op: str, q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
-        if (cu_seqlens_q is None) != (cu_seqlens_k is None):
-            raise ValueError(f"{op}: cu_seqlens_q and cu_seqlens_k must both be given, or neither")
         self._offsets: dict[str, list[int]] | None = None
         self.groups: list[attention._Group | None] = [None]  # None: all rows, dense
         if cu_seqlens_q is not None and cu_seqlens_k is not None:
@@ -165,13 +161,8 @@ def attention_step(
 ) -> tuple[Tensor, Tensor]:
     """q [B, Lq, H, D], k, v [B, Lk, Hkv, D], out [B, Lq, H, D], lse [B, H, Lq]; varlen q [Tq, H, D], k, v [Tk, Hkv, D],
     out [Tq, H, D], lse [H, Tq]. Rows past the last sequence are carried through."""
-    op = "attention_step"
-    positions = _positions(
-        op, causal, window_size_left, window_size_right, q_offset, k_offset, q_stride, k_stride
-    )  # fmt: skip
-    if (out is None) != (lse is None):
-        raise ValueError(f"{op}: out and lse must both be given, or neither")
-    parts = _Parts(op, q, k, cu_seqlens_q, cu_seqlens_k)
+    positions = _positions(causal, window_size_left, window_size_right, q_offset, k_offset, q_stride, k_stride)
+    parts = _Parts("attention_step", q, k, cu_seqlens_q, cu_seqlens_k)
     rows = (q.size(1), q.size(0)) if q.dim() == 3 else (q.size(0), q.size(2), q.size(1))
     first = out is None
     out, lse = _state(out, q.shape, 0.0, q), _state(lse, rows, -math.inf, q)
@@ -292,11 +283,8 @@ def attention_step_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With P = exp(score - lse), lse that of all steps, and delta = rowsum(dout * out): dv += P^T dout;
     d(score) = P * (dout v^T - delta); dq += scale * d(score) k; dk += scale * d(score)^T q."""
-    op = "attention_step_backward"
-    positions = _positions(
-        op, causal, window_size_left, window_size_right, q_offset, k_offset, q_stride, k_stride
-    )  # fmt: skip
-    parts = _Parts(op, q, k, cu_seqlens_q, cu_seqlens_k)
+    positions = _positions(causal, window_size_left, window_size_right, q_offset, k_offset, q_stride, k_stride)
+    parts = _Parts("attention_step_backward", q, k, cu_seqlens_q, cu_seqlens_k)
     dq, dk, dv = (_state(t, like.shape, 0.0, q) for t, like in ((dq, q), (dk, k), (dv, v)))
     queries, douts, dqs = parts.of(q, "q"), parts.of(dout, "q"), parts.of(dq, "q")
     lses, deltas = parts.of_rows(lse), parts.of_rows(delta)

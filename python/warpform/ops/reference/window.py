@@ -189,47 +189,6 @@ def _flat_grid(qkv: Tensor) -> tuple[tuple[int, ...], Tensor]:
     return grid, qkv.reshape(qkv.size(0), math.prod(grid), 3 * qkv.size(-2), qkv.size(-1))
 
 
-def check_shapes(
-    op: str,
-    qkv: Tensor,
-    relative_position_bias_table: Tensor | None,
-    logit_scale: Tensor | None,
-    qkv_bias: Tensor | None,
-    window_size: Sequence[int],
-    shift_size: Sequence[int],
-    scale: float | None,
-) -> None:
-    """ValueError for what `warpform.ops.window_attention` does not take."""
-    if qkv.dim() not in (6, 7) or qkv.size(-3) != 3:
-        raise ValueError(
-            f"{op}: qkv must be of shape [batch, height, width, 3, heads, head_dim], or with depth before height, "
-            f"got {list(qkv.shape)}"
-        )
-    axes, heads, head_dim = qkv.dim() - 4, qkv.size(-2), qkv.size(-1)
-    if head_dim == 0:
-        raise ValueError(f"{op}: head_dim must be at least 1, got qkv of shape {list(qkv.shape)}")
-    for name, sizes in (("window_size", window_size), ("shift_size", shift_size)):
-        if len(sizes) != axes:
-            raise ValueError(f"{op}: {name} must be an int or {axes} of them, one for each axis, got {list(sizes)}")
-    for w, s in zip(window_size, shift_size, strict=True):
-        if w < 1:
-            raise ValueError(f"{op}: window_size must be at least 1, got {list(window_size)}")
-        if not 0 <= s < w:
-            raise ValueError(
-                f"{op}: shift_size must be at least 0 and below window_size {list(window_size)}, got {list(shift_size)}"
-            )
-    entries = math.prod([2 * w - 1 for w in window_size])
-    for name, tensor, shape in (
-        ("relative_position_bias_table", relative_position_bias_table, (entries, heads)),
-        ("logit_scale", logit_scale, (heads,)),
-        ("qkv_bias", qkv_bias, (3, heads, head_dim)),
-    ):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{op}: {name} must be of shape {list(shape)}, got {list(tensor.shape)}")
-    if scale is not None and logit_scale is not None:
-        raise ValueError(f"{op}: scale must be None where logit_scale is given, got {scale}")
-
-
 def window_attention(
     qkv: Tensor,
     relative_position_bias_table: Tensor | None,
@@ -242,9 +201,6 @@ def window_attention(
     mask_value: float = -100.0,
 ) -> tuple[Tensor, Tensor]:
     """out [batch, *grid, heads * d]; lse [batch, windows, heads, N], or [0] where N is at most LSE_ABOVE."""
-    check_shapes(
-        "window_attention", qkv, relative_position_bias_table, logit_scale, qkv_bias, window_size, shift_size, scale
-    )
     grid, rows = _flat_grid(qkv)
     batch, heads, d = qkv.size(0), qkv.size(-2), qkv.size(-1)
     window = tuple(window_size)
@@ -316,10 +272,6 @@ def window_attention_backward(
     sums dS * cos * exp(logit_scale), 0 above the clamp; dqkv_bias sums over the padding. All in a fixed order. The
     gradient of a vector of length 0 through its cosine is 0.
     """
-    check_shapes(
-        "window_attention_backward", qkv, relative_position_bias_table, logit_scale, qkv_bias, window_size, shift_size,
-        scale,
-    )  # fmt: skip
     grid, rows = _flat_grid(qkv)
     batch, heads, d = qkv.size(0), qkv.size(-2), qkv.size(-1)
     window = tuple(window_size)
