@@ -113,4 +113,9 @@ inline void check_finite(const char* op, const char* name, double value) {
   check(std::isfinite(value), op, ": ", name, " must be finite, got ", Number{value});
 }
 
+inline void check_dtype_of(const char* op, const char* name, const Tensor& t, const char* as_name, const Tensor& as) {
+  check_type(t.scalar_type() == as.scalar_type(), op, ": ", name, " must be ", dtype_name(as.scalar_type()), " as ",
+             as_name, " is, got ", Got{t});
+}
+
 }  // namespace warpform

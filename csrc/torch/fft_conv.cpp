@@ -14,43 +14,42 @@ struct Arguments {
   std::optional<Tensor> skip, pregate, postgate;
 };
 
-void check_as_u(const char* op, const char* name, const Tensor& t, const Tensor& u) {
-  check(sizes_of(t) == sizes_of(u) && is_float(t.scalar_type()), op, ": ", name,
-        " must be floating-point and have the shape of u, ", Got{u}, ", got ", Got{t});
-  check_same_device(op, name, t, u);
+void check_gate(const char* op, const char* name, const std::optional<Tensor>& gate, const Tensor& u) {
+  if (!gate) return;
+  check(same_sizes(*gate, u), op, ": ", name, " must be of shape ", Shape{u}, ", got ", Got{*gate});
+  check_dtype_of(op, name, *gate, "u", u);
+  check_same_device(op, name, *gate, "u", u);
 }
 
 void check_arguments(const char* op, const Arguments& a) {
-  check(a.u.dim() == 3 && is_float(a.u.scalar_type()), op,
-        ": u must be floating-point of shape [batch, channels, seqlen], got ", Got{a.u});
-  const int64_t channels = a.u.size(1), length = a.u.size(2);
-  const ScalarType wide = a.u.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  check(a.spectrum.dim() == 3 && a.spectrum.size(0) == channels && a.spectrum.size(1) >= 2 && a.spectrum.size(2) == 2 &&
-            a.spectrum.scalar_type() == wide,
-        op, ": spectrum must be ", dtype_name(wide), " of shape [", channels, ", n / 2 + 1, 2], got ", Got{a.spectrum});
-  check(2 * (a.spectrum.size(1) - 1) >= length, op, ": spectrum must be of at least the ", length,
-        " points that u has, got ", 2 * (a.spectrum.size(1) - 1));
-  check_same_device(op, "spectrum", a.spectrum, a.u);
+  const Tensor& u = a.u;
+  check_floating(op, "u", u);
+  check(u.dim() == 3, op, ": u must be of shape [batch, channels, seqlen], got ", Got{u});
+  const int64_t channels = u.size(1), length = u.size(2);
   if (a.skip) {
-    check(a.skip->dim() == 1 && a.skip->size(0) == channels && is_float(a.skip->scalar_type()), op,
-          ": skip must be floating-point of shape [", channels, "], got ", Got{*a.skip});
-    check_same_device(op, "skip", *a.skip, a.u);
+    const Tensor& skip = *a.skip;
+    check(skip.dim() == 1 && skip.size(0) == channels, op, ": skip must be of shape [", channels, "], got ", Got{skip});
+    check_type(skip.scalar_type() == u.scalar_type() || skip.scalar_type() == ScalarType::Float, op, ": skip must be ",
+               dtype_name(u.scalar_type()), " as u is, or float32, got ", Got{skip});
+    check_same_device(op, "skip", skip, "u", u);
   }
-  if (a.pregate) check_as_u(op, "pregate", *a.pregate, a.u);
-  if (a.postgate) check_as_u(op, "postgate", *a.postgate, a.u);
+  check_gate(op, "pregate", a.pregate, u);
+  check_gate(op, "postgate", a.postgate, u);
+  const Tensor& spectrum = a.spectrum;
+  check(spectrum.dim() == 3 && spectrum.size(0) == channels && spectrum.size(2) == 2 && spectrum.size(1) >= 2, op,
+        ": spectrum must be of shape [", channels, ", n / 2 + 1, 2], n at least 2, got ", Shape{spectrum});
+  const int64_t points = 2 * (spectrum.size(1) - 1);
+  check(points >= length, op, ": spectrum must be of at least the ", length, " points that u has, got ", points);
+  const ScalarType wide = u.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check_type(spectrum.scalar_type() == wide, op, ": spectrum must be torch.", dtype_name(wide), " where u is torch.",
+             dtype_name(u.scalar_type()), ", got torch.", dtype_name(spectrum.scalar_type()));
+  check_same_device(op, "spectrum", spectrum, "u", u);
 }
 
 // Why no kernel serves the call, or null.
 const char* no_kernel(const Launch& launch, const Arguments& a) {
   if (const char* reason = launch.unusable()) return reason;
-  const ScalarType dtype = a.u.scalar_type();
-  if (const char* reason = kHalfTypes.why_not(dtype_name(dtype))) return reason;
-  for (const auto& gate : {a.pregate, a.postgate}) {
-    if (gate && gate->scalar_type() != dtype) return "a gate is not of u's dtype";
-  }
-  if (a.skip && a.skip->scalar_type() != dtype && a.skip->scalar_type() != ScalarType::Float) {
-    return "skip is neither of u's dtype nor float32";
-  }
+  if (const char* reason = kHalfTypes.why_not(dtype_name(a.u.scalar_type()))) return reason;
   if (const char* reason = fft_conv_unsupported(a.u.size(2), a.u.size(0), a.u.size(1))) return reason;
   if (a.spectrum.size(1) != fft_conv_points(static_cast<int>(a.u.size(2))) + 1) {
     return "the spectrum is not of twice the points that the kernels pad sequences to, a power of two from 256 on";
@@ -144,9 +143,9 @@ BackwardResult spectral_conv_backward(Tensor dout, Tensor u, Tensor spectrum, st
   constexpr const char* kOp = "spectral_conv_backward";
   Arguments a{u, spectrum, skip, pregate, postgate};
   check_arguments(kOp, a);
-  check_as_u(kOp, "dout", dout, u);
-  check(dout.scalar_type() == u.scalar_type(), kOp, ": dout must have the dtype of u, ", dtype_name(u.scalar_type()),
-        ", got ", dtype_name(dout.scalar_type()));
+  check(same_sizes(dout, u), kOp, ": dout must be of shape ", Shape{u}, " as u is, got ", Shape{dout});
+  check_dtype_of(kOp, "dout", dout, "u", u);
+  check_same_device(kOp, "dout", dout, "u", u);
   if constexpr (!kHasKernels) return UseReference(without_kernels(u));
   const Launch launch(kOp, u);
   if (const char* reason = no_kernel(launch, a)) {

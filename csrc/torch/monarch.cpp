@@ -1,7 +1,10 @@
 // Bindings of the Monarch products: checks, allocation, launch.
 #include "kernels/monarch/launch.h"
 
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
+#include <utility>
 
 #include "binding.h"
 
@@ -10,29 +13,34 @@ namespace {
 
 // ---- checks ----
 
-void check_activations(const char* op, const char* name, const Tensor& t) {
-  check(t.dim() >= 1 && is_float(t.scalar_type()), op, ": ", name,
-        " must be a floating-point tensor of shape [..., columns], got ", Got{t});
+// x and the tensors beside it: dtypes and devices. What a call left out is null.
+void check_tensors(const char* op, const Tensor& x,
+                   std::initializer_list<std::pair<const char*, const Tensor*>> others) {
+  check_floating(op, "x", x);
+  for (const auto& [name, t] : others) {
+    if (t == nullptr) continue;
+    check_dtype_of(op, name, *t, "x", x);
+    check_same_device(op, name, *t, "x", x);
+  }
 }
 
-void check_weight(const char* op, const char* name, const Tensor& w, const Tensor& x) {
-  check(w.dim() == 3 && w.size(0) > 0 && w.scalar_type() == x.scalar_type(), op, ": ", name, " must be ",
-        dtype_name(x.scalar_type()), " of shape [nblocks, out / nblocks, in / nblocks], got ", Got{w});
-  check_same_device(op, name, w, x);
+const Tensor* given(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
+
+void check_blocks(const char* op, const char* name, const Tensor& w) {
+  check(w.dim() == 3 && w.size(0) > 0, op, ": ", name, " must be of shape [nblocks, out / nblocks, in / nblocks], got ",
+        Shape{w});
   check(w.size(0) <= INT32_MAX && w.size(1) <= INT32_MAX && w.size(2) <= INT32_MAX, op, ": ", name,
-        " must have sizes that 32 bits count, got ", Got{w});
+        " must have sizes that 32 bits count, got ", Shape{w});
 }
 
-void check_width(const char* op, const char* name, const Tensor& t, int64_t width, const char* of) {
-  check(t.size(t.dim() - 1) == width, op, ": ", name, " must be of shape [..., ", width, "] as ", of, " has it, got ",
-        Got{t});
+void check_rows(const char* op, const char* name, const Tensor& t, int64_t width, const char* of) {
+  check(t.dim() >= 1 && t.size(-1) == width, op, ": ", name, " must be of shape [..., ", width, "] as ", of,
+        " has it, got ", Shape{t});
 }
 
-void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t width, const Tensor& x) {
+void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t width) {
   if (!bias) return;
-  check(bias->dim() == 1 && bias->size(0) == width && bias->scalar_type() == x.scalar_type(), op, ": bias must be ",
-        dtype_name(x.scalar_type()), " of shape [", width, "], got ", Got{*bias});
-  check_same_device(op, "bias", *bias, x);
+  check(bias->dim() == 1 && bias->size(0) == width, op, ": bias must be of shape [", width, "], got ", Shape{*bias});
 }
 
 // The shape of x with another number of columns.
@@ -42,11 +50,24 @@ std::vector<int64_t> with_columns(const Tensor& x, int64_t columns) {
   return sizes;
 }
 
+// Streams the sizes of with_columns().
+struct ShapeWithColumns {
+  const Tensor& x;
+  int64_t columns;
+  friend std::ostream& operator<<(std::ostream& os, const ShapeWithColumns& s) {
+    os << "[";
+    for (const int64_t size : s.x.sizes().first(s.x.sizes().size() - 1)) os << size << ", ";
+    return os << s.columns << "]";
+  }
+};
+
+// x has been checked: it has columns.
 void check_gradient(const char* op, const Tensor& dout, const Tensor& x, int64_t width) {
-  check(sizes_of(dout) == with_columns(x, width) && dout.scalar_type() == x.scalar_type(), op,
-        ": dout must have the shape and dtype of the output, ", dtype_name(x.scalar_type()), " [..., ", width,
-        "], got ", Got{dout});
-  check_same_device(op, "dout", dout, x);
+  const auto got = dout.sizes(), sizes = x.sizes();
+  check(got.size() == sizes.size() && std::equal(got.begin(), got.end() - 1, sizes.begin()) && got.back() == width, op,
+        ": dout must be of shape ", ShapeWithColumns{x, width}, ", got ", Shape{dout});
+  check_dtype_of(op, "dout", dout, "x", x);
+  check_same_device(op, "dout", dout, "x", x);
 }
 
 // ---- what kernels read ----
@@ -186,13 +207,17 @@ struct Call {
 
 // ---- blockdiag_multiply ----
 
+void check_blockdiag(const char* op, const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
+  check_tensors(op, x, {{"w", &w}, {"bias", given(bias)}});
+  check_blocks(op, "w", w);
+  check_rows(op, "x", x, Blocks(w).in(), "w");
+  check_bias(op, bias, Blocks(w).out());
+}
+
 Tensor blockdiag_multiply(Tensor x, Tensor w, std::optional<Tensor> bias) {
   constexpr const char* kOp = "blockdiag_multiply";
-  check_activations(kOp, "x", x);
-  check_weight(kOp, "w", w, x);
+  check_blockdiag(kOp, x, w, bias);
   const Blocks blocks(w);
-  check_width(kOp, "x", x, blocks.in(), "w");
-  check_bias(kOp, bias, blocks.out(), x);
   if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, x, {blocks.rows, blocks.cols})) {
@@ -209,10 +234,8 @@ Tensor blockdiag_multiply(Tensor x, Tensor w, std::optional<Tensor> bias) {
 
 std::tuple<Tensor, Tensor, Tensor> blockdiag_multiply_backward(Tensor dout, Tensor x, Tensor w, bool has_bias) {
   constexpr const char* kOp = "blockdiag_multiply_backward";
-  check_activations(kOp, "x", x);
-  check_weight(kOp, "w", w, x);
+  check_blockdiag(kOp, x, w, std::nullopt);
   const Blocks blocks(w);
-  check_width(kOp, "x", x, blocks.in(), "w");
   check_gradient(kOp, dout, x, blocks.out());
   if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
@@ -232,12 +255,13 @@ std::tuple<Tensor, Tensor, Tensor> blockdiag_multiply_backward(Tensor dout, Tens
 // ---- monarch_multiply ----
 
 void check_monarch(const char* op, const Tensor& x, const Tensor& w1, const Tensor& w2) {
-  check_activations(op, "x", x);
-  check_weight(op, "w1", w1, x);
-  check_weight(op, "w2", w2, x);
-  check_width(op, "x", x, Blocks(w1).in(), "w1");
-  check(Blocks(w1).out() == Blocks(w2).in(), op, ": w2 must take the ", Blocks(w1).out(),
-        " columns that w1 gives, got ", Got{w2});
+  check_tensors(op, x, {{"w1", &w1}, {"w2", &w2}});
+  check_blocks(op, "w1", w1);
+  check_blocks(op, "w2", w2);
+  const Blocks first(w1), second(w2);
+  check_rows(op, "x", x, first.in(), "w1");
+  check(first.out() == second.in(), op, ": w2 must take the ", first.out(), " rows that w1 ", Shape{w1}, " gives, got ",
+        Shape{w2}, ", which takes ", second.in());
 }
 
 Tensor monarch_multiply(Tensor x, Tensor w1, Tensor w2) {
@@ -246,6 +270,7 @@ Tensor monarch_multiply(Tensor x, Tensor w1, Tensor w2) {
   const Blocks first(w1), second(w2);
   if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
+  if (const char* reason = launch.unusable()) return UseReference(reason);
   const Matrix rows(x);
   MonarchParams params{.x = nullptr,
                        .w1 = nullptr,
@@ -262,7 +287,7 @@ Tensor monarch_multiply(Tensor x, Tensor w1, Tensor w2) {
                        .bfloat16 = is_bfloat16(x)};
   // In one pass, or where the intermediate is too large for shared memory as two products with a transposition of rows
   // behind each: 2 (k p + l s) bytes a row, or that and 8 k q + 4 l s more, of which L2 saves some.
-  const bool fused = launch.unusable() == nullptr && second.out() % kMonarchAlignment == 0 && monarch_fits(params);
+  const bool fused = second.out() % kMonarchAlignment == 0 && monarch_fits(params);
   const char* reason = fused ? no_kernel(launch, x, {first.cols, second.cols})
                              : no_kernel(launch, x, {first.rows, first.cols, second.rows, second.cols});
   if (reason != nullptr) return UseReference(reason);
@@ -324,13 +349,16 @@ std::tuple<Tensor, Tensor, Tensor> monarch_multiply_backward(Tensor dout, Tensor
 
 // ---- blockdiag_glu ----
 
-void check_glu(const char* op, const Tensor& x, const Tensor& w_up, const Tensor& w_down) {
-  check_activations(op, "x", x);
-  check_weight(op, "w_up", w_up, x);
-  check_weight(op, "w_down", w_down, x);
-  check_width(op, "x", x, Blocks(w_up).in(), "w_up");
-  check(Blocks(w_up).out() == 2 * Blocks(w_down).in(), op, ": w_up must give twice the ", Blocks(w_down).in(),
-        " columns that w_down takes, got ", Got{w_up});
+void check_glu(const char* op, const Tensor& x, const Tensor& w_up, const Tensor& w_down,
+               const std::optional<Tensor>& bias) {
+  check_tensors(op, x, {{"w_up", &w_up}, {"w_down", &w_down}, {"bias", given(bias)}});
+  check_blocks(op, "w_up", w_up);
+  check_blocks(op, "w_down", w_down);
+  const Blocks up(w_up), down(w_down);
+  check_rows(op, "x", x, up.in(), "w_up");
+  check(up.out() == 2 * down.in(), op, ": w_up must give twice the ", down.in(), " columns that w_down ", Shape{w_down},
+        " takes, got ", Shape{w_up}, ", which gives ", up.out());
+  check_bias(op, bias, down.out());
 }
 
 // By their sizes; the pointers come later.
@@ -348,9 +376,8 @@ GluParams glu_params(const Matrix& x, const Blocks& up, const Blocks& down) {
 
 Tensor blockdiag_glu(Tensor x, Tensor w_up, Tensor w_down, std::optional<Tensor> bias) {
   constexpr const char* kOp = "blockdiag_glu";
-  check_glu(kOp, x, w_up, w_down);
+  check_glu(kOp, x, w_up, w_down, bias);
   const Blocks up(w_up), down(w_down);
-  check_bias(kOp, bias, down.out(), x);
   if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, x, {up.rows, up.cols, down.rows, down.cols})) {
@@ -383,7 +410,7 @@ Tensor blockdiag_glu(Tensor x, Tensor w_up, Tensor w_down, std::optional<Tensor>
 std::tuple<Tensor, Tensor, Tensor, Tensor> blockdiag_glu_backward(Tensor dout, Tensor x, Tensor w_up, Tensor w_down,
                                                                   bool has_bias) {
   constexpr const char* kOp = "blockdiag_glu_backward";
-  check_glu(kOp, x, w_up, w_down);
+  check_glu(kOp, x, w_up, w_down, std::nullopt);
   const Blocks up(w_up), down(w_down);
   check_gradient(kOp, dout, x, down.out());
   if constexpr (!kHasKernels) return UseReference(without_kernels(x));

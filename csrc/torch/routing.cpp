@@ -2,6 +2,7 @@
 #include "kernels/routing/launch.h"
 
 #include <optional>
+#include <string>
 
 #include "binding.h"
 
@@ -17,28 +18,53 @@ void check_groups(const char* op, int64_t num_groups) {
         num_groups);
 }
 
-void check_vector(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t size,
-                  const Tensor& like) {
-  check(t.dim() == 1 && t.scalar_type() == dtype && t.size(0) == size, op, ": ", name, " must be ", dtype_name(dtype),
-        " of shape [", size, "], got ", Got{t});
-  check_same_device(op, name, t, like);
-  check_contiguous(op, name, t);
+void check_classes(const char* op, int64_t num_classes) {
+  check(num_classes >= 1, op, ": num_classes must be at least 1, got ", num_classes);
+}
+
+bool is_integer(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Short:
+    case ScalarType::Int:
+    case ScalarType::Long: return true;
+    default: return false;
+  }
+}
+
+void check_integers(const char* op, const char* name, const Tensor& t) {
+  check_type(is_integer(t), op, ": ", name, " must be integers, got ", Got{t});
+}
+
+// A part of the plan, of one dimension and where x is.
+void check_vector(const char* op, const char* name, const Tensor& t, ScalarType dtype, const char* shape,
+                  const Tensor& x) {
+  check_type(t.scalar_type() == dtype, op, ": ", name, " must be ", dtype_name(dtype), " of shape ", shape, ", got ",
+             Got{t});
+  check(t.dim() == 1, op, ": ", name, " must be ", dtype_name(dtype), " of shape ", shape, ", got ", Got{t});
+  check_same_device(op, name, t, "x", x);
+}
+
+void check_length(const char* op, const char* name, const Tensor& t, int64_t size) {
+  check(t.size(0) == size, op, ": ", name, " must be of shape [", size, "], got ", Got{t});
 }
 
 Tensor routing_mask(Tensor idx, int64_t num_groups, int64_t num_shared) {
   constexpr const char* kOp = "routing_mask";
-  const bool wide = idx.scalar_type() == ScalarType::Long;
-  check(idx.dim() == 2 && (wide || idx.scalar_type() == ScalarType::Int), kOp,
-        ": idx must be int64 or int32 of shape [tokens, k], got ", Got{idx});
   check_groups(kOp, num_groups);
   check(num_shared >= 0 && num_shared <= num_groups, kOp, ": num_shared must be within 0 to num_groups, ", num_groups,
         ", got ", num_shared);
+  check_integers(kOp, "idx", idx);
+  check(idx.dim() == 2, kOp, ": idx must be of shape [tokens, k], got ", Got{idx});
   check(idx.size(0) <= INT32_MAX && idx.size(1) <= INT32_MAX, kOp, ": idx has too many elements, got ", Got{idx});
   if constexpr (!kHasKernels) return UseReference(without_kernels(idx));
   const Launch launch(kOp, idx);
   if (const char* reason = launch.unusable()) {
     return UseReference(reason);
   }
+  const bool wide = idx.scalar_type() == ScalarType::Long;
+  if (!wide && idx.scalar_type() != ScalarType::Int) return UseReference("idx is neither int64 nor int32");
   idx = contiguous(idx);
   Tensor out = empty(kOp, {idx.size(0)}, ScalarType::Long, idx);
   launch_routing_mask({.idx = launch.in(idx),
@@ -57,16 +83,16 @@ using PlanTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 PlanTensors routing_plan(Tensor group_mask, std::optional<Tensor> token_class, int64_t num_groups, int64_t num_classes,
                          int64_t tile) {
   constexpr const char* kOp = "routing_plan";
-  check(group_mask.dim() == 1 && group_mask.scalar_type() == ScalarType::Long, kOp,
-        ": group_mask must be int64 of shape [tokens], got ", Got{group_mask});
   check_groups(kOp, num_groups);
-  check(num_classes >= 1, kOp, ": num_classes must be at least 1, got ", num_classes);
   check(tile >= 1, kOp, ": tile must be at least 1, got ", tile);
+  check_classes(kOp, num_classes);
+  check_vector(kOp, "group_mask", group_mask, ScalarType::Long, "[tokens]", group_mask);
   const int64_t tokens = group_mask.size(0);
   if (token_class) {
+    check_integers(kOp, "token_class", *token_class);
     check(token_class->dim() == 1 && token_class->size(0) == tokens, kOp, ": token_class must be of shape [", tokens,
           "], got ", Got{*token_class});
-    check_same_device(kOp, "token_class", *token_class, group_mask);
+    check_same_device(kOp, "token_class", *token_class, "group_mask", group_mask);
   }
   const auto reference = [&](const char* reason) { return UseReference(reason); };
   if constexpr (!kHasKernels) return UseReference(without_kernels(group_mask));
@@ -108,11 +134,14 @@ struct Plan {
   std::optional<Tensor> out_mask;
   int64_t num_groups, num_classes;
 
-  auto arguments() const {
-    return std::tie(group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes);
-  }
   int64_t num_out() const { return out_mask ? out_mask->size(0) : 1; }
   int64_t tiles() const { return tile_mask.size(0); }
+
+  // What kernels read as it lies.
+  void make_contiguous() {
+    for (Tensor* t : {&group_mask, &perm, &inverse, &tile_mask, &tile_class}) *t = contiguous(*t);
+    out_mask = contiguous(out_mask);
+  }
 
   // The plan for a weight whose routed and whose dense dimension are `routed` and `dense` wide, all groups and parts.
   Routes routes(const Launch& launch, int64_t routed, int64_t dense) const {
@@ -131,69 +160,88 @@ struct Plan {
   }
 };
 
-void check_plan(const char* op, const Plan& plan, const Tensor& x) {
+// [tokens, width].
+void check_tokens(const char* op, const char* name, const Tensor& t) {
+  check_floating(op, name, t);
+  check(t.dim() == 2, op, ": ", name, " must be of shape [tokens, width], got ", Got{t});
+}
+
+// Another tensor of the same tokens.
+void check_tokens_as(const char* op, const char* name, const Tensor& t, const char* as_name, const Tensor& as) {
+  check_tokens(op, name, t);
+  check_dtype_of(op, name, t, as_name, as);
+  check_same_device(op, name, t, as_name, as);
+  check(t.size(0) == as.size(0), op, ": ", name, " must have ", as.size(0), " rows as ", as_name, " has, got ", Got{t});
+}
+
+// A side of a product that comes in parts: what an error calls it, and how wide it is.
+struct Side {
+  const char* name;
+  int64_t width;
+};
+
+// x is the tensor of tokens that the plan is for, of whatever name.
+void check_plan(const char* op, const Plan& plan, const char* x_name, const Tensor& x, Side routed, Side dense) {
   check_groups(op, plan.num_groups);
-  check(plan.num_classes >= 1, op, ": num_classes must be at least 1, got ", plan.num_classes);
+  check_classes(op, plan.num_classes);
+  check_same_device(op, "plan", plan.group_mask, x_name, x);
+  check_vector(op, "group_mask", plan.group_mask, ScalarType::Long, "[tokens]", x);
   const int64_t tokens = x.size(0);
-  check(plan.tile_mask.dim() == 1 && plan.perm.dim() == 1, op, ": perm and tile_mask must be of one dimension");
-  check_vector(op, "group_mask", plan.group_mask, ScalarType::Long, tokens, x);
-  check_vector(op, "inverse", plan.inverse, ScalarType::Int, tokens, x);
-  check_vector(op, "perm", plan.perm, ScalarType::Int, plan.perm.size(0), x);
-  check_vector(op, "tile_mask", plan.tile_mask, ScalarType::Long, plan.tiles(), x);
-  check_vector(op, "tile_class", plan.tile_class, ScalarType::Int, plan.tiles(), x);
+  check(plan.group_mask.size(0) == tokens, op, ": plan must be of ", tokens, " tokens as ", x_name, " is, got one of ",
+        plan.group_mask.size(0));
+  check(routed.width % plan.num_groups == 0, op, ": ", routed.name, " must come in ", plan.num_groups,
+        " groups of equal width, got ", routed.width);
+  if (plan.out_mask) {
+    check_vector(op, "out_mask", *plan.out_mask, ScalarType::Long, "[num_out]", x);
+    check(plan.num_out() > 0, op, ": out_mask must not be empty");
+    check(dense.width % plan.num_out() == 0, op, ": ", dense.name, " must come in ", plan.num_out(),
+          " parts of equal width, got ", dense.width);
+  }
+  check_vector(op, "inverse", plan.inverse, ScalarType::Int, "[tokens]", x);
+  check_length(op, "inverse", plan.inverse, tokens);
+  check_vector(op, "perm", plan.perm, ScalarType::Int, "[places]", x);
+  check_vector(op, "tile_mask", plan.tile_mask, ScalarType::Long, "[tiles]", x);
+  check_vector(op, "tile_class", plan.tile_class, ScalarType::Int, "[tiles]", x);
+  check_length(op, "tile_class", plan.tile_class, plan.tiles());
   check(plan.tiles() > 0 ? plan.perm.size(0) % plan.tiles() == 0 : plan.perm.size(0) == 0, op,
         ": perm must have the same number of places for each of the ", plan.tiles(), " tiles, got ", Got{plan.perm});
-  if (plan.out_mask) {
-    check_vector(op, "out_mask", *plan.out_mask, ScalarType::Long, plan.out_mask->size(0), x);
-    check(plan.out_mask->size(0) > 0, op, ": out_mask must not be empty");
+}
+
+// [outputs, inputs], behind the classes where there are some. -1: as many as there are.
+void check_weight(const char* op, const Tensor& w, int64_t outputs, int64_t inputs, const Plan& plan,
+                  const char* x_name, const Tensor& x) {
+  const bool classes = w.dim() == 3 || plan.num_classes > 1;
+  const auto fits = [](int64_t size, int64_t wanted) { return wanted < 0 || size == wanted; };
+  if (w.dim() == (classes ? 3 : 2) && fits(w.size(-2), outputs) && fits(w.size(-1), inputs) &&
+      (!classes || w.size(0) == plan.num_classes)) [[likely]] {
+    check_dtype_of(op, "w", w, x_name, x);
+    check_same_device(op, "w", w, x_name, x);
+    return;
   }
+  const auto size = [](int64_t wanted, const char* name) { return wanted < 0 ? name : std::to_string(wanted); };
+  check(false, op, ": w must be of shape [", classes ? std::to_string(plan.num_classes) + ", " : "",
+        size(outputs, "outputs"), ", ", size(inputs, "inputs"), "] for this ", x_name, " and plan, got ", Got{w});
 }
 
-void check_tokens(const char* op, const char* name, const Tensor& t) {
-  check(t.dim() == 2 && is_float(t.scalar_type()), op, ": ", name,
-        " must be a floating-point tensor of shape [tokens, width], got ", Got{t});
-}
-
-void check_matrices(const char* op, const Tensor& w) {
-  check(w.dim() >= 2, op, ": w must have two dimensions, or three with classes, got ", Got{w});
-}
-
-void check_matrix(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  check(t.dim() == 2 && t.size(0) == like.size(0) && t.scalar_type() == like.scalar_type(), op, ": ", name, " must be ",
-        dtype_name(like.scalar_type()), " of shape [", like.size(0), ", width], got ", Got{t});
-  check_same_device(op, name, t, like);
-}
-
-void check_divides(const char* op, const char* name, int64_t width, int64_t into) {
-  check(width % into == 0, op, ": ", name, " must come in ", into, " parts of equal width, got ", width);
-}
-
-// [outputs, inputs], behind the classes where there are some.
-void check_weight(const char* op, const Tensor& w, int64_t outputs, int64_t inputs, const Plan& plan, const Tensor& x) {
-  const bool fits = (w.dim() == 2 && plan.num_classes == 1) || (w.dim() == 3 && w.size(0) == plan.num_classes);
-  check(fits && w.size(w.dim() - 2) == outputs && w.size(w.dim() - 1) == inputs && w.scalar_type() == x.scalar_type(),
-        op, ": w must be ", dtype_name(x.scalar_type()), " of shape [", outputs, ", ", inputs, "] for each of ",
-        plan.num_classes, " classes, got ", Got{w});
-  check_same_device(op, "w", w, x);
-}
-
-void check_gates(const char* op, const std::optional<Tensor>& gates, const Plan& plan, const Tensor& x) {
+void check_gates(const char* op, const std::optional<Tensor>& gates, const Plan& plan, const char* x_name,
+                 const Tensor& x) {
   if (!gates) return;
   const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  check(gates->dim() == 2 && gates->size(0) == x.size(0) && gates->size(1) == plan.num_groups &&
-            gates->scalar_type() == dtype,
-        op, ": gates must be ", dtype_name(dtype), " of shape [", x.size(0), ", ", plan.num_groups, "], got ",
-        Got{*gates});
-  check_same_device(op, "gates", *gates, x);
+  check_type(gates->scalar_type() == dtype, op, ": gates must be ", dtype_name(dtype), " for this ", x_name, ", got ",
+             Got{*gates});
+  check(gates->dim() == 2 && gates->size(0) == x.size(0) && gates->size(1) == plan.num_groups, op,
+        ": gates must be of shape [", x.size(0), ", ", plan.num_groups, "], got ", Got{*gates});
+  check_same_device(op, "gates", *gates, x_name, x);
 }
 
 void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t outputs, const Plan& plan, const Tensor& x) {
   if (!bias) return;
   const bool fits = (bias->dim() == 1 && bias->size(0) == outputs) ||
                     (bias->dim() == 2 && bias->size(0) == plan.num_classes && bias->size(1) == outputs);
-  check(fits && bias->scalar_type() == x.scalar_type(), op, ": bias must be ", dtype_name(x.scalar_type()),
-        " of shape [", outputs, "] or [", plan.num_classes, ", ", outputs, "], got ", Got{*bias});
-  check_same_device(op, "bias", *bias, x);
+  check(fits, op, ": bias must be of shape [", outputs, "] or [", plan.num_classes, ", ", outputs, "], got ",
+        Got{*bias});
+  check_dtype_of(op, "bias", *bias, "x", x);
+  check_same_device(op, "bias", *bias, "x", x);
 }
 
 // Why no kernel serves these widths of the routed and of the dense dimension, or null.
@@ -242,7 +290,7 @@ int64_t bias_stride(const std::optional<Tensor>& bias) { return bias && bias->di
 // x times w, or w transposed, from the groups of x.
 Tensor gather(const char* op, const Launch& launch, const Tensor& x, const Tensor& w, bool swapped,
               const std::optional<Tensor>& gates_, const std::optional<Tensor>& bias_, const Plan& plan) {
-  const int64_t outputs = w.size(w.dim() - (swapped ? 1 : 2));
+  const int64_t outputs = w.size(swapped ? -1 : -2);
   Tensor out = empty(op, {x.size(0), outputs}, x.scalar_type(), x);
   if (out.numel() == 0) return out;
   const Tensor rows = with_aligned_rows(x);
@@ -269,7 +317,7 @@ struct Scattered {
 Scattered scatter(const char* op, const Launch& launch, const Tensor& x, const Tensor& w, bool swapped,
                   const std::optional<Tensor>& gates_, const std::optional<Tensor>& bias_,
                   const std::optional<Tensor>& dot_with_, bool keep_ungated, const Plan& plan) {
-  const int64_t tokens = x.size(0), outputs = w.size(w.dim() - (swapped ? 1 : 2));
+  const int64_t tokens = x.size(0), outputs = w.size(swapped ? -1 : -2);
   const std::vector<int64_t> none = {0}, sizes = {tokens, outputs};
   const int64_t blocks = (outputs / plan.num_groups + kHiddenBlock - 1) / kHiddenBlock;
   Scattered s{empty(op, sizes, x.scalar_type(), x), empty(op, keep_ungated ? sizes : none, x.scalar_type(), x),
@@ -304,21 +352,19 @@ Tensor hidden_gather_linear(Tensor x, Tensor w, std::optional<Tensor> gates, std
                             Tensor group_mask, Tensor perm, Tensor inverse, Tensor tile_mask, Tensor tile_class,
                             std::optional<Tensor> out_mask, int64_t num_groups, int64_t num_classes) {
   constexpr const char* kOp = "hidden_gather_linear";
-  const Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
+  Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
   check_tokens(kOp, "x", x);
-  check_matrices(kOp, w);
-  check_plan(kOp, plan, x);
-  const int64_t outputs = w.size(w.dim() - 2);
-  check_weight(kOp, w, outputs, x.size(1), plan, x);
-  check_divides(kOp, "x", x.size(1), num_groups);
-  check_divides(kOp, "w's outputs", outputs, plan.num_out());
-  check_gates(kOp, gates, plan, x);
+  check_weight(kOp, w, -1, x.size(1), plan, "x", x);
+  const int64_t outputs = w.size(-2);
+  check_plan(kOp, plan, "x", x, {"x", x.size(1)}, {"w's outputs", outputs});
+  check_gates(kOp, gates, plan, "x", x);
   check_bias(kOp, bias, outputs, plan, x);
   if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, plan, x, x.size(1), outputs)) {
     return UseReference(reason);
   }
+  plan.make_contiguous();
   return gather(kOp, launch, x, w, /*swapped=*/false, gates, bias, plan);
 }
 
@@ -328,19 +374,18 @@ std::tuple<Tensor, Tensor> hidden_gather_linear_backward(Tensor dout, Tensor x, 
                                                          std::optional<Tensor> out_mask, int64_t num_groups,
                                                          int64_t num_classes) {
   constexpr const char* kOp = "hidden_gather_linear_backward";
-  const Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
+  Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
   check_tokens(kOp, "x", x);
-  check_matrix(kOp, "dout", dout, x);
-  check_plan(kOp, plan, x);
-  check_weight(kOp, w, dout.size(1), x.size(1), plan, x);
-  check_divides(kOp, "x", x.size(1), num_groups);
-  check_divides(kOp, "dout", dout.size(1), plan.num_out());
-  check_gates(kOp, gates, plan, x);
+  check_tokens_as(kOp, "dout", dout, "x", x);
+  check_weight(kOp, w, dout.size(1), x.size(1), plan, "x", x);
+  check_plan(kOp, plan, "x", x, {"x", x.size(1)}, {"dout", dout.size(1)});
+  check_gates(kOp, gates, plan, "x", x);
   if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, plan, x, x.size(1), dout.size(1))) {
     return UseReference(reason);
   }
+  plan.make_contiguous();
   const auto dot_with = gates ? std::optional<Tensor>(x) : std::nullopt;
   const Scattered s = scatter(kOp, launch, dout, w, /*swapped=*/true, gates, std::nullopt, dot_with, false, plan);
   return {s.out, s.dots};
@@ -352,21 +397,19 @@ std::tuple<Tensor, Tensor> hidden_scatter_linear(Tensor x, Tensor w, std::option
                                                  std::optional<Tensor> out_mask, int64_t num_groups,
                                                  int64_t num_classes) {
   constexpr const char* kOp = "hidden_scatter_linear";
-  const Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
+  Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
   check_tokens(kOp, "x", x);
-  check_matrices(kOp, w);
-  check_plan(kOp, plan, x);
-  const int64_t outputs = w.size(w.dim() - 2);
-  check_weight(kOp, w, outputs, x.size(1), plan, x);
-  check_divides(kOp, "w's outputs", outputs, num_groups);
-  check_divides(kOp, "x", x.size(1), plan.num_out());
-  check_gates(kOp, gates, plan, x);
+  check_weight(kOp, w, -1, x.size(1), plan, "x", x);
+  const int64_t outputs = w.size(-2);
+  check_plan(kOp, plan, "x", x, {"w's outputs", outputs}, {"x", x.size(1)});
+  check_gates(kOp, gates, plan, "x", x);
   check_bias(kOp, bias, outputs, plan, x);
   if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, plan, x, outputs, x.size(1))) {
     return UseReference(reason);
   }
+  plan.make_contiguous();
   const Scattered s = scatter(kOp, launch, x, w, /*swapped=*/false, gates, bias, std::nullopt, keep_ungated, plan);
   return {s.out, s.ungated};
 }
@@ -377,24 +420,23 @@ std::tuple<Tensor, Tensor> hidden_scatter_linear_backward(Tensor dout, std::opti
                                                           std::optional<Tensor> out_mask, int64_t num_groups,
                                                           int64_t num_classes) {
   constexpr const char* kOp = "hidden_scatter_linear_backward";
-  const Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
+  Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
   check_tokens(kOp, "dout", dout);
-  check_matrices(kOp, w);
-  check_plan(kOp, plan, dout);
-  const int64_t inputs = w.size(w.dim() - 1);
-  check_weight(kOp, w, dout.size(1), inputs, plan, dout);
-  check_divides(kOp, "dout", dout.size(1), num_groups);
-  check_divides(kOp, "w's inputs", inputs, plan.num_out());
-  check_gates(kOp, gates, plan, dout);
+  check_weight(kOp, w, dout.size(1), -1, plan, "dout", dout);
+  const int64_t inputs = w.size(-1);
+  check_plan(kOp, plan, "dout", dout, {"dout", dout.size(1)}, {"w's inputs", inputs});
+  check_gates(kOp, gates, plan, "dout", dout);
   if (ungated) {
-    check_matrix(kOp, "ungated", *ungated, dout);
-    check(ungated->size(1) == dout.size(1), kOp, ": ungated must have the shape of dout, got ", Got{*ungated});
+    check_tokens_as(kOp, "ungated", *ungated, "dout", dout);
+    check(ungated->size(1) == dout.size(1), kOp, ": ungated must be of shape ", Shape{dout}, " as dout is, got ",
+          Got{*ungated});
   }
   if constexpr (!kHasKernels) return UseReference(without_kernels(dout));
   const Launch launch(kOp, dout);
   if (const char* reason = no_kernel(launch, plan, dout, dout.size(1), inputs)) {
     return UseReference(reason);
   }
+  plan.make_contiguous();
   Tensor dx = gather(kOp, launch, dout, w, /*swapped=*/true, gates, std::nullopt, plan);
   const int64_t tokens = dout.size(0);
   Tensor dgates =
@@ -404,7 +446,7 @@ std::tuple<Tensor, Tensor> hidden_scatter_linear_backward(Tensor dout, std::opti
     launch_group_dots(kOp,
                       {.a = launch.in(a),
                        .b = launch.in(b),
-                       .group_mask = launch.in<int64_t>(group_mask),
+                       .group_mask = launch.in<int64_t>(plan.group_mask),
                        .dots = launch.out<float>(dgates),
                        .tokens = tokens,
                        .num_groups = static_cast<int>(num_groups),
@@ -419,20 +461,20 @@ Tensor hidden_weight_grad(Tensor x, Tensor dy, std::optional<Tensor> gates, bool
                           Tensor perm, Tensor inverse, Tensor tile_mask, Tensor tile_class,
                           std::optional<Tensor> out_mask, int64_t num_groups, int64_t num_classes) {
   constexpr const char* kOp = "hidden_weight_grad";
-  const Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
+  Plan plan{group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes};
   check_tokens(kOp, "x", x);
-  check_matrix(kOp, "dy", dy, x);
-  check_plan(kOp, plan, x);
+  check_tokens_as(kOp, "dy", dy, "x", x);
   const Tensor& routed_side = routed_out ? dy : x;
   const Tensor& dense_side = routed_out ? x : dy;
-  check_divides(kOp, routed_out ? "dy" : "x", routed_side.size(1), num_groups);
-  check_divides(kOp, routed_out ? "x" : "dy", dense_side.size(1), plan.num_out());
-  check_gates(kOp, gates, plan, x);
+  check_plan(kOp, plan, "x", x, {routed_out ? "dy" : "x", routed_side.size(1)},
+             {routed_out ? "x" : "dy", dense_side.size(1)});
+  check_gates(kOp, gates, plan, "x", x);
   if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, plan, x, routed_side.size(1), dense_side.size(1))) {
     return UseReference(reason);
   }
+  plan.make_contiguous();
   Tensor dw = empty(kOp, {num_classes, dy.size(1), x.size(1)}, ScalarType::Float, x);
   const Tensor dense = with_aligned_rows(dense_side), routed = with_aligned_rows(routed_side);
   const auto factors = contiguous(gates);

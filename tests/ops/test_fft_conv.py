@@ -229,6 +229,16 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"k": None, "spectrum": S[0]}, ValueError, r"spectrum must be of shape \[3, n / 2 \+ 1, 2\], n at least 2, got"),
     ({"k": None, "spectrum": S[:, :8]}, ValueError, r"spectrum must be of at least the 16 points that u has, got 14"),
     ({"k": None, "spectrum": S.double()}, TypeError, r"spectrum must be torch.float32 where u is torch.float32, got"),
+    ({"k": None, "spectrum": S, "u": [1.0]}, TypeError, r"u must be a tensor, got \[1.0\] \(list\)"),
+    ({"k": None, "spectrum": S, "u": U[0]}, ValueError, r"u must be of shape \[batch, channels, seqlen\], got"),
+    (
+        {"k": None, "spectrum": S, "u": U.long()},
+        TypeError,
+        r"u must be float16, bfloat16, float32 or float64, got int64",
+    ),
+    ({"k": None, "spectrum": 1.0}, TypeError, r"spectrum must be a tensor, got 1.0 \(float\)"),
+    ({"skip": [1.0]}, TypeError, r"skip must be a tensor, got \[1.0\] \(list\)"),
+    ({"skip": K[:, 0].to("meta")}, ValueError, r"skip must be on cpu as u is, got meta"),
     ({"k": None, "spectrum": S.to("meta")}, ValueError, r"spectrum must be on cpu as u is, got meta"),
 ]
 
@@ -280,10 +290,18 @@ def test_ops_called_directly_check_shapes() -> None:
         (lambda: OPS.spectral_conv(U, S[:2]), "spectral_conv: spectrum must be of shape"),
         (lambda: OPS.spectral_conv(U, S, K), "spectral_conv: skip must be of shape"),
         (lambda: OPS.spectral_conv_backward(U[:1], U, S, None, None, None), "spectral_conv_backward: dout must be"),
-        (lambda: OPS.fft_conv(U, torch.randn(3, 20)), "fft_conv: k must have at most the 16 taps"),
+        (
+            lambda: OPS.spectral_conv_backward(U.double(), U, S, None, None, None),
+            "spectral_conv_backward: dout must be float32 as u is, got float64",
+        ),
     ):
-        with pytest.raises(ValueError, match=f"^{message}"):
+        with pytest.raises(RuntimeError, match=f"^{message}"):
             call()
+    # This one is made of others in Python.
+    with pytest.raises(ValueError, match="^fft_conv: k must have at most the 16 taps"):
+        OPS.fft_conv(U, torch.randn(3, 20))
+    with pytest.raises(ValueError, match=r"^fft_conv: skip must be of shape \[3\], got float32 of shape \[3, 16\]"):
+        OPS.fft_conv(U, K, K)
 
 
 def test_the_short_one_called_directly_checks_its_arguments() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -197,6 +198,42 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"gates": torch.rand(5, 3)}, ValueError, r"gates must be of shape \[5, 4\], got float32 of shape \[5, 3\]"),
     ({"bias": torch.rand(5)}, ValueError, r"bias must be of shape \[6\] or \[1, 6\], got float32 of shape \[5\]"),
     ({"bias": torch.rand(6).half()}, TypeError, r"bias must be float32 as x is, got float16"),
+    ({"bias": torch.rand(6).to("meta")}, ValueError, r"bias must be on cpu as x is, got meta"),
+    ({"gates": [1.0]}, TypeError, r"gates must be a tensor, got \[1.0\] \(list\)"),
+    ({"w": None}, TypeError, r"w must be a tensor, got None \(NoneType\)"),
+    ({"w": W[0, 0]}, ValueError, r"w must be of shape \[outputs, 8\] for this x and plan, got float32 of shape \[\]"),
+    ({"plan": replace(PLAN, num_classes=2)}, ValueError, r"w must be of shape \[2, outputs, 8\] .* got .* \[6, 8\]"),
+    ({"plan": replace(PLAN, num_groups=0)}, ValueError, r"num_groups must be within 1 to 64, got 0"),
+    ({"plan": replace(PLAN, num_groups=65)}, ValueError, r"num_groups must be within 1 to 64, got 65"),
+    (
+        {"plan": replace(PLAN, group_mask=PLAN.group_mask.int())},
+        TypeError,
+        r"group_mask must be int64 of shape \[tokens\], got int32 of shape \[5\]",
+    ),
+    (
+        {"plan": replace(PLAN, group_mask=PLAN.group_mask[:, None])},
+        ValueError,
+        r"group_mask must be int64 of shape \[tokens\], got int64 of shape \[5, 1\]",
+    ),
+    ({"plan": replace(PLAN, inverse=PLAN.perm)}, ValueError, r"inverse must be of shape \[5\], got int32 .* \[256\]"),
+    ({"plan": replace(PLAN, perm=PLAN.perm.long())}, TypeError, r"perm must be int32 of shape \[places\], got int64"),
+    (
+        {"plan": replace(PLAN, perm=PLAN.perm[:-1])},
+        ValueError,
+        r"perm must have the same number of places for each of the 2 tiles, got int32 of shape \[255\]",
+    ),
+    (
+        {"plan": replace(PLAN, tile_mask=PLAN.tile_mask.int())},
+        TypeError,
+        r"tile_mask must be int64 of shape \[tiles\], got int32",
+    ),
+    ({"plan": replace(PLAN, tile_class=PLAN.tile_class[:1])}, ValueError, r"tile_class must be of shape \[2\], got"),
+    (
+        {"plan": replace(PLAN, out_mask=torch.ones(3))},
+        TypeError,
+        r"out_mask must be int64 of shape \[num_out\], got float32 of shape \[3\]",
+    ),
+    ({"plan": replace(PLAN, out_mask=PLAN.group_mask[:0])}, ValueError, r"out_mask must not be empty"),
     ({"w": W.to("meta")}, ValueError, r"w must be on cpu as x is, got meta"),
     (
         {"plan": RoutingPlan.lower_triangular(5, 4, 5)},
@@ -219,13 +256,128 @@ def test_bad_arguments_of_the_others() -> None:
         ops.hidden_weight_grad(X, X, PLAN, routed="up")
     with pytest.raises(ValueError, match=r"hidden_weight_grad: dy must have 5 rows as x has"):
         ops.hidden_weight_grad(X, X[:3], PLAN, routed="in")
-    with pytest.raises(ValueError, match=r"RoutingPlan.from_topk: num_groups must be within 1 to 64, got 65"):
-        RoutingPlan.from_topk(torch.zeros(1, 1).long(), num_groups=65)
-    with pytest.raises(TypeError, match=r"RoutingPlan.from_topk: idx must be integers, got float32"):
-        RoutingPlan.from_topk(torch.zeros(1, 1), num_groups=4)
-    with pytest.raises(TypeError, match=r"RoutingPlan.from_mask: mask must be bool, got int64"):
-        RoutingPlan.from_mask(torch.zeros(1, 1).long())
-    with pytest.raises(ValueError, match=r"RoutingPlan.by_class: token_class must be within 0 to 1, got 2"):
-        RoutingPlan.by_class(torch.tensor([0, 2]), 2)
-    with pytest.raises(ValueError, match=r"RoutingPlan.prefix: widths must be within 0 to 4, got 5"):
-        RoutingPlan.prefix(torch.tensor([5]), 4)
+    with pytest.raises(
+        TypeError, match=r"hidden_weight_grad: dy must be float32 as x is, got float64 of shape \[5, 8\]"
+    ):
+        ops.hidden_weight_grad(X, X.double(), PLAN, routed="in")
+    with pytest.raises(ValueError, match=r"hidden_weight_grad: dy must be of shape \[tokens, width\], got .* \[8\]"):
+        ops.hidden_weight_grad(X, X[0], PLAN, routed="in")
+    for routed, x, dy, message in (
+        ("in", X[:, :6], X, "x must come in 4 groups of equal width, got 6"),
+        ("out", X, X[:, :6], "dy must come in 4 groups of equal width, got 6"),
+    ):
+        with pytest.raises(ValueError, match=f"hidden_weight_grad: {message}"):
+            ops.hidden_weight_grad(x, dy, PLAN, routed=routed)
+    with pytest.raises(TypeError, match=r"hidden_scatter_linear: gates must be a tensor, got \[1.0\] \(list\)"):
+        ops.hidden_scatter_linear(X, torch.randn(8, 8), PLAN, [1.0])
+    for function, arguments in (
+        (ops.hidden_scatter_linear, (X, X, None)),
+        (ops.hidden_weight_grad, (X, X, None)),
+    ):
+        how = {"routed": "in"} if function is ops.hidden_weight_grad else {}
+        with pytest.raises(TypeError, match=f"{function.__name__}: plan must be a RoutingPlan, got None"):
+            function(*arguments, **how)
+
+
+IDX, MASK = torch.zeros(3, 2).long(), torch.ones(3, 4).bool()
+BAD_PLANS: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
+    ("from_topk", (IDX,), {"num_groups": 65}, ValueError, "num_groups must be within 1 to 64, got 65"),
+    ("from_topk", (IDX,), {"num_groups": 0}, ValueError, "num_groups must be within 1 to 64, got 0"),
+    ("from_topk", (IDX,), {"num_groups": 4.0}, TypeError, r"num_groups must be an int, got 4.0 \(float\)"),
+    ("from_topk", (IDX,), {"num_groups": 4, "tile": 0}, ValueError, "tile must be at least 1, got 0"),
+    ("from_topk", (IDX,), {"num_groups": 4, "tile": 1.5}, TypeError, r"tile must be an int, got 1.5 \(float\)"),
+    (
+        "from_topk",
+        (IDX,),
+        {"num_groups": 4, "num_shared": 5},
+        ValueError,
+        "num_shared must be within 0 to num_groups, 4, got 5",
+    ),
+    ("from_topk", (IDX,), {"num_groups": 4, "num_shared": None}, TypeError, "num_shared must be an int, got None"),
+    ("from_topk", (IDX.float(),), {"num_groups": 4}, TypeError, r"idx must be integers, got float32 of shape \[3, 2\]"),
+    ("from_topk", (IDX.bool(),), {"num_groups": 4}, TypeError, r"idx must be integers, got bool of shape \[3, 2\]"),
+    ("from_topk", (IDX[0],), {"num_groups": 4}, ValueError, r"idx must be of shape \[tokens, k\], got int64 .* \[2\]"),
+    ("from_topk", ([[1]],), {"num_groups": 4}, TypeError, r"idx must be a tensor, got \[\[1\]\] \(list\)"),
+    ("from_topk", (IDX + 4,), {"num_groups": 4}, ValueError, "idx must be within 0 to 3, got 4"),
+    ("from_mask", (IDX,), {}, TypeError, r"mask must be bool, got int64 of shape \[3, 2\]"),
+    ("from_mask", (MASK[0],), {}, ValueError, r"mask must be of shape \[tokens, num_groups\], got bool of shape \[4\]"),
+    ("from_mask", (MASK[:, :0],), {}, ValueError, "mask's num_groups must be within 1 to 64, got 0"),
+    ("from_mask", (MASK,), {"tile": -1}, ValueError, "tile must be at least 1, got -1"),
+    ("by_class", (torch.tensor([0, 2]), 2), {}, ValueError, "token_class must be within 0 to 1, got 2"),
+    ("by_class", (torch.tensor([0, 1]), 0), {}, ValueError, "num_classes must be at least 1, got 0"),
+    ("by_class", (torch.tensor([0, 1]), 2.0), {}, TypeError, "num_classes must be an int, got 2.0"),
+    ("by_class", (torch.tensor([0.0, 1]), 2), {}, TypeError, "token_class must be integers, got float32"),
+    ("by_class", (IDX, 2), {}, ValueError, r"token_class must be of shape \[tokens\], got int64 of shape \[3, 2\]"),
+    (
+        "by_class",
+        (torch.tensor([0, 1]), 2, MASK),
+        {},
+        ValueError,
+        r"mask must be of shape \[2, num_groups\] as token_class has as many tokens, got bool of shape \[3, 4\]",
+    ),
+    ("by_class", (IDX[:, 0], 2, MASK.to("meta")), {}, ValueError, "mask must be on cpu as token_class is, got meta"),
+    ("prefix", (torch.tensor([5]), 4), {}, ValueError, "widths must be within 0 to 4, got 5"),
+    ("prefix", (torch.tensor([5]), 65), {}, ValueError, "num_groups must be within 1 to 64, got 65"),
+    ("prefix", (torch.tensor([4.0]), 4), {}, TypeError, "widths must be integers, got float32"),
+    ("prefix", (torch.tensor([4]), 4), {"tile": 0}, ValueError, "tile must be at least 1, got 0"),
+    ("lower_triangular", (3, 65, 2), {}, ValueError, "num_in must be within 1 to 64, got 65"),
+    ("lower_triangular", (3, 4, 0), {}, ValueError, "num_out must be at least 1, got 0"),
+    ("lower_triangular", (-1, 4, 2), {}, ValueError, "tokens must be at least 0, got -1"),
+    ("lower_triangular", (3, 4, 2), {"tile": 0}, ValueError, "tile must be at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("constructor", "arguments", "how", "error", "message"), BAD_PLANS, ids=[f"{b[0]}: {b[-1]}" for b in BAD_PLANS]
+)
+def test_bad_arguments_of_a_plan(
+    constructor: str, arguments: tuple[Any, ...], how: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^RoutingPlan.{constructor}: {message}"):
+        getattr(RoutingPlan, constructor)(*arguments, **how)
+
+
+def test_ops_called_directly_check_arguments() -> None:
+    plan, w = PLAN.arguments(), torch.randn(8, 8)
+    mask = PLAN.group_mask
+    for name, arguments, message in (
+        ("routing_mask", (IDX, 65, 0), "num_groups must be within 1 to 64, got 65"),
+        ("routing_mask", (IDX.double(), 4, 0), "idx must be integers, got float64"),
+        ("routing_plan", (mask.int(), None, 4, 1, 128), r"group_mask must be int64 of shape \[tokens\], got int32"),
+        ("routing_plan", (mask, mask[:3], 4, 1, 128), r"token_class must be of shape \[5\], got int64 of shape \[3\]"),
+        ("routing_plan", (mask, mask.float(), 4, 1, 128), "token_class must be integers, got float32"),
+        ("hidden_gather_linear", (X, W.half(), None, None, *plan), "w must be float32 as x is, got float16"),
+        ("hidden_gather_linear_backward", (X[:3], X, w, None, *plan), "dout must have 5 rows as x has, got .*[3, 8]"),
+        ("hidden_gather_linear_backward", (X.half(), X, w, None, *plan), "dout must be float32 as x is, got float16"),
+        ("hidden_gather_linear_backward", (X, X, W, None, *plan), r"w must be of shape \[8, 8\] for this x and plan"),
+        ("hidden_scatter_linear", (X, w, X, None, False, *plan), r"gates must be of shape \[5, 4\], got .* \[5, 8\]"),
+        ("hidden_scatter_linear_backward", (X, X[:, :4], w, None, *plan), r"ungated must be of shape \[5, 8\] as dout"),
+        ("hidden_scatter_linear_backward", (X, X[:4], w, None, *plan), "ungated must have 5 rows as dout has"),
+        (
+            "hidden_scatter_linear_backward",
+            (X, None, W, None, *plan),
+            r"w must be of shape \[8, inputs\] for this dout",
+        ),
+        ("hidden_weight_grad", (X, X[:3], None, True, *plan), "dy must have 5 rows as x has"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^{name}: {message}"):
+            getattr(OPS, name)(*arguments)
+
+
+@pytest.mark.parametrize("dtype", (torch.uint8, torch.int8, torch.int16, torch.int32))
+def test_integers_of_every_width(dtype: torch.dtype) -> None:
+    idx, classes = torch.tensor([[3, 1], [2, 0]]), torch.tensor([1, 0])
+    for one, other in (
+        (RoutingPlan.from_topk(idx.to(dtype), num_groups=4), RoutingPlan.from_topk(idx, num_groups=4)),
+        (RoutingPlan.by_class(classes.to(dtype), 2), RoutingPlan.by_class(classes, 2)),
+        (RoutingPlan.prefix(classes.to(dtype), 4), RoutingPlan.prefix(classes, 4)),
+    ):
+        assert torch.equal(one.group_mask, other.group_mask) and torch.equal(one.perm, other.perm)
+
+
+def test_a_plan_of_strided_tensors() -> None:
+    strided = replace(
+        PLAN, **{n: getattr(PLAN, n).repeat_interleave(2)[::2] for n in ("group_mask", "perm", "inverse", "tile_mask")}
+    )
+    assert not strided.perm.is_contiguous()
+    assert torch.equal(ops.hidden_gather_linear(X, W, strided), ops.hidden_gather_linear(X, W, PLAN))

@@ -186,6 +186,9 @@ BAD: list[tuple[Callable[..., Any], tuple[Any, ...], type[Exception], str]] = [
     (ops.blockdiag_multiply, (X[0, 0], W), ValueError, r"x must be of shape \[..., 8\] as w has it, got \[\]"),
     (ops.blockdiag_multiply, (X, W, X[0]), ValueError, r"bias must be of shape \[12\], got \[8\]"),
     (ops.blockdiag_multiply, (X, W.to("meta")), ValueError, r"w must be on cpu as x is, got meta"),
+    (ops.blockdiag_multiply, (X, W, torch.ones(12).half()), TypeError, r"bias must be float32 as x is, got float16 of"),
+    (ops.blockdiag_multiply, (X, W, torch.ones(12).to("meta")), ValueError, r"bias must be on cpu as x is, got meta"),
+    (ops.blockdiag_multiply, (X, W, 1.0), TypeError, r"bias must be a tensor, got 1.0 \(float\)"),
     (ops.monarch_multiply, (X, W, None), TypeError, r"w2 must be a tensor, got None"),
     (ops.monarch_multiply, (X, W, torch.randn(2, 3, 5)), ValueError, r"w2 must take the 12 rows that w1 \[2, 6, 4\] "),
     (ops.monarch_multiply, (X[:, :6], W, W), ValueError, r"x must be of shape \[..., 8\] as w1 has it, got \[3, 6\]"),
@@ -230,12 +233,20 @@ def test_ops_called_directly_check_shapes() -> None:
     for call, message in (
         (lambda: OPS.blockdiag_multiply(X[:, :6], W), "blockdiag_multiply: x must be of shape"),
         (lambda: OPS.blockdiag_multiply_backward(out[:2], X, W, True), "blockdiag_multiply_backward: dout must be of"),
+        (
+            lambda: OPS.blockdiag_multiply_backward(out.half(), X, W, True),
+            "blockdiag_multiply_backward: dout must be fl",
+        ),
+        (
+            lambda: OPS.blockdiag_multiply_backward(out, X, W.half(), True),
+            "blockdiag_multiply_backward: w must be floa",
+        ),
         (lambda: OPS.monarch_multiply(X, W, W[:, :, :3]), "monarch_multiply: w2 must take"),
         (lambda: OPS.monarch_multiply_backward(X, X, W, torch.randn(3, 4, 4)), "monarch_multiply_backward: dout must"),
         (lambda: OPS.blockdiag_glu(X, W, W), "blockdiag_glu: w_up must give twice"),
         (lambda: OPS.blockdiag_glu_backward(X, X, W, torch.randn(2, 6, 3), False), "blockdiag_glu_backward: dout must"),
     ):
-        with pytest.raises(ValueError, match=f"^{message}"):
+        with pytest.raises(RuntimeError, match=f"^{message}"):
             call()
 
 

@@ -83,15 +83,15 @@ U, S = torch.zeros(2, 3, 100).half(), torch.zeros(3, 257, 2)
     [
         ({"u": U.float()}, "no kernel: the kernels take float16 and bfloat16"),
         ({"spectrum": torch.zeros(3, 129, 2)}, "no kernel: the spectrum is not of twice the points"),
-        ({"pregate": U.float()}, "no kernel: a gate is not of u's dtype"),
-        ({"skip": torch.zeros(3).double()}, "no kernel: skip is neither of u's dtype nor float32"),
-        ({"u": U[0]}, r"u must be floating-point of shape \[batch, channels, seqlen\], got"),
-        ({"spectrum": S[:2]}, r"spectrum must be float32 of shape \[3, n / 2 \+ 1, 2\], got"),
-        ({"spectrum": S.double()}, r"spectrum must be float32 of shape"),
+        ({"pregate": U.float()}, "pregate must be float16 as u is, got float32"),
+        ({"skip": torch.zeros(3).double()}, "skip must be float16 as u is, or float32, got float64"),
+        ({"u": U[0]}, r"u must be of shape \[batch, channels, seqlen\], got"),
+        ({"spectrum": S[:2]}, r"spectrum must be of shape \[3, n / 2 \+ 1, 2\], n at least 2, got"),
+        ({"spectrum": S.double()}, "spectrum must be torch.float32 where u is torch.float16, got torch.float64"),
         ({"spectrum": S[:, :50]}, "spectrum must be of at least the 100 points that u has, got 98"),
-        ({"skip": torch.zeros(4)}, r"skip must be floating-point of shape \[3\], got"),
-        ({"pregate": U[1:]}, "pregate must be floating-point and have the shape of u"),
-        ({"postgate": U.int()}, "postgate must be floating-point and have the shape of u"),
+        ({"skip": torch.zeros(4)}, r"skip must be of shape \[3\], got"),
+        ({"pregate": U[1:]}, r"pregate must be of shape \[2, 3, 100\], got"),
+        ({"postgate": U.int()}, "postgate must be float16 as u is, got int32"),
     ],
 )
 def test_bad_input(simt: Any, change: dict[str, Any], message: str) -> None:
@@ -103,6 +103,6 @@ def test_bad_input(simt: Any, change: dict[str, Any], message: str) -> None:
 
 
 def test_bad_gradient_input(simt: Any) -> None:
-    for dout, message in ((U[1:], "dout must be floating-point and have the shape"), (U.float(), "dout must have the")):
+    for dout, message in ((U[1:], "dout must be of shape"), (U.float(), "dout must be float16 as u is")):
         with pytest.raises(RuntimeError, match=f"spectral_conv_backward: {message}"):
             simt.spectral_conv_backward(dout, U, S, None, None, None)

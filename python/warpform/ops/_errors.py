@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,3 +77,16 @@ def _bound(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator
     for argument in schema.arguments[len(args) :]:
         if argument.name in kwargs:
             yield argument, kwargs[argument.name]
+
+
+def called_by(function: str, call: Callable[..., Any], *args: Any) -> Any:
+    """Calls an op for a function of another name: errors about arguments name the function that the user called."""
+    if torch.compiler.is_compiling():
+        return call(*args)
+    try:
+        return call(*args)
+    except (TypeError, ValueError) as error:
+        op, separator, text = str(error).partition(": ")
+        if not separator or op != call.__name__.removesuffix(".default"):
+            raise
+        raise type(error)(f"{function}: {text}") from None

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _autocast, _library
-from . import _check
+from . import _check, _errors
 from ._dtypes import accumulation_dtype
 from ._register import NAMESPACE, register_op
 from .examples import fft_conv as examples
@@ -92,9 +92,9 @@ def fft_conv_spectrum(k: Tensor, k_reverse: Tensor | None = None, *, seqlen: int
     """
     op = "fft_conv_spectrum"
     _check.integer(op, "seqlen", seqlen)
-    _check_taps(op, "k", k, seqlen, None)
+    _check_taps(op, "k", k, seqlen)
     if k_reverse is not None:
-        _check_taps(op, "k_reverse", k_reverse, seqlen, k)
+        _check_taps(op, "k_reverse", k_reverse, seqlen, k.size(0), like=k)
     return _spectrum(k, k_reverse, seqlen)
 
 
@@ -110,12 +110,14 @@ def _spectrum(k: Tensor, k_reverse: Tensor | None, seqlen: int) -> Tensor:
     return torch.view_as_real(torch.fft.rfft(filters, points))
 
 
-def _check_taps(op: str, name: str, k: Any, seqlen: int, like: Tensor | None) -> None:
+def _check_taps(
+    op: str, name: str, k: Any, seqlen: int, channels: int | None = None, *, like: Tensor | None = None
+) -> None:
     _check.tensor(op, name, k)
     _check.floating(op, name, k)
-    if k.dim() != 2 or (like is not None and k.size(0) != like.size(0)):
-        channels = "channels" if like is None else like.size(0)
-        raise ValueError(f"{op}: {name} must be of shape [{channels}, taps], got {_check.describe(k)}")
+    if k.dim() != 2 or (channels is not None and k.size(0) != channels):
+        expected = "channels" if channels is None else channels
+        raise ValueError(f"{op}: {name} must be of shape [{expected}, taps], got {_check.describe(k)}")
     if k.size(1) > seqlen:
         raise ValueError(f"{op}: {name} must have at most the {seqlen} taps that seqlen allows, got {k.size(1)}")
     if like is not None:
@@ -137,12 +139,15 @@ def _composite(
 ) -> Tensor:
     """Its gradients, and the rules for autocast and tracing, are those of its parts."""
     op = "fft_conv"
-    seqlen = u.size(-1)
-    _check_taps(op, "k", k, seqlen, None)
+    # Taps are made a spectrum for the shape of u before an op sees it.
+    if u.dim() != 3:
+        raise ValueError(f"{op}: u must be of shape [batch, channels, seqlen], got {_check.describe(u)}")
+    _, channels, seqlen = u.shape
+    _check_taps(op, "k", k, seqlen, channels)
     if k_reverse is not None:
-        _check_taps(op, "k_reverse", k_reverse, seqlen, k)
+        _check_taps(op, "k_reverse", k_reverse, seqlen, channels, like=k)
     spectrum = _spectrum(k, k_reverse, seqlen).to(accumulation_dtype(u.dtype))
-    return _spectral_conv(u, spectrum, skip, pregate, postgate)
+    return _errors.called_by(op, _spectral_conv, u, spectrum, skip, pregate, postgate)
 
 
 if _library.loaded():
@@ -193,47 +198,22 @@ def fft_conv(
         ValueError: a wrong shape, more taps than L, spectrum and taps together, or tensors on different devices.
     """
     op = "fft_conv"
-    _check.tensor(op, "u", u)
-    _check.floating(op, "u", u)
-    if u.dim() != 3:
-        raise ValueError(f"{op}: u must be of shape [batch, channels, seqlen], got {_check.describe(u)}")
-    autocast = _autocast.enabled(u.device)
-    batch, channels, seqlen = u.shape
-    if skip is not None:
-        _check_like(op, "skip", skip, u, (channels,), or_float32=True)
-    for name, gate in (("pregate", pregate), ("postgate", postgate)):
-        if gate is not None:
-            _check_like(op, name, gate, u, (batch, channels, seqlen), or_float32=autocast)
     if spectrum is not None:
         if k is not None or k_reverse is not None:
             raise ValueError(f"{op}: k and k_reverse must be None where spectrum is given")
-        _check.tensor(op, "spectrum", spectrum)
-        reference.check_shapes(op, u, spectrum, skip, pregate, postgate)
-        _check.same_device(op, "spectrum", spectrum, "u", u)
-        return _spectral_conv(u, spectrum, skip, pregate, postgate)
+        return _errors.called_by(op, _spectral_conv, u, spectrum, skip, pregate, postgate)
+    _check.tensor(op, "u", u)
     if k is None:
         raise TypeError(f"{op}: k must be a tensor where spectrum is None, got None")
     for name, taps in (("k", k), ("k_reverse", k_reverse)):
         if taps is not None:
             _check.tensor(op, name, taps)
-            if taps.dim() != 2 or taps.size(0) != channels:
-                raise ValueError(f"{op}: {name} must be of shape [{channels}, taps], got {_check.describe(taps)}")
-            if taps.dtype not in (u.dtype, torch.float32) and not autocast:
+            if taps.dtype not in (u.dtype, torch.float32) and not _autocast.enabled(u.device):
                 raise TypeError(
                     f"{op}: {name} must be {_check.dtype_name(u.dtype)} as u is, or float32, "
                     f"got {_check.describe(taps)}"
                 )
             _check.same_device(op, name, taps, "u", u)
-    return torch.ops.warpform.fft_conv(u, k, skip, pregate, postgate, k_reverse)
-
-
-def _check_like(op: str, name: str, value: Any, u: Tensor, shape: tuple[int, ...], *, or_float32: bool) -> None:
-    _check.tensor(op, name, value)
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{op}: {name} must be of shape {list(shape)}, got {_check.describe(value)}")
-    if value.dtype != u.dtype and not (or_float32 and value.dtype == torch.float32):
-        raise TypeError(
-            f"{op}: {name} must be {_check.dtype_name(u.dtype)} as u is{', or float32' * or_float32}, "
-            f"got {_check.describe(value)}"
-        )
-    _check.same_device(op, name, value, "u", u)
+    if torch.compiler.is_compiling():
+        return torch.ops.warpform.fft_conv(u, k, skip, pregate, postgate, k_reverse)
+    return _composite(u, k, skip, pregate, postgate, k_reverse)

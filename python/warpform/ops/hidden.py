@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast
 from . import _check
 from ._dtypes import accumulation_dtype
 from ._register import register_op
@@ -164,8 +163,7 @@ def hidden_gather_linear(
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, tensors on different devices.
     """
-    op = "hidden_gather_linear"
-    _check_arguments(op, x, w, plan, gates, bias, routed_out=False)
+    _check_plan("hidden_gather_linear", plan)
     return _gather(x, w, gates, bias, *plan.arguments())
 
 
@@ -193,9 +191,8 @@ def hidden_scatter_linear(
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, tensors on different devices.
     """
-    op = "hidden_scatter_linear"
-    _check_arguments(op, x, w, plan, gates, bias, routed_out=True)
-    keep = gates is not None and gates.requires_grad and torch.is_grad_enabled()
+    _check_plan("hidden_scatter_linear", plan)
+    keep = isinstance(gates, Tensor) and gates.requires_grad and torch.is_grad_enabled()
     out, _ = _scatter(x, w, gates, bias, keep, *plan.arguments())
     return out
 
@@ -219,79 +216,11 @@ def hidden_weight_grad(x: Tensor, dy: Tensor, plan: RoutingPlan, gates: Tensor |
     op = "hidden_weight_grad"
     if routed not in ("in", "out"):
         raise ValueError(f'{op}: routed must be "in" or "out", got {routed!r}')
-    for name, value in (("x", x), ("dy", dy)):
-        _check.tensor(op, name, value)
-        _check.floating(op, name, value)
-        if value.dim() != 2:
-            raise ValueError(f"{op}: {name} must be of shape [tokens, width], got {_check.describe(value)}")
-    if dy.dtype != x.dtype:
-        raise TypeError(f"{op}: dy must be {_check.dtype_name(x.dtype)} as x is, got {_check.describe(dy)}")
-    _check.same_device(op, "dy", dy, "x", x)
-    if dy.size(0) != x.size(0):
-        raise ValueError(f"{op}: dy must have {x.size(0)} rows as x has, got {_check.describe(dy)}")
-    mine, other = (("dy", dy), ("x", x)) if routed == "out" else (("x", x), ("dy", dy))
-    _check_plan(op, plan, x, mine[0], mine[1].size(1), other[0], other[1].size(1))
-    _check_gates(op, gates, x, plan)
+    _check_plan(op, plan)
     dw = _weight_grad(x, dy, gates, routed == "out", *plan.arguments())
     return dw if plan.num_classes > 1 else dw.squeeze(0)
 
 
-def _check_arguments(
-    op: str, x: Tensor, w: Tensor, plan: RoutingPlan, gates: Tensor | None, bias: Tensor | None, *, routed_out: bool
-) -> None:
-    _check.tensor(op, "x", x)
-    _check.floating(op, "x", x)
-    if x.dim() != 2:
-        raise ValueError(f"{op}: x must be of shape [tokens, width], got {_check.describe(x)}")
-    _check.tensor(op, "w", w)
+def _check_plan(op: str, plan: RoutingPlan) -> None:
     if not isinstance(plan, RoutingPlan):
         raise TypeError(f"{op}: plan must be a RoutingPlan, got {_check.describe(plan)}")
-    classes = [plan.num_classes] if w.dim() == 3 or plan.num_classes > 1 else []
-    if w.dim() != 2 + len(classes) or w.size(-1) != x.size(1) or list(w.shape[:-2]) != classes:
-        expected = ", ".join(map(str, [*classes, "outputs", x.size(1)]))
-        raise ValueError(f"{op}: w must be of shape [{expected}] for this x and plan, got {_check.describe(w)}")
-    autocast = _autocast.enabled(x.device)
-    if w.dtype != x.dtype and not autocast:
-        raise TypeError(f"{op}: w must be {_check.dtype_name(x.dtype)} as x is, got {_check.describe(w)}")
-    _check.same_device(op, "w", w, "x", x)
-    if routed_out:
-        _check_plan(op, plan, x, "w's outputs", w.size(-2), "x", x.size(1))
-    else:
-        _check_plan(op, plan, x, "x", x.size(1), "w's outputs", w.size(-2))
-    _check_gates(op, gates, x, plan)
-    if bias is not None:
-        _check.tensor(op, "bias", bias)
-        if tuple(bias.shape) not in ((w.size(-2),), (plan.num_classes, w.size(-2))):
-            raise ValueError(
-                f"{op}: bias must be of shape [{w.size(-2)}] or [{plan.num_classes}, {w.size(-2)}], "
-                f"got {_check.describe(bias)}"
-            )
-        if bias.dtype != x.dtype and not autocast:
-            raise TypeError(f"{op}: bias must be {_check.dtype_name(x.dtype)} as x is, got {_check.describe(bias)}")
-        _check.same_device(op, "bias", bias, "x", x)
-
-
-def _check_plan(op: str, plan: RoutingPlan, x: Tensor, routed: str, width: int, plain: str, other: int) -> None:
-    if not isinstance(plan, RoutingPlan):
-        raise TypeError(f"{op}: plan must be a RoutingPlan, got {_check.describe(plan)}")
-    _check.same_device(op, "plan", plan.group_mask, "x", x)
-    if plan.tokens != x.size(0):
-        raise ValueError(f"{op}: plan must be of {x.size(0)} tokens as x is, got one of {plan.tokens}")
-    if width % plan.num_groups:
-        raise ValueError(f"{op}: {routed} must come in {plan.num_groups} groups of equal width, got {width}")
-    if plan.out_mask is not None and other % plan.out_mask.size(0):
-        raise ValueError(f"{op}: {plain} must come in {plan.out_mask.size(0)} parts of equal width, got {other}")
-
-
-def _check_gates(op: str, gates: Tensor | None, x: Tensor, plan: RoutingPlan) -> None:
-    if gates is None:
-        return
-    _check.tensor(op, "gates", gates)
-    dtype = accumulation_dtype(x.dtype)
-    if gates.dtype != dtype:
-        raise TypeError(f"{op}: gates must be {_check.dtype_name(dtype)} for this x, got {_check.describe(gates)}")
-    if tuple(gates.shape) != (plan.tokens, plan.num_groups):
-        raise ValueError(
-            f"{op}: gates must be of shape [{plan.tokens}, {plan.num_groups}], got {_check.describe(gates)}"
-        )
-    _check.same_device(op, "gates", gates, "x", x)

@@ -6,26 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import _autocast
-from . import _check
 from ._register import register_op
 from .examples import monarch as examples
 from .reference import monarch as reference
-
-
-def _check_tensors(op: str, x: Tensor, **tensors: Tensor | None) -> None:
-    """Types, dtypes and devices; the shapes are the reference's to check."""
-    _check.tensor(op, "x", x)
-    _check.floating(op, "x", x)
-    for name, tensor in tensors.items():
-        if tensor is None:
-            if name == "bias":
-                continue
-            raise TypeError(f"{op}: {name} must be a tensor, got None")
-        _check.tensor(op, name, tensor)
-        if tensor.dtype != x.dtype and not _autocast.enabled(x.device):
-            raise TypeError(f"{op}: {name} must be {_check.dtype_name(x.dtype)} as x is, got {_check.describe(tensor)}")
-        _check.same_device(op, name, tensor, "x", x)
 
 
 def _needed(ctx: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -91,9 +74,6 @@ def blockdiag_multiply(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tens
         TypeError: an argument is not a tensor, or of a wrong dtype.
         ValueError: a wrong shape, or tensors on different devices.
     """
-    op = "blockdiag_multiply"
-    _check_tensors(op, x, w=w, bias=bias)
-    reference.check_blockdiag(op, x, w, bias)
     return _blockdiag_multiply(x, w, bias)
 
 
@@ -155,9 +135,6 @@ def monarch_multiply(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         TypeError: an argument is not a tensor, or of a wrong dtype.
         ValueError: a wrong shape, or tensors on different devices.
     """
-    op = "monarch_multiply"
-    _check_tensors(op, x, w1=w1, w2=w2)
-    reference.check_monarch(op, x, w1, w2)
     return _monarch_multiply(x, w1, w2)
 
 
@@ -226,7 +203,4 @@ def blockdiag_glu(x: Tensor, w_up: Tensor, w_down: Tensor, bias: Tensor | None =
         TypeError: an argument is not a tensor, or of a wrong dtype.
         ValueError: a wrong shape, or tensors on different devices.
     """
-    op = "blockdiag_glu"
-    _check_tensors(op, x, w_up=w_up, w_down=w_down, bias=bias)
-    reference.check_glu(op, x, w_up, w_down, bias)
     return _blockdiag_glu(x, w_up, w_down, bias)

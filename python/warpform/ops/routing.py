@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _check
+from . import _check, _errors
 from ._register import register_op
 from .examples import hidden as examples
 from .reference import hidden as reference
@@ -100,13 +100,9 @@ class RoutingPlan:
                 such an index is dropped.
         """
         op = "RoutingPlan.from_topk"
-        _check_groups(op, num_groups, tile)
-        _check.integer(op, "num_shared", num_shared)
-        if not 0 <= num_shared <= num_groups:
-            raise ValueError(f"{op}: num_shared must be within 0 to num_groups, {num_groups}, got {num_shared}")
-        _check_integers(op, "idx", idx, "[tokens, k]", 2)
+        group_mask = _errors.called_by(op, _routing_mask, idx, num_groups, num_shared)
         _check_values(op, "idx", idx, num_groups)
-        return cls._of_mask(_routing_mask(idx, num_groups, num_shared), num_groups, tile)
+        return cls._of_mask(op, group_mask, num_groups, tile)
 
     @classmethod
     def from_mask(cls, mask: Tensor, *, tile: int = 128) -> RoutingPlan:
@@ -117,8 +113,8 @@ class RoutingPlan:
             ValueError: mask is not two-dimensional, or has more than 64 groups or none.
         """
         op = "RoutingPlan.from_mask"
-        _check_mask(op, mask, tile)
-        return cls._of_mask(reference.pack_bits(mask), mask.size(1), tile)
+        _check_mask(op, mask)
+        return cls._of_mask(op, reference.pack_bits(mask), mask.size(1), tile)
 
     @classmethod
     def prefix(cls, widths: Tensor, num_groups: int, *, tile: int = 128) -> RoutingPlan:
@@ -129,10 +125,11 @@ class RoutingPlan:
                 it is not seen.
         """
         op = "RoutingPlan.prefix"
-        _check_groups(op, num_groups, tile)
-        _check_integers(op, "widths", widths, "[tokens]", 1)
+        _check_groups(op, "num_groups", num_groups)
+        _check_integers(op, "widths", widths)
         _check_values(op, "widths", widths, num_groups + 1)
-        return cls.from_mask(torch.arange(num_groups, device=widths.device) < widths.unsqueeze(1), tile=tile)
+        mask = torch.arange(num_groups, device=widths.device) < widths.unsqueeze(1)
+        return cls._of_mask(op, reference.pack_bits(mask), num_groups, tile)
 
     @classmethod
     def lower_triangular(
@@ -148,7 +145,7 @@ class RoutingPlan:
             ValueError: num_in is not within 1 to 64, num_out is below 1, or tokens is negative.
         """
         op = "RoutingPlan.lower_triangular"
-        _check_groups(op, num_in, tile, "num_in")
+        _check_groups(op, "num_in", num_in)
         for name, value, least in (("tokens", tokens, 0), ("num_out", num_out, 1)):
             _check.integer(op, name, value)
             if value < least:
@@ -156,7 +153,7 @@ class RoutingPlan:
         g, o = torch.arange(num_in, device=device), torch.arange(num_out, device=device).unsqueeze(1)
         out_mask = reference.pack_bits(g * num_out < (o + 1) * num_in)
         mask = torch.full((tokens,), -1 if num_in == 64 else 2**num_in - 1, dtype=torch.int64, device=device)
-        return cls._of_mask(mask, num_in, tile, out_mask=out_mask)
+        return cls._of_mask(op, mask, num_in, tile, out_mask=out_mask)
 
     @classmethod
     def by_class(
@@ -175,25 +172,24 @@ class RoutingPlan:
                 nearest.
         """
         op = "RoutingPlan.by_class"
-        _check.integer(op, "num_classes", num_classes)
-        if num_classes < 1:
-            raise ValueError(f"{op}: num_classes must be at least 1, got {num_classes}")
-        _check_integers(op, "token_class", token_class, "[tokens]", 1)
-        _check_values(op, "token_class", token_class, num_classes)
+        _check_integers(op, "token_class", token_class)
         if mask is None:
             mask = torch.ones(token_class.size(0), 1, dtype=torch.bool, device=token_class.device)
-        _check_mask(op, mask, tile)
+        _check_mask(op, mask)
         if mask.size(0) != token_class.size(0):
             raise ValueError(
                 f"{op}: mask must be of shape [{token_class.size(0)}, num_groups] as token_class has as many tokens, "
                 f"got {_check.describe(mask)}"
             )
         _check.same_device(op, "mask", mask, "token_class", token_class)
-        return cls._of_mask(reference.pack_bits(mask), mask.size(1), tile, token_class, num_classes)
+        plan = cls._of_mask(op, reference.pack_bits(mask), mask.size(1), tile, token_class, num_classes)
+        _check_values(op, "token_class", token_class, num_classes)
+        return plan
 
     @classmethod
     def _of_mask(
         cls,
+        function: str,
         group_mask: Tensor,
         num_groups: int,
         tile: int,
@@ -201,7 +197,9 @@ class RoutingPlan:
         num_classes: int = 1,
         out_mask: Tensor | None = None,
     ) -> RoutingPlan:
-        perm, inverse, tile_mask, tile_class = _routing_plan(group_mask, token_class, num_groups, num_classes, tile)
+        perm, inverse, tile_mask, tile_class = _errors.called_by(
+            function, _routing_plan, group_mask, token_class, num_groups, num_classes, tile
+        )
         return cls(group_mask, perm, inverse, tile_mask, tile_class, out_mask, num_groups, num_classes)
 
     def _routing(self) -> reference.Routing:
@@ -234,21 +232,21 @@ torch.serialization.add_safe_globals([RoutingPlan])
 torch.export.register_dataclass(RoutingPlan, serialized_type_name="warpform.RoutingPlan")
 
 
-def _check_groups(op: str, num_groups: int, tile: int, name: str = "num_groups") -> None:
+# ---- checks of arguments of which a constructor makes the tensors that the ops take ----
+
+
+def _check_groups(op: str, name: str, num_groups: int) -> None:
     _check.integer(op, name, num_groups)
     if not 1 <= num_groups <= MAX_GROUPS:
         raise ValueError(f"{op}: {name} must be within 1 to {MAX_GROUPS}, got {num_groups}")
-    _check.integer(op, "tile", tile)
-    if tile < 1:
-        raise ValueError(f"{op}: tile must be at least 1, got {tile}")
 
 
-def _check_integers(op: str, name: str, value: Tensor, shape: str, dim: int) -> None:
+def _check_integers(op: str, name: str, value: Tensor) -> None:
     _check.tensor(op, name, value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must be integers, got {_check.describe(value)}")
-    if value.dim() != dim:
-        raise ValueError(f"{op}: {name} must be of shape {shape}, got {_check.describe(value)}")
+    if value.dim() != 1:
+        raise ValueError(f"{op}: {name} must be of shape [tokens], got {_check.describe(value)}")
 
 
 def _check_values(op: str, name: str, value: Tensor, end: int) -> None:
@@ -260,10 +258,10 @@ def _check_values(op: str, name: str, value: Tensor, end: int) -> None:
         raise ValueError(f"{op}: {name} must be within 0 to {end - 1}, got {least if least < 0 else most}")
 
 
-def _check_mask(op: str, mask: Tensor, tile: int) -> None:
+def _check_mask(op: str, mask: Tensor) -> None:
     _check.tensor(op, "mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{op}: mask must be bool, got {_check.describe(mask)}")
     if mask.dim() != 2:
         raise ValueError(f"{op}: mask must be of shape [tokens, num_groups], got {_check.describe(mask)}")
-    _check_groups(op, mask.size(1), tile, "mask's num_groups")
+    _check_groups(op, "mask's num_groups", mask.size(1))

@@ -21,30 +21,6 @@ from .._dtypes import accumulation_dtype
 _POINTS_AT_A_TIME = 1 << 18
 
 
-def check_shapes(
-    op: str, u: Tensor, spectrum: Tensor, skip: Tensor | None, pregate: Tensor | None, postgate: Tensor | None
-) -> None:
-    """Raises for what `spectral_conv` does not take."""
-    if u.dim() != 3:
-        raise ValueError(f"{op}: u must be of shape [batch, channels, seqlen], got {list(u.shape)}")
-    channels, seqlen = u.size(1), u.size(2)
-    if spectrum.dim() != 3 or spectrum.size(0) != channels or spectrum.size(2) != 2 or spectrum.size(1) < 2:
-        raise ValueError(
-            f"{op}: spectrum must be of shape [{channels}, n / 2 + 1, 2], n at least 2, got {list(spectrum.shape)}"
-        )
-    points = 2 * (spectrum.size(1) - 1)
-    if points < seqlen:
-        raise ValueError(f"{op}: spectrum must be of at least the {seqlen} points that u has, got {points}")
-    dtype = accumulation_dtype(u.dtype)
-    if spectrum.dtype != dtype:
-        raise TypeError(f"{op}: spectrum must be {dtype} where u is {u.dtype}, got {spectrum.dtype}")
-    if skip is not None and tuple(skip.shape) != (channels,):
-        raise ValueError(f"{op}: skip must be of shape [{channels}], got {list(skip.shape)}")
-    for name, gate in (("pregate", pregate), ("postgate", postgate)):
-        if gate is not None and gate.shape != u.shape:
-            raise ValueError(f"{op}: {name} must be of shape {list(u.shape)} as u is, got {list(gate.shape)}")
-
-
 def _blocks(u: Tensor, points: int) -> Iterator[tuple[slice, slice]]:
     """Batches and channels: blocks of about as many points as should be transformed at one time."""
     batch, channels, _ = u.shape
@@ -70,7 +46,6 @@ def spectral_conv(
     postgate: Tensor | None = None,
 ) -> Tensor:
     """y [batch, channels, seqlen] of u and gates alike, spectrum [channels, n / 2 + 1, 2], skip [channels]."""
-    check_shapes("spectral_conv", u, spectrum, skip, pregate, postgate)
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     if y.numel() == 0:
         return y
@@ -104,10 +79,6 @@ def spectral_conv_backward(
         dspectrum = c / n sum_batch conj(V) D;  dskip = sum d * v
         dpostgate = dout * (conv(v) + skip * v)
     """
-    op = "spectral_conv_backward"
-    check_shapes(op, u, spectrum, skip, pregate, postgate)
-    if dout.shape != u.shape:
-        raise ValueError(f"{op}: dout must be of shape {list(u.shape)} as u is, got {list(dout.shape)}")
     du, dskip, dpregate, dpostgate = (
         u.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
         for t in (u, skip, pregate, postgate)

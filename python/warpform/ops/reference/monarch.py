@@ -25,60 +25,6 @@ _TOKENS_AT_A_TIME = 256
 _TOKENS_TO_COPY = 256
 
 
-def check_blocks(op: str, name: str, w: Tensor) -> None:
-    """ValueError unless w has the shape of blocks."""
-    if w.dim() != 3 or w.size(0) == 0:
-        raise ValueError(f"{op}: {name} must be of shape [nblocks, out / nblocks, in / nblocks], got {list(w.shape)}")
-
-
-def check_rows(op: str, name: str, x: Tensor, width: int, of: str) -> None:
-    """ValueError unless the rows of x are `width` wide, which is what `of` takes."""
-    if x.dim() == 0 or x.size(-1) != width:
-        raise ValueError(f"{op}: {name} must be of shape [..., {width}] as {of} has it, got {list(x.shape)}")
-
-
-def check_blockdiag(op: str, x: Tensor, w: Tensor, bias: Tensor | None = None) -> None:
-    """ValueError for what `warpform.ops.blockdiag_multiply` does not take."""
-    check_blocks(op, "w", w)
-    check_rows(op, "x", x, w.size(0) * w.size(2), "w")
-    _check_bias(op, bias, w.size(0) * w.size(1))
-
-
-def check_monarch(op: str, x: Tensor, w1: Tensor, w2: Tensor) -> None:
-    """ValueError for what `warpform.ops.monarch_multiply` does not take."""
-    check_blocks(op, "w1", w1)
-    check_blocks(op, "w2", w2)
-    check_rows(op, "x", x, w1.size(0) * w1.size(2), "w1")
-    if w1.size(0) * w1.size(1) != w2.size(0) * w2.size(2):
-        raise ValueError(
-            f"{op}: w2 must take the {w1.size(0) * w1.size(1)} rows that w1 {list(w1.shape)} gives, "
-            f"got {list(w2.shape)}, which takes {w2.size(0) * w2.size(2)}"
-        )
-
-
-def check_glu(op: str, x: Tensor, w_up: Tensor, w_down: Tensor, bias: Tensor | None = None) -> None:
-    """ValueError for what `warpform.ops.blockdiag_glu` does not take."""
-    check_blocks(op, "w_up", w_up)
-    check_blocks(op, "w_down", w_down)
-    check_rows(op, "x", x, w_up.size(0) * w_up.size(2), "w_up")
-    if w_up.size(0) * w_up.size(1) != 2 * w_down.size(0) * w_down.size(2):
-        raise ValueError(
-            f"{op}: w_up must give twice the {w_down.size(0) * w_down.size(2)} columns that w_down "
-            f"{list(w_down.shape)} takes, got {list(w_up.shape)}, which gives {w_up.size(0) * w_up.size(1)}"
-        )
-    _check_bias(op, bias, w_down.size(0) * w_down.size(1))
-
-
-def _check_bias(op: str, bias: Tensor | None, width: int) -> None:
-    if bias is not None and tuple(bias.shape) != (width,):
-        raise ValueError(f"{op}: bias must be of shape [{width}], got {list(bias.shape)}")
-
-
-def _check_gradient(op: str, dout: Tensor, x: Tensor, width: int) -> None:
-    if dout.shape != (*x.shape[:-1], width):
-        raise ValueError(f"{op}: dout must be of shape {[*x.shape[:-1], width]}, got {list(dout.shape)}")
-
-
 def _wide(t: Tensor) -> Tensor:
     """float16 as float32 on a CPU, which multiplies that ten times as fast; everything else as it is."""
     return t.float() if t.dtype == torch.float16 and t.device.type == "cpu" else t
@@ -130,15 +76,12 @@ def _weight_gradient(dout: Tensor, x: Tensor, w: Tensor) -> Tensor:
 
 def blockdiag_multiply(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """out[..., b q + i] = sum_j w[b, i, j] x[..., b p + j] + bias[b q + i]."""
-    check_blockdiag("blockdiag_multiply", x, w, bias)
     bias = None if bias is None else _wide(bias)
     return _multiply(_wide(_rows(x)), _wide(w), bias).to(x.dtype).view(*x.shape[:-1], w.size(0) * w.size(1))
 
 
 def blockdiag_multiply_backward(dout: Tensor, x: Tensor, w: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """dx = dout times w transposed; dw sums dout x over tokens, dbias sums dout."""
-    check_blockdiag("blockdiag_multiply_backward", x, w)
-    _check_gradient("blockdiag_multiply_backward", dout, x, w.size(0) * w.size(1))
     drows, rows, blocks = map(_wide, (_rows(dout), _rows(x), w))
     dx = _multiply(drows, blocks.mT)
     dw = _weight_gradient(drows, rows, blocks)
@@ -164,7 +107,6 @@ def _between(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
 
 def monarch_multiply(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     """y[sigma l + lambda] = sum_rho w2[lambda, sigma, rho] h[rho l + lambda], h = x times the block-diagonal w1."""
-    check_monarch("monarch_multiply", x, w1, w2)
     rows, w1, w2 = map(_wide, (_rows(x), w1, w2))
     lambdas, s, _ = w2.shape
     out = torch.empty((rows.size(0), lambdas * s), dtype=x.dtype, device=x.device)
@@ -178,8 +120,6 @@ def monarch_multiply(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
 
 def monarch_multiply_backward(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dw2 = dy h^T by lambda; dh = w2^T dy; dw1 = dh x^T by kappa; dx = w1^T dh. h is made again."""
-    check_monarch("monarch_multiply_backward", x, w1, w2)
-    _check_gradient("monarch_multiply_backward", dout, x, w2.size(0) * w2.size(1))
     drows, rows, first, second = map(_wide, (_rows(dout), _rows(x), w1, w2))
     (k, q, p), (lambdas, s, r), tokens = w1.shape, w2.shape, rows.size(0)
     h = _between(rows, first, second)  # [l, r, tokens]
@@ -199,7 +139,6 @@ def monarch_multiply_backward(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor) -
 
 def blockdiag_glu(x: Tensor, w_up: Tensor, w_down: Tensor, bias: Tensor | None = None) -> Tensor:
     """z = x times w_up, [..., 2 f]; out = (GELU(z[..., :f]) * z[..., f:]) times w_down, + bias."""
-    check_glu("blockdiag_glu", x, w_up, w_down, bias)
     rows, w_up, w_down = map(_wide, (_rows(x), w_up, w_down))
     bias = None if bias is None else _wide(bias)
     width = w_down.size(0) * w_down.size(1)
@@ -214,9 +153,6 @@ def blockdiag_glu_backward(
     dout: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """With z = (a, b), g = GELU(a) b and dg = dout times w_down transposed: da = dg b GELU'(a), db = dg GELU(a)."""
-    op = "blockdiag_glu_backward"
-    check_glu(op, x, w_up, w_down)
-    _check_gradient(op, dout, x, w_down.size(0) * w_down.size(1))
     drows, rows, up, down = map(_wide, (_rows(dout), _rows(x), w_up, w_down))
     z = _multiply(rows, up)
     left, right = z.chunk(2, 1)
