@@ -110,13 +110,18 @@ def _zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
+NO_STATE = {"out": None, "lse": None}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": _zeros(1, 9, 2, 7), "k": _zeros(1, 8, 2, 7), "v": _zeros(1, 8, 2, 7)}, "no kernel: head_dim is not a"),
-        ({"q": _zeros(1, 9, 2, 136), "k": _zeros(1, 8, 2, 136), "v": _zeros(1, 8, 2, 136)}, "multiple of 8 up to 128"),
+        (NO_STATE | {"q": _zeros(1, 9, 2, 7), "k": _zeros(1, 8, 2, 7), "v": _zeros(1, 8, 2, 7)},
+         "no kernel: head_dim is not a multiple of 8"),
+        (NO_STATE | {"q": _zeros(1, 9, 2, 136), "k": _zeros(1, 8, 2, 136), "v": _zeros(1, 8, 2, 136)},
+         "no kernel: head_dim is not a multiple of 8 up to 128"),
         ({"softmax_scale": -1.0}, "no kernel: softmax_scale is not a positive float32"),
-        ({"q": _zeros(9, 2, 16)}, r"q must be of shape \[batch, length, heads, head_dim\], got bfloat16 of shape"),
+        ({"q": _zeros(9, 2, 16)}, r"q must be of shape \[batch, length, heads, head_dim\] without cu_seqlens, got"),
         ({"k": _zeros(2, 8, 2, 16)}, "k and v must be of one shape .*, batch and head_dim as q's"),
         ({"k": _zeros(1, 8, 2, 16, dtype=torch.float16)}, "k must be bfloat16 as q is, got float16"),
         ({"v": _zeros(1, 8, 2, 24)}, "k and v must be of one shape"),

@@ -55,13 +55,18 @@ def test_misaligned_slices_are_refused(simt: Any) -> None:
 def test_offsets_and_positions_may_lie_apart(simt: Any) -> None:
     case = DisentangledCase("", (30, 11), holes=True)
     x = disentangled_inputs(case, torch.bfloat16)
-    positions = x.options["positions"]
-    apart = {
-        "cu_seqlens": x.cu_seqlens.repeat_interleave(2)[::2], "positions": positions.repeat_interleave(2)[::2]
+    values = {
+        "q": x.q, "k": x.k, "v": x.v, "pos_key": x.pos_key, "pos_query": x.pos_query, "cu_seqlens": x.cu_seqlens,
+        "max_seqlen": x.max_seqlen, **x.options,
     }  # fmt: skip
+    apart = {name: values[name].repeat_interleave(2)[::2] for name in ("cu_seqlens", "positions")}
     assert not any(t.is_contiguous() for t in apart.values())
-    for plain, spread in zip(_call(simt, case), _call(simt, case, **apart), strict=True):
-        assert torch.equal(plain, spread)
+    results = []
+    for arguments in (values, values | apart):
+        out, lse = simt.disentangled_attention(**arguments)
+        gradients = simt.disentangled_attention_backward(dout=x.dout, out=out, lse=lse, **arguments)
+        results.append((out, lse, *gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_kernel_table_lists_what_runs(simt: Any) -> None:
