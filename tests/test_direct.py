@@ -190,6 +190,7 @@ def test_gradients_close_it(simt: Simt) -> None:
     [
         (torch.randn(4, 16).half().as_subclass(Subclass), None),
         (torch.randn(4, 16, dtype=torch.complex64).conj().imag, None),  # negated where it is read
+        (torch.randn(4, 16, dtype=torch.complex64).conj(), None),
         (torch.randn(4, 16).to_sparse(), None),
         (torch.randn(4, 16, device="meta"), None),
         ([1.0], None),
@@ -197,7 +198,7 @@ def test_gradients_close_it(simt: Simt) -> None:
         (torch.randn(4, 16).half(), None, "none", 1),
         (torch.randn(4, 16).half(), None, 3),
     ],
-    ids=["subclass", "negative", "sparse", "meta", "list", "too_few", "too_many", "not_text"],
+    ids=["subclass", "negative", "conjugate", "sparse", "meta", "list", "too_few", "too_many", "not_text"],
 )
 def test_what_torch_has_to_look_at(simt: Simt, arguments: tuple[Any, ...]) -> None:
     with pytest.raises(Closed):

@@ -93,8 +93,9 @@ bool read_tensor(PyObject* object, Arguments& arguments, api::Value& value) {
     PyErr_Clear();
     return false;
   }
-  constexpr uint8_t kFloat = 2, kBfloat16 = 4;
-  if (t.dtype.lanes != 1) return false;
+  constexpr uint8_t kFloat = 2, kBfloat16 = 4, kComplex = 5;
+  // Complex numbers may be conjugated where they are read.
+  if (t.dtype.lanes != 1 || t.dtype.code == kComplex) return false;
   if ((t.dtype.code == kFloat || t.dtype.code == kBfloat16) && is_negated(object)) return false;
   api::TensorView& view = arguments.tensors[arguments.tensor_count++];
   view = {.data = static_cast<char*>(t.data) + t.byte_offset,

@@ -95,7 +95,9 @@ def test_misaligned_slices_are_refused(simt: Any) -> None:
     odd_rows = torch.zeros(x.v.size(0), x.v.size(1) * 24 + 1, dtype=torch.bfloat16)[:, :-1].unflatten(1, (-1, 24))
     with pytest.raises(RuntimeError, match=r"varlen_attention: q must be 16-byte aligned, .* call \.clone\(\)"):
         _call(simt, case, q=shifted)
-    with pytest.raises(RuntimeError, match=r"k must be contiguous in its last dimension; call \.contiguous\(\)"):
+    with pytest.raises(
+        RuntimeError, match=r"the last dimension of k must be contiguous, got stride 2; call k\.contiguous\(\)"
+    ):
         _call(simt, case, k=spread)
     with pytest.raises(RuntimeError, match="v must be 16-byte aligned"):
         _call(simt, case, v=odd_rows)
@@ -120,23 +122,26 @@ def test_kernel_table_lists_what_runs(simt: Any) -> None:
         ({"head_dim": 264}, "no kernel: head_dim is not a multiple of 8 up to 256"),
         ({"softmax_scale": -1.0}, "no kernel: softmax_scale is not a positive float32"),
         ({"softmax_scale": 1e-46}, "no kernel: softmax_scale is not a positive float32"),
-        ({"window_size_left": -2}, r"window_size must be at least -1 on both sides, got \(-2, -1\)"),
-        ({"softcap": -1.0}, "softcap must not be negative, got -1"),
+        ({"window_size_left": -2}, r"window_size must be at least -1, which is unbounded, got \(-2, -1\)"),
+        ({"softcap": -1.0}, "softcap must not be negative, got -1.0"),
         ({"max_seqlen_k": -1}, "max_seqlen_q and max_seqlen_k must not be negative"),
-        ({"k": torch.zeros(9, 3, 16), "v": torch.zeros(9, 3, 16)}, "k must be of shape .* got float32"),
+        ({"k": torch.zeros(9, 2, 16), "v": torch.zeros(9, 2, 16)}, "k and v must be bfloat16 as q is, got float32 and"),
         (
             {"k": torch.zeros(9, 3, 16).bfloat16(), "v": torch.zeros(9, 3, 16).bfloat16()},
-            "a multiple of those of k and v",
+            "the 2 heads of q must be a multiple of the heads of k and v, got 3",
         ),
-        ({"v": torch.zeros(9, 2, 24).bfloat16()}, "v must have the shape and dtype of k"),
+        ({"v": torch.zeros(9, 2, 24).bfloat16()}, r"k and v must both be of shape \[total_k, heads_k, 16\], got"),
         (
             {"cu_seqlens_q": torch.zeros(2)},
             r"cu_seqlens_q must be int32 of shape \[batch \+ 1\], got float32 of shape \[2\]",
         ),
-        ({"cu_seqlens_q": torch.zeros(3, dtype=torch.int32)}, "must have the same length, got 3 and 2"),
+        (
+            {"cu_seqlens_q": torch.zeros(3, dtype=torch.int32)},
+            r"cu_seqlens_k must be of shape \[3\] as cu_seqlens_q is, got int32 of shape \[2\]",
+        ),
         (
             {"alibi_slopes": torch.zeros(3)},
-            r"alibi_slopes must be float32 of shape \[2\] or \[1, 2\], got float32 of shape",
+            r"alibi_slopes must be of shape \[2\] or \[1, 2\], got float32 of shape \[3\]",
         ),
         ({"alibi_slopes": torch.zeros(2).double()}, "alibi_slopes must be float32"),
     ],

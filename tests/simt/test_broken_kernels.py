@@ -85,5 +85,5 @@ def test_bad_settings(simt: Any) -> None:
         simt.configure(1, 0)
     with pytest.raises(ValueError, match="seed must not be negative"):
         simt.configure(-1)
-    with pytest.raises(RuntimeError, match="no kernel is called nonsense"):
+    with pytest.raises(ValueError, match="no kernel is called nonsense"):
         simt._broken("nonsense")

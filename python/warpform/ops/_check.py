@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -70,12 +68,6 @@ def window(op: str, window_size: Any) -> tuple[int, int]:
     for index, number in enumerate(window_size):
         integer(op, f"window_size[{index}]", number)
     return window_size[0], window_size[1]
-
-
-def finite(op: str, name: str, value: Any) -> None:
-    """Raises ValueError if value is a number, but infinite or NaN. Under tracing numbers are not looked at."""
-    if not torch.compiler.is_compiling() and isinstance(value, Real) and not math.isfinite(value):
-        raise ValueError(f"{op}: {name} must be finite, got {value}")
 
 
 def has_values(t: Tensor) -> bool:
