@@ -64,6 +64,13 @@ bool asks_yes(PyObject* function) {
   return yes;
 }
 
+// True unless a module's variable is the object that it is while nothing needs the dispatcher.
+bool is_raised(PyObject* flag) {
+  PyObject* value = PyDict_GetItemWithError(PyTuple_GET_ITEM(flag, 0), PyTuple_GET_ITEM(flag, 1));
+  if (value == nullptr) PyErr_Clear();
+  return value != PyTuple_GET_ITEM(flag, 2);
+}
+
 bool attribute_is_true(PyObject* object, PyObject* name) {
   PyObject* value = PyObject_GetAttr(object, name);
   if (value == nullptr) {
@@ -199,6 +206,9 @@ enum class Way { kKernels, kAutograd, kTorch };
 // Through torch if a mode, a transform, autocast, a profiler or a tracer would see the call, or a setting of warpform
 // makes the long way log or validate. Otherwise to the kernels, recorded for a backward where gradients are wanted.
 Way way_of(PyObject* const* placed, const std::vector<Parameter>& parameters) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(torch.flags); ++i) {
+    if (is_raised(PyTuple_GET_ITEM(torch.flags, i))) return Way::kTorch;
+  }
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(torch.busy); ++i) {
     if (asks_yes(PyTuple_GET_ITEM(torch.busy, i))) return Way::kTorch;
   }
@@ -340,7 +350,7 @@ struct PlannedTensor {
 }  // namespace
 
 void use_torch(py::object tensor_type, py::object parameter_type, py::object grad_enabled, py::object from_handle,
-               bool frees_handle, py::tuple busy) {
+               bool frees_handle, py::tuple busy, py::tuple flags) {
   const auto capsule = tensor_type.attr("__dlpack_c_exchange_api__");
   const auto* found =
       static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::Exchange::kCapsule));
@@ -356,7 +366,8 @@ void use_torch(py::object tensor_type, py::object parameter_type, py::object gra
            .grad_enabled = grad_enabled.release().ptr(),
            .from_handle = from_handle.release().ptr(),
            .frees_handle = frees_handle,
-           .busy = busy.release().ptr()};
+           .busy = busy.release().ptr(),
+           .flags = flags.release().ptr()};
   requires_grad_name = PyUnicode_InternFromString("requires_grad");
   is_neg_name = PyUnicode_InternFromString("is_neg");
   exchange = found;

@@ -71,5 +71,6 @@ def use_torch(
     tensor_type: type, parameter_type: type, grad_enabled: Callable[[], bool], from_handle: Callable[[Any], Any],
     frees_handle: bool,
     busy: tuple[Callable[[], Any], ...],
+    flags: tuple[tuple[dict[str, Any], str, Any], ...],
 ) -> None: ...  # fmt: skip
 def set_open(open: bool) -> None: ...

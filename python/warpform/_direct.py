@@ -44,6 +44,7 @@ def attach() -> None:
             from_handle=from_handle,
             frees_handle=frees_handle,
             busy=_torch_private.dispatcher_needed(),
+            flags=_torch_private.dispatcher_flags(),
         )
     except Exception as error:
         _why_not = f"torch {torch.__version__} has not what direct calls need ({error})"

@@ -28,7 +28,7 @@ NAMES = (
     "torch._C:_len_torch_dispatch_stack",
     "torch._C:_is_any_autocast_enabled",
     "torch._C:_get_tracing_state",
-    "torch.autograd:_profiler_enabled",
+    "torch.autograd.profiler:_is_profiler_enabled",
 )
 
 
@@ -56,6 +56,7 @@ def missing() -> list[str]:
     _from_handle,
     _to_handle,
     *_modes,
+    _,
 ) = (_find(name) for name in NAMES)
 
 
@@ -108,8 +109,8 @@ def tensor_from_handle() -> tuple[Callable[[Any], Tensor], bool]:
 def dispatcher_needed() -> tuple[Callable[[], Any], ...]:
     """Functions without arguments, of which each says whether something is on that sees calls in torch's dispatcher.
 
-    They are: modes of `__torch_function__` and `__torch_dispatch__`, autocast, tracing by `torch.jit`, the profiler,
-    and transforms of `torch.func`, forward-mode differentiation among them.
+    They are: modes of `__torch_function__` and `__torch_dispatch__`, autocast, tracing by `torch.jit`, and transforms
+    of `torch.func`. For the profiler and forward-mode differentiation see `dispatcher_flags`.
 
     Raises:
         ImportError: this torch lacks one under the name that is known.
@@ -117,7 +118,25 @@ def dispatcher_needed() -> tuple[Callable[[], Any], ...]:
     functions = (*_modes, _transforms_active)
     if None in functions:
         raise ImportError(f"there is no {', '.join(name for name in missing())}")
-    return (*functions, in_forward_mode)
+    return functions
+
+
+def dispatcher_flags() -> tuple[tuple[dict[str, Any], str, Any], ...]:
+    """Variables of torch that say the same of forward-mode differentiation and of the profiler, at less cost.
+
+    Each is the dict of a module, the name of the variable, and the object that it is while nothing is on.
+
+    Raises:
+        ImportError: this torch lacks one under the name that is known.
+    """
+    flags = []
+    for name, idle in (("torch.autograd.forward_ad:_current_level", -1), (NAMES[-1], False)):
+        module, _, attribute = name.partition(":")
+        found = vars(importlib.import_module(module))
+        if found.get(attribute) is not idle:
+            raise ImportError(f"{name} is not {idle} while nothing is on")
+        flags.append((found, attribute, idle))
+    return tuple(flags)
 
 
 def is_fake(t: Tensor) -> bool:
