@@ -374,6 +374,8 @@ class BuildLibrary(build_ext):
             module = built.with_name(module_file())
             if module.is_file():
                 self.replace(module, ROOT / "python" / "warpform" / module.name)
+            else:
+                (ROOT / "python" / "warpform" / module.name).unlink(missing_ok=True)
 
 
 class PlatformWheel(bdist_wheel):

@@ -191,6 +191,9 @@ def test_gradients_close_it(simt: Simt) -> None:
         (torch.randn(4, 16).half().as_subclass(Subclass), None),
         (torch.randn(4, 16, dtype=torch.complex64).conj().imag, None),  # negated where it is read
         (torch.randn(4, 16, dtype=torch.complex64).conj(), None),
+        (torch._efficientzerotensor((4, 16), dtype=torch.half), None),
+        (torch.randn(4, 16).half(), None, "\ud800"),
+        (torch.randn(4, 16).half(), None, "tanh\0"),
         (torch.randn(4, 16).to_sparse(), None),
         (torch.randn(4, 16, device="meta"), None),
         ([1.0], None),
@@ -198,7 +201,20 @@ def test_gradients_close_it(simt: Simt) -> None:
         (torch.randn(4, 16).half(), None, "none", 1),
         (torch.randn(4, 16).half(), None, 3),
     ],
-    ids=["subclass", "negative", "conjugate", "sparse", "meta", "list", "too_few", "too_many", "not_text"],
+    ids=[
+        "subclass",
+        "negative",
+        "conjugate",
+        "zeros",
+        "surrogate",
+        "null_byte",
+        "sparse",
+        "meta",
+        "list",
+        "too_few",
+        "too_many",
+        "not_text",
+    ],
 )
 def test_what_torch_has_to_look_at(simt: Simt, arguments: tuple[Any, ...]) -> None:
     with pytest.raises(Closed):
@@ -342,6 +358,8 @@ def test_plans_follow_the_sizes_and_the_machine() -> None:
         module.launch_plan("varlen_attention", q, q, q, cu, cu, 4, 4)
     with pytest.raises(TypeError, match="needs the argument"):
         module.launch_plan("bias_gelu")
+    with pytest.raises(TypeError, match="takes 3 positional arguments, got 4"):
+        module.launch_plan("bias_gelu", q, None, "none", 1)
 
 
 @pytest.mark.simt

@@ -6,7 +6,9 @@
 #include <pybind11/stl.h>
 #include <structmember.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -29,6 +31,7 @@ bool open = true;
 PyObject* requires_grad_name = nullptr;
 PyObject* is_neg_name = nullptr;
 
+// An op's call. It lives as long as the process, as the op does, and takes no part in garbage collection.
 struct DirectOp {
   PyObject_HEAD vectorcallfunc vectorcall;
   const api::Table* table;
@@ -59,7 +62,9 @@ bool asks_yes(PyObject* function) {
     PyErr_Clear();
     return true;
   }
-  const bool yes = answer != Py_False && answer != Py_None && PyObject_IsTrue(answer) != 0;
+  const int truth = answer == Py_False || answer == Py_None ? 0 : PyObject_IsTrue(answer);
+  if (truth < 0) PyErr_Clear();
+  const bool yes = truth != 0;
   Py_DECREF(answer);
   return yes;
 }
@@ -104,6 +109,8 @@ bool read_tensor(PyObject* object, Arguments& arguments, api::Value& value) {
   // Complex numbers may be conjugated where they are read.
   if (t.dtype.lanes != 1 || t.dtype.code == kComplex) return false;
   if ((t.dtype.code == kFloat || t.dtype.code == kBfloat16) && is_negated(object)) return false;
+  // Torch's tensors of zeros without memory look like any other.
+  if (t.data == nullptr && std::all_of(t.shape, t.shape + t.ndim, [](int64_t size) { return size != 0; })) return false;
   api::TensorView& view = arguments.tensors[arguments.tensor_count++];
   view = {.data = static_cast<char*>(t.data) + t.byte_offset,
           .sizes = t.shape,
@@ -138,6 +145,13 @@ bool read_integers(PyObject* object, int64_t (&out)[kMostIntegers], api::Value& 
   return true;
 }
 
+bool read_text(PyObject* object, api::Value& value) {
+  Py_ssize_t size = 0;
+  value.text = PyUnicode_AsUTF8AndSize(object, &size);
+  if (value.text == nullptr) PyErr_Clear();
+  return value.text != nullptr && std::strlen(value.text) == static_cast<size_t>(size);
+}
+
 // False for what torch has to look at: other types, subclasses, and what is wrong.
 bool read(PyObject* object, const Parameter& parameter, int index, Arguments& arguments) {
   api::Value& value = arguments.values[index];
@@ -165,10 +179,7 @@ bool read(PyObject* object, const Parameter& parameter, int index, Arguments& ar
       value.kind = api::Value::kBool;
       value.integer = object == Py_True;
       return object == Py_True || object == Py_False;
-    case Kind::kText:
-      value.kind = api::Value::kText;
-      value.text = PyUnicode_CheckExact(object) ? PyUnicode_AsUTF8(object) : nullptr;
-      return value.text != nullptr;
+    case Kind::kText: value.kind = api::Value::kText; return PyUnicode_CheckExact(object) && read_text(object, value);
     case Kind::kInts: return read_integers(object, arguments.integers[index], value);
   }
   return false;
@@ -197,7 +208,7 @@ bool place(const DirectOp& self, PyObject* const* args, Py_ssize_t given, PyObje
 
 bool is_set(const char* variable) {
   const char* value = std::getenv(variable);
-  return value != nullptr && *value != '\0';
+  return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
 }
 
 // Where a call goes.
@@ -217,7 +228,8 @@ Way way_of(PyObject* const* placed, const std::vector<Parameter>& parameters) {
     for (size_t i = 0; i < parameters.size(); ++i) {
       if (parameters[i].kind == Kind::kTensor && placed[i] != nullptr && placed[i] != Py_None &&
           attribute_is_true(placed[i], requires_grad_name)) {
-        return Way::kAutograd;
+        // In the implementation of another op torch has left autograd behind, and records nothing.
+        return asks_yes(torch.autograd_excluded) ? Way::kTorch : Way::kAutograd;
       }
     }
   }
@@ -321,7 +333,8 @@ PyTypeObject* direct_type() {
                                   {Py_tp_members, members},
                                   {0, nullptr}};
     static PyType_Spec spec = {"warpform._C.DirectOp", sizeof(DirectOp), 0,
-                               Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL, slots};
+                               Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                               slots};
     auto* made = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&spec));
     if (made == nullptr) throw py::error_already_set();
     return made;
@@ -334,13 +347,16 @@ PyTypeObject* direct_type() {
 // DLPack's code and bits of a dtype of torch.
 std::pair<uint8_t, uint8_t> dtype_of(const std::string& name) {
   static const std::pair<const char*, std::pair<uint8_t, uint8_t>> kCodes[] = {
-      {"torch.float16", {2, 16}}, {"torch.bfloat16", {4, 16}}, {"torch.float32", {2, 32}}, {"torch.float64", {2, 64}},
-      {"torch.int32", {0, 32}},   {"torch.int64", {0, 64}},    {"torch.int16", {0, 16}},   {"torch.int8", {0, 8}},
-      {"torch.uint8", {1, 8}},    {"torch.bool", {6, 8}}};
+      {"torch.float16", {2, 16}},   {"torch.bfloat16", {4, 16}},  {"torch.float32", {2, 32}},
+      {"torch.float64", {2, 64}},   {"torch.int32", {0, 32}},     {"torch.int64", {0, 64}},
+      {"torch.int16", {0, 16}},     {"torch.int8", {0, 8}},       {"torch.uint8", {1, 8}},
+      {"torch.uint16", {1, 16}},    {"torch.uint32", {1, 32}},    {"torch.uint64", {1, 64}},
+      {"torch.complex32", {5, 32}}, {"torch.complex64", {5, 64}}, {"torch.complex128", {5, 128}},
+      {"torch.bool", {6, 8}}};
   for (const auto& [known, code] : kCodes) {
     if (name == known) return code;
   }
-  throw py::type_error("launch_plan: no op takes a tensor of dtype " + name);
+  throw py::type_error("launch_plan: a tensor of dtype " + name + " has no plan");
 }
 
 struct PlannedTensor {
@@ -350,7 +366,7 @@ struct PlannedTensor {
 }  // namespace
 
 void use_torch(py::object tensor_type, py::object parameter_type, py::object grad_enabled, py::object from_handle,
-               bool frees_handle, py::tuple busy, py::tuple flags) {
+               bool frees_handle, py::object autograd_excluded, py::tuple busy, py::tuple flags) {
   const auto capsule = tensor_type.attr("__dlpack_c_exchange_api__");
   const auto* found =
       static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::Exchange::kCapsule));
@@ -366,6 +382,7 @@ void use_torch(py::object tensor_type, py::object parameter_type, py::object gra
            .grad_enabled = grad_enabled.release().ptr(),
            .from_handle = from_handle.release().ptr(),
            .frees_handle = frees_handle,
+           .autograd_excluded = autograd_excluded.release().ptr(),
            .busy = busy.release().ptr(),
            .flags = flags.release().ptr()};
   requires_grad_name = PyUnicode_InternFromString("requires_grad");
@@ -396,6 +413,12 @@ py::object make_direct(const api::Table* table, const api::Op* op, py::object fa
 
 api::Status call_for_plan(const api::Table* table, const api::Op* op, const py::args& args, const py::kwargs& kwargs) {
   const std::vector<Parameter> parameters = parse_schema(op->arguments);
+  const auto positional = static_cast<size_t>(
+      std::count_if(parameters.begin(), parameters.end(), [](const Parameter& p) { return !p.keyword_only; }));
+  if (args.size() > positional) {
+    throw py::type_error(std::string("launch_plan: ") + op->name + " takes " + std::to_string(positional) +
+                         " positional arguments, got " + std::to_string(args.size()));
+  }
   Arguments arguments;
   std::vector<std::unique_ptr<PlannedTensor>> kept;
   size_t used = 0;

@@ -14,17 +14,18 @@ namespace py = pybind11;
 struct Torch {
   PyObject* tensor_type = nullptr;
   PyObject* parameter_type = nullptr;
-  PyObject* grad_enabled = nullptr;  // whether gradients are recorded
-  PyObject* from_handle = nullptr;   // makes a tensor of the capsule of a handle
-  bool frees_handle = false;         // whether that frees the handle
-  PyObject* busy = nullptr;          // a tuple of functions; each says whether something needs the dispatcher
-  PyObject* flags = nullptr;         // a tuple of (a module's dict, a name, the value while nothing does)
+  PyObject* grad_enabled = nullptr;       // whether gradients are recorded
+  PyObject* from_handle = nullptr;        // makes a tensor of the capsule of a handle
+  bool frees_handle = false;              // whether that frees the handle
+  PyObject* autograd_excluded = nullptr;  // whether the thread is below autograd
+  PyObject* busy = nullptr;               // a tuple of functions; each says whether something needs the dispatcher
+  PyObject* flags = nullptr;              // a tuple of (a module's dict, a name, the value while nothing does)
 };
 
 // Takes torch's functions, once, before any direct call. Throws where torch's tensors have no DLPack exchange functions
 // of a version that is known.
 void use_torch(py::object tensor_type, py::object parameter_type, py::object grad_enabled, py::object from_handle,
-               bool frees_handle, py::tuple busy, py::tuple flags);
+               bool frees_handle, py::object autograd_excluded, py::tuple busy, py::tuple flags);
 
 // False: every call goes to its fallback.
 void set_open(bool open);

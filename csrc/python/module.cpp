@@ -140,7 +140,8 @@ PYBIND11_MODULE(_C, m) {
       .def("supported", &Library::supported, py::arg("op"), py::arg("dtype") = py::none(), py::arg("device") = "cuda")
       .def("launch_plan", &Library::launch_plan, py::arg("op"));
   m.def("use_torch", &warpform::python::use_torch, py::arg("tensor_type"), py::arg("parameter_type"),
-        py::arg("grad_enabled"), py::arg("from_handle"), py::arg("frees_handle"), py::arg("busy"), py::arg("flags"));
+        py::arg("grad_enabled"), py::arg("from_handle"), py::arg("frees_handle"), py::arg("autograd_excluded"),
+        py::arg("busy"), py::arg("flags"));
 
   m.def("set_open", &warpform::python::set_open, py::arg("open"), "False: every call goes through torch.");
 

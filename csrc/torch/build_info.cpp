@@ -1,5 +1,8 @@
 #include "build_info.h"
 
+#include <torch/csrc/stable/accelerator.h>
+
+#include <exception>
 #include <span>
 #include <string_view>
 
@@ -136,7 +139,13 @@ const char* supported(const char* op, const char* dtype, int32_t device, int32_t
                       const int64_t* sizes) {
   thread_local std::string reason;
   if (device >= 0) {
-    if (const char* unusable = kernels_unusable(device)) return unusable;
+    try {
+      const torch::stable::accelerator::DeviceGuard guard(device);  // the question is about the current device
+      if (const char* unusable = kernels_unusable(device)) return unusable;
+    } catch (const std::exception&) {
+      reason = "this process has no GPU " + std::to_string(device);
+      return reason.c_str();
+    }
   }
   const SupportedConfig* found = nullptr;
   for (const auto configs : kTables) {

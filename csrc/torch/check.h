@@ -100,10 +100,6 @@ inline void check_same_device(const char* op, const char* name, const Tensor& t,
   check(t.on_device_of(as), op, ": ", name, " must be on ", Place{as}, " as ", as_name, " is, got ", Place{t});
 }
 
-inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& as) {
-  check_same_device(op, name, t, "the first argument", as);
-}
-
 inline void check_contiguous(const char* op, const char* name, const Tensor& t) {
   check(t.is_contiguous(), op, ": ", name, " must be contiguous, got ", Got{t},
         " with other strides; call .contiguous()");

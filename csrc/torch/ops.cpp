@@ -46,8 +46,7 @@ const std::string kRouting =
     "Tensor group_mask, Tensor perm, Tensor inverse, Tensor tile_mask, Tensor tile_class, Tensor? out_mask, SymInt "
     "num_groups, SymInt num_classes";
 
-// Positions of a block of queries and of a block of keys in the whole sequence, and the mask by positions; the same in
-//           a
+// Positions of a block of queries and of a block of keys in the whole sequence, and the mask by positions; the same in a
 // step of attention forward and backward.
 const std::string kPositions =
     "*, float? softmax_scale=None, bool causal=False, SymInt window_size_left=-1, SymInt window_size_right=-1, "
@@ -74,7 +73,7 @@ std::vector<Schema> schemas() {
        "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " + kAttentionSequences,
        "(Tensor dq, Tensor dk, Tensor dv)"},
 
-      // Self-attention over packed sequences whose scores add content-to-position and position-to-content terms (DeBERTa},
+      // Self-attention over packed sequences whose scores add content-to-position and position-to-content terms (DeBERTa);
       // returns the output and the log-sum-exp of each row.
       {"disentangled_attention",
        "Tensor q, Tensor k, Tensor v, Tensor? pos_key, Tensor? pos_query, " + kDisentangledSequences,
@@ -174,6 +173,7 @@ std::vector<Schema> schemas() {
        "(Tensor dx, Tensor dgates)"},
       // Gradient of the weight of either, float32, summed over tokens in a fixed order; routed_out is of the second.
       {"hidden_weight_grad", "Tensor x, Tensor dy, Tensor? gates, bool routed_out, " + kRouting, "Tensor"},
+
       // ---- ring attention ----
 
       // A block of queries against a block of keys; the softmax over the blocks before comes in as (out, lse), float32, and
@@ -230,6 +230,7 @@ std::string last_error() {
   switch (outcome.status) {
     case api::kTypeError: return "TypeError " + outcome.message;
     case api::kValueError: return "ValueError " + outcome.message;
+    case api::kRuntimeError: return "RuntimeError " + outcome.message;
     default: return "";
   }
 }

@@ -58,9 +58,10 @@ def launch_plan(
         sm_count, shared_memory_limit: of the GPU, the second in bytes that a block may ask for. An H100's by default.
 
     Returns:
-        A dict about the first launch that works on tiles: kernel, tile (rows, columns, depth), stages, splits, grid,
-        threads, shared_bytes, blocks_per_sm, registers_counted (whether a GPU said how many blocks an SM takes; else
-        threads and shared memory bound it), waves; and launches, a list with one such dict for each launch in order.
+        A dict about the first launch that works on tiles, or the first: kernel, tile (rows, columns, depth), stages,
+        splits, grid, threads, shared_bytes, blocks_per_sm, registers_counted (whether a GPU said how many blocks an SM
+        takes; else threads and shared memory bound it), waves; and launches, a list with one such dict for each launch
+        in order. Where nothing is launched it has launches alone.
 
     Raises:
         TypeError, ValueError: what the op raises for the arguments; or ValueError with the reason, where no kernel
@@ -70,6 +71,7 @@ def launch_plan(
 def use_torch(
     tensor_type: type, parameter_type: type, grad_enabled: Callable[[], bool], from_handle: Callable[[Any], Any],
     frees_handle: bool,
+    autograd_excluded: Callable[[], bool],
     busy: tuple[Callable[[], Any], ...],
     flags: tuple[tuple[dict[str, Any], str, Any], ...],
 ) -> None: ...  # fmt: skip

@@ -14,7 +14,8 @@ from typing import Any
 from . import _env, _library
 
 _module: ModuleType | None = None
-_why_not: str | None = None
+_why_not: str | None = "the library of ops is not loaded"
+_closed = 0
 
 
 def attach() -> None:
@@ -43,13 +44,14 @@ def attach() -> None:
             grad_enabled=torch.is_grad_enabled,
             from_handle=from_handle,
             frees_handle=frees_handle,
+            autograd_excluded=_torch_private.autograd_excluded(),
             busy=_torch_private.dispatcher_needed(),
             flags=_torch_private.dispatcher_flags(),
         )
     except Exception as error:
         _why_not = f"torch {torch.__version__} has not what direct calls need ({error})"
         return
-    _module = module
+    _module, _why_not = module, None
 
 
 def why_not() -> str | None:
@@ -60,14 +62,17 @@ def why_not() -> str | None:
 @contextlib.contextmanager
 def closed() -> Iterator[None]:
     """A context in which every op is called through torch, in all threads."""
+    global _closed
     if _module is None:
         yield
         return
+    _closed += 1
     _module.set_open(False)
     try:
         yield
     finally:
-        _module.set_open(True)
+        _closed -= 1
+        _module.set_open(_closed == 0)
 
 
 def direct(

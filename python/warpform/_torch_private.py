@@ -6,6 +6,7 @@ lacks: where that costs a check, the check is left out; where an op cannot be re
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,7 @@ NAMES = (
     "torch._C:_len_torch_dispatch_stack",
     "torch._C:_is_any_autocast_enabled",
     "torch._C:_get_tracing_state",
+    "torch._C:_dispatch_tls_is_dispatch_key_excluded",
     "torch.autograd.profiler:_is_profiler_enabled",
 )
 
@@ -56,6 +58,7 @@ def missing() -> list[str]:
     _from_handle,
     _to_handle,
     *_modes,
+    _key_excluded,
     _,
 ) = (_find(name) for name in NAMES)
 
@@ -121,6 +124,17 @@ def dispatcher_needed() -> tuple[Callable[[], Any], ...]:
     return functions
 
 
+def autograd_excluded() -> Callable[[], bool]:
+    """A function that tells whether this thread is below autograd, as the implementation of an op is.
+
+    Raises:
+        ImportError: this torch has no such function under the name that is known.
+    """
+    if _key_excluded is None:
+        raise ImportError("there is no torch._C:_dispatch_tls_is_dispatch_key_excluded")
+    return functools.partial(_key_excluded, "AutogradCUDA")
+
+
 def dispatcher_flags() -> tuple[tuple[dict[str, Any], str, Any], ...]:
     """Variables of torch that say the same of forward-mode differentiation and of the profiler, at less cost.
 
@@ -133,8 +147,8 @@ def dispatcher_flags() -> tuple[tuple[dict[str, Any], str, Any], ...]:
     for name, idle in (("torch.autograd.forward_ad:_current_level", -1), (NAMES[-1], False)):
         module, _, attribute = name.partition(":")
         found = vars(importlib.import_module(module))
-        if found.get(attribute) is not idle:
-            raise ImportError(f"{name} is not {idle} while nothing is on")
+        if type(found.get(attribute)) is not type(idle):
+            raise ImportError(f"{name} is not of the type of {idle}")
         flags.append((found, attribute, idle))
     return tuple(flags)
 
@@ -151,5 +165,5 @@ def process_group(name: str) -> Any:
         ImportError: this torch has no such function under the name that is known.
     """
     if _resolve_process_group is None:
-        raise ImportError(f"warpform needs {NAMES[-1]}, which torch {torch.__version__} lacks; use an earlier torch")
+        raise ImportError(f"warpform needs {NAMES[5]}, which torch {torch.__version__} lacks; use an earlier torch")
     return _resolve_process_group(name)

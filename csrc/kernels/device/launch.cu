@@ -50,9 +50,12 @@ bool plan_launch(const char* name, const char* text, const void* kernel, dim3 gr
   LaunchPlan* plan = current_plan();
   if (plan == nullptr) return false;
   // Where there is a GPU it says how many blocks a multiprocessor takes, registers counted.
-  int blocks = 0;
-  if ((shared_bytes > 48 * 1024 &&
-       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) != cudaSuccess) ||
+  int blocks = 0, device = 0, most = 0;
+  // All shared memory of the device, as a launch asks for: less would stay, and be too little for the next launch.
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
+      (shared_bytes > 48 * 1024 &&
+       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most) != cudaSuccess) ||
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes) != cudaSuccess) {
     blocks = 0;
     static_cast<void>(cudaGetLastError());

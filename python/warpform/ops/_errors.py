@@ -15,13 +15,15 @@ _TYPES: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": Valu
 
 def explained(op: Any, args: Sequence[Any], kwargs: dict[str, Any], error: Exception) -> Exception | None:
     """The exception to raise instead of `error`, which a call of `op` raised; None where that is good as it is."""
-    wrong = _wrong_type(op, args, kwargs)
-    if wrong is not None:
-        return wrong
     kind, _, text = torch.ops.warpform._last_error().partition(" ")
-    if kind in _TYPES and text in str(error) and not (type(error) is _TYPES[kind] and str(error) == text):
-        return _TYPES[kind](text)
-    return None
+    if not text or text not in str(error):
+        return _wrong_type(op, args, kwargs)
+    # The binding was reached, so torch took the types, but for None in place of a tensor.
+    if kind in _TYPES:
+        same = type(error) is _TYPES[kind] and str(error) == text
+        return None if same else _TYPES[kind](text)
+    missing = [argument for argument, value in _bound(op._schema, args, kwargs) if value is None]
+    return _wrong_type(op, args, kwargs) if any(str(argument.type) == "Tensor" for argument in missing) else None
 
 
 def _wrong_type(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> TypeError | None:

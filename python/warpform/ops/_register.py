@@ -183,23 +183,22 @@ def autograd_function(
     positional = [argument for argument in arguments if not argument.kwarg_only]
     keyword_only = [argument for argument in arguments if argument.kwarg_only]
 
-    class Recorded(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            values, keywords = inputs[:-1], inputs[-1]
-            output = forward(*values, **keywords)
-            if setup_context is not None and keyword_only:
-                setup_context(ctx, values, keywords, output)
-            elif setup_context is not None:
-                setup_context(ctx, values, output)
-            return output
+    def run(ctx: Any, *inputs: Any) -> Any:
+        values, keywords = inputs[:-1], inputs[-1]
+        output = forward(*values, **keywords)
+        if setup_context is not None and keyword_only:
+            setup_context(ctx, values, keywords, output)
+        elif setup_context is not None:
+            setup_context(ctx, values, output)
+        return output
 
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            found = backward(ctx, *gradients)
-            return (*found, None) if isinstance(found, tuple) else (found, None)
+    def differentiate(ctx: Any, *gradients: Any) -> Any:
+        found = backward(ctx, *gradients)
+        return (*found, None) if isinstance(found, tuple) else (found, None)
 
-    Recorded.__name__ = Recorded.__qualname__ = name
+    # Made so that nodes of the graph have the op's name.
+    members = {"forward": staticmethod(run), "backward": staticmethod(differentiate)}
+    function: Any = type(name, (torch.autograd.Function,), members)
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         inputs = list(args)
@@ -209,7 +208,7 @@ def autograd_function(
             value = kwargs.setdefault(argument.name, argument.default_value)
             if isinstance(value, Tensor) and value.requires_grad:
                 raise ValueError(f"{name}: {argument.name} has no gradient; pass {argument.name}.detach()")
-        return Recorded.apply(*inputs, kwargs)
+        return function.apply(*inputs, kwargs)
 
     return recorded
 
