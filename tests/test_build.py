@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from helpers import elf
-from warpform import __version__, _library
+from warpform import __version__, _direct, _library
 
 ROOT = Path(__file__).resolve().parent.parent
 checkout = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a checkout")
@@ -58,6 +58,13 @@ def test_imports_the_c_interface_of_torch_only(binary):
 
 def test_exports_the_table_alone(binary):
     assert [symbol.name for symbol in binary.symbols if symbol.defined] == ["warpform_api_v1"]
+
+
+def test_calls_are_direct():
+    """Where the build lost warpform._C, most tests of it would be skipped."""
+    if _direct.why_not() is not None and not os.environ.get("CI"):
+        pytest.skip(f"there are no direct calls: {_direct.why_not()}")
+    assert _direct.why_not() is None
 
 
 def test_stream_function_is_weak(binary):

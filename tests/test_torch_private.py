@@ -27,11 +27,11 @@ def test_a_torch_without_them_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     names = (*_torch_private.NAMES, "torch._C:_no_such_name", "torch._no_such_module:name")
     monkeypatch.setattr(_torch_private, "NAMES", names)
     assert _torch_private.missing() == ["torch._C:_no_such_name", "torch._no_such_module:name"]
-    monkeypatch.setattr(_torch_private, "_make_autograd_impl", None)
+    monkeypatch.setitem(_torch_private._FOUND, "make_autograd_impl", None)
     with pytest.raises(ImportError, match="make_autograd_impl.*lacks"):
         _torch_private.autograd_rule(None, print, None)
-    monkeypatch.setattr(_torch_private, "_transforms_active", None)
-    monkeypatch.setattr(_torch_private, "_is_fake", None)
+    monkeypatch.setitem(_torch_private._FOUND, "_are_functorch_transforms_active", None)
+    monkeypatch.setitem(_torch_private._FOUND, "is_fake", None)
     assert not _torch_private.in_functorch() and not _torch_private.is_fake(torch.ones(1))
 
 

@@ -1,6 +1,7 @@
-// A direct call costs, beside the launches: reading the arguments, some 0.05 us a tensor; the questions whether torch's
-// dispatcher is needed, some 0.3 us; the checks, below 0.1 us; and allocating the results, some 1 us each, which is
-// torch's. It keeps to CPython's own calls: pybind11's conversions of fourteen arguments would cost more than all of that.
+// A direct call of bias_gelu without a launch takes the host of an H200 3.3 to 4.0 us, of which the body with its checks
+// and its allocation takes 1.3; torch.empty takes 2.4 to 4.0 there, and a launch adds 4.7. The rest is reading arguments,
+// asking torch whether something needs its dispatcher, and making Python's tensors, so all of it keeps to CPython's own
+// calls instead of pybind11's conversions.
 #include "direct.h"
 
 #include <pybind11/stl.h>
@@ -10,7 +11,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>

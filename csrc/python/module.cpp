@@ -7,13 +7,23 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "direct.h"
 #include "torch/api.h"
 
+// The build defines it; the default serves a compile by hand.
+#if __has_include("sources_hash.h")
+#include "sources_hash.h"
+#else
+#define WARPFORM_SOURCES ""
+#endif
+
 namespace warpform::python {
 namespace {
+
+constexpr std::string_view kSources = WARPFORM_SOURCES;
 
 py::object from_json(const char* text) { return py::module_::import("json").attr("loads")(text); }
 
@@ -31,12 +41,18 @@ class Library {
     void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (handle == nullptr) throw py::import_error("warpform._C: " + std::string(dlerror()));
     const auto api = reinterpret_cast<const api::Table* (*)()>(dlsym(handle, "warpform_api_v1"));
-    if (api == nullptr)
+    if (api == nullptr) {
       throw py::import_error("warpform._C: " + path + " has no warpform_api_v1: it is an older build");
+    }
     table_ = api();
     if (table_->version != api::kVersion) {
       throw py::import_error("warpform._C: " + path + " has version " + std::to_string(table_->version) +
                              " of the table, and this module takes " + std::to_string(api::kVersion));
+    }
+    // One build makes both. A module of an earlier build, or of another Python's, may know another layout.
+    const std::string sources = py::str(build_info()["sources"]);
+    if (kSources != "" && sources != kSources) {
+      throw py::import_error("warpform._C: " + path + " was built from other sources than this module; build both");
     }
   }
 
@@ -68,8 +84,9 @@ class Library {
     int32_t index = -1;
     const std::string place = py::str(device);
     if (place == "cpu") return py::str("the tensors are on a CPU");
-    if (!place.starts_with("cuda"))
+    if (!place.starts_with("cuda")) {
       throw py::value_error("supported: device must be cuda, cuda:N or cpu, got " + place);
+    }
     if (const size_t colon = place.find(':'); colon != std::string::npos) index = std::stoi(place.substr(colon + 1));
     const char* reason = table_->supported(op.c_str(), name.empty() ? nullptr : name.c_str(), index,
                                            static_cast<int32_t>(values.size()), texts.data(), values.data());
@@ -130,56 +147,45 @@ PYBIND11_MODULE(_C, m) {
   namespace py = pybind11;
   m.doc() = "Facts about warpform's kernels, plans of their launches, and direct calls of the ops.";
 
-  py::class_<Library, std::shared_ptr<Library>>(
-      m, "Library", "What a library of warpform offers: the built-in one, or the emulator's.")
+  py::class_<Library>(m, "Library", "What a library of warpform offers: the package's own, or the emulator's.")
       .def(py::init<const std::string&>(), py::arg("path"))
-      .def("build_info", &Library::build_info)
-      .def("kernel_table", &Library::kernel_table)
-      .def("ops", &Library::ops)
-      .def("direct", &Library::direct, py::arg("op"), py::arg("fallback"), py::arg("recorded") = py::none())
-      .def("supported", &Library::supported, py::arg("op"), py::arg("dtype") = py::none(), py::arg("device") = "cuda")
-      .def("launch_plan", &Library::launch_plan, py::arg("op"));
+      .def("ops", &Library::ops, "The names of the ops.")
+      .def("direct", &Library::direct, py::arg("op"), py::arg("fallback"), py::arg("recorded") = py::none(),
+           "A call of the op past torch's dispatcher. fallback gets the arguments where the dispatcher is needed, and "
+           "recorded where only gradients are wanted; None: fallback then too.")
+      .def("build_info", &Library::build_info,
+           "The facts of the build, a dict of texts: version, cuda, cuda_runtime, cuda_archs, torch_headers, compiler, "
+           "sources.")
+      .def("kernel_table", &Library::kernel_table,
+           "Every configuration that has a CUDA kernel: a list of dicts with op, dtype and the bounds of sizes.")
+      .def("supported", &Library::supported, py::arg("op"), py::arg("dtype") = py::none(), py::arg("device") = "cuda",
+           "Why no kernel serves an op, or None where one does.\n\n"
+           "dtype: torch's or its name, None for any. device: \"cuda\" asks about kernels in general, \"cuda:0\" about "
+           "that GPU and its driver too. sizes: by the names of kernel_table(), such as head_dim=64; other names are "
+           "not "
+           "looked at. Raises ValueError for an op or a device that warpform does not have.")
+      .def(
+          "launch_plan", &Library::launch_plan, py::arg("op"),
+          "What a call of torch.ops.warpform.OP with these arguments would launch.\n\n"
+          "The arguments are the op's; of tensors only shape, strides and dtype are looked at, so they may be on any "
+          "device, \"meta\" too. sm_count and shared_memory_limit (bytes a block) describe the GPU, an H100 by "
+          "default.\n\n"
+          "Returns a dict about the first launch that works on tiles, or the first: kernel, tile (rows, columns, "
+          "depth), stages, splits, grid, threads, shared_bytes, blocks_per_sm, registers_counted (whether a GPU said "
+          "how many blocks an SM takes; else threads and shared memory bound it), waves; and launches, a list with one "
+          "such dict for each. Where nothing is launched it has launches alone. Raises ValueError with the reason "
+          "where there is no kernel.");
   m.def("use_torch", &warpform::python::use_torch, py::arg("tensor_type"), py::arg("parameter_type"),
         py::arg("grad_enabled"), py::arg("from_handle"), py::arg("frees_handle"), py::arg("autograd_excluded"),
-        py::arg("busy"), py::arg("flags"));
-
+        py::arg("busy"), py::arg("flags"), "Takes what direct calls need of torch; once, before any.");
   m.def("set_open", &warpform::python::set_open, py::arg("open"), "False: every call goes through torch.");
 
   // `import warpform._C` imports the package first, which registers the ops.
-  const py::module_ library_module = py::module_::import("warpform._library");
-  library_module.attr("require")();
-  const auto library = std::make_shared<Library>(py::str(library_module.attr("library_path")()).cast<std::string>());
-
+  const py::module_ package = py::module_::import("warpform._library");
+  package.attr("require")();
+  const py::object library = py::cast(Library(py::str(package.attr("library_path")())));
   m.attr("library") = library;
-
-  m.def(
-      "build_info", [library] { return library->build_info(); },
-      "The facts of the build, a dict of texts: version, cuda, cuda_runtime, cuda_archs, torch_headers, compiler, "
-      "sources.");
-  m.def(
-      "kernel_table", [library] { return library->kernel_table(); },
-      "Every configuration that has a CUDA kernel: a list of dicts with op, dtype and the bounds of sizes.");
-  m.def(
-      "supported",
-      [library](const std::string& op, const py::object& dtype, const py::object& device, const py::kwargs& sizes) {
-        return library->supported(op, dtype, device, sizes);
-      },
-      py::arg("op"), py::arg("dtype") = py::none(), py::arg("device") = "cuda",
-      "Why no kernel serves an op, or None where one does.\n\n"
-      "dtype: torch's or its name, None for any. device: \"cuda\" asks about kernels in general, \"cuda:0\" about that "
-      "GPU and its driver too. sizes: by the names of kernel_table(), such as head_dim=64; other names are not looked "
-      "at. Raises ValueError for an op or a device that warpform does not have.");
-  m.def(
-      "launch_plan",
-      [library](const std::string& op, const py::args& args, py::kwargs kwargs) {
-        return library->launch_plan(op, args, std::move(kwargs));
-      },
-      py::arg("op"),
-      "What a call of torch.ops.warpform.OP with these arguments would launch.\n\n"
-      "The arguments are the op's; of tensors only shape, strides and dtype are looked at, so they may be on any "
-      "device, \"meta\" too. sm_count and shared_memory_limit (bytes a block) describe the GPU, an H100 by default.\n\n"
-      "Returns a dict about the first launch that works on tiles: kernel, tile (rows, columns, depth), stages, splits, "
-      "grid, threads, shared_bytes, blocks_per_sm, registers_counted (whether a GPU said how many blocks an SM takes; "
-      "else threads and shared memory bound it), waves; and launches, a list with one such dict for each. Raises "
-      "ValueError with the reason where there is no kernel.");
+  for (const char* name : {"build_info", "kernel_table", "supported", "launch_plan"}) {
+    m.attr(name) = library.attr(name);
+  }
 }

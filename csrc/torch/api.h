@@ -67,7 +67,7 @@ struct Table {
   int32_t device_type;  // of the tensors that its kernels take
   int32_t op_count;
   const Op* ops;
-  // Frees a result that nobody took.
+  // Frees a handle that a call returned.
   void (*free_result)(void* handle);
   // The text that belongs to the last status of this thread that was not kDone.
   const char* (*message)();

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <span>
 #include <string>
 #include <tuple>
@@ -53,6 +52,11 @@ struct OpName {
 };
 
 namespace detail {
+
+template <class Results>
+inline constexpr size_t kResultCount = 1;
+template <class... Results>
+inline constexpr size_t kResultCount<std::tuple<Results...>> = sizeof...(Results);
 
 // ---- through torch ----
 
@@ -103,8 +107,7 @@ Results call_reference([[maybe_unused]] const char* name, [[maybe_unused]] const
 #ifdef WARPFORM_SIMT
   throw std::runtime_error(std::string(name) + ": no kernel: " + reason);
 #else
-  constexpr size_t kResults = std::is_same_v<Results, torch::stable::Tensor> ? 1 : 5;
-  constexpr size_t kSlots = std::max(1 + sizeof...(arguments), kResults + 1);
+  constexpr size_t kSlots = std::max(1 + sizeof...(arguments), kResultCount<Results>);
   StableIValue stack[kSlots] = {box(reason), box(arguments)...};
   const std::string op = std::string("warpform::") + name + "_reference";
   kept_error() = {};
@@ -201,12 +204,7 @@ api::Status Bound<kName, kFunction>::call_with(const api::Value* values, void** 
   }
 }
 
-template <class Results>
-inline constexpr int kResultCount = 1;
-template <class... Results>
-inline constexpr int kResultCount<std::tuple<Results...>> = sizeof...(Results);
-
-template <OpName kName, class Results, class... Arguments>
+template <class Results, class... Arguments>
 constexpr int result_count(Results (*)(Arguments...)) {
   return kResultCount<Results>;
 }
@@ -217,7 +215,7 @@ constexpr int result_count(Results (*)(Arguments...)) {
 template <OpName kName, auto kFunction>
 constexpr Body body() {
   using Bound = detail::Bound<kName, kFunction>;
-  return {kName.text, detail::result_count<kName>(kFunction), TORCH_BOX(&Bound::run), &Bound::call};
+  return {kName.text, detail::result_count(kFunction), TORCH_BOX(&Bound::run), &Bound::call};
 }
 
 // The ops of each file. ops.cpp gives them their schemas.

@@ -27,11 +27,9 @@ inline void check_same_dtype(const char* op, const Tensor& q, const Tensor& k, c
 }
 
 inline void check_offsets(const char* op, const char* name, const Tensor& cu_seqlens, const Tensor& q) {
-  const auto fits = [&](auto check, bool ok) {
-    check(ok, op, ": ", name, " must be int32 of shape [batch + 1], got ", Got{cu_seqlens});
-  };
-  fits([](auto&&... parts) { check_type(parts...); }, cu_seqlens.scalar_type() == ScalarType::Int);
-  fits([](auto&&... parts) { check(parts...); }, cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0);
+  constexpr const char* kWanted = " must be int32 of shape [batch + 1], got ";
+  check_type(cu_seqlens.scalar_type() == ScalarType::Int, op, ": ", name, kWanted, Got{cu_seqlens});
+  check(cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0, op, ": ", name, kWanted, Got{cu_seqlens});
   check_same_device(op, name, cu_seqlens, "q", q);
 }
 

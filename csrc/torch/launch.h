@@ -3,6 +3,7 @@
 #pragma once
 
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "check.h"
@@ -38,7 +39,7 @@ inline const char* without_kernels(const Tensor& on) { return on.is_cuda() ? kNo
 class UseReference {
  public:
   explicit UseReference(std::string reason);
-  // No results; nobody reads them.
+  // Empty results, which the caller discards.
   template <class Results>
   operator Results() const {
     return Results{};
@@ -55,8 +56,11 @@ class Launch {
       : on_cuda_(on.is_cuda()), planned_(current_plan() != nullptr), device_(on.get_device_index()) {
     if (!on_cuda_ || planned_) return;
     guard_.emplace(device_);
-    check(aoti_torch_get_current_cuda_stream != nullptr, op,
-          ": this torch has no CUDA stream function, although the tensor is on a GPU; install a CUDA build of torch");
+    if (aoti_torch_get_current_cuda_stream == nullptr) {
+      throw std::runtime_error(std::string(op) +
+                               ": this torch has no CUDA stream function, although the tensor is on " +
+                               "a GPU; install a CUDA build of torch");
+    }
     torch_check(aoti_torch_get_current_cuda_stream(device_, &stream_), op);
   }
 #else

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from . import _env, _library
+from . import _env
 
 _module: ModuleType | None = None
 _why_not: str | None = "the library of ops is not loaded"
@@ -32,9 +32,6 @@ def attach() -> None:
         from . import _C as module
     except ImportError as error:
         _why_not = f"warpform._C cannot be imported ({error})"
-        return
-    if module.build_info() != _library.build_info():
-        _why_not = f"warpform._C found another library than {_library.library_path()}"
         return
     try:
         from_handle, frees_handle = _torch_private.tensor_from_handle()

@@ -48,19 +48,17 @@ def missing() -> list[str]:
     return [name for name in NAMES if _find(name) is None]
 
 
-(
-    _make_autograd_impl,
-    _info,
-    _,
-    _transforms_active,
-    _is_fake,
-    _resolve_process_group,
-    _from_handle,
-    _to_handle,
-    *_modes,
-    _key_excluded,
-    _,
-) = (_find(name) for name in NAMES)
+_FULL_NAMES = {name.partition(":")[2]: name for name in NAMES}
+_FOUND = {attribute: _find(name) for attribute, name in _FULL_NAMES.items()}
+
+
+def _need(attribute: str) -> Any:
+    """The object of a name. Raises ImportError where this torch lacks it."""
+    if _FOUND[attribute] is None:
+        raise ImportError(
+            f"warpform needs {_FULL_NAMES[attribute]}, which torch {torch.__version__} lacks; use an earlier torch"
+        )
+    return _FOUND[attribute]
 
 
 def autograd_rule(
@@ -71,11 +69,7 @@ def autograd_rule(
     Raises:
         ImportError: this torch has no such function under the name that is known.
     """
-    if _make_autograd_impl is None or _info is None:
-        raise ImportError(
-            f"warpform needs {NAMES[0]} and {NAMES[1]}, which torch {torch.__version__} lacks; use an earlier torch"
-        )
-    rule: Callable[..., Any] = _make_autograd_impl(op, _info(backward, setup_context))
+    rule: Callable[..., Any] = _need("make_autograd_impl")(op, _need("Info")(backward, setup_context))
     return rule
 
 
@@ -86,7 +80,8 @@ def in_forward_mode() -> bool:
 
 def in_functorch() -> bool:
     """Tells whether a transform of torch.func is active."""
-    return _transforms_active is not None and bool(_transforms_active())
+    active = _FOUND["_are_functorch_transforms_active"]
+    return active is not None and bool(active())
 
 
 def tensor_from_handle() -> tuple[Callable[[Any], Tensor], bool]:
@@ -97,15 +92,16 @@ def tensor_from_handle() -> tuple[Callable[[Any], Tensor], bool]:
     Raises:
         ImportError: this torch lacks it, or what it is tried with, under the names that are known.
     """
-    if _from_handle is None or _to_handle is None or not hasattr(Tensor, "_use_count"):
-        raise ImportError(f"there is no {NAMES[6]}, {NAMES[7]} or torch.Tensor:_use_count")
-    function: Callable[[Any], Tensor] = _from_handle
+    function: Callable[[Any], Tensor] = _need("alloc_tensor_by_stealing_from_void_ptr")
+    to_handle, count = _need("unsafe_alloc_void_ptr_from_tensor"), getattr(Tensor, "_use_count", None)
+    if count is None:
+        raise ImportError(f"warpform needs torch.Tensor._use_count, which torch {torch.__version__} lacks")
     tensor = torch.empty(0)
-    before = tensor._use_count()  # type: ignore[attr-defined]
-    function(_to_handle(tensor))
-    left = tensor._use_count() - before  # type: ignore[attr-defined]
+    before = count(tensor)
+    function(to_handle(tensor))
+    left = count(tensor) - before
     if left not in (0, 1):
-        raise ImportError(f"{NAMES[6]} leaves {left} references to a tensor")
+        raise ImportError(f"torch's alloc_tensor_by_stealing_from_void_ptr leaves {left} references to a tensor")
     return function, left == 0
 
 
@@ -118,10 +114,14 @@ def dispatcher_needed() -> tuple[Callable[[], Any], ...]:
     Raises:
         ImportError: this torch lacks one under the name that is known.
     """
-    functions = (*_modes, _transforms_active)
-    if None in functions:
-        raise ImportError(f"there is no {', '.join(name for name in missing())}")
-    return functions
+    names = (
+        "_len_torch_function_stack",
+        "_len_torch_dispatch_stack",
+        "_is_any_autocast_enabled",
+        "_get_tracing_state",
+        "_are_functorch_transforms_active",
+    )
+    return tuple(_need(name) for name in names)
 
 
 def autograd_excluded() -> Callable[[], bool]:
@@ -130,9 +130,7 @@ def autograd_excluded() -> Callable[[], bool]:
     Raises:
         ImportError: this torch has no such function under the name that is known.
     """
-    if _key_excluded is None:
-        raise ImportError("there is no torch._C:_dispatch_tls_is_dispatch_key_excluded")
-    return functools.partial(_key_excluded, "AutogradCUDA")
+    return functools.partial(_need("_dispatch_tls_is_dispatch_key_excluded"), "AutogradCUDA")
 
 
 def dispatcher_flags() -> tuple[tuple[dict[str, Any], str, Any], ...]:
@@ -144,18 +142,18 @@ def dispatcher_flags() -> tuple[tuple[dict[str, Any], str, Any], ...]:
         ImportError: this torch lacks one under the name that is known.
     """
     flags = []
-    for name, idle in (("torch.autograd.forward_ad:_current_level", -1), (NAMES[-1], False)):
-        module, _, attribute = name.partition(":")
-        found = vars(importlib.import_module(module))
+    for attribute, idle in (("_current_level", -1), ("_is_profiler_enabled", False)):
+        found = vars(importlib.import_module(_FULL_NAMES[attribute].partition(":")[0]))
         if type(found.get(attribute)) is not type(idle):
-            raise ImportError(f"{name} is not of the type of {idle}")
+            raise ImportError(f"{_FULL_NAMES[attribute]} is not of the type of {idle}")
         flags.append((found, attribute, idle))
     return tuple(flags)
 
 
 def is_fake(t: Tensor) -> bool:
     """Tells whether a tensor is a fake one, which tracing makes and which has no values."""
-    return _is_fake is not None and bool(_is_fake(t))
+    fake = _FOUND["is_fake"]
+    return fake is not None and bool(fake(t))
 
 
 def process_group(name: str) -> Any:
@@ -164,6 +162,4 @@ def process_group(name: str) -> Any:
     Raises:
         ImportError: this torch has no such function under the name that is known.
     """
-    if _resolve_process_group is None:
-        raise ImportError(f"warpform needs {NAMES[5]}, which torch {torch.__version__} lacks; use an earlier torch")
-    return _resolve_process_group(name)
+    return _need("_resolve_process_group")(name)

@@ -89,6 +89,6 @@ def called_by(function: str, call: Callable[..., Any], *args: Any) -> Any:
         return call(*args)
     except (TypeError, ValueError) as error:
         op, separator, text = str(error).partition(": ")
-        if not separator or op != call.__name__.removesuffix(".default"):
+        if not separator or op != call.__name__:
             raise
         raise type(error)(f"{function}: {text}") from None

@@ -92,8 +92,8 @@ def register_op(
             not differentiable: differentiating through it raises.
         setup_context: (ctx, inputs, output) or (ctx, inputs, keyword_only_inputs, output), saves what backward needs.
         autocast: the arguments that autocast casts; all others keep their dtype. Empty: autocast leaves the op alone.
-        validate: called with the op's arguments where WARPFORM_VALIDATE=1, before the op is: checks of values, which
-            wait for the device.
+        validate: called with the op's arguments where WARPFORM_VALIDATE=1: checks of values, which wait for the device.
+            It comes after the op, whose checks say what else is wrong, and whose kernels clamp what they read.
 
     Where the library is not loaded nothing is registered, and what is returned raises the load error when it is called.
     """
@@ -144,15 +144,16 @@ def _callable(
     def through_torch(*args: Any, **kwargs: Any) -> Any:
         if _env.log_debug():
             _check.log(name, **dict(zip(names, args, strict=False)), **kwargs)
-        if validate is not None and _env.validate():
-            validate(*args, **kwargs)
         try:
-            return op(*args, **kwargs)
+            result = op(*args, **kwargs)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             explained = _errors.explained(op, args, kwargs, error)
             if explained is None:
                 raise
             raise explained from None
+        if validate is not None and _env.validate():
+            validate(*args, **kwargs)
+        return result
 
     def straight(*args: Any, **kwargs: Any) -> Any:
         return direct(*args, **kwargs)
@@ -160,11 +161,11 @@ def _callable(
     recorded = None if backward is None else autograd_function(op, straight, backward, setup_context)
     direct = _direct.direct(name, through_torch, recorded)
 
-    @functools.wraps(op)
     def call(*args: Any, **kwargs: Any) -> Any:
         # A compiler traces the op itself: it takes sizes that are symbols, and asks nothing of this process.
         return op(*args, **kwargs) if torch.compiler.is_compiling() else direct(*args, **kwargs)
 
+    call.__name__ = call.__qualname__ = name
     return call
 
 

@@ -60,18 +60,9 @@ def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     )
 
 
-def _validate(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    **how: Any,
-) -> None:
+def _validate(q: Tensor, k: Tensor, v: Tensor, *sequences: Any, **how: Any) -> None:
     if q.device.type != "cpu":  # on a CPU the reference checks
-        reference.check_offsets("varlen_attention", q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        reference.check_offsets("varlen_attention", q, k, *sequences)
 
 
 _varlen_attention_backward = register_op(

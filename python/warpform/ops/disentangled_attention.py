@@ -56,19 +56,9 @@ def _gradient(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | Non
     )
 
 
-def _validate(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_key: Tensor | None,
-    pos_query: Tensor | None,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    positions: Tensor | None,
-    **how: Any,
-) -> None:
+def _validate(*inputs: Any, positions: Tensor | None, **how: Any) -> None:
     op = "disentangled_attention"
+    q, *_, cu_seqlens, max_seqlen = inputs
     if q.device.type != "cpu":  # on a CPU the reference checks
         attention_reference.offsets_of(op, "cu_seqlens", cu_seqlens, q.size(0), max_seqlen)
     if positions is not None:
