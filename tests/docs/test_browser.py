@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -48,6 +49,14 @@ def browser(absent: Callable[[str], NoReturn], tmp_path_factory: pytest.TempPath
     browser.quit()
 
 
+@pytest.fixture
+def other_host() -> Iterator[str]:
+    """The address of a host that refuses connections: its port is taken and nothing listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}/"
+
+
 def show(browser: Any, width: int, scheme: str = "light") -> None:
     metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -56,15 +65,28 @@ def show(browser: Any, width: int, scheme: str = "light") -> None:
 
 
 def complaints(browser: Any, address: str) -> list[str]:
-    """What the console and the network report since the last call, but for pages that were left while they loaded."""
-    found = [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    """What the console and the network report of this site's pages since the last call.
+
+    Chromium opens a page of its own when it starts, which asks for other hosts; that page and pages that were left
+    while they loaded do not count.
+    """
+    found = [
+        entry["message"]
+        for entry in browser.get_log("browser")
+        if entry["level"] in ("SEVERE", "WARNING")
+        and (entry["message"].startswith(address) or not entry["message"].startswith(("http", "chrome")))
+    ]
+    asked: set[str] = set()
     for entry in browser.get_log("performance"):
         event = json.loads(entry["message"])["message"]
         given = event["params"]
-        if event["method"] == "Network.requestWillBeSent":
+        if event["method"] == "Network.requestWillBeSent" and given["documentURL"].startswith(f"{address}/"):
+            asked.add(given["requestId"])
             url = given["request"]["url"]
-            if not url.startswith((f"{address}/", "data:", "blob:", "about:", "chrome:")):
+            if not url.startswith((f"{address}/", "data:", "blob:", "about:")):
                 found.append(f"asks for {url}")
+        elif given.get("requestId") not in asked:
+            continue
         elif event["method"] == "Network.responseReceived" and given["response"]["status"] >= 400:
             found.append(f"{given['response']['status']} for {given['response']['url']}")
         elif event["method"] == "Network.loadingFailed" and not given.get("canceled"):
@@ -84,6 +106,35 @@ OVERFLOW = "return document.documentElement.scrollWidth - document.documentEleme
 
 
 @pytest.mark.slow
+def test_complaints_are_those_of_this_site(browser: Any, address: str, other_host: str) -> None:
+    """A page of another host, as Chromium's own first page, adds nothing; a fault of a page here is found."""
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    complaints(browser, address)
+    with pytest.raises(WebDriverException, match="ERR_CONNECTION_REFUSED"):
+        browser.get(other_host)
+    browser.get(f"{address}/index.html")
+    assert complaints(browser, address) == []
+    script = """
+        console.error('a fault in the console');
+        window.done = 0;
+        for (const source of ['absent.png', arguments[0]]) {
+            const image = new Image();
+            image.onerror = () => window.done++;
+            image.src = source;
+        }
+    """
+    browser.execute_script(script, f"{other_host}absent.png")
+    WebDriverWait(browser, 30).until(lambda b: b.execute_script("return window.done") == 2)
+    found = "\n".join(complaints(browser, address))
+    assert "a fault in the console" in found
+    assert f"404 for {address}/absent.png" in found
+    assert f"asks for {other_host}absent.png" in found
+    assert "net::ERR_CONNECTION_REFUSED for a Image" in found
+
+
+@pytest.mark.slow
 def test_every_page(browser: Any, address: str, pages: list[str]) -> None:
     faults: dict[str, list[str]] = {}
     complaints(browser, address)
@@ -92,6 +143,7 @@ def test_every_page(browser: Any, address: str, pages: list[str]) -> None:
         browser.get(f"{address}/{page}")
         facts = browser.execute_script(FACTS)
         found = complaints(browser, address)
+        found += [] if browser.current_url.startswith(f"{address}/{page}") else [f"leads to {browser.current_url}"]
         found += [] if facts["title"] else ["has no title"]
         found += [f"has {facts['words']} words"] if facts["words"] < 40 else []
         found += [f"does not show {source}" for source in facts["broken"]]
