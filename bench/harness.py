@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import plans
 import suites
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ COLUMNS = (
     "date", "commit", "device", "kind", "family", "kernel", "direction", "workload", "provider", "status", "backend",
     *SIZE_COLUMNS,
     "p20_us", "p50_us", "p80_us", "host_us", "images_s", "tflops", "gbs", "roofline", "ceiling_tflops", "ceiling_gbs",
-    "ratios", "threads", "warpform", "torch", "cuda", "transformers", "python",
+    "waves", "ratios", "threads", "warpform", "torch", "cuda", "transformers", "python",
 )  # fmt: skip
 
 # Seconds that one run may take, by default; suites.DEADLINES divides them among the families. Past COMPILE_SHARE of its
@@ -445,6 +446,8 @@ class Session:
             samples = device_samples(calls, seconds, hide_host=not case.end_to_end)
             host = clock(calls[0], 10, 1, self.device)
             row["host_us"] = f"{statistics.median(host):.3f}" if host else ""
+            if row["provider"] == "warpform" and not case.end_to_end:
+                row["waves"] = self._waves(calls[0])
         else:
             start = time.perf_counter()
             calls[0]()
@@ -470,6 +473,14 @@ class Session:
         }
         # A workload that counts nothing (a host call) has no rate.
         row.update({name: f"{value:.4g}" for name, value in values.items() if value})
+
+    def _waves(self, call: Callable[[], Any]) -> str:
+        """`plans.waves` of a call on this GPU; empty where there is no `warpform._C`."""
+        from warpform import _direct
+
+        if _direct.why_not() is not None:
+            return ""
+        return plans.waves(plans.ops_of(call), **_direct.launch_limits(torch.cuda.current_device()))
 
     def flush(self) -> None:
         """Ends a group: fills in the ratios, keeps its rows, appends them to the results."""

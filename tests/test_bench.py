@@ -22,6 +22,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 import warpform
+from warpform import _direct, _library
 from warpform.cli import bench
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.one_worker
 sys.path.insert(0, str(BENCH))
 
 import harness  # noqa: E402
+import plans  # noqa: E402
 import report  # noqa: E402
 from suites import DEADLINES, FAMILIES  # noqa: E402
 
@@ -304,6 +306,25 @@ def test_only_what_agrees_is_timed() -> None:
     states = {row["provider"]: row["status"] for row in session.rows}
     assert states["warpform"] == "ok" and states["wrong"].startswith("disagrees: got 2")
     assert states["absent"] == "missing: needs a GPU" and states["broken"] == "failed: RuntimeError: no kernel"
+
+
+@pytest.mark.skipif(_direct.why_not() is not None, reason=f"no plans: {_direct.why_not()}")
+@pytest.mark.skipif(not _library.build_info()["cuda"], reason="needs kernels")
+def test_waves_are_those_of_each_op() -> None:
+    q = torch.randn(512, 4, 64, dtype=torch.bfloat16)
+    cu = torch.tensor([0, 256, 512], dtype=torch.int32)
+    step = harness.inference_or_step(
+        lambda q, k, v: warpform.ops.varlen_attention(q, k, v, cu, cu, 256, 256), (q, q, q), (q,), True
+    )
+    calls = plans.ops_of(step)
+    assert [name for name, _, _ in calls] == ["varlen_attention", "varlen_attention_backward"]
+    found = dict(part.split("=") for part in plans.waves(calls, sm_count=132).split(" "))
+    half = dict(part.split("=") for part in plans.waves(calls, sm_count=66).split(" "))
+    assert list(found) == ["varlen_attention", "varlen_attention_backward"]
+    for name, value in found.items():
+        assert 0 < float(value) < 1 and float(half[name]) == pytest.approx(2 * float(value), rel=0.1)
+    # float64 has no kernel.
+    assert plans.waves(plans.ops_of(lambda: warpform.ops.bias_gelu(q.double(), None))) == ""
 
 
 def test_torch_varlen_is_called_as_this_torch_has_it() -> None:

@@ -319,15 +319,18 @@ def test_supported() -> None:
         module.supported("varlen_attention", torch.float16, "tpu")
 
 
+def dtype_with_kernels(name: str) -> torch.dtype:
+    dtypes = {row.get("dtype") for row in _library.kernel_table() if row["op"] == name}
+    return torch.bfloat16 if {"bfloat16", "any"} & dtypes else torch.float32
+
+
 @pytest.mark.parametrize("name", ops())
 def test_every_op_has_a_plan(name: str) -> None:
     import warpform._C as module
 
     needs_kernels()
     op = ops()[name]
-    dtypes = {row.get("dtype") for row in _library.kernel_table() if row["op"] == name}
-    dtype = torch.bfloat16 if {"bfloat16", "any"} & dtypes else torch.float32
-    for call in op.calls(dtype):
+    for call in op.calls(dtype_with_kernels(name)):
         plan = module.launch_plan(name, *call.args, **call.kwargs)
         assert {"tile", "stages", "splits", "shared_bytes", "grid", "threads", "waves", "kernel"} <= set(plan)
         assert plan["launches"] and all(launch["op"] for launch in plan["launches"])
@@ -362,20 +365,47 @@ def test_plans_follow_the_sizes_and_the_machine() -> None:
         module.launch_plan("bias_gelu", q, None, "none", 1)
 
 
+def test_a_plan_says_where_a_gpu_has_no_room() -> None:
+    """Routed products on GPUs with 99 KiB of shared memory a block."""
+    import warpform._C as module
+
+    needs_kernels()
+
+    def plan(op: str, tokens: int, with_gates: bool) -> Any:
+        def empty(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+            return torch.empty(*sizes, dtype=dtype, device="meta")
+
+        tiles = -(-tokens // 128)
+        places, int64 = empty(tiles * 128, dtype=torch.int32), torch.int64
+        inverse, classes = empty(tokens, dtype=torch.int32), empty(tiles, dtype=torch.int32)
+        routes = (empty(tokens, dtype=int64), places, inverse, empty(tiles, dtype=int64), classes, None, 8, 1)
+        gates = empty(tokens, 8, dtype=torch.float32) if with_gates else None
+        x = empty(tokens, 512)
+        arguments = (x, x, gates, False) if op == "hidden_weight_grad" else (x, empty(512, 512), gates, None)
+        return module.launch_plan(op, *arguments, *routes, shared_memory_limit=99 * 1024)
+
+    # A few tokens have a kernel of their own.
+    for tokens, with_gates in ((1000, False), (1, True)):
+        assert plan("hidden_gather_linear", tokens, with_gates)["launches"]
+    for op in ("hidden_gather_linear", "hidden_weight_grad"):
+        with pytest.raises(ValueError, match="shared memory a block than this GPU has"):
+            plan(op, 1000, True)
+
+
 @pytest.mark.simt
-def test_plans_are_what_is_launched(simt: Simt) -> None:
+@pytest.mark.parametrize("name", ops())
+def test_plans_are_what_is_launched(simt: Simt, name: str) -> None:
     """On the emulated machine: grid, threads and shared memory of every launch."""
     import warpform._C as module
 
     needs_kernels()
-    for name in ("varlen_attention", "varlen_attention_backward", "monarch_multiply", "add_bias_residual_layer_norm"):
-        for call in ops()[name].calls(torch.bfloat16):
-            simt.configure(0, 132)
-            getattr(simt, name)(*call.args, **call.kwargs)
-            plan = module.launch_plan(name, *call.args, **call.kwargs)
-            keys = ("op", "grid", "threads", "shared_bytes")
-            planned = [{key: launch[key] for key in keys} for launch in plan["launches"]]
-            assert planned == [{key: launch[key] for key in keys} for launch in simt.launches()], call.label
+    for call in ops()[name].calls(dtype_with_kernels(name)):
+        simt.configure(0, 132)
+        getattr(simt, name)(*call.args, **call.kwargs)
+        plan = module.launch_plan(name, *call.args, **call.kwargs)
+        keys = ("grid", "threads", "shared_bytes")
+        planned = [{key: launch[key] for key in keys} for launch in plan["launches"]]
+        assert planned == [{key: launch[key] for key in keys} for launch in simt.launches()], call.label
 
 
 # ---- the module, and life without it ----

@@ -22,7 +22,7 @@ Resource usage:
  Function _Z4packv:
   REG:8 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:360 TEXTURE:0 SURFACE:0 SAMPLER:0
  Function _Z4spilv:
-  REG:255 STACK:48 SHARED:0 LOCAL:16 CONSTANT[0]:360 TEXTURE:0 SURFACE:0 SAMPLER:0
+  REG:255 STACK:48 SHARED:1024 LOCAL:16 CONSTANT[0]:360 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
 
 SASS = """
@@ -39,14 +39,17 @@ SASS = """
 
 def both(name: str, stack: int = 0, **opcodes: int) -> list[gates.Kernel]:
     counts = Counter({key.replace("_", "."): value for key, value in opcodes.items()})
-    return [gates.Kernel(name, arch, stack, counts) for arch in gates.ARCHS]
+    return [gates.Kernel(name, arch, gates.Resources(stack), counts) for arch in gates.ARCHS]
 
 
 IMAGES = Counter({"sm_80": 2, "sm_90a": 2})
 
 
 def test_parsing():
-    assert gates.parse_resources(RESOURCES) == {"_Z4packv": 0, "_Z4spilv": 64}
+    assert gates.parse_resources(RESOURCES) == {
+        "_Z4packv": gates.Resources(0, 8, 0),
+        "_Z4spilv": gates.Resources(64, 255, 1024),
+    }
     opcodes = gates.parse_opcodes(SASS)
     assert opcodes["_Z4packv"] == {"MOV": 1, "HMMA.16816.F32": 2}
     assert opcodes["_Z4spilv"] == {"EXIT": 1}
@@ -85,3 +88,44 @@ def test_serialised_wgmma():
     assert not gates.check_wgmma(both("k", HGMMA_64x64x16=8, WARPGROUP_DEPBAR=2)).problems
     assert gates.check_wgmma(both("k", HGMMA_64x64x16=8, WARPGROUP_DEPBAR_LE=8)).problems
     assert not gates.check_wgmma(both("k", HMMA_16816=8)).problems
+
+
+def test_launches():
+    kernels = [
+        gates.Kernel(
+            "void warpform::(anonymous namespace)::pack<unsigned short, long>(warpform::P<(1)>)", arch, resources
+        )
+        for arch in gates.ARCHS
+        for resources in [gates.Resources(0, 60, 1024)]
+    ]
+
+    def launch(
+        threads: int = 1024, shared: int = 8192, name: str = "pack<short unsigned int, long int>"
+    ) -> gates.Launch:
+        return gates.Launch("pack", name, "9.0", "sm_90a", threads, shared, 9216)
+
+    def problems(*launches: gates.Launch, never: dict[str, str] | None = None) -> list[str]:
+        return gates.check_launches(kernels, list(launches), never or {}).problems
+
+    assert not problems(launch())
+    assert "with 9217 bytes of shared memory" in problems(launch(shared=8193))[0]
+    assert "with 66560 registers" in problems(launch(threads=1040))[0]
+    assert "which is not in the library" in problems(launch(), launch(name="unpack"))[0]
+    name = "pack<unsigned short, long>"
+    assert problems() == [f"{name} is launched by no call"]
+    assert not problems(never={name: "a reason"})
+    assert "though it is listed" in problems(launch(), never={name: "a reason"})[0]
+    assert "no kernel is called probe" in problems(launch(), never={"probe": "a reason"})[0]
+
+
+@pytest.mark.slow
+def test_every_kernel_is_launched_by_a_call():
+    """Nothing else is compiled in vain. The gate itself adds what the binary says of each kernel."""
+    from warpform import _direct, _library
+
+    if _direct.why_not() is not None or not _library.build_info()["cuda"]:
+        pytest.skip("needs warpform._C and kernels")
+    launches = gates.planned_launches()
+    assert {launch.capability for launch in launches} == {capability for capability, *_ in gates.MACHINES}
+    names = {gates.bare(launch.kernel) for launch in launches}
+    assert len(names) > 300 and "varlen_attention_forward<__half, 64, true, ScaleOnly, FullAttention>" in names

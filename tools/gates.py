@@ -1,4 +1,4 @@
-"""Gates on the built binary that need no GPU: architectures, stack, tensor-core instructions, serialised wgmma.
+"""Gates on the built binary that need no GPU: architectures, stack, tensor-core instructions, wgmma, launches.
 
     python tools/gates.py [libwarpform.so]
 
@@ -114,14 +114,55 @@ OPCODES: tuple[OpcodeRule, ...] = (
 ONLY: tuple[ArchRule, ...] = ()
 
 
+# Kernels that no op launches, because of a reason.
+NEVER_LAUNCHED: dict[str, str] = {
+    "probe": "it is what the runtime is asked about: whether the GPU has machine code of this library",
+}
+
+# GPUs that launches are planned for: compute capability, the architecture whose code it runs, SMs, and bytes of shared
+# memory that a block may have.
+MACHINES: tuple[tuple[str, str, int, int], ...] = (
+    ("8.0", "sm_80", 108, 163 * 1024),
+    ("8.9", "sm_80", 142, 99 * 1024),
+    ("9.0", "sm_90a", 132, 227 * 1024),
+)
+REGISTERS_A_BLOCK = 65536
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel takes: stack and static shared memory in bytes, registers a thread."""
+
+    stack: int = 0
+    registers: int = 0
+    shared: int = 0
+
+
 @dataclass
 class Kernel:
-    """One kernel in one architecture: stack in bytes, and how often each opcode occurs."""
+    """One kernel in one architecture: what it takes, and how often each opcode occurs."""
 
     name: str
     arch: str
-    stack: int = 0
+    resources: Resources = Resources()
     opcodes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def stack(self) -> int:
+        return self.resources.stack
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that an op plans for a machine: the compute capability, and the architecture whose code it runs."""
+
+    op: str
+    kernel: str
+    capability: str
+    arch: str
+    threads: int
+    shared: int  # dynamic, bytes a block
+    limit: int  # of static and dynamic shared memory together, bytes a block
 
 
 @dataclass(frozen=True)
@@ -162,11 +203,16 @@ def demangle(names: list[str]) -> list[str]:
     return done.stdout.splitlines()
 
 
-def parse_resources(text: str) -> dict[str, int]:
-    """Stack bytes by kernel, of `cuobjdump -res-usage`. LOCAL is stack too, under another name."""
-    usage: dict[str, int] = {}
-    for name, stack, local in re.findall(r"Function (\S+):\s*\n[^\n]*?STACK:(\d+)[^\n]*?LOCAL:(\d+)", text):
-        usage[name] = max(usage.get(name, 0), int(stack) + int(local))
+def parse_resources(text: str) -> dict[str, Resources]:
+    """Resources by kernel, of `cuobjdump -res-usage`. LOCAL is stack too, under another name."""
+    usage: dict[str, Resources] = {}
+    line = r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    for name, *numbers in re.findall(line, text):
+        registers, stack, shared, local = map(int, numbers)
+        before = usage.get(name, Resources())
+        usage[name] = Resources(
+            max(before.stack, stack + local), max(before.registers, registers), max(before.shared, shared)
+        )
     return usage
 
 
@@ -192,7 +238,7 @@ def read_arch(tool: str, library: Path, arch: str) -> list[Kernel]:
     opcodes = parse_opcodes(run([tool, "-sass", "-arch", arch, str(library)]))
     if usage.keys() != opcodes.keys():
         raise SystemExit(f"gates: cuobjdump lists {len(usage)} kernels of {arch} and disassembles {len(opcodes)}")
-    return [Kernel(kernel, arch, stack, opcodes[kernel]) for kernel, stack in usage.items()]
+    return [Kernel(kernel, arch, resources, opcodes[kernel]) for kernel, resources in usage.items()]
 
 
 def read_library(tool: str, library: Path) -> tuple[list[Kernel], Counter[str], Counter[str]]:
@@ -208,7 +254,43 @@ def read_library(tool: str, library: Path) -> tuple[list[Kernel], Counter[str], 
     return kernels, Counter(images), Counter(ptx)
 
 
+def planned_launches() -> list[Launch]:
+    """Every launch of the calls in every_kernel.py, on each machine that has room for it."""
+    import warpform._C as module
+    from every_kernel import every_call
+
+    calls = list(every_call())
+    found: dict[Launch, None] = {}
+    for capability, arch, sm_count, limit in MACHINES:
+        for op, args, kwargs in calls:
+            if module.supported(op) is not None:
+                continue
+            try:
+                plan = module.launch_plan(op, *args, sm_count=sm_count, shared_memory_limit=limit, **kwargs)
+            except ValueError as none:
+                # Any other refusal is a mistake in every_kernel.py.
+                if "than this GPU has" not in str(none):
+                    raise
+                continue
+            for each in plan["launches"]:
+                kernel = each["kernel"]
+                found[Launch(op, kernel, capability, arch, each["threads"], each["shared_bytes"], limit)] = None
+    return list(found)
+
+
 # ---- gates ----
+
+
+def bare(name: str) -> str:
+    """A kernel's name and its template arguments, spelled alike by a compiler and by a demangler."""
+    name = re.sub(r"warpform::|\(anonymous namespace\)::", "", name.removeprefix("void "))
+    name = name.replace("short unsigned int", "unsigned short").replace("long int", "long")
+    depth = 0
+    for at, letter in enumerate(name):
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0:
+            return name[:at]
+    return name
 
 
 def short(name: str) -> str:
@@ -294,6 +376,30 @@ def check_wgmma(kernels: list[Kernel]) -> Verdict:
     return Verdict("wgmma", problems, f"{users} kernels, none serialised" if users else "no kernel uses it yet")
 
 
+def check_launches(kernels: list[Kernel], launches: list[Launch], never: dict[str, str] = NEVER_LAUNCHED) -> Verdict:
+    """Every kernel is one that a call launches, and every launch has the registers and the shared memory it needs."""
+    known = {(bare(kernel.name), kernel.arch): kernel.resources for kernel in kernels}
+    names = {name for name, _ in known}
+    launched = {bare(launch.kernel) for launch in launches}
+    problems = [f"no kernel is called {name}, which is listed as never launched" for name in never.keys() - names]
+    problems += [f"{name} is launched by no call" for name in sorted(names - launched - never.keys())]
+    problems += [f"{name} is launched, though it is listed as never launched" for name in never.keys() & launched]
+    for launch in launches:
+        where = f"{launch.op} launches {bare(launch.kernel)} ({launch.capability}) "
+        resources = known.get((bare(launch.kernel), launch.arch))
+        if resources is None:
+            problems.append(where + f"which is not in the library for {launch.arch}")
+            continue
+        # Registers are handed out eight a thread at a time.
+        registers = launch.threads * -(-resources.registers // 8) * 8
+        if registers > REGISTERS_A_BLOCK:
+            problems.append(where + f"with {registers} registers a block, allowed are {REGISTERS_A_BLOCK}")
+        shared = launch.shared + resources.shared
+        if shared > launch.limit:
+            problems.append(where + f"with {shared} bytes of shared memory a block, allowed are {launch.limit}")
+    return Verdict("launches", problems, f"{len(launched)} kernels in {len(launches)} launches, each with room to run")
+
+
 def main(arguments: list[str]) -> int:
     library = Path(arguments[0]) if arguments else LIBRARY
     if not library.is_file():
@@ -308,6 +414,9 @@ def main(arguments: list[str]) -> int:
         check_opcodes(kernels),
         check_wgmma(kernels),
     ]
+    # Plans are asked of the library that the package loads.
+    if library.resolve() == LIBRARY:
+        verdicts.append(check_launches(kernels, planned_launches()))
     print(f"{'gate':14} {'result':7} {library.name}")
     for verdict in verdicts:
         print(f"{verdict.gate:14} {'FAILED' if verdict.problems else 'ok':7} {verdict.summary}")

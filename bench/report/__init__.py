@@ -97,6 +97,12 @@ def sizes(row: Row) -> str:
     return ", ".join(parts)
 
 
+def waves(row: Row) -> str:
+    """The waves of the last op of a row: of the backward where there is one. Empty where they were not planned."""
+    last = (row.get("waves") or "").split(" ")[-1].rpartition("=")[2]
+    return f", {last} waves" if last else ""
+
+
 def table(workloads: dict[str, dict[str, Row]]) -> list[str]:
     """One Markdown table: a line for each workload, a column for each provider that was timed; below, what was not."""
     order = list(dict.fromkeys(p for providers in workloads.values() for p in providers))
@@ -125,7 +131,7 @@ def table(workloads: dict[str, dict[str, Row]]) -> list[str]:
             cells.append(number(float(ours["images_s"])) if ours.get("images_s") else "-")
         elif models:
             cells.append(number(1e3 * int(ours["tokens"]) / float(own)) if own else "-")
-        cells.append(f"{float(ours['roofline']):.0%}" if ours.get("roofline") else "-")
+        cells.append(f"{float(ours['roofline']):.0%}{waves(ours)}" if ours.get("roofline") else "-")
         lines.append(f"| {sizes(first)} | {' | '.join(cells)} |")
     reasons: dict[tuple[str, str], int] = {}
     for providers in workloads.values():

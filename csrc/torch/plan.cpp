@@ -22,7 +22,8 @@ namespace {
 thread_local LaunchPlan plan_of_thread;
 thread_local LaunchPlan* active = nullptr;
 
-// "forward<float, 8>" of "void launch(...) [with auto kKernel = warpform::forward<float, 8>; Params = ...]".
+// "forward<float, 8>" of "void launch(...) [with auto kKernel = warpform::forward<float, 8>; Params = ...]". What nvcc
+// calls an unnamed namespace has the file's name in it.
 std::string kernel_name(std::string_view text) {
   constexpr std::string_view kBegin = "kKernel = ";
   const size_t begin = text.find(kBegin);
@@ -31,6 +32,10 @@ std::string kernel_name(std::string_view text) {
   name.resize(std::min(name.find("; Params"), name.size()));
   for (const std::string_view noise : {"warpform::", "{anonymous}::", "<unnamed>::", "(anonymous namespace)::"}) {
     for (size_t at = name.find(noise); at != std::string::npos; at = name.find(noise)) name.erase(at, noise.size());
+  }
+  for (size_t at = name.find("_GLOBAL__N__"); at != std::string::npos; at = name.find("_GLOBAL__N__")) {
+    const size_t end = name.find("::", at);
+    name.erase(at, end == std::string::npos ? end : end + 2 - at);
   }
   return name;
 }

@@ -267,6 +267,7 @@ struct WeightView {
   WeightView(const Tensor& w, bool swapped_) : t(w), swapped(swapped_) {
     if (!is_readable()) t = dense(w);
   }
+  int64_t outputs() const { return t.size(swapped ? -1 : -2); }
   bool is_readable() const {
     const int64_t d = t.dim();
     const bool inner = t.stride(d - 1) == 1 && t.stride(d - 2) % kAlignment == 0 && t.stride(d - 2) > 0;
@@ -283,18 +284,25 @@ struct WeightView {
   }
 };
 
+// Why this GPU has no room for the products of x's groups with these gates, or null.
+const char* no_room(const Launch& launch, const Plan& plan, const Tensor& x, const WeightView& view,
+                    const std::optional<Tensor>& gates) {
+  if (x.size(0) == 0 || view.outputs() == 0) return nullptr;
+  return hidden_gather_unsupported(plan.routes(launch, x.size(1), view.outputs()), view.weight(launch),
+                                   gates.has_value());
+}
+
 int64_t bias_stride(const std::optional<Tensor>& bias) { return bias && bias->dim() == 2 ? bias->size(1) : 0; }
 
 // ---- the products ----
 
 // x times w, or w transposed, from the groups of x.
-Tensor gather(const char* op, const Launch& launch, const Tensor& x, const Tensor& w, bool swapped,
+Tensor gather(const char* op, const Launch& launch, const Tensor& x, const WeightView& view,
               const std::optional<Tensor>& gates_, const std::optional<Tensor>& bias_, const Plan& plan) {
-  const int64_t outputs = w.size(swapped ? -1 : -2);
+  const int64_t outputs = view.outputs();
   Tensor out = empty(op, {x.size(0), outputs}, x.scalar_type(), x);
   if (out.numel() == 0) return out;
   const Tensor rows = with_aligned_rows(x);
-  const WeightView view(w, swapped);
   const auto gates = contiguous(gates_), bias = dense(bias_);
   launch_hidden_gather(op,
                        {.routes = plan.routes(launch, x.size(1), outputs),
@@ -365,7 +373,9 @@ Tensor hidden_gather_linear(Tensor x, Tensor w, std::optional<Tensor> gates, std
     return UseReference(reason);
   }
   plan.make_contiguous();
-  return gather(kOp, launch, x, w, /*swapped=*/false, gates, bias, plan);
+  const WeightView view(w, /*swapped=*/false);
+  if (const char* reason = no_room(launch, plan, x, view, gates)) return UseReference(reason);
+  return gather(kOp, launch, x, view, gates, bias, plan);
 }
 
 std::tuple<Tensor, Tensor> hidden_gather_linear_backward(Tensor dout, Tensor x, Tensor w, std::optional<Tensor> gates,
@@ -437,7 +447,9 @@ std::tuple<Tensor, Tensor> hidden_scatter_linear_backward(Tensor dout, std::opti
     return UseReference(reason);
   }
   plan.make_contiguous();
-  Tensor dx = gather(kOp, launch, dout, w, /*swapped=*/true, gates, std::nullopt, plan);
+  const WeightView view(w, /*swapped=*/true);
+  if (const char* reason = no_room(launch, plan, dout, view, gates)) return UseReference(reason);
+  Tensor dx = gather(kOp, launch, dout, view, gates, std::nullopt, plan);
   const int64_t tokens = dout.size(0);
   Tensor dgates =
       empty(kOp, ungated ? std::vector<int64_t>{tokens, num_groups} : std::vector<int64_t>{0}, ScalarType::Float, dout);
@@ -474,6 +486,7 @@ Tensor hidden_weight_grad(Tensor x, Tensor dy, std::optional<Tensor> gates, bool
   if (const char* reason = no_kernel(launch, plan, x, routed_side.size(1), dense_side.size(1))) {
     return UseReference(reason);
   }
+  if (const char* reason = hidden_weight_grad_unsupported()) return UseReference(reason);
   plan.make_contiguous();
   Tensor dw = empty(kOp, {num_classes, dy.size(1), x.size(1)}, ScalarType::Float, x);
   const Tensor dense = with_aligned_rows(dense_side), routed = with_aligned_rows(routed_side);

@@ -113,7 +113,7 @@ Tensor empty(const char* op, const std::vector<int64_t>& sizes, ScalarType dtype
   }
   Tensor out{torch::stable::Tensor(handle)};
 #ifdef WARPFORM_SIMT
-  std::memset(out.mutable_data_ptr(), 0xff, static_cast<size_t>(out.numel()) * out.element_size());
+  if (out.is_cpu()) std::memset(out.mutable_data_ptr(), 0xff, static_cast<size_t>(out.numel()) * out.element_size());
 #endif
   return out;
 }

@@ -113,15 +113,17 @@ class Tensor {
     return device_type_ == other.device_type_ && (is_cpu() || device_index_ == other.device_index_);
   }
 
-  // Null for a tensor without data, which plans are made with.
-  const void* const_data_ptr() const { return torch_ ? (is_meta() ? nullptr : torch_->const_data_ptr()) : lent_data_; }
-  void* mutable_data_ptr() const { return torch_ ? (is_meta() ? nullptr : torch_->mutable_data_ptr()) : lent_data_; }
+  // Of a tensor without data, which plans are made with: an address that kernels take for a tensor that is there.
+  const void* const_data_ptr() const { return is_meta() ? nowhere() : torch_ ? torch_->const_data_ptr() : lent_data_; }
+  void* mutable_data_ptr() const { return is_meta() ? nowhere() : torch_ ? torch_->mutable_data_ptr() : lent_data_; }
 
   // As torch knows it.
   torch::stable::Tensor as_torch() const;
 
  private:
   bool is_meta() const { return device_type_ == aoti_torch_device_type_meta(); }
+  // Aligned as an allocator's, and null where there is no element, as with torch's tensors.
+  void* nowhere() const { return numel() == 0 ? nullptr : reinterpret_cast<void*>(uintptr_t{1} << 20); }
 
   std::optional<torch::stable::Tensor> torch_;  // empty: lent
   void* lent_data_ = nullptr;

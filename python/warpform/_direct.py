@@ -83,3 +83,11 @@ def direct(
         return through_torch
     call: Callable[..., Any] = _module.library.direct(name, through_torch, recorded)
     return call
+
+
+def launch_limits(device: int) -> dict[str, int]:
+    """What `warpform._C.launch_plan` asks of a GPU: its SMs, and bytes of shared memory that a block may ask for."""
+    import torch
+
+    facts: Any = torch.cuda.get_device_properties(device)
+    return {"sm_count": facts.multi_processor_count, "shared_memory_limit": facts.shared_memory_per_block_optin}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import warpform
-from warpform import _library, cli
+from warpform import _direct, _library, cli
 from warpform.cli import doctor, self_test
 from warpform.ops import _register
 
@@ -224,6 +224,23 @@ def test_a_library_of_other_sources_is_told(monkeypatch, capsys, quick):
     monkeypatch.setattr(_library, "stale_sources", lambda: "the library was built from other sources")
     assert doctor.main([]) == 0
     assert "advice    the library was built from other sources" in capsys.readouterr().out.splitlines()
+
+
+def test_plans_of_every_op(monkeypatch, capsys):
+    monkeypatch.setattr(self_test, "run", lambda *given, **how: iter([]))
+    doctor.main(["--plans", "--json"])
+    plans = json.loads(capsys.readouterr().out)["plans"]
+    doctor.main(["--plans"])
+    text = capsys.readouterr().out
+    if _direct.why_not() is not None:
+        assert f"launch plans: ImportError: {_direct.why_not()}" in text and "error" in plans
+        return
+    assert {row["op"] for row in plans["launches"]} == OPS
+    if _library.build_info()["cuda"]:
+        assert "launch plans for " in text and " varlen_attention_forward<" in text
+        assert all(row["waves"] > 0 for row in plans["launches"])
+    else:
+        assert all("no_kernel" in row for row in plans["launches"])
 
 
 def test_commands(capsys):

@@ -86,6 +86,8 @@ struct HiddenGatherParams {
   bool bfloat16;
 };
 void launch_hidden_gather(const char* op, const HiddenGatherParams& params, void* stream);
+// Why this GPU has no room for the kernels, or null: the gates of a tile's tokens are in shared memory.
+const char* hidden_gather_unsupported(const Routes& routes, const RoutedWeight& w, bool has_gates);
 
 // z[t, g] = w[g] x[t] + bias[g] and out[t, g] = gates[t, g] z[t, g] for groups g of t, 0 for others; dots[t, g] = the
 // product of z[t, g] and dot_with[t, g]
@@ -124,6 +126,8 @@ struct HiddenWeightGradParams {
 };
 // A function of the sizes and the GPU's number of SMs.
 int hidden_weight_grad_splits(const Routes& routes);
+// Why this GPU has no room for the kernel, or null.
+const char* hidden_weight_grad_unsupported();
 void launch_hidden_weight_grad(const HiddenWeightGradParams& params, void* stream);
 
 // dots[t, g] = the product of a[t, g] and b[t, g] for groups g of t, 0 for others; rows of both contiguous.
@@ -141,6 +145,7 @@ void launch_group_dots(const char* op, const GroupDotsParams& params, void* stre
 
 // ---- supported configurations ----
 
+inline constexpr const char* kRoutingNoRoom = "these routed products need more shared memory a block than this GPU has";
 inline constexpr SizeLimit kRoutingGroups{.name = "num_groups", .max = kMaxGroups};
 inline constexpr SizeLimit kRoutingClasses{
     .name = "num_classes", .max = kMaxClasses, .otherwise = "the kernels sort up to 256 classes"};

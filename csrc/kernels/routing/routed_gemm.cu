@@ -13,6 +13,9 @@ namespace warpform {
 namespace {
 
 using Shape = HiddenTileShape;
+// Every GPU from sm_80 on allows a block this much shared memory; without gates the products need no more.
+constexpr int kLeastSharedMemory = 99 * 1024;
+static_assert(Shape::kBytes + TileTokens::bytes(0) <= kLeastSharedMemory);
 
 dim3 grid_of(const char* op, int64_t ctas) {
   if (ctas > INT_MAX) fail(op, "too many tokens");
@@ -25,6 +28,10 @@ dim3 grid_of(const char* op, int64_t ctas) {
 bool takes_gemv(const Routes& r, const RoutedWeight& w, bool wants_dots, int shared_bytes) {
   return r.tokens <= kGemvTokens && r.num_classes == 1 && r.num_out == 1 && !w.transposed && !wants_dots &&
          shared_bytes <= shared_memory_limit();
+}
+
+int gather_bytes(const Routes& r, bool has_gates) {
+  return Shape::kBytes + TileTokens::bytes(has_gates ? r.num_groups : 0);
 }
 
 // A warp computes one output at a time, and several in turn where there are many: x is fetched once for all of them.
@@ -46,7 +53,7 @@ void gather(const char* op, const HiddenGatherParams& p, void* stream) {
   HiddenGatherWork work{.p = p, .columns = {}, .part_columns = ceil_div(r.dense_width, Shape::kN)};
   work.columns.set(work.part_columns * r.num_out);
   const dim3 grid = grid_of(op, int64_t{r.tiles} * work.columns.divisor);
-  const int bytes = Shape::kBytes + TileTokens::bytes(p.gates == nullptr ? 0 : r.num_groups);
+  const int bytes = gather_bytes(r, p.gates != nullptr);
   dispatch_bool(p.w.transposed, [&]<bool kTransposed>() {
     launch<hidden_gather<T, kTransposed>>(op, grid, Shape::kThreads, bytes, stream, work, tile_shape<Shape>(1));
   });
@@ -67,7 +74,7 @@ void scatter(const char* op, const HiddenScatterParams& p, void* stream) {
   work.group_blocks.set(group_blocks);
   work.columns.set(ceil_div(work.blocks, 2));
   const dim3 grid = grid_of(op, int64_t{r.tiles} * work.columns.divisor);
-  const int bytes = Shape::kBytes + TileTokens::bytes(0);
+  constexpr int bytes = Shape::kBytes + TileTokens::bytes(0);
   dispatch_bool(p.w.transposed, [&]<bool kTransposed>() {
     launch<hidden_scatter<T, kTransposed>>(op, grid, Shape::kThreads, bytes, stream, work, tile_shape<Shape>(1));
   });
@@ -83,6 +90,11 @@ void scatter(const char* op, const HiddenScatterParams& p, void* stream) {
 }
 
 }  // namespace
+
+const char* hidden_gather_unsupported(const Routes& r, const RoutedWeight& w, bool has_gates) {
+  if (takes_gemv(r, w, /*wants_dots=*/false, gather_gemv_bytes(r.num_groups, r.width))) return nullptr;
+  return gather_bytes(r, has_gates) <= shared_memory_limit() ? nullptr : kRoutingNoRoom;
+}
 
 void launch_hidden_gather(const char* op, const HiddenGatherParams& p, void* stream) {
   if (p.routes.tokens == 0 || p.routes.dense_width == 0) return;

@@ -15,6 +15,8 @@ using Shape = HiddenTileShape;
 // Tiles of tokens that a range has: at least as many as are worth a partial sum, at most as many as the list holds.
 constexpr int kLeastRange = 4, kMostRange = 2048;
 
+int most_range() { return std::min(kMostRange, (shared_memory_limit() - GradStage::bytes(0)) / 4); }
+
 int part_tiles_of(const Routes& r) { return ceil_div(r.dense_width, Shape::kM); }
 int dense_tiles_of(const Routes& r) { return part_tiles_of(r) * r.num_out; }
 int blocks_of(const Routes& r) { return ceil_div(r.width, kHiddenBlock) * r.num_groups; }
@@ -40,9 +42,11 @@ HiddenWeightGradWork work_of(const HiddenWeightGradParams& p) {
 int hidden_weight_grad_splits(const Routes& r) {
   const int64_t places = int64_t{Shape::kCtas} * sm_count();
   const int64_t wanted = places / std::max<int64_t>(1, ctas_of(r));
-  const int64_t least = std::max<int64_t>(1, ceil_div(r.tiles, kMostRange));
+  const int64_t least = std::max<int64_t>(1, ceil_div(r.tiles, most_range()));
   return static_cast<int>(std::max(least, std::min<int64_t>(wanted, r.tiles / kLeastRange)));
 }
+
+const char* hidden_weight_grad_unsupported() { return most_range() >= kLeastRange ? nullptr : kRoutingNoRoom; }
 
 void launch_hidden_weight_grad(const HiddenWeightGradParams& p, void* stream) {
   const Routes& r = p.routes;

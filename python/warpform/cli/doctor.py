@@ -1,6 +1,7 @@
-"""`python -m warpform doctor [--json]`: what this machine, this torch and this build can do, and a self-test.
+"""`python -m warpform doctor [--json] [--plans]`: what this machine, this torch and this build can do, and a self-test.
 
-Every probe is guarded: one that fails becomes a line of the report, so that it is useful where much is broken.
+With --plans also which kernels each op's example launches, on this machine's GPU or on an H100. Every probe is guarded:
+one that fails becomes a line of the report, so that it is useful where much is broken.
 Exits 0 only if the library is loaded and every self-test passed.
 """
 
@@ -242,6 +243,65 @@ def _self_tests(report: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+# ---- launch plans ----
+
+# An H100's.
+_GPU = {"sm_count": 132, "shared_memory_limit": 227 * 1024}
+
+
+def _plans() -> dict[str, Any]:
+    """The machine that plans are for, and each launch of the ops' examples in one dtype that has kernels.
+
+    Raises ImportError where there is no warpform._C.
+    """
+    import torch
+
+    why = _direct.why_not()
+    if why is not None:
+        raise ImportError(why)
+    import warpform._C as module
+
+    machine: dict[str, Any] = {"name": "an H100", **_GPU}
+    if torch.cuda.is_available():
+        machine = {"name": torch.cuda.get_device_name(0), **_direct.launch_limits(0)}
+    rows = []
+    for name, dtype, call in self_test.examples():
+        try:
+            sizes = {key: machine[key] for key in _GPU}
+            launches = module.launch_plan(name, *call.args, **sizes, **call.kwargs)["launches"]
+        except ValueError as none:
+            rows.append({"op": name, "dtype": dtype, "call": call.label, "no_kernel": _describe(none)})
+            continue
+        rows += [{**launch, "op": name, "dtype": dtype, "call": call.label} for launch in launches]
+    return {"machine": machine, "launches": rows}
+
+
+def _plan_lines(plans: dict[str, Any]) -> list[str]:
+    """One line a launch, under the op and the example that make it."""
+    if "error" in plans:
+        return [f"launch plans: {plans['error']}", ""]
+    machine = plans["machine"]
+    limit = machine["shared_memory_limit"] // 1024
+    lines = [f"launch plans for {machine['name']}: {machine['sm_count']} SMs, {limit} KiB of shared memory a block"]
+    lines.append(f"  {'grid':>14} {'threads':>7} {'shared':>7} {'tile':>12} {'stages':>6} {'waves':>7}  kernel")
+    before = None
+    for row in plans["launches"]:
+        here = f"{row['op']}, {row['dtype']}, {row['call']}"
+        if here != before:
+            lines.append(here)
+            before = here
+        if "no_kernel" in row:
+            lines.append(f"  {row['no_kernel']}")
+            continue
+        grid, tile = ("x".join(map(str, row[key])) if row[key] else "-" for key in ("grid", "tile"))
+        stages = row["stages"] or "-"
+        lines.append(
+            f"  {grid:>14} {row['threads']:>7} {row['shared_bytes']:>7} {tile:>12} {stages:>6} {row['waves']:>7.2g}  "
+            f"{row['kernel']}"
+        )
+    return [*lines, ""]
+
+
 def _advice(report: dict[str, Any]) -> list[str]:
     """Returns a sentence for each thing that is no error and that the user should still put right."""
     binary, machine = report["binary"], report["machine"]
@@ -257,8 +317,11 @@ def _advice(report: dict[str, Any]) -> list[str]:
 # ---- report ----
 
 
-def examine() -> dict[str, Any]:
-    """Everything doctor knows, as plain data for JSON. Never raises; what could not be had is {"error": why}."""
+def examine(plans: bool = False) -> dict[str, Any]:
+    """Everything doctor knows, as plain data for JSON. Never raises; what could not be had is {"error": why}.
+
+    plans: with the launches of each op's example.
+    """
     report: dict[str, Any] = {
         "warpform": _package(),
         "python": {"version": platform.python_version(), "executable": sys.executable, "platform": platform.platform()},
@@ -276,6 +339,8 @@ def examine() -> dict[str, Any]:
     report["backends"] = _guarded(lambda: _backends(report))
     report["problems"] = _env.problems()
     report["advice"] = _guarded(lambda: _advice(report))
+    if plans:
+        report["plans"] = _guarded(_plans)
     start = time.perf_counter()
     report["self_test"] = _guarded(lambda: _self_tests(report))
     report["self_test_seconds"] = round(time.perf_counter() - start, 2)
@@ -341,6 +406,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
         lines += [f"{row['op']:38} {row['backend']:10} {row['why']}" for row in rows]
     lines.append("")
 
+    if "plans" in report:
+        lines += _plan_lines(report["plans"])
     tests = report["self_test"]
     if isinstance(tests, dict):
         lines.append(f"self-test: {tests['error']}")
@@ -383,7 +450,8 @@ def main(argv: list[str]) -> int:
     """Runs `doctor`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m warpform doctor", description="What works here, and why not.")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--plans", action="store_true", help="also print which kernels each op's example launches")
     options = parser.parse_args(argv)
-    report = examine()
+    report = examine(plans=options.plans)
     print(json.dumps(report, indent=2) if options.json else "\n".join(_lines(report)))
     return 0 if report["ok"] else 1

@@ -90,6 +90,21 @@ def run(
                         yield _timed(name, device, dtype, "direct backward", lambda how=how: _backward(*how))  # type: ignore[misc]
 
 
+def examples() -> Iterator[tuple[str, str, Any]]:
+    """The calls of every op's example, each with the op's name and the first dtype that it has kernels for.
+
+    Raises ImportError where the library is not loaded.
+    """
+    import torch
+
+    _library.require()
+    table = _library.kernel_table()
+    for op in _registry().values():
+        dtype = _dtypes(op.name, table)[0]
+        for call in op.calls(getattr(torch, dtype)):
+            yield op.name, dtype, call
+
+
 def _registry() -> dict[str, Any]:
     import importlib
 

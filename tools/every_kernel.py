@@ -1,0 +1,168 @@
+"""Calls that together launch every kernel of the library, in shapes alone: their tensors are on the meta device.
+
+gates.py plans them with `warpform._C.launch_plan`. The examples of the ops, which the self-test runs, are small; these
+are the sizes that other tiles, widths and passes are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = tuple[str, tuple[Any, ...], dict[str, Any]]
+
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+FLOATING = (*SIXTEEN_BIT, torch.float32)
+
+
+def _empty(*sizes: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*sizes, dtype=dtype, device="meta")
+
+
+def _floats(*sizes: int) -> Tensor:
+    return _empty(*sizes, dtype=torch.float32)
+
+
+def _offsets(batch: int) -> Tensor:
+    return _empty(batch + 1, dtype=torch.int32)
+
+
+def every_call() -> Iterator[Call]:
+    """The examples of all ops in each dtype that has kernels, then the calls of this file."""
+    yield from _examples()
+    for calls in (_attention, _steps, _windows, _packing, _norm, _monarch, _fft_conv, _routing):
+        yield from calls()
+
+
+def _examples() -> Iterator[Call]:
+    import warpform._C as module
+    import warpform.ops  # noqa: F401 (registers them)
+    from warpform.ops._register import ops
+
+    rows = module.kernel_table()
+    for name, op in ops().items():
+        found = {str(row.get("dtype", "any")) for row in rows if row["op"] == name}
+        for dtype in FLOATING:
+            if {"any", str(dtype).removeprefix("torch.")} & found:
+                for call in op.calls(dtype):
+                    yield name, call.args, call.kwargs
+
+
+def _attention() -> Iterator[Call]:
+    for dtype in SIXTEEN_BIT:
+        for head_dim in (32, 64, 96, 128, 256):
+            for seqlen, softcap in ((64, 0.0), (64, 30.0), (64, 500.0), (4096, 0.0), (4096, 30.0), (4096, 500.0)):
+                q = _empty(8 * seqlen, 16, head_dim, dtype=dtype)
+                cu = _offsets(8)
+                sizes = (cu, cu, seqlen, seqlen)
+                lse = _floats(16, 8 * seqlen)
+                yield "varlen_attention", (q, q, q, *sizes), {"softcap": softcap}
+                for deterministic in (False, True):
+                    options = {"softcap": softcap, "deterministic": deterministic}
+                    yield "varlen_attention_backward", (q, None, q, q, q, q, lse, *sizes), options
+
+
+def _steps() -> Iterator[Call]:
+    for dtype in SIXTEEN_BIT:
+        for head_dim in (64, 128):
+            for seqlen in (64, 4096):
+                q = _empty(1, seqlen, 16, head_dim, dtype=dtype)
+                lse = _floats(1, 16, seqlen)
+                yield "attention_step", (q, q, q), {}
+                for deterministic in (False, True):
+                    yield "attention_step_backward", (q, lse, q, q, q, lse), {"deterministic": deterministic}
+
+
+def _windows() -> Iterator[Call]:
+    for dtype in SIXTEEN_BIT:
+        for head_dim in (32, 64, 128):
+            for side in (7, 12):
+                out = _empty(8, 8 * side, 8 * side, 4 * head_dim, dtype=dtype)
+                qkv = _empty(8, 8 * side, 8 * side, 3, 4, head_dim, dtype=dtype)
+                lse = _floats(8, 64, 4, side * side) if side * side > 64 else _floats(0)
+                windows = ([side, side], [side // 2, side // 2])
+                for table_dtype in (dtype, torch.float32):
+                    table = _empty((2 * side - 1) ** 2, 4, dtype=table_dtype)
+                    yield "window_attention", (qkv, table, None, None, *windows), {}
+                    yield "window_attention_backward", (out, qkv, table, None, None, out, lse, *windows), {}
+
+
+def _packing() -> Iterator[Call]:
+    for dtype in (torch.bool, torch.int32, torch.int64):
+        for seqlen in (512, 4096):
+            yield "packing_plan", (_empty(16, seqlen, dtype=dtype), 16 * seqlen), {}
+    for dtype, widths in (
+        (torch.uint8, (3, 999)),
+        (torch.float16, (3, 999)),
+        (torch.float32, (3, 999)),
+        (torch.float64, (3, 999)),
+        (torch.float32, (8, 1024)),
+    ):
+        for width in widths:
+            indices, ranks = _empty(100, dtype=torch.int64), _empty(16, 16, dtype=torch.int32)
+            yield "pack", (_empty(16, 16, width, dtype=dtype), indices, ranks), {}
+            yield "unpack", (_empty(100, width, dtype=dtype), indices, ranks), {}
+
+
+def _norm() -> Iterator[Call]:
+    for dtype in FLOATING:
+        for width in (128, 192, 256, 512, 768, 1024, 2048, 4096, 8192, 16384, 1021, 4093, 8191):
+            x, weight, row = _empty(4096, width, dtype=dtype), _empty(width, dtype=dtype), _floats(4096)
+            yield "add_bias_residual_layer_norm", (x, weight, x, weight, weight), {}
+            yield "add_bias_residual_layer_norm_backward", (x, None, x, weight, row, row), {}
+
+
+def _monarch() -> Iterator[Call]:
+    for dtype in SIXTEEN_BIT:
+        for rows, nblocks, width in (
+            (64, 4, 192),
+            (64, 16, 64),
+            (64, 8, 512),
+            (8192, 4, 192),
+            (8192, 4, 512),
+            (8192, 32, 32),
+        ):
+            x = _empty(rows, nblocks * width, dtype=dtype)
+            square = _empty(nblocks, width, width, dtype=dtype)
+            yield "blockdiag_multiply", (x, square), {}
+            yield "blockdiag_multiply_backward", (x, x, square, True), {}
+            yield "monarch_multiply", (x, square, square), {}
+            yield "monarch_multiply_backward", (x, x, square, square), {}
+            up = _empty(nblocks, 4 * width, width, dtype=dtype)
+            # The second pair of factors has no fused kernel: blocks of the one are not those of the other.
+            for down in (
+                _empty(nblocks, width, 2 * width, dtype=dtype),
+                _empty(nblocks // 2, 2 * width, 4 * width, dtype=dtype),
+            ):
+                yield "blockdiag_glu", (x, up, down), {}
+                yield "blockdiag_glu_backward", (x, x, up, down, True), {}
+
+
+def _fft_conv() -> Iterator[Call]:
+    for dtype in SIXTEEN_BIT:
+        for points in (512, 1024, 2048, 4096, 8192, 16384, 32768):
+            u = _empty(4, 64, points // 2, dtype=dtype)
+            spectrum, skip = _floats(64, points // 2 + 1, 2), _floats(64)
+            yield "spectral_conv", (u, spectrum, skip, u, u), {}
+            yield "spectral_conv_backward", (u, u, spectrum, skip, u, u), {}
+
+
+def _routing() -> Iterator[Call]:
+    groups, width, dense, tile = 16, 64, 1024, 128
+    for dtype in SIXTEEN_BIT:
+        for tokens in (1, 4, 4096):
+            tiles = -(-tokens // tile) + 1
+            mask, inverse = _empty(tokens, dtype=torch.int64), _empty(tokens, dtype=torch.int32)
+            perm, tile_class = _empty(tiles * tile, dtype=torch.int32), _empty(tiles, dtype=torch.int32)
+            tile_mask = _empty(tiles, dtype=torch.int64)
+            plan = (mask, perm, inverse, tile_mask, tile_class, None, groups, 1)
+            routed, full = _empty(tokens, groups * width, dtype=dtype), _empty(tokens, dense, dtype=dtype)
+            gather, scatter = _empty(dense, groups * width, dtype=dtype), _empty(groups * width, dense, dtype=dtype)
+            yield "routing_plan", (mask, None, groups, 1, tile), {}
+            yield "hidden_gather_linear", (routed, gather, None, None, *plan), {}
+            yield "hidden_gather_linear_backward", (full, routed, gather, None, *plan), {}
+            yield "hidden_scatter_linear", (full, scatter, None, None, False, *plan), {}
+            yield "hidden_scatter_linear_backward", (routed, None, scatter, None, *plan), {}
