@@ -21,6 +21,7 @@ import platform
 import random
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -428,6 +429,8 @@ class Session:
             row["status"] = "ok"
             if provider.startswith("warpform"):
                 row["backend"] = backend(self.device) + case.where
+            if provider == "warpform" and backend(self.device) == "kernels" and not case.end_to_end:
+                row["waves"] = self._waves(calls[0])
         except Missing as missing:
             row["status"] = f"missing: {missing}"
             return row, missing
@@ -446,8 +449,6 @@ class Session:
             samples = device_samples(calls, seconds, hide_host=not case.end_to_end)
             host = clock(calls[0], 10, 1, self.device)
             row["host_us"] = f"{statistics.median(host):.3f}" if host else ""
-            if row["provider"] == "warpform" and not case.end_to_end:
-                row["waves"] = self._waves(calls[0])
         else:
             start = time.perf_counter()
             calls[0]()
@@ -475,12 +476,14 @@ class Session:
         row.update({name: f"{value:.4g}" for name, value in values.items() if value})
 
     def _waves(self, call: Callable[[], Any]) -> str:
-        """`plans.waves` of a call on this GPU; empty where there is no `warpform._C`."""
+        """`plans.waves` of a call on this GPU. Empty where they cannot be had: the row has been timed all the same."""
         from warpform import _direct
 
-        if _direct.why_not() is not None:
+        try:
+            return plans.text(plans.waves(plans.ops_of(call), **_direct.launch_limits(torch.cuda.current_device())))
+        except Exception as error:
+            print(f"no plans of {self._spec}: {_line(error)}", file=sys.stderr)
             return ""
-        return plans.waves(plans.ops_of(call), **_direct.launch_limits(torch.cuda.current_device()))
 
     def flush(self) -> None:
         """Ends a group: fills in the ratios, keeps its rows, appends them to the results."""

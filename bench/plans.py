@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 
 class _Ops(TorchDispatchMode):
-    """Keeps each call of an op of warpform, and makes it. Its tensors stay alive as long as this does."""
+    """Keeps the name and the arguments of each call of an op of warpform, their tensors without data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,8 +22,12 @@ class _Ops(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "warpform":
-            self.calls.append((func._opname, args, kwargs))
+            self.calls.append((func._opname, *tree_map_only(torch.Tensor, _without_data, (args, kwargs))))
         return func(*args, **kwargs)
+
+
+def _without_data(t: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="meta")
 
 
 def ops_of(call: Callable[[], Any]) -> list[Call]:
@@ -31,11 +37,11 @@ def ops_of(call: Callable[[], Any]) -> list[Call]:
     return seen.calls
 
 
-def waves(calls: Sequence[Call], **machine: int) -> str:
-    """Waves of each op's largest launch, as "varlen_attention=3.2": the blocks over those that the GPU holds at once.
+def waves(calls: Sequence[Call], **machine: int) -> dict[str, float]:
+    """Waves of each op's largest launch: its blocks over those that the GPU holds at once.
 
     Below 1 a part of the GPU has nothing to do. machine: what `warpform._C.launch_plan` takes of the GPU. An op without
-    a kernel for its arguments is left out.
+    a kernel for its arguments, or that launches nothing, is left out.
     """
     import warpform._C as module
 
@@ -43,8 +49,14 @@ def waves(calls: Sequence[Call], **machine: int) -> str:
     for name, args, kwargs in calls:
         try:
             plan = module.launch_plan(name, *args, **machine, **kwargs)
-        except ValueError:
+        except (TypeError, ValueError):  # a dtype that no op takes, or no kernel
             continue
         most = max((launch["waves"] for launch in plan["launches"]), default=0.0)
-        found[name] = max(found.get(name, 0.0), most)
-    return " ".join(f"{name}={value:.2g}" for name, value in found.items() if value)
+        if most:
+            found[name] = max(found.get(name, 0.0), most)
+    return found
+
+
+def text(found: dict[str, float]) -> str:
+    """A cell of results: "varlen_attention=3.2"."""
+    return " ".join(f"{name}={round(value, 2 if value < 1 else 1):g}" for name, value in found.items())

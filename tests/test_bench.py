@@ -317,14 +317,37 @@ def test_waves_are_those_of_each_op() -> None:
         lambda q, k, v: warpform.ops.varlen_attention(q, k, v, cu, cu, 256, 256), (q, q, q), (q,), True
     )
     calls = plans.ops_of(step)
-    assert [name for name, _, _ in calls] == ["varlen_attention", "varlen_attention_backward"]
-    found = dict(part.split("=") for part in plans.waves(calls, sm_count=132).split(" "))
-    half = dict(part.split("=") for part in plans.waves(calls, sm_count=66).split(" "))
-    assert list(found) == ["varlen_attention", "varlen_attention_backward"]
+    names = ["varlen_attention", "varlen_attention_backward"]
+    assert [name for name, _, _ in calls] == names
+    found, half = plans.waves(calls, sm_count=132), plans.waves(calls, sm_count=66)
+    assert list(found) == names
     for name, value in found.items():
-        assert 0 < float(value) < 1 and float(half[name]) == pytest.approx(2 * float(value), rel=0.1)
+        assert 0 < value < 1 and half[name] == pytest.approx(2 * value, rel=1e-4)
     # float64 has no kernel.
-    assert plans.waves(plans.ops_of(lambda: warpform.ops.bias_gelu(q.double(), None))) == ""
+    assert plans.waves(plans.ops_of(lambda: warpform.ops.bias_gelu(q.double(), None))) == {}
+
+
+def test_rows_have_waves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; and a call that cannot be planned leaves a row that is timed."""
+    found = {"a": 0.1234, "b": 123.4}
+    monkeypatch.setattr(harness, "backend", lambda device: "kernels")
+    monkeypatch.setattr(_direct, "launch_limits", lambda device: {"sm_count": 132})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def fails(*given: object, **machine: int) -> dict[str, float]:
+        raise RuntimeError("CUDA out of memory")
+
+    rows = []
+    for waves in (lambda calls, **machine: found, fails):
+        monkeypatch.setattr(plans, "waves", waves)
+        session = harness.Session("cpu", tiny=True)
+        session.facts = {"device": "a"}
+        spec = harness.Spec("k", "forward", (), ("warpform",))
+        session._spec, session._case = spec, _Case()
+        rows.append(session.measure(spec, "warpform")[0])
+    assert [row["waves"] for row in rows] == ["a=0.12 b=123.4", ""]
+    assert all(row["status"] == "ok" and row["p50_us"] for row in rows)
+    assert report.waves(rows[0]) == ", 0.12 waves" and report.waves(rows[1]) == ""
 
 
 def test_torch_varlen_is_called_as_this_torch_has_it() -> None:

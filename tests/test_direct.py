@@ -365,31 +365,46 @@ def test_plans_follow_the_sizes_and_the_machine() -> None:
         module.launch_plan("bias_gelu", q, None, "none", 1)
 
 
-def test_a_plan_says_where_a_gpu_has_no_room() -> None:
-    """Routed products on GPUs with 99 KiB of shared memory a block."""
+ROUTED = ("hidden_gather_linear", "hidden_scatter_linear_backward", "hidden_weight_grad")
+
+
+@pytest.mark.parametrize("op", ROUTED)
+def test_a_plan_says_where_a_gpu_has_no_room(op: str) -> None:
+    """Routed products on GPUs of 99, 163 and 227 KiB of shared memory a block."""
     import warpform._C as module
 
     needs_kernels()
 
-    def plan(op: str, tokens: int, with_gates: bool) -> Any:
+    def plan(tokens: int, with_gates: bool, kib: int) -> Any:
         def empty(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
             return torch.empty(*sizes, dtype=dtype, device="meta")
 
         tiles = -(-tokens // 128)
         places, int64 = empty(tiles * 128, dtype=torch.int32), torch.int64
         inverse, classes = empty(tokens, dtype=torch.int32), empty(tiles, dtype=torch.int32)
-        routes = (empty(tokens, dtype=int64), places, inverse, empty(tiles, dtype=int64), classes, None, 8, 1)
-        gates = empty(tokens, 8, dtype=torch.float32) if with_gates else None
-        x = empty(tokens, 512)
-        arguments = (x, x, gates, False) if op == "hidden_weight_grad" else (x, empty(512, 512), gates, None)
-        return module.launch_plan(op, *arguments, *routes, shared_memory_limit=99 * 1024)
+        routes = (empty(tokens, dtype=int64), places, inverse, empty(tiles, dtype=int64), classes, None, 64, 1)
+        gates = empty(tokens, 64, dtype=torch.float32) if with_gates else None
+        x, w = empty(tokens, 512), empty(512, 512)
+        first = {
+            "hidden_gather_linear": (x, w, gates, None),
+            "hidden_scatter_linear_backward": (x, None, w, gates),
+            "hidden_weight_grad": (x, x, gates, False),
+        }
+        return module.launch_plan(op, *first[op], *routes, shared_memory_limit=kib * 1024)
 
-    # A few tokens have a kernel of their own.
-    for tokens, with_gates in ((1000, False), (1, True)):
-        assert plan("hidden_gather_linear", tokens, with_gates)["launches"]
-    for op in ("hidden_gather_linear", "hidden_weight_grad"):
-        with pytest.raises(ValueError, match="shared memory a block than this GPU has"):
-            plan(op, 1000, True)
+    for kib in (163, 227):
+        for tokens in (1, 1000, 1_000_000):
+            assert plan(tokens, True, kib)["launches"] and plan(tokens, False, kib)["launches"]
+    no_room = "shared memory a block than this GPU has"
+    with pytest.raises(ValueError, match=no_room):
+        plan(1000, True, 99)
+    if op == "hidden_weight_grad":
+        with pytest.raises(ValueError, match=no_room):
+            plan(1000, False, 99)
+    else:
+        assert plan(1000, False, 99)["launches"]
+    if op == "hidden_gather_linear":  # a few tokens have a kernel of their own
+        assert plan(1, True, 99)["launches"]
 
 
 @pytest.mark.simt
@@ -406,6 +421,14 @@ def test_plans_are_what_is_launched(simt: Simt, name: str) -> None:
         keys = ("grid", "threads", "shared_bytes")
         planned = [{key: launch[key] for key in keys} for launch in plan["launches"]]
         assert planned == [{key: launch[key] for key in keys} for launch in simt.launches()], call.label
+
+
+@pytest.mark.simt
+def test_the_emulator_has_no_plans(simt: Simt) -> None:
+    import warpform._C as module
+
+    with pytest.raises(ValueError, match="the emulator's library has no plans"):
+        module.Library(str(simt.path)).launch_plan("bias_gelu", torch.empty(4, 8, device="meta"), None)
 
 
 # ---- the module, and life without it ----

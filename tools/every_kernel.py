@@ -151,18 +151,23 @@ def _fft_conv() -> Iterator[Call]:
 
 
 def _routing() -> Iterator[Call]:
-    groups, width, dense, tile = 16, 64, 1024, 128
+    """Up to the most groups, whose gates take the most shared memory, and the longest list of tiles of a split."""
+    tile, dense = 128, 1024
     for dtype in SIXTEEN_BIT:
-        for tokens in (1, 4, 4096):
-            tiles = -(-tokens // tile) + 1
+        for tokens, groups in ((1, 16), (4, 16), (4096, 16), (4096, 64), (1_000_000, 64)):
+            tiles, hidden = -(-tokens // tile) + 1, 64 * groups
             mask, inverse = _empty(tokens, dtype=torch.int64), _empty(tokens, dtype=torch.int32)
             perm, tile_class = _empty(tiles * tile, dtype=torch.int32), _empty(tiles, dtype=torch.int32)
             tile_mask = _empty(tiles, dtype=torch.int64)
             plan = (mask, perm, inverse, tile_mask, tile_class, None, groups, 1)
-            routed, full = _empty(tokens, groups * width, dtype=dtype), _empty(tokens, dense, dtype=dtype)
-            gather, scatter = _empty(dense, groups * width, dtype=dtype), _empty(groups * width, dense, dtype=dtype)
+            routed, full = _empty(tokens, hidden, dtype=dtype), _empty(tokens, dense, dtype=dtype)
+            gather, scatter = _empty(dense, hidden, dtype=dtype), _empty(hidden, dense, dtype=dtype)
             yield "routing_plan", (mask, None, groups, 1, tile), {}
-            yield "hidden_gather_linear", (routed, gather, None, None, *plan), {}
-            yield "hidden_gather_linear_backward", (full, routed, gather, None, *plan), {}
-            yield "hidden_scatter_linear", (full, scatter, None, None, False, *plan), {}
-            yield "hidden_scatter_linear_backward", (routed, None, scatter, None, *plan), {}
+            for gates in (None, _floats(tokens, groups)):
+                ungated = None if gates is None else routed
+                yield "hidden_gather_linear", (routed, gather, gates, None, *plan), {}
+                yield "hidden_gather_linear_backward", (full, routed, gather, gates, *plan), {}
+                yield "hidden_scatter_linear", (full, scatter, gates, None, gates is not None, *plan), {}
+                yield "hidden_scatter_linear_backward", (routed, ungated, scatter, gates, *plan), {}
+                for routed_out, x, dy in ((False, routed, full), (True, full, routed)):
+                    yield "hidden_weight_grad", (x, dy, gates, routed_out, *plan), {}

@@ -104,6 +104,7 @@ class Library {
       throw py::value_error("launch_plan: sm_count must be at least 1 and shared_memory_limit not negative");
     }
     const api::Op* entry = find(op);
+    if (table_->begin_plan == nullptr) throw py::value_error("launch_plan: the emulator's library has no plans");
     api::Status status = api::kDone;
     table_->begin_plan(&machine);
     try {

@@ -237,8 +237,10 @@ std::string last_error() {
 
 #ifdef WARPFORM_SIMT
 constexpr int32_t kDeviceOfKernels = api::TensorView::kCpu;
+constexpr bool kHasPlans = false;
 #else
 constexpr int32_t kDeviceOfKernels = api::TensorView::kCuda;
+constexpr bool kHasPlans = true;
 #endif
 
 const api::Table& table() {
@@ -261,8 +263,8 @@ const api::Table& table() {
         .build_info = [] { return facts.c_str(); },
         .kernel_table = [] { return kernels.c_str(); },
         .supported = supported,
-        .begin_plan = begin_plan,
-        .end_plan = end_plan};
+        .begin_plan = kHasPlans ? begin_plan : nullptr,
+        .end_plan = kHasPlans ? end_plan : nullptr};
   }();
   return *made;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -232,15 +233,31 @@ def test_plans_of_every_op(monkeypatch, capsys):
     plans = json.loads(capsys.readouterr().out)["plans"]
     doctor.main(["--plans"])
     text = capsys.readouterr().out
-    if _direct.why_not() is not None:
-        assert f"launch plans: ImportError: {_direct.why_not()}" in text and "error" in plans
+    if importlib.util.find_spec("warpform._C") is None:
+        assert "launch plans: ModuleNotFoundError" in text and "error" in plans
         return
     assert {row["op"] for row in plans["launches"]} == OPS
     if _library.build_info()["cuda"]:
         assert "launch plans for " in text and " varlen_attention_forward<" in text
-        assert all(row["waves"] > 0 for row in plans["launches"])
+        assert all(row["waves"] > 0 for row in plans["launches"] if "no_kernel" not in row)
+        assert torch.cuda.is_available() or "only a GPU says how many blocks" in text
     else:
         assert all("no_kernel" in row for row in plans["launches"])
+        assert "no kernel: " in text
+
+
+def test_plans_of_a_gpu_that_kernels_do_not_run_on(monkeypatch, capsys):
+    module = pytest.importorskip("warpform._C")
+    monkeypatch.setattr(self_test, "run", lambda *given, **how: iter([]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    monkeypatch.setattr(_direct, "launch_limits", lambda index: {"sm_count": 40, "shared_memory_limit": 65536})
+    asked = []
+    monkeypatch.setattr(module, "supported", lambda op, device: asked.append(device) or "this GPU is too old")
+    plans = doctor._plans()
+    assert plans["machine"] == {"name": "Tesla T4", "sm_count": 40, "shared_memory_limit": 65536}
+    assert set(asked) == {"cuda:0"}
+    assert {row["no_kernel"] for row in plans["launches"]} == {"this GPU is too old"}
 
 
 def test_commands(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -140,7 +141,31 @@ def test_strict_only_while_a_kernel_is_tested(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WARPFORM_BACKEND", "reference")
     with self_test._strict(True):
         seen.append(_register._env.strict())
-    assert seen == [True, False, False]
+    monkeypatch.setenv("WARPFORM_STRICT", "1")
+    for on in (None, False):
+        with self_test._strict(on):
+            seen.append(_register._env.strict())
+    assert seen == [True, False, False, True, False] and _register._env.strict()
+
+
+def test_a_gpu_without_room_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal for want of shared memory goes to the reference in the self-test too; any other is a failure."""
+    texts = {
+        "no_room": "head_dim needs more shared memory a block than this GPU has",
+        "other": "no kernel of this dtype",
+    }
+    for name, reason in texts.items():
+        monkeypatch.setattr(_register, "_warned", set())
+
+        def refuses(reason: str = reason) -> str | None:
+            with pytest.warns(UserWarning, match=reason) if not self_test._env.strict() else contextlib.nullcontext():
+                _register._report("bias_gelu", reason)
+            return None
+
+        with self_test._strict(True):
+            row = self_test._timed("bias_gelu", "cuda", "float16", "forward", refuses)
+        assert row["ok"] == (name == "no_room"), row
+    assert "WARPFORM_STRICT=1 forbids" in row["problem"]
 
 
 def test_draw_rounds_the_same_values() -> None:

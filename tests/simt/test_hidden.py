@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers import hidden
-from helpers.backends import HALF
+from helpers.backends import AD102_SHARED, FEW_SMS, HALF
 from helpers.hidden import HIDDEN_CASES, HiddenCase, hidden_inputs
 
 CLASSES = HiddenCase("sorted_classes", 2100, 9, 8, 8, "random", num_classes=4)
@@ -65,6 +65,32 @@ def test_what_has_no_kernel_says_why(simt: Any) -> None:
     x = hidden_inputs(HiddenCase("tile", 9, 4, 16, 24, tile=64), torch.bfloat16, routed_out=False)
     with pytest.raises(RuntimeError, match="no kernel: the plan's tile is not 128 tokens"):
         simt.hidden_gather_linear(x.x, x.w, x.gates, None, *x.plan(simt))
+
+
+@by_direction
+def test_gpus_with_less_shared_memory(simt: Any, routed_out: bool) -> None:
+    """Without gates the products run with 99 KiB a block; with gates, and for the weight's gradient, they refuse."""
+    simt.configure(1, FEW_SMS, AD102_SHARED)
+    case = HiddenCase("plain", 300, 8, 16, 24, "random", gates=False)
+    x = hidden_inputs(case, torch.bfloat16, routed_out=routed_out)
+    plan, gates = x.plan(simt), torch.ones(300, 8)
+    no_room = "no kernel: these routed products need more shared memory a block than this GPU has"
+    if routed_out:
+        found, _ = simt.hidden_scatter_linear(x.x, x.w, gates, x.bias, False, *plan)
+        expected, _ = torch.ops.warpform.hidden_scatter_linear(x.x, x.w, gates, x.bias, False, *plan)
+        simt.hidden_scatter_linear_backward(x.dout, None, x.w, None, *plan)
+        with pytest.raises(RuntimeError, match=no_room):
+            simt.hidden_scatter_linear_backward(x.dout, None, x.w, gates, *plan)
+    else:
+        found = simt.hidden_gather_linear(x.x, x.w, None, x.bias, *plan)
+        expected = torch.ops.warpform.hidden_gather_linear(x.x, x.w, None, x.bias, *plan)
+        simt.hidden_gather_linear_backward(x.dout, x.x, x.w, gates, *plan)
+        with pytest.raises(RuntimeError, match=no_room):
+            simt.hidden_gather_linear(x.x, x.w, gates, x.bias, *plan)
+    torch.testing.assert_close(found, expected)
+    for given in (None, gates):
+        with pytest.raises(RuntimeError, match=no_room):
+            simt.hidden_weight_grad(x.x, x.dout, given, routed_out, *plan)
 
 
 def test_bad_arguments(simt: Any) -> None:

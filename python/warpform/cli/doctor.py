@@ -256,21 +256,22 @@ def _plans() -> dict[str, Any]:
     """
     import torch
 
-    why = _direct.why_not()
-    if why is not None:
-        raise ImportError(why)
     import warpform._C as module
 
     machine: dict[str, Any] = {"name": "an H100", **_GPU}
-    if torch.cuda.is_available():
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
         machine = {"name": torch.cuda.get_device_name(0), **_direct.launch_limits(0)}
     rows = []
     for name, dtype, call in self_test.examples():
         try:
+            unusable = module.supported(name, device="cuda:0") if on_gpu else None
+            if unusable is not None:
+                raise ValueError(unusable)
             sizes = {key: machine[key] for key in _GPU}
             launches = module.launch_plan(name, *call.args, **sizes, **call.kwargs)["launches"]
         except ValueError as none:
-            rows.append({"op": name, "dtype": dtype, "call": call.label, "no_kernel": _describe(none)})
+            rows.append({"op": name, "dtype": dtype, "call": call.label, "no_kernel": str(none)})
             continue
         rows += [{**launch, "op": name, "dtype": dtype, "call": call.label} for launch in launches]
     return {"machine": machine, "launches": rows}
@@ -283,6 +284,10 @@ def _plan_lines(plans: dict[str, Any]) -> list[str]:
     machine = plans["machine"]
     limit = machine["shared_memory_limit"] // 1024
     lines = [f"launch plans for {machine['name']}: {machine['sm_count']} SMs, {limit} KiB of shared memory a block"]
+    if not all(row.get("registers_counted", True) for row in plans["launches"]):
+        lines.append(
+            "waves are those by threads and shared memory: only a GPU says how many blocks its registers allow"
+        )
     lines.append(f"  {'grid':>14} {'threads':>7} {'shared':>7} {'tile':>12} {'stages':>6} {'waves':>7}  kernel")
     before = None
     for row in plans["launches"]:
@@ -291,12 +296,12 @@ def _plan_lines(plans: dict[str, Any]) -> list[str]:
             lines.append(here)
             before = here
         if "no_kernel" in row:
-            lines.append(f"  {row['no_kernel']}")
+            lines.append(f"  no kernel: {row['no_kernel']}")
             continue
         grid, tile = ("x".join(map(str, row[key])) if row[key] else "-" for key in ("grid", "tile"))
         stages = row["stages"] or "-"
         lines.append(
-            f"  {grid:>14} {row['threads']:>7} {row['shared_bytes']:>7} {tile:>12} {stages:>6} {row['waves']:>7.2g}  "
+            f"  {grid:>14} {row['threads']:>7} {row['shared_bytes']:>7} {tile:>12} {stages:>6} {row['waves']:>7.3f}  "
             f"{row['kernel']}"
         )
     return [*lines, ""]

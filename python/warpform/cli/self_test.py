@@ -77,7 +77,8 @@ def run(
         for dtype in [dtype for dtype in found if dtypes is None or dtype in dtypes] or found:
             yield {"op": name, "dtype": dtype, "starting": True}
             how = (op, getattr(torch, dtype), device, getattr(library, name))
-            with _strict(on_kernels and library is torch.ops.warpform and any(row["op"] == name for row in table)):
+            has_kernels = any(row["op"] == name for row in table)
+            with _strict(True if on_kernels and library is torch.ops.warpform and has_kernels else None):
                 yield _timed(name, device, dtype, "forward", lambda how=how: _forward(*how))  # type: ignore[misc]
                 if op.differentiable and library is torch.ops.warpform:
                     yield _timed(name, device, dtype, "backward", lambda how=how: _backward(*how))  # type: ignore[misc]
@@ -122,10 +123,15 @@ def _dtypes(name: str, table: list[Row]) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _strict(on: bool) -> Iterator[None]:
-    """WARPFORM_STRICT=1: a reference in place of a kernel is an error. Not where the user asked for references."""
+def _strict(on: bool | None) -> Iterator[None]:
+    """Sets WARPFORM_STRICT: whether a reference in place of a kernel is an error.
+
+    None leaves it as it is, and so does True where the user asked for references.
+    """
     before = os.environ.get("WARPFORM_STRICT")
-    if on and _env.backend() != "reference":
+    if on is False:
+        os.environ["WARPFORM_STRICT"] = "0"
+    elif on and _env.backend() != "reference":
         os.environ["WARPFORM_STRICT"] = "1"
     try:
         yield
@@ -167,10 +173,25 @@ def _recorded_call(op: Any, direct: Callable[..., Any]) -> Callable[..., Any]:
     return recorded
 
 
+# What refusals end with where a GPU has too little shared memory for a kernel.
+NO_ROOM = "than this GPU has"
+
+
+def _with_room(test: Callable[[], str | None]) -> str | None:
+    """Runs a test, and again without WARPFORM_STRICT where this GPU has no room for a kernel and the reference runs."""
+    try:
+        return test()
+    except RuntimeError as error:
+        if NO_ROOM not in str(error) or "WARPFORM_STRICT" not in str(error):
+            raise
+    with _strict(False):
+        return test()
+
+
 def _timed(name: str, device: str, dtype: str, direction: str, test: Callable[[], str | None]) -> Row:
     start = time.perf_counter()
     try:
-        problem = test()
+        problem = _with_room(test)
     except Exception as error:
         lines = str(error).strip().splitlines()
         problem = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
