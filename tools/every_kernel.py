@@ -143,7 +143,7 @@ def _monarch() -> Iterator[Call]:
 
 def _fft_conv() -> Iterator[Call]:
     for dtype in SIXTEEN_BIT:
-        for points in (512, 1024, 2048, 4096, 8192, 16384, 32768):
+        for points in (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536):
             u = _empty(4, 64, points // 2, dtype=dtype)
             spectrum, skip = _floats(64, points // 2 + 1, 2), _floats(64)
             yield "spectral_conv", (u, spectrum, skip, u, u), {}

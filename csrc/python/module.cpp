@@ -162,9 +162,8 @@ PYBIND11_MODULE(_C, m) {
       .def("supported", &Library::supported, py::arg("op"), py::arg("dtype") = py::none(), py::arg("device") = "cuda",
            "Why no kernel serves an op, or None where one does.\n\n"
            "dtype: torch's or its name, None for any. device: \"cuda\" asks about kernels in general, \"cuda:0\" about "
-           "that GPU and its driver too. sizes: by the names of kernel_table(), such as head_dim=64; other names are "
-           "not "
-           "looked at. Raises ValueError for an op or a device that warpform does not have.")
+           "that GPU and its driver too. sizes: by the names of kernel_table(), such as head_dim=64; other names do "
+           "not count. Raises ValueError for an op or a device that warpform does not have.")
       .def(
           "launch_plan", &Library::launch_plan, py::arg("op"),
           "What a call of torch.ops.warpform.OP with these arguments would launch.\n\n"

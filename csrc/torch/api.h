@@ -78,7 +78,7 @@ struct Table {
   const char* (*supported)(const char* op, const char* dtype, int32_t device, int32_t count, const char* const* names,
                            const int64_t* sizes);
   // Between the two, calls in this thread launch nothing and keep what they would launch; the second returns it as JSON.
-  // Null in the emulator's library, which launches what is planned elsewhere.
+  // Both are null in the emulator's library, which has no plans.
   void (*begin_plan)(const Machine* machine);
   const char* (*end_plan)();
 };

@@ -113,7 +113,7 @@ class Tensor {
     return device_type_ == other.device_type_ && (is_cpu() || device_index_ == other.device_index_);
   }
 
-  // Of a tensor without data, which plans are made with: an address that kernels take for a tensor that is there.
+  // A tensor without data, as plans have, gives an address that is never read: kernels take null for an absent tensor.
   const void* const_data_ptr() const { return is_meta() ? nowhere() : torch_ ? torch_->const_data_ptr() : lent_data_; }
   void* mutable_data_ptr() const { return is_meta() ? nowhere() : torch_ ? torch_->mutable_data_ptr() : lent_data_; }
 
@@ -122,7 +122,7 @@ class Tensor {
 
  private:
   bool is_meta() const { return device_type_ == aoti_torch_device_type_meta(); }
-  // Aligned as an allocator's, and null where there is no element, as with torch's tensors.
+  // It is aligned as an allocator's is, and null where there is no element, as torch's tensors have it.
   void* nowhere() const { return numel() == 0 ? nullptr : reinterpret_cast<void*>(uintptr_t{1} << 20); }
 
   std::optional<torch::stable::Tensor> torch_;  // empty: lent

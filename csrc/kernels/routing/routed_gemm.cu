@@ -74,9 +74,9 @@ void scatter(const char* op, const HiddenScatterParams& p, void* stream) {
   work.group_blocks.set(group_blocks);
   work.columns.set(ceil_div(work.blocks, 2));
   const dim3 grid = grid_of(op, int64_t{r.tiles} * work.columns.divisor);
-  constexpr int bytes = Shape::kBytes + TileTokens::bytes(0);
+  constexpr int kBytes = Shape::kBytes + TileTokens::bytes(0);
   dispatch_bool(p.w.transposed, [&]<bool kTransposed>() {
-    launch<hidden_scatter<T, kTransposed>>(op, grid, Shape::kThreads, bytes, stream, work, tile_shape<Shape>(1));
+    launch<hidden_scatter<T, kTransposed>>(op, grid, Shape::kThreads, kBytes, stream, work, tile_shape<Shape>(1));
   });
   if (p.dots == nullptr || group_blocks == 1) return;
   launch_column_sum(op,

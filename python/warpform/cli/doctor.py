@@ -245,7 +245,7 @@ def _self_tests(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 # ---- launch plans ----
 
-# An H100's.
+# An H100 has these.
 _GPU = {"sm_count": 132, "shared_memory_limit": 227 * 1024}
 
 
