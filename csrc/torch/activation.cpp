@@ -21,14 +21,13 @@ void check_arguments(const char* op, const Tensor& x, const std::optional<Tensor
 
 // Why no kernel takes x, or null.
 const char* no_kernel(const Launch& launch, const Tensor& x) {
-  if (const char* reason = launch.unusable()) return reason;
+  if (const char* reason = launch.unusable_anywhere()) return reason;
   return kFloatTypes.why_not(dtype_name(x.scalar_type()));
 }
 
 Tensor bias_gelu(Tensor x, std::optional<Tensor> bias, std::string approximate) {
   constexpr const char* kOp = "bias_gelu";
   check_arguments(kOp, x, bias, approximate);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, x)) {
     return UseReference(reason);
@@ -37,15 +36,15 @@ Tensor bias_gelu(Tensor x, std::optional<Tensor> bias, std::string approximate) 
   bias = contiguous(bias);
   const auto [rows, cols] = rows_of(x);
   Tensor out = empty(kOp, sizes_of(x), x.scalar_type(), x);
-  launch_bias_gelu({.x = launch.in(x),
-                    .bias = launch.in_or_null(bias),
-                    .out = launch.out(out),
-                    .rows = rows,
-                    .cols = cols,
-                    .dtype = element_type(x),
-                    .float_parameters = bias && bias->scalar_type() == ScalarType::Float,
-                    .tanh = approximate == "tanh"},
-                   launch.stream());
+  const BiasGeluParams params{.x = launch.in(x),
+                              .bias = launch.in_or_null(bias),
+                              .out = launch.out(out),
+                              .rows = rows,
+                              .cols = cols,
+                              .dtype = element_type(x),
+                              .float_parameters = bias && bias->scalar_type() == ScalarType::Float,
+                              .tanh = approximate == "tanh"};
+  launch.run<&launch_bias_gelu, &cpu::Kernels::bias_gelu>(params);
   return out;
 }
 
@@ -54,7 +53,6 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor dout, Tensor x, std::option
   constexpr const char* kOp = "bias_gelu_backward";
   check_arguments(kOp, x, bias, approximate);
   check_like(kOp, "dout", dout, "x", x);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, x)) {
     return UseReference(reason);
@@ -77,10 +75,10 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor dout, Tensor x, std::option
                                 .dtype = element_type(x),
                                 .float_parameters = bias && bias->scalar_type() == ScalarType::Float,
                                 .tanh = approximate == "tanh"};
-  params.groups = bias_gelu_backward_groups(params);
+  params.groups = launch.ask<&bias_gelu_backward_groups>(params);
   Tensor partials = empty(kOp, {params.groups, cols}, ScalarType::Float, x);
   params.partials = launch.out<float>(partials);
-  launch_bias_gelu_backward(params, launch.stream());
+  launch.run<&launch_bias_gelu_backward, &cpu::Kernels::bias_gelu_backward>(params);
   return {dx, dbias};
 }
 

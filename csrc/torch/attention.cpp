@@ -98,7 +98,7 @@ AttentionProblem problem(const Launch& launch, const Arguments& a) {
           .heads_q = static_cast<int>(a.q.size(1)),
           .heads_kv = static_cast<int>(a.k.size(1)),
           .head_dim = head_dim,
-          .bfloat16 = a.q.scalar_type() == ScalarType::BFloat16,
+          .dtype = element_type(a.q),
           .softmax_scale = static_cast<float>(a.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)))),
           .window_left = bounded(a.window_left),
           .window_right = bounded(right),

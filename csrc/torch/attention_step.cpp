@@ -137,7 +137,7 @@ AttentionProblem problem(const Launch& launch, const Arguments& a) {
           .heads_q = static_cast<int>(a.heads(a.q)),
           .heads_kv = static_cast<int>(a.heads(a.k)),
           .head_dim = head_dim,
-          .bfloat16 = a.q.scalar_type() == ScalarType::BFloat16,
+          .dtype = element_type(a.q),
           .softmax_scale =
               a.softmax_scale ? static_cast<float>(*a.softmax_scale) : 1.f / std::sqrt(static_cast<float>(head_dim)),
           .window_left = -1,

@@ -186,7 +186,7 @@ AttentionProblem problem(const Launch& launch, const Arguments& a, const Columns
           .heads_q = heads,
           .heads_kv = heads,
           .head_dim = head_dim,
-          .bfloat16 = a.q.scalar_type() == ScalarType::BFloat16,
+          .dtype = element_type(a.q),
           .softmax_scale = softmax_scale(a),
           .window_left = -1,
           .window_right = -1,

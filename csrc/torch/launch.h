@@ -7,6 +7,7 @@
 #include <string>
 
 #include "check.h"
+#include "cpu.h"
 #include "kernels/common/plan.h"
 #include "tensor.h"
 #include "usable.h"
@@ -21,14 +22,20 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace warpform {
 
-// False in a library that was built without nvcc: its ops check their arguments and go to their references.
+// False in a library that was built without nvcc: on a GPU its ops check their arguments and go to their references.
 #if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
 inline constexpr bool kHasKernels = true;
 #else
 inline constexpr bool kHasKernels = false;
 #endif
 
-// Reasons that need no warning; ops/_register.py knows them.
+// False in the emulator's library, where tensors on a CPU are for the CUDA kernels.
+#ifdef WARPFORM_SIMT
+inline constexpr bool kHasCpuKernels = false;
+#else
+inline constexpr bool kHasCpuKernels = true;
+#endif
+
 inline constexpr const char* kOnCpu = "the tensors are on a CPU";
 inline constexpr const char* kNoKernels = "warpform was built without CUDA kernels";
 
@@ -46,14 +53,17 @@ class UseReference {
   }
 };
 
-// Makes the tensors' device current for its lifetime, says whether kernels can run there, and hands a launch its
-// pointers and its stream. An op makes it before it asks anything that depends on the device. In the emulator the same
+// Makes the tensors' device current for its lifetime, says whether kernels can run there, hands a launch its pointers and
+// its stream, and launches. An op makes it before it asks anything that depends on the device. In the emulator the same
 // calls tell it which memory the kernel may touch.
 class Launch {
  public:
   Launch(const char* op, const Tensor& on)
 #ifndef WARPFORM_SIMT
-      : on_cuda_(on.is_cuda()), planned_(current_plan() != nullptr), device_(on.get_device_index()) {
+      : on_cuda_(on.is_cuda()),
+        on_cpu_(on.is_cpu()),
+        planned_(current_plan() != nullptr),
+        device_(on.get_device_index()) {
     if (!on_cuda_ || planned_) return;
     guard_.emplace(device_);
     if (aoti_torch_get_current_cuda_stream == nullptr) {
@@ -73,8 +83,24 @@ class Launch {
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
 
-  // Why no kernel may run, whatever the arguments, or null: the first question of every op, and what sends it to its
-  // reference.
+  // True if what runs is for a CPU: a kernel of csrc/cpu or a reference. False in the emulator.
+  bool on_cpu() const {
+#ifdef WARPFORM_SIMT
+    return false;
+#else
+    return on_cpu_;
+#endif
+  }
+
+  // Why no kernel may run, whatever the arguments, or null, for an op that has CPU kernels too.
+  const char* unusable_anywhere() const {
+    if constexpr (kHasCpuKernels) {
+      if (on_cpu()) return cpu_kernels_unusable();
+    }
+    return unusable();
+  }
+
+  // The same for an op that has CUDA kernels alone. One of the two is the first question of every op.
   const char* unusable() const {
 #ifdef WARPFORM_SIMT
     return kernels_unusable(-1);
@@ -114,6 +140,26 @@ class Launch {
   }
   void* stream() const { return stream_; }
 
+  // Runs the kernel kCuda on a GPU and kCpu, a member of cpu::Kernels, on a CPU.
+  template <auto kCuda, auto kCpu, class Params>
+  void run(const Params& params) const {
+    if constexpr (kHasCpuKernels) {
+      if (on_cpu()) {
+        (cpu::kernels()->*kCpu)(params, torch_host());
+        return;
+      }
+    }
+    if constexpr (kHasKernels) kCuda(params, stream());
+  }
+  // What the CUDA kernels say about a problem; on a CPU 0, false or null: CPU kernels need no workspace.
+  template <auto kAsk, class... Arguments>
+  auto ask(const Arguments&... arguments) const {
+    if constexpr (kHasKernels) {
+      if (!on_cpu()) return kAsk(arguments...);
+    }
+    return decltype(kAsk(arguments...)){};
+  }
+
  private:
 #ifdef WARPFORM_SIMT
   // Bytes from the first to past the last element of a strided tensor.
@@ -124,7 +170,7 @@ class Launch {
     return static_cast<size_t>(last + 1) * t.element_size();
   }
 #else
-  bool on_cuda_, planned_;
+  bool on_cuda_, on_cpu_, planned_;
   int32_t device_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 #endif

@@ -149,7 +149,7 @@ struct Call {
                                  .cols = transposed ? blocks.cols : blocks.rows,
                                  .depth = transposed ? blocks.rows : blocks.cols,
                                  .b_transposed = transposed,
-                                 .bfloat16 = is_bfloat16(x)};
+                                 .dtype = element_type(x)};
     launch_block_gemm(op, params, launch.stream());
   }
 
@@ -170,7 +170,7 @@ struct Call {
                                 .m = blocks.rows,
                                 .n = blocks.cols,
                                 .splits = 1,
-                                .bfloat16 = is_bfloat16(x)};
+                                .dtype = element_type(x)};
     params.splits = weight_gradient_splits(params);
     const int64_t splits = params.splits > 1 ? params.splits : 0;
     const Tensor dw_partials = make_float({splits, dw.numel()});
@@ -200,7 +200,7 @@ struct Call {
                  .dz = dz ? launch.out(*dz) : nullptr,
                  .rows = a.size(0),
                  .cols = a.size(1),
-                 .bfloat16 = is_bfloat16(x)},
+                 .dtype = element_type(x)},
                 launch.stream());
   }
 };
@@ -284,7 +284,7 @@ Tensor monarch_multiply(Tensor x, Tensor w1, Tensor w2) {
                        .blocks2 = second.count,
                        .rows2 = second.rows,
                        .cols2 = second.cols,
-                       .bfloat16 = is_bfloat16(x)};
+                       .dtype = element_type(x)};
   // In one pass, or where the intermediate is too large for shared memory as two products with a transposition of rows
   // behind each: 2 (k p + l s) bytes a row, or that and 8 k q + 4 l s more, of which L2 saves some.
   const bool fused = second.out() % kMonarchAlignment == 0 && monarch_fits(params);
@@ -370,7 +370,7 @@ GluParams glu_params(const Matrix& x, const Blocks& up, const Blocks& down) {
   params.in = up.cols;
   params.inner = down.cols;
   params.out = down.rows;
-  params.bfloat16 = is_bfloat16(x.t);
+  params.dtype = element_type(x.t);
   return params;
 }
 

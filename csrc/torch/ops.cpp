@@ -235,6 +235,17 @@ std::string last_error() {
   }
 }
 
+std::string cpu_kernels_missing() {
+  if constexpr (!kHasCpuKernels) return "the emulator's library has no CPU kernels";
+  const char* reason = cpu::kernels_missing();
+  return reason ? reason : "";
+}
+std::string cpu_isa() {
+  if constexpr (!kHasCpuKernels) return "";
+  const cpu::Kernels* kernels = cpu::kernels();
+  return kernels ? kernels->isa : "";
+}
+
 #ifdef WARPFORM_SIMT
 constexpr int32_t kDeviceOfKernels = api::TensorView::kCpu;
 constexpr bool kHasPlans = false;
@@ -283,6 +294,9 @@ STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
   m.def("_build_info() -> str");
   // Every configuration that has a CUDA kernel, as a JSON list.
   m.def("_kernel_table() -> str");
+  // Why CPU kernels do not run in this process, or nothing; and the instruction set of those that do, or nothing.
+  m.def("_cpu_kernels_missing() -> str");
+  m.def("_cpu_isa() -> str");
   // Keeps the type and the text of an exception for the binding that called the reference (binding.h).
   m.def("_keep_error(str type, str text) -> ()");
   // What was wrong with the last call in this thread: the name of Python's exception, a space and the text, or nothing.
@@ -292,6 +306,8 @@ STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
 STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("_build_info", TORCH_BOX(&warpform::build_info));
   m.impl("_kernel_table", TORCH_BOX(&warpform::kernel_table));
+  m.impl("_cpu_kernels_missing", TORCH_BOX(&warpform::cpu_kernels_missing));
+  m.impl("_cpu_isa", TORCH_BOX(&warpform::cpu_isa));
   m.impl("_keep_error", TORCH_BOX(&warpform::keep_error));
   m.impl("_last_error", TORCH_BOX(&warpform::last_error));
 }

@@ -313,7 +313,7 @@ Tensor gather(const char* op, const Launch& launch, const Tensor& x, const Weigh
                         .out = launch.out(out),
                         .x_stride = row_stride(rows),
                         .bias_stride = bias_stride(bias),
-                        .bfloat16 = x.scalar_type() == ScalarType::BFloat16},
+                        .dtype = element_type(x)},
                        launch.stream());
   return out;
 }
@@ -351,7 +351,7 @@ Scattered scatter(const char* op, const Launch& launch, const Tensor& x, const T
                          .x_stride = row_stride(rows),
                          .dot_stride = dot_with ? row_stride(*dot_with) : 0,
                          .bias_stride = bias_stride(bias),
-                         .bfloat16 = x.scalar_type() == ScalarType::BFloat16},
+                         .dtype = element_type(x)},
                         launch.stream());
   return s;
 }
@@ -463,7 +463,7 @@ std::tuple<Tensor, Tensor> hidden_scatter_linear_backward(Tensor dout, std::opti
                        .tokens = tokens,
                        .num_groups = static_cast<int>(num_groups),
                        .width = static_cast<int>(dout.size(1) / num_groups),
-                       .bfloat16 = dout.scalar_type() == ScalarType::BFloat16},
+                       .dtype = element_type(dout)},
                       launch.stream());
   }
   return {dx, dgates};
@@ -501,7 +501,7 @@ Tensor hidden_weight_grad(Tensor x, Tensor dy, std::optional<Tensor> gates, bool
                                 .routed_stride = row_stride(routed),
                                 .splits = 1,
                                 .routed_out = routed_out,
-                                .bfloat16 = x.scalar_type() == ScalarType::BFloat16};
+                                .dtype = element_type(x)};
   params.splits = hidden_weight_grad_splits(params.routes);
   Tensor partials = empty(kOp, {params.splits > 1 ? params.splits * dw.numel() : 0}, ScalarType::Float, x);
   if (params.splits > 1) params.partials = launch.out<float>(partials);

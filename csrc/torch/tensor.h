@@ -257,6 +257,4 @@ inline DType element_type(const Tensor& t) {
   }
 }
 
-inline bool is_bfloat16(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
-
 }  // namespace warpform

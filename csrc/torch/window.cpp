@@ -87,7 +87,7 @@ WindowProblem problem(const Arguments& a) {
   p.table = a.table ? a.table->const_data_ptr() : nullptr;
   p.table_dtype = a.table ? element_type(*a.table) : DType::kFloat32;
   p.logit_scale_dtype = a.logit_scale ? element_type(*a.logit_scale) : DType::kFloat32;
-  p.bfloat16 = a.qkv.scalar_type() == ScalarType::BFloat16;
+  p.dtype = element_type(a.qkv);
   p.batch = bounded(a.qkv.size(0));
   p.heads = bounded(a.heads());
   p.head_dim = bounded(a.head_dim());

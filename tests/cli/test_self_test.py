@@ -158,7 +158,7 @@ def test_a_gpu_without_room_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> No
 
         def refuses(reason: str = reason) -> str | None:
             with pytest.warns(UserWarning, match=reason) if not self_test._env.strict() else contextlib.nullcontext():
-                _register._report("bias_gelu", reason)
+                _register._report("bias_gelu", reason, ())
             return None
 
         with self_test._strict(True):

@@ -9,14 +9,15 @@ import torch
 from hypothesis import strategies as st
 
 from helpers import cases, checks, oracle
-from helpers.backends import Backend, drawn_on, kernels, on, reference
+from helpers.backends import Backend, cpu, drawn_on, kernels, on, reference
 from helpers.cases import GELU_CASES, GeluCase
 from helpers.compare import assert_close
 from helpers.gelu import check_gelu_everywhere
 
 REFERENCE = reference()
+CPU = cpu(cases.KERNEL_DTYPES)
 SIMT, GPU = kernels(cases.KERNEL_DTYPES)
-EVERY = (REFERENCE, SIMT, GPU)
+EVERY = (REFERENCE, CPU, SIMT, GPU)
 by_parameters = pytest.mark.parametrize(("dtype", "wide"), cases.KERNEL_PARAMETERS, ids=cases.KERNEL_PARAMETER_IDS)
 by_form = pytest.mark.parametrize("approximate", ("none", "tanh"))
 
@@ -30,7 +31,7 @@ def test_cases(backend: Backend, case: GeluCase, approximate: str, dtype: torch.
     checks.check_gelu(backend.library, case, approximate, dtype, backend.device)
 
 
-@on(SIMT, GPU, width=cases.GELU_WIDTHS)
+@on(CPU, SIMT, GPU, width=cases.GELU_WIDTHS)
 @by_parameters
 def test_widths(backend: Backend, width: int, dtype: torch.dtype, wide: bool) -> None:
     backend.configure(width, 1)  # one multiprocessor: blocks walk over several rows
@@ -53,7 +54,7 @@ def test_drawn(
 
 
 @by_form
-@on(SIMT, GPU)
+@on(CPU, SIMT, GPU)
 def test_everywhere(backend: Backend, approximate: str) -> None:
     """By bounds that are counted along the kernels' formulas."""
     check_gelu_everywhere(backend.library, approximate, 100001 if backend is GPU else 4001, backend.device)
@@ -63,7 +64,7 @@ def test_everywhere(backend: Backend, approximate: str) -> None:
 
 
 @by_form
-@on(SIMT, GPU, dtype=(torch.float32, torch.bfloat16))
+@on(CPU, SIMT, GPU, dtype=(torch.float32, torch.bfloat16))
 def test_huge_and_not_a_number(backend: Backend, dtype: torch.dtype, approximate: str) -> None:
     x = torch.tensor([1e20, -1e20, 3e38, -3e38, 0.0, float("nan")], dtype=dtype, device=backend.device)
     out = backend.library.bias_gelu(x, None, approximate)

@@ -30,7 +30,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-import warpform  # noqa: F401  registers the ops
+from warpform.ops import _register
 
 from .cases import FLOATS
 from .compare import poisoned
@@ -83,6 +83,17 @@ def simt_library() -> Simt:
     return Simt(path, module)
 
 
+def need_cpu_kernels() -> None:
+    """Skips the test where warpform has no kernels for this CPU."""
+    missing = torch.ops.warpform._cpu_kernels_missing()
+    if missing:
+        pytest.skip(missing)
+
+
+def _refuse(name: str, reason: str, args: Sequence[Any]) -> None:
+    raise AssertionError(f"{name}: the reference runs instead of a CPU kernel: {reason}")
+
+
 def order_of(name: str) -> int:
     """The order of threads in which the emulator runs the test of this name: its own, and the same in every run."""
     return 1 + zlib.crc32(name.encode()) % 1000
@@ -127,8 +138,12 @@ class Backend:
                 return
             if self.name == "simt":
                 self.configure(order_of(test))
+            elif self.name == "cpu":
+                need_cpu_kernels()
+                # A fallback to the reference is an error. WARPFORM_STRICT does not make it one on a CPU.
+                patch.setattr(_register, "_report", _refuse)
             else:
-                patch.setenv("WARPFORM_STRICT", "1")  # a fallback to the reference is an error
+                patch.setenv("WARPFORM_STRICT", "1")
             yield
 
     # ---- the emulator ----
@@ -167,8 +182,10 @@ def reference(dtypes: tuple[torch.dtype, ...] = FLOATS, *, examples: int = 40) -
     return Backend("reference", dtypes, examples=examples)
 
 
-def cpu(dtypes: tuple[torch.dtype, ...], has_kernel: Callable[[Any], bool], *, examples: int = 60) -> Backend:
-    """Kernels for CPUs, torch.ops.warpform on CPU tensors."""
+def cpu(
+    dtypes: tuple[torch.dtype, ...], has_kernel: Callable[[Any], bool] = _any_case, *, examples: int = 60
+) -> Backend:
+    """The kernels for CPUs, torch.ops.warpform on CPU tensors, of the instruction set that WARPFORM_CPU_ISA names."""
     return Backend("cpu", dtypes, has_kernel, examples)
 
 

@@ -59,7 +59,7 @@ void launch_backward_kernels(const AttentionBackwardParams& params, void* stream
 
 template <int kHeadDim>
 void launch_backward(const AttentionBackwardParams& params, void* stream) {
-  dispatch_dtype(params.problem.bfloat16, [&]<class T>() {
+  dispatch_half(params.problem.dtype, [&]<class T>() {
     if constexpr (head_dim_bucket(kHeadDim, true) == kHeadDim) {
       if (has_score_bias(params.problem)) return launch_backward_kernels<T, kHeadDim, SoftcapAlibi>(params, stream);
     }

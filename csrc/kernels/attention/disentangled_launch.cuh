@@ -10,7 +10,7 @@ namespace warpform {
 
 template <int kHeadDim>
 void launch_disentangled_forward(const AttentionForwardParams& params, void* stream) {
-  dispatch_dtype(params.problem.bfloat16, [&]<class T>() {
+  dispatch_half(params.problem.dtype, [&]<class T>() {
     launch_forward_kernel<T, kHeadDim, true, DisentangledBias<T>>("disentangled_attention", params, stream);
   });
 }
@@ -18,7 +18,7 @@ void launch_disentangled_forward(const AttentionForwardParams& params, void* str
 template <int kHeadDim>
 void launch_disentangled_backward(const AttentionBackwardParams& params, void* stream) {
   constexpr const char* kName = "disentangled_attention_backward";
-  dispatch_dtype(params.problem.bfloat16, [&]<class T>() {
+  dispatch_half(params.problem.dtype, [&]<class T>() {
     using ScoreMod = DisentangledBias<T>;
     launch_backward_delta<T, kHeadDim>(kName, params, stream);
     launch_backward_keys<T, kHeadDim, true, ScoreMod>(kName, params, stream);

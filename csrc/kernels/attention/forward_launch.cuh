@@ -37,7 +37,7 @@ void launch_forward(const AttentionForwardParams& params, void* stream) {
   constexpr bool kHasLarge = forward_tile(kHeadDim, false).block_m > 64;
   constexpr bool kHasScoreBias = head_dim_bucket(kHeadDim, true) == kHeadDim;
   const AttentionProblem& p = params.problem;
-  dispatch_dtype(p.bfloat16, [&]<class T>() {
+  dispatch_half(p.dtype, [&]<class T>() {
     const auto launch_tile = [&]<bool kSmall>() {
       if constexpr (kHasScoreBias) {
         if (has_score_bias(p)) {

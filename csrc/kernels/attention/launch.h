@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/divisor.h"
+#include "common/dtype.h"
 #include "common/supported.h"
 
 namespace warpform {
@@ -47,7 +48,7 @@ struct AttentionProblem {
   int heads_q;
   int heads_kv;
   int head_dim;
-  bool bfloat16;  // else float16
+  DType dtype;
   float softmax_scale;
   int window_left;  // keys before a query's own position that it sees; negative: all
   int window_right;

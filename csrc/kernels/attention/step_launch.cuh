@@ -10,7 +10,7 @@ namespace warpform {
 
 template <int kHeadDim>
 void launch_step(const AttentionStepParams& params, void* stream) {
-  dispatch_dtype(params.problem.bfloat16, [&]<class T>() {
+  dispatch_half(params.problem.dtype, [&]<class T>() {
     launch_forward_kernel<T, kHeadDim, false, ScaleOnly, AttentionStep>("attention_step", params, stream);
   });
 }
@@ -21,7 +21,7 @@ void launch_step_backward(const AttentionStepBackwardParams& params, void* strea
   // GPUs with less shared memory a block than the 163 KiB of an A100 have 99.
   constexpr int kLargeBytes = backward_shared_bytes(kHeadDim, backward_tile(kHeadDim, false));
   constexpr bool kLargeAlwaysFits = kLargeBytes <= 99 * 1024;
-  dispatch_dtype(params.problem.bfloat16, [&]<class T>() {
+  dispatch_half(params.problem.dtype, [&]<class T>() {
     if (kLargeAlwaysFits || kLargeBytes <= shared_memory_limit()) {
       launch_backward_keys<T, kHeadDim, false, ScaleOnly, AttentionStep>(kName, params, stream);
     } else {

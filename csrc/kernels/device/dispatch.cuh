@@ -1,7 +1,7 @@
 // Choices at run time that become template arguments, for the launch functions on the host. A choice is a call of a
 // lambda with a template parameter, as in
 //
-//   dispatch_dtype(p.bfloat16, [&]<class T>() { launch<kernel<T>>(...); });
+//   dispatch_dtype(p.dtype, [&]<class T>() { launch<kernel<T>>(...); });
 #pragma once
 
 #include <utility>
@@ -11,10 +11,10 @@
 
 namespace warpform {
 
-// Calls f<T>() with the 16-bit element type T.
+// Calls f<T>() with the 16-bit element type T, of kernels that take no other.
 template <class F>
-decltype(auto) dispatch_dtype(bool bfloat16, F&& f) {
-  if (bfloat16) return f.template operator()<bf16_t>();
+decltype(auto) dispatch_half(DType dtype, F&& f) {
+  if (dtype == DType::kBFloat16) return f.template operator()<bf16_t>();
   return f.template operator()<half_t>();
 }
 

@@ -34,7 +34,7 @@ void launch_block_gemm(const char* op, const BlockGemmParams& params, void* stre
   const int64_t large_tiles =
       ceil_div(params.rows, int64_t{LargeTile::kM}) * ceil_div(params.cols, LargeTile::kN) * params.groups;
   const bool large = params.cols > SmallTile::kN && large_tiles >= sm_count();
-  dispatch_dtype(params.bfloat16, [&]<class T>() {
+  dispatch_half(params.dtype, [&]<class T>() {
     large ? launch_tile<T, LargeTile>(op, params, stream) : launch_tile<T, SmallTile>(op, params, stream);
   });
 }

@@ -44,7 +44,7 @@ template <class Tile>
 void launch_tile(const MonarchWork& work, void* stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(work.p.rows, int64_t{Tile::kM}) * work.chunks.divisor));
   const int bytes = Tile::bytes(work.chunk * work.pitch);
-  dispatch_dtype(work.p.bfloat16, [&]<class T>() {
+  dispatch_half(work.p.dtype, [&]<class T>() {
     launch<monarch_forward<T, Tile>>(
         "monarch_multiply", grid, Tile::kThreads, bytes, stream, work,
         TileShape{.m = Tile::kM, .n = Tile::kN1, .k = Tile::kDepth, .stages = Tile::kStages1, .splits = 1});

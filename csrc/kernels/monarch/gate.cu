@@ -14,7 +14,7 @@ void launch_gate(const char* op, const GateParams& params, void* stream) {
   if (params.rows * parts > INT_MAX) fail(op, "too many tokens");
   work.parts.set(static_cast<int>(parts));
   const auto ctas = static_cast<unsigned>(params.rows * parts);
-  dispatch_dtype(params.bfloat16, [&]<class T>() {
+  dispatch_half(params.dtype, [&]<class T>() {
     dispatch_bool(params.da != nullptr,
                   [&]<bool kBackward>() { launch<gate<T, kBackward>>(op, dim3(ctas), kGateThreads, 0, stream, work); });
   });

@@ -21,7 +21,7 @@ bool fits(const GluParams& p) {
 template <class G>
 void launch_tile(const GluParams& p, void* stream) {
   const dim3 grid(static_cast<unsigned>(glu_ctas<G>(p)));
-  dispatch_dtype(p.bfloat16, [&]<class T>() {
+  dispatch_half(p.dtype, [&]<class T>() {
     launch<glu_forward<T, G>>("blockdiag_glu", grid, G::kThreads, G::bytes(p.in), stream, glu_work(p),
                               TileShape{.m = G::kM, .n = G::kInner, .k = G::kDepth, .stages = G::kStages, .splits = 1});
   });

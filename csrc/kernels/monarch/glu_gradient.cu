@@ -21,7 +21,7 @@ template <class G>
 void launch_tile(const GluParams& p, void* stream) {
   const dim3 grid(static_cast<unsigned>(glu_ctas<G>(p)));
   const int bytes = glu_gradient_bytes<G>(p.in, p.out);
-  dispatch_dtype(p.bfloat16, [&]<class T>() {
+  dispatch_half(p.dtype, [&]<class T>() {
     launch<glu_gradient<T, G>>(
         "blockdiag_glu_backward", grid, G::kThreads, bytes, stream, glu_work(p),
         TileShape{.m = G::kM, .n = G::kInner, .k = G::kDepth, .stages = G::kStages, .splits = 1});

@@ -28,7 +28,7 @@ struct BlockGemmParams {
   int cols;
   int depth;
   bool b_transposed;
-  bool bfloat16;
+  DType dtype;
 };
 void launch_block_gemm(const char* op, const BlockGemmParams& params, void* stream);
 
@@ -47,7 +47,7 @@ struct WeightGradientParams {
   int m;
   int n;
   int splits;  // of the rows: weight_gradient_splits
-  bool bfloat16;
+  DType dtype;
 };
 // The number of ranges of rows that are summed apart: a function of the sizes and the GPU's number of SMs.
 int weight_gradient_splits(const WeightGradientParams& params);
@@ -80,7 +80,7 @@ struct MonarchParams {
   int blocks2;
   int rows2;
   int cols2;
-  bool bfloat16;
+  DType dtype;
 };
 // True if launch_monarch serves the sizes on the current device: its intermediate has to fit into shared memory.
 bool monarch_fits(const MonarchParams& params);
@@ -104,7 +104,7 @@ struct GluParams {
   int in;
   int inner;
   int out;
-  bool bfloat16;
+  DType dtype;
 };
 // True if launch_glu serves the sizes on the current device: two blocks of x have to fit into shared memory, a block of
 // y into registers.
@@ -123,7 +123,7 @@ struct GateParams {
   void* dz;        // [rows, 2 cols]: the gradient of z; null in forward
   int64_t rows;
   int64_t cols;
-  bool bfloat16;
+  DType dtype;
 };
 void launch_gate(const char* op, const GateParams& params, void* stream);
 

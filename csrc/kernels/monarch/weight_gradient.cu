@@ -46,14 +46,13 @@ int weight_gradient_splits(const WeightGradientParams& p) {
 
 void launch_weight_gradient(const char* op, const WeightGradientParams& params, void* stream) {
   if (params.groups == 0 || params.m == 0) return;
-  dispatch_dtype(params.bfloat16, [&]<class T>() {
+  dispatch_half(params.dtype, [&]<class T>() {
     is_large(params) ? launch_tile<T, LargeTile>(op, params, stream) : launch_tile<T, SmallTile>(op, params, stream);
   });
   if (params.splits == 1) return;
-  const DType dtype = params.bfloat16 ? DType::kBFloat16 : DType::kFloat16;
   const auto add_splits = [&](const float* partials, void* out, int64_t cols) {
     const ColumnSumParams sum{
-        .partials = partials, .out = {out}, .sums = 1, .groups = params.splits, .cols = cols, .dtype = dtype};
+        .partials = partials, .out = {out}, .sums = 1, .groups = params.splits, .cols = cols, .dtype = params.dtype};
     launch_column_sum(op, sum, stream);
   };
   add_splits(params.dw_partials, params.dw, int64_t{params.groups} * params.m * params.n);

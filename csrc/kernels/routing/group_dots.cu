@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kDotThreads) group_dots(const __grid_constant_
 void launch_group_dots(const char* op, const GroupDotsParams& p, void* stream) {
   const int64_t blocks = std::min(ceil_div(p.tokens * p.num_groups, int64_t{kDotWarps}), int64_t{16} * sm_count());
   const dim3 grid(static_cast<unsigned>(blocks));
-  dispatch_dtype(p.bfloat16, [&]<class T>() { launch<group_dots<T>>(op, grid, kDotThreads, 0, stream, p); });
+  dispatch_half(p.dtype, [&]<class T>() { launch<group_dots<T>>(op, grid, kDotThreads, 0, stream, p); });
 }
 
 }  // namespace warpform

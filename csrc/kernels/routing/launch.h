@@ -83,7 +83,7 @@ struct HiddenGatherParams {
   void* out;           // [tokens, num_out * dense_width]
   int64_t x_stride;
   int64_t bias_stride;  // between classes; 0: one for all
-  bool bfloat16;
+  DType dtype;
 };
 void launch_hidden_gather(const char* op, const HiddenGatherParams& params, void* stream);
 // Why this GPU has no room for the kernels, or null: the gates of a tile's tokens are in shared memory.
@@ -105,7 +105,7 @@ struct HiddenScatterParams {
   int64_t x_stride;
   int64_t dot_stride;
   int64_t bias_stride;
-  bool bfloat16;
+  DType dtype;
 };
 void launch_hidden_scatter(const char* op, const HiddenScatterParams& params, void* stream);
 
@@ -122,7 +122,7 @@ struct HiddenWeightGradParams {
   int64_t routed_stride;
   int splits;  // of the tiles: hidden_weight_grad_splits
   bool routed_out;
-  bool bfloat16;
+  DType dtype;
 };
 // A function of the sizes and the GPU's number of SMs.
 int hidden_weight_grad_splits(const Routes& routes);
@@ -139,7 +139,7 @@ struct GroupDotsParams {
   int64_t tokens;
   int num_groups;
   int width;  // a multiple of 8
-  bool bfloat16;
+  DType dtype;
 };
 void launch_group_dots(const char* op, const GroupDotsParams& params, void* stream);
 

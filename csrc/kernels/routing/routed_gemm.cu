@@ -98,12 +98,12 @@ const char* hidden_gather_unsupported(const Routes& r, const RoutedWeight& w, bo
 
 void launch_hidden_gather(const char* op, const HiddenGatherParams& p, void* stream) {
   if (p.routes.tokens == 0 || p.routes.dense_width == 0) return;
-  dispatch_dtype(p.bfloat16, [&]<class T>() { gather<T>(op, p, stream); });
+  dispatch_half(p.dtype, [&]<class T>() { gather<T>(op, p, stream); });
 }
 
 void launch_hidden_scatter(const char* op, const HiddenScatterParams& p, void* stream) {
   if (p.routes.tokens == 0 || p.routes.width == 0) return;
-  dispatch_dtype(p.bfloat16, [&]<class T>() { scatter<T>(op, p, stream); });
+  dispatch_half(p.dtype, [&]<class T>() { scatter<T>(op, p, stream); });
 }
 
 }  // namespace warpform

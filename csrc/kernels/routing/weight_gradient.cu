@@ -56,7 +56,7 @@ void launch_hidden_weight_grad(const HiddenWeightGradParams& p, void* stream) {
   const int64_t ctas = ctas_of(r) * p.splits;
   if (ctas > INT_MAX) fail(kOp, "too many blocks");
   const dim3 grid(static_cast<unsigned>(ctas));
-  dispatch_dtype(p.bfloat16, [&]<class T>() {
+  dispatch_half(p.dtype, [&]<class T>() {
     launch<hidden_weight_grad<T>>(kOp, grid, Shape::kThreads, GradStage::bytes(work.range), stream, work,
                                   tile_shape<Shape>(p.splits));
   });

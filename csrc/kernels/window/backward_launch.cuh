@@ -36,8 +36,7 @@ void launch_window_backward_kernels(const WindowBackwardParams& params, void* st
 
 template <int kBucket>
 void launch_window_backward(const WindowBackwardParams& params, void* stream) {
-  dispatch_dtype(params.problem.bfloat16,
-                 [&]<class T>() { launch_window_backward_kernels<T, kBucket>(params, stream); });
+  dispatch_half(params.problem.dtype, [&]<class T>() { launch_window_backward_kernels<T, kBucket>(params, stream); });
 }
 
 }  // namespace warpform

@@ -13,7 +13,7 @@ void launch_window_forward(const WindowForwardParams& params, void* stream) {
   const WindowProblem& p = params.problem;
   const int groups = ceil_div(p.heads, window_teams(kBucket));
   const int shares = window_shares(int64_t{p.windows} * p.blocks.divisor, groups, window_forward_ctas(kBucket));
-  dispatch_dtype(p.bfloat16, [&]<class T>() {
+  dispatch_half(p.dtype, [&]<class T>() {
     launch<window_attention_forward<T, kBucket>>(
         "window_attention", dim3(shares, groups), window_threads(kBucket), window_forward_shared_bytes(p, kBucket),
         stream, params, TileShape{.m = kBlock, .n = kBlock, .k = kBucket, .stages = 1, .splits = 1});

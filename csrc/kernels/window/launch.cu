@@ -53,7 +53,7 @@ void launch_window_attention_backward(const WindowBackwardParams& params, void* 
   };
   if (p.logit_scale != nullptr) add_shares(params.scale_sums, params.dlogit_scale, p.heads, p.logit_scale_dtype);
   if (p.qkv_bias != nullptr) {
-    add_shares(params.padding_sums, params.dqkv_bias, 3 * p.width, p.bfloat16 ? DType::kBFloat16 : DType::kFloat16);
+    add_shares(params.padding_sums, params.dqkv_bias, 3 * p.width, p.dtype);
   }
 }
 

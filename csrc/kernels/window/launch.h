@@ -25,7 +25,7 @@ struct WindowProblem {
   const void* qkv_bias;     // [3, heads, head_dim] as qkv, or null: q, k and v of padded positions
   DType table_dtype;
   DType logit_scale_dtype;
-  bool bfloat16;  // else float16
+  DType dtype;
   int batch;
   int heads;
   int head_dim;

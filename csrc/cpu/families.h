@@ -1,0 +1,12 @@
+// The kernels of one instruction set by their names; table.cpp makes a table of them.
+#pragma once
+
+#include "kernels.h"
+
+namespace warpform::cpu::WARPFORM_CPU_ISA {
+
+// activation.cpp
+void bias_gelu(const BiasGeluParams& params, const Host& host);
+void bias_gelu_backward(const BiasGeluBackwardParams& params, const Host& host);
+
+}  // namespace warpform::cpu::WARPFORM_CPU_ISA

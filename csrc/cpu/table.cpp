@@ -1,0 +1,15 @@
+// The table of the kernels of one instruction set.
+#include "families.h"
+#include "simd.h"
+
+namespace warpform::cpu::WARPFORM_CPU_ISA {
+
+extern const Kernels kKernels;
+const Kernels kKernels = {
+    .isa = kIsaName,
+    .lanes = kLanes,
+    .bias_gelu = bias_gelu,
+    .bias_gelu_backward = bias_gelu_backward,
+};
+
+}  // namespace warpform::cpu::WARPFORM_CPU_ISA
