@@ -9,4 +9,12 @@ namespace warpform::cpu::WARPFORM_CPU_ISA {
 void bias_gelu(const BiasGeluParams& params, const Host& host);
 void bias_gelu_backward(const BiasGeluBackwardParams& params, const Host& host);
 
+// norm.cpp
+void layer_norm(const LayerNormParams& params, const Host& host);
+void layer_norm_backward(const LayerNormBackwardParams& params, const Host& host);
+
+// packing.cpp
+void packing_plan(const PackingPlanParams& params, const Host& host);
+void gather_rows(const GatherRowsParams& params, const Host& host);
+
 }  // namespace warpform::cpu::WARPFORM_CPU_ISA

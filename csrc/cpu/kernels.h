@@ -5,6 +5,8 @@
 
 #include "host.h"
 #include "kernels/activation/launch.h"
+#include "kernels/norm/launch.h"
+#include "kernels/packing/launch.h"
 
 namespace warpform::cpu {
 
@@ -17,6 +19,10 @@ struct Kernels {
 
   Kernel<BiasGeluParams> bias_gelu;
   Kernel<BiasGeluBackwardParams> bias_gelu_backward;
+  Kernel<LayerNormParams> layer_norm;
+  Kernel<LayerNormBackwardParams> layer_norm_backward;
+  Kernel<PackingPlanParams> packing_plan;
+  Kernel<GatherRowsParams> gather_rows;
 };
 
 // The kernels for this CPU: the widest instruction set that it has, or that WARPFORM_CPU_ISA names. Null where it has

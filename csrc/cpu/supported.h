@@ -14,6 +14,11 @@ inline constexpr SupportedConfig kConfigs[] = {
      .dtypes = kFloats,
      .float_parameters = true,
      .option = {"approximate", {"none", "tanh"}}},
+    {.op = "add_bias_residual_layer_norm", .dtypes = kFloats, .float_parameters = true},
+    {.op = "add_bias_residual_layer_norm_backward", .dtypes = kFloats, .float_parameters = true},
+    {.op = "packing_plan", .dtypes = {{"any"}}},
+    {.op = "pack", .dtypes = {{"any"}}},
+    {.op = "unpack", .dtypes = {{"any"}}},
 };
 
 }  // namespace warpform::cpu

@@ -10,6 +10,10 @@ const Kernels kKernels = {
     .lanes = kLanes,
     .bias_gelu = bias_gelu,
     .bias_gelu_backward = bias_gelu_backward,
+    .layer_norm = layer_norm,
+    .layer_norm_backward = layer_norm_backward,
+    .packing_plan = packing_plan,
+    .gather_rows = gather_rows,
 };
 
 }  // namespace warpform::cpu::WARPFORM_CPU_ISA

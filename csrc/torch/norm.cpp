@@ -57,9 +57,9 @@ void check_backward(const char* op, const Tensor& dout, const std::optional<Tens
 
 // Why no LayerNorm kernel takes x, or nothing.
 std::string layer_norm_unsupported(const Launch& launch, const Tensor& x, int64_t cols) {
-  if (const char* reason = launch.unusable()) return reason;
+  if (const char* reason = launch.unusable_anywhere()) return reason;
   if (const char* reason = kFloatTypes.why_not(dtype_name(x.scalar_type()))) return reason;
-  if (!kLayerNormCols.allows(cols)) {
+  if (!launch.on_cpu() && !kLayerNormCols.allows(cols)) {
     return "rows of " + std::to_string(cols) + " elements; the kernels take up to " +
            std::to_string(kLayerNormCols.max);
   }
@@ -72,7 +72,6 @@ Quadruple add_bias_residual_layer_norm(Tensor x, std::optional<Tensor> bias, std
                                        Tensor weight, Tensor ln_bias, double eps, bool return_sum) {
   constexpr const char* kOp = "add_bias_residual_layer_norm";
   check_forward(kOp, x, bias, residual, weight, ln_bias, eps);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const auto [rows, cols] = rows_of(x);
   const Launch launch(kOp, x);
   if (const std::string reason = layer_norm_unsupported(launch, x, cols); !reason.empty()) {
@@ -87,21 +86,21 @@ Quadruple add_bias_residual_layer_norm(Tensor x, std::optional<Tensor> bias, std
   Tensor sum = empty(kOp, return_sum ? sizes_of(x) : std::vector<int64_t>{0}, x.scalar_type(), x);
   Tensor mean = empty(kOp, {rows}, ScalarType::Float, x);
   Tensor rstd = empty(kOp, {rows}, ScalarType::Float, x);
-  launch_layer_norm({.x = launch.in(x),
-                     .residual = launch.in_or_null(residual),
-                     .bias = launch.in_or_null(bias),
-                     .weight = launch.in(weight),
-                     .ln_bias = launch.in(ln_bias),
-                     .out = launch.out(out),
-                     .sum = return_sum ? launch.out(sum) : nullptr,
-                     .mean = launch.out<float>(mean),
-                     .rstd = launch.out<float>(rstd),
-                     .rows = rows,
-                     .cols = cols,
-                     .eps = static_cast<float>(eps),
-                     .dtype = element_type(x),
-                     .float_parameters = weight.scalar_type() == ScalarType::Float},
-                    launch.stream());
+  const LayerNormParams params{.x = launch.in(x),
+                               .residual = launch.in_or_null(residual),
+                               .bias = launch.in_or_null(bias),
+                               .weight = launch.in(weight),
+                               .ln_bias = launch.in(ln_bias),
+                               .out = launch.out(out),
+                               .sum = return_sum ? launch.out(sum) : nullptr,
+                               .mean = launch.out<float>(mean),
+                               .rstd = launch.out<float>(rstd),
+                               .rows = rows,
+                               .cols = cols,
+                               .eps = static_cast<float>(eps),
+                               .dtype = element_type(x),
+                               .float_parameters = weight.scalar_type() == ScalarType::Float};
+  launch.run<&launch_layer_norm, &cpu::Kernels::layer_norm>(params);
   return {out, sum, mean, rstd};
 }
 
@@ -109,7 +108,6 @@ Quadruple add_bias_residual_layer_norm_backward(Tensor dout, std::optional<Tenso
                                                 Tensor mean, Tensor rstd) {
   constexpr const char* kOp = "add_bias_residual_layer_norm_backward";
   check_backward(kOp, dout, dsum, sum, weight, mean, rstd);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(sum));
   const auto [rows, cols] = rows_of(sum);
   const Launch launch(kOp, sum);
   if (const std::string reason = layer_norm_unsupported(launch, sum, cols); !reason.empty()) {
@@ -141,10 +139,13 @@ Quadruple add_bias_residual_layer_norm_backward(Tensor dout, std::optional<Tenso
                                  .cols = cols,
                                  .dtype = element_type(sum),
                                  .float_parameters = weight.scalar_type() == ScalarType::Float};
-  params.groups = layer_norm_backward_groups(params);
-  Tensor partials = empty(kOp, {3, params.groups, cols}, ScalarType::Float, sum);
-  params.partials = launch.out<float>(partials);
-  launch_layer_norm_backward(params, launch.stream());
+  std::optional<Tensor> partials;
+  if (!launch.on_cpu()) {
+    params.groups = launch.ask<&layer_norm_backward_groups>(params);
+    partials = empty(kOp, {3, params.groups, cols}, ScalarType::Float, sum);
+    params.partials = launch.out<float>(*partials);
+  }
+  launch.run<&launch_layer_norm_backward, &cpu::Kernels::layer_norm_backward>(params);
   return {dx, dbias, dweight, dln_bias};
 }
 

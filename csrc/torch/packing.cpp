@@ -33,10 +33,9 @@ Plan packing_plan(Tensor mask, int64_t capacity) {
         ": mask and capacity must count at most 2^31 - 1 tokens, since cu_seqlens is int32; got ", Got{mask},
         " and capacity ", capacity);
   const int mask_bytes = static_cast<int>(mask.element_size());
-  if constexpr (!kHasKernels) return UseReference(without_kernels(mask));
   const Launch launch(kOp, mask);
-  const char* reason = launch.unusable();
-  if (reason == nullptr && (mask_bytes == 2 || (seqlen > 1 && mask.stride(1) != 1))) {
+  const char* reason = launch.unusable_anywhere();
+  if (reason == nullptr && !launch.on_cpu() && (mask_bytes == 2 || (seqlen > 1 && mask.stride(1) != 1))) {
     reason = "the mask is int16 or its last dimension is not contiguous";
   }
   if (reason != nullptr) {
@@ -45,25 +44,40 @@ Plan packing_plan(Tensor mask, int64_t capacity) {
   Plan plan{empty(kOp, {batch + 1}, ScalarType::Int, mask),     empty(kOp, {batch}, ScalarType::Int, mask),
             empty(kOp, {capacity}, ScalarType::Long, mask),     empty(kOp, {capacity}, ScalarType::Long, mask),
             empty(kOp, {batch, seqlen}, ScalarType::Int, mask), empty(kOp, {2}, ScalarType::Long, mask)};
-  launch_packing_plan({.mask = launch.in(mask),
-                       .mask_bytes = mask_bytes,
-                       .mask_stride = mask.stride(0),
-                       .batch = batch,
-                       .seqlen = seqlen,
-                       .capacity = capacity,
-                       .cu_seqlens = launch.out<int32_t>(std::get<0>(plan)),
-                       .lengths = launch.out<int32_t>(std::get<1>(plan)),
-                       .indices = launch.out<int64_t>(std::get<2>(plan)),
-                       .position_ids = launch.out<int64_t>(std::get<3>(plan)),
-                       .ranks = launch.out<int32_t>(std::get<4>(plan)),
-                       .summary = launch.out<int64_t>(std::get<5>(plan))},
-                      launch.stream());
+  launch.run<&launch_packing_plan, &cpu::Kernels::packing_plan>(
+      PackingPlanParams{.mask = launch.in(mask),
+                        .mask_bytes = mask_bytes,
+                        .mask_stride = mask.stride(0),
+                        .mask_column_stride = seqlen > 1 ? mask.stride(1) : 1,
+                        .batch = batch,
+                        .seqlen = seqlen,
+                        .capacity = capacity,
+                        .cu_seqlens = launch.out<int32_t>(std::get<0>(plan)),
+                        .lengths = launch.out<int32_t>(std::get<1>(plan)),
+                        .indices = launch.out<int64_t>(std::get<2>(plan)),
+                        .position_ids = launch.out<int64_t>(std::get<3>(plan)),
+                        .ranks = launch.out<int32_t>(std::get<4>(plan)),
+                        .summary = launch.out<int64_t>(std::get<5>(plan))});
   return plan;
 }
 
-// pack and unpack are one gather: the rows of `x` (its first `in_dims` dimensions) are read where `index` says. x is
-// contiguous: gradients often are not, and are copied before.
-Tensor gather(const char* op, const Launch& launch, const Tensor& x, int in_dims, const Tensor& index) {
+// Whether x is rows that are contiguous each, at equal distances over its first `dims` dimensions.
+bool has_even_rows(const Tensor& x, int dims) {
+  int64_t expected = 1;
+  for (int64_t i = x.dim(); i-- > dims; expected *= x.size(i)) {
+    if (x.size(i) != 1 && x.stride(i) != expected) return false;
+  }
+  return dims == 1 || x.size(0) == 1 || x.size(1) == 1 || x.stride(0) == x.size(1) * x.stride(1);
+}
+
+// Elements from row to row of such an x, which is not empty.
+int64_t row_stride(const Tensor& x, int dims) { return x.stride(dims == 2 && x.size(1) == 1 ? 0 : dims - 1); }
+
+// pack and unpack are one gather: the rows of `x` (its first `in_dims` dimensions) are read where `index` says. Gradients
+// often are not contiguous: they are copied before, but for a CPU only where their rows are not contiguous either.
+Tensor gather(const char* op, const Launch& launch, Tensor x, int in_dims, const Tensor& index) {
+  const bool in_place = launch.on_cpu() && x.numel() > 0 && has_even_rows(x, in_dims);
+  if (!in_place) x = contiguous(x);
   std::vector<int64_t> sizes = sizes_of(index);
   int64_t in_rows = 1, row = 1;
   for (int64_t i = 0; i < x.dim(); ++i) {
@@ -76,21 +90,22 @@ Tensor gather(const char* op, const Launch& launch, const Tensor& x, int in_dims
   }
   Tensor out = empty(op, sizes, x.scalar_type(), x);
   const int64_t row_bytes = row * static_cast<int64_t>(x.element_size());
-  launch_gather_rows({.in = launch.in(x),
-                      .out = launch.out(out),
-                      .index = launch.in(index),
-                      .index_bytes = static_cast<int>(index.element_size()),
-                      .in_rows = in_rows,
-                      .out_rows = index.numel(),
-                      .row_bytes = row_bytes,
-                      .in_stride = row_bytes},
-                     launch.stream());
+  const int64_t in_stride = in_place ? row_stride(x, in_dims) * static_cast<int64_t>(x.element_size()) : row_bytes;
+  launch.run<&launch_gather_rows, &cpu::Kernels::gather_rows>(
+      GatherRowsParams{.in = launch.in(x),
+                       .out = launch.out(out),
+                       .index = launch.in(index),
+                       .index_bytes = static_cast<int>(index.element_size()),
+                       .in_rows = in_rows,
+                       .out_rows = index.numel(),
+                       .row_bytes = row_bytes,
+                       .in_stride = in_stride});
   return out;
 }
 
 // Why no kernel moves the rows of x, or null.
 const char* no_kernel(const Launch& launch, const Tensor& x) {
-  if (const char* reason = launch.unusable()) return reason;
+  if (const char* reason = launch.unusable_anywhere()) return reason;
   return x.scalar_type() == ScalarType::Undefined ? "a dtype that torch's stable headers have no name for" : nullptr;
 }
 
@@ -108,12 +123,11 @@ Tensor pack(Tensor x, Tensor indices, Tensor ranks) {
   check_packing(kOp, "x", x, indices, ranks);
   check(x.dim() >= 2 && x.size(0) == ranks.size(0) && x.size(1) == ranks.size(1), kOp, ": x must be of shape [",
         ranks.size(0), ", ", ranks.size(1), ", '...'] as the mask was, got ", Got{x});
-  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, x)) {
     return UseReference(reason);
   }
-  return gather(kOp, launch, contiguous(x), 2, contiguous(indices));
+  return gather(kOp, launch, x, 2, contiguous(indices));
 }
 
 Tensor unpack(Tensor t, Tensor indices, Tensor ranks) {
@@ -121,12 +135,11 @@ Tensor unpack(Tensor t, Tensor indices, Tensor ranks) {
   check_packing(kOp, "t", t, indices, ranks);
   check(t.dim() >= 1 && t.size(0) == indices.size(0), kOp, ": t must be of shape [", indices.size(0),
         ", '...'], the packed rows, got ", Got{t});
-  if constexpr (!kHasKernels) return UseReference(without_kernels(t));
   const Launch launch(kOp, t);
   if (const char* reason = no_kernel(launch, t)) {
     return UseReference(reason);
   }
-  return gather(kOp, launch, contiguous(t), 1, contiguous(ranks));
+  return gather(kOp, launch, t, 1, contiguous(ranks));
 }
 
 }  // namespace

@@ -1,5 +1,9 @@
 #include "tensor.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace warpform {
 namespace {
 
@@ -37,6 +41,21 @@ int32_t device_type_of(const api::TensorView& t) {
     case api::TensorView::kMeta: return aoti_torch_device_type_meta();
     default: throw std::runtime_error("a tensor on a device that no op runs on");
   }
+}
+
+// Asks for huge pages under a large output on a CPU. Memory of this size is fresh from the system, and the first touch of
+// every 4 KiB of it costs more than what a kernel writes there. Where the system grants none nothing changes.
+void ask_for_huge_pages([[maybe_unused]] const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kFromBytes = uintptr_t{32} << 20, kHugePage = uintptr_t{2} << 20;
+  const uintptr_t bytes = static_cast<uintptr_t>(t.numel()) * t.element_size();
+  if (bytes < kFromBytes) return;
+  // The part that is whole huge pages: what else lies in the first and the last belongs to others.
+  const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage,
+                  last = (begin + bytes) / kHugePage * kHugePage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace
@@ -112,6 +131,7 @@ Tensor empty(const char* op, const std::vector<int64_t>& sizes, ScalarType dtype
     throw std::runtime_error(text);
   }
   Tensor out{torch::stable::Tensor(handle)};
+  if (out.is_cpu()) ask_for_huge_pages(out);
 #ifdef WARPFORM_SIMT
   if (out.is_cpu()) std::memset(out.mutable_data_ptr(), 0xff, static_cast<size_t>(out.numel()) * out.element_size());
 #endif

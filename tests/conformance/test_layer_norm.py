@@ -7,13 +7,14 @@ import torch
 from hypothesis import strategies as st
 
 from helpers import cases, checks, oracle
-from helpers.backends import HALF, Backend, drawn_on, kernels, on, reference, same
+from helpers.backends import HALF, Backend, cpu, drawn_on, kernels, on, on_threads, reference, same
 from helpers.cases import LAYER_NORM_CASES, LayerNormCase
 from helpers.compare import assert_close
 
 REFERENCE = reference()
+CPU = cpu(cases.KERNEL_DTYPES)
 SIMT, GPU = kernels(cases.KERNEL_DTYPES)
-EVERY = (REFERENCE, SIMT, GPU)
+EVERY = (REFERENCE, CPU, SIMT, GPU)
 by_parameters = pytest.mark.parametrize(("dtype", "wide"), cases.KERNEL_PARAMETERS, ids=cases.KERNEL_PARAMETER_IDS)
 
 
@@ -26,13 +27,40 @@ def test_cases(backend: Backend, case: LayerNormCase, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.sampled
-@on(SIMT, GPU, width=cases.LAYER_NORM_WIDTHS)
+@on(CPU, SIMT, GPU, width=cases.LAYER_NORM_WIDTHS)
 @by_parameters
 def test_widths(backend: Backend, width: int, dtype: torch.dtype, wide: bool) -> None:
     backend.configure(width, 1)  # one multiprocessor: blocks walk over several rows
     for case in cases.layer_norm_grid(width, wide_parameters=wide):
         # Two columns of opposite sign have a gradient of zero, which only its rounding tells from another.
         checks.check_layer_norm(backend.library, case, dtype, backend.device, backward=width > 2)
+
+
+@on(REFERENCE, CPU, width=(16385, 70001))
+def test_rows_wider_than_a_gpu_takes(backend: Backend, width: int, dtype: torch.dtype) -> None:
+    checks.check_layer_norm(backend.library, LayerNormCase("", (3, width)), dtype, backend.device)
+
+
+@on(CPU, rows=(5, 67, 1300), width=(33, 96, 768))
+@by_parameters
+def test_many_rows_on_any_number_of_threads(
+    backend: Backend, rows: int, width: int, dtype: torch.dtype, wide: bool
+) -> None:
+    case = LayerNormCase("", (rows, width), wide_parameters=wide)
+    checks.check_layer_norm(backend.library, case, dtype, backend.device)
+    x = cases.layer_norm_inputs(case, dtype, backend.device)
+    found = []
+    for threads in (1, 2, 5):
+        with on_threads(threads):
+            forward = backend.library.add_bias_residual_layer_norm(
+                x.x, x.bias, x.residual, x.weight, x.ln_bias, return_sum=True
+            )
+            _, total, mean, rstd = forward
+            backward = backend.library.add_bias_residual_layer_norm_backward(
+                x.dout, x.dsum, total, x.weight, mean, rstd
+            )
+            found.append((*forward, *backward))
+    assert same(found[0], found[1]) and same(found[0], found[2])
 
 
 @drawn_on(
@@ -48,7 +76,7 @@ def test_drawn(backend: Backend, case: LayerNormCase, dtype: torch.dtype, sm_cou
 # ---- what is rounded ----
 
 
-@on(SIMT, GPU)  # PyTorch's LayerNorm, which the reference calls, loses digits there
+@on(CPU, SIMT, GPU)  # PyTorch's LayerNorm, which the reference calls, loses digits there
 @pytest.mark.parametrize("width", (33, 768, 4096))
 @pytest.mark.parametrize("offset", (1e3, 1e5))
 def test_mean_far_from_zero(backend: Backend, width: int, offset: float) -> None:

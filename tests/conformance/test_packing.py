@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import checks
-from helpers.backends import Backend, drawn_on, kernels, on, reference
+from helpers.backends import Backend, cpu, drawn_on, kernels, on, reference
 from helpers.cases import MASK_CASES, ROW_CASES, MaskCase, RowCase
 
 # The dtypes of masks.
 REFERENCE = reference((torch.bool, torch.int64, torch.uint8, torch.int16))
+CPU = cpu((torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 SIMT, GPU = kernels((torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64), examples=(40, 100))
-EVERY = (REFERENCE, SIMT, GPU)
+EVERY = (REFERENCE, CPU, SIMT, GPU)
 ORDERS = ((0,), (1,), (2,))
 
 
@@ -79,6 +80,28 @@ def test_masks_at_odd_addresses(backend: Backend, dtype: torch.dtype, seqlen: in
     plan = backend.library.packing_plan(mask, 2 * seqlen)
     for got, expected in zip(plan, plain_plan(mask.cpu(), 2 * seqlen), strict=True):
         assert torch.equal(got.cpu(), expected)
+
+
+@on(REFERENCE, CPU, seqlen=(1, 7, 40))
+def test_masks_with_strides(backend: Backend, dtype: torch.dtype, seqlen: int) -> None:
+    for mask in (
+        (torch.rand(seqlen, 3) < 0.6).to(dtype).T,
+        (torch.rand(4, seqlen, 2) < 0.6).to(dtype)[..., 1],
+        (torch.rand(5, 1) < 0.6).to(dtype).expand(5, seqlen),
+    ):
+        for capacity in (mask.numel(), mask.numel() // 3):
+            check_plan(backend, mask, capacity)
+
+
+@on(REFERENCE, CPU, density=(0.0, 0.5, 1.0))
+def test_plans_of_many_places(backend: Backend, density: float) -> None:
+    """Threads share out such a mask. Rows are empty, full, cut short by padding on either side, and have holes."""
+    mask = torch.rand(40, 3000) < density
+    mask[7] = True
+    mask[3, :1700] = True
+    mask[4, 1700:] = False
+    for capacity in (mask.numel() + 50000, 61111):
+        check_plan(backend, mask, capacity)
 
 
 @on(*EVERY)
@@ -160,6 +183,10 @@ def test_strided_rows(backend: Backend) -> None:
     for x in (
         random_rows(backend, torch.float32, 4, 7, 6, 2)[..., 0],
         random_rows(backend, torch.float32, 7, 4, 6).transpose(0, 1),
+        random_rows(backend, torch.float32, 4, 7, 18)[..., 6:12],
+        random_rows(backend, torch.float32, 4, 1, 18)[..., 6:12].expand(4, 7, 6),
+        random_rows(backend, torch.float32, 4, 9, 6)[:, 1:8],
+        random_rows(backend, torch.float32, 4, 7, 1).expand(4, 7, 6),
     ):
         check_gather(backend, x, torch.rand(4, 7) < 0.7, 28)
 

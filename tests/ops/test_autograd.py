@@ -108,6 +108,41 @@ def test_layer_norm_recomputes_a_sum_that_was_not_kept() -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_x_and_residual_of_layer_norm_share_no_gradient() -> None:
+    """The formula hands one tensor to both, as that of torch's add does: leaves must not end up with one memory."""
+    x, residual = (torch.randn(3, 5, requires_grad=True) for _ in range(2))
+    weight = torch.randn(5)
+
+    def backward() -> None:
+        ops.add_bias_residual_layer_norm(x, None, residual, weight, weight).square().sum().backward()
+
+    def gradients() -> tuple[Tensor, Tensor]:
+        assert x.grad is not None and residual.grad is not None
+        return x.grad, residual.grad
+
+    backward()
+    of_x, of_residual = gradients()
+    once = of_x.clone()
+    assert torch.equal(of_residual, once) and of_x.data_ptr() != of_residual.data_ptr()
+    backward()  # adds in place
+    assert torch.equal(gradients()[0], 2 * once) and torch.equal(gradients()[1], 2 * once)
+    with torch.no_grad():
+        gradients()[0].zero_()
+    assert torch.equal(gradients()[1], 2 * once)
+
+
+def test_gradients_of_layer_norm_add_up_where_residual_goes_on() -> None:
+    """The gradient of x goes through a layer whose gradient comes back to residual."""
+    x, residual = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(5, dtype=torch.float64)
+
+    def function(x: Tensor, residual: Tensor) -> Tensor:
+        hidden = ops.add_bias_residual_layer_norm(residual.sin() * x, None, residual, weight, weight)
+        return ops.add_bias_residual_layer_norm(hidden, None, hidden, weight, weight)
+
+    assert torch.autograd.gradcheck(function, (x, residual))
+
+
 @pytest.mark.parametrize("approximate", ("none", "tanh"))
 @pytest.mark.parametrize("with_bias", (False, True))
 def test_gradcheck_of_gelu(approximate: str, with_bias: bool) -> None:

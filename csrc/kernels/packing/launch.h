@@ -11,9 +11,10 @@ namespace warpform {
 // ---- packing_plan ----
 
 struct PackingPlanParams {
-  const void* mask;     // [batch, seqlen], rows contiguous, mask_bytes an element; a nonzero element is a token
-  int mask_bytes;       // 1, 4 or 8
-  int64_t mask_stride;  // elements from row to row
+  const void* mask;            // [batch, seqlen], mask_bytes an element; a nonzero element is a token
+  int mask_bytes;              // 1, 4 or 8, on a CPU also 2
+  int64_t mask_stride;         // elements from row to row
+  int64_t mask_column_stride;  // elements from place to place: 1, on a CPU any
   int64_t batch;
   int64_t seqlen;
   int64_t capacity;

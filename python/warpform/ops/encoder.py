@@ -187,8 +187,8 @@ def _layer_norm_gradient(
     return (
         dx if needed[0] else None,
         dbias if needed[1] else None,
-        # A gradient that two inputs share would be a hazard to hooks that change one in place.
-        (dx.clone() if needed[0] else dx) if needed[2] else None,
+        # One tensor for both inputs, as torch's add hands it on: leaves take a copy of a gradient that is shared.
+        dx if needed[2] else None,
         dweight if needed[3] else None,
         dln_bias if needed[4] else None,
         None,

@@ -1,0 +1,105 @@
+// What the row-wise and elementwise kernels share: a row seen as vectors, the last of them cut short, and parameters.
+#pragma once
+
+#include "simd.h"
+#include "threads.h"
+
+namespace warpform::cpu::WARPFORM_CPU_ISA {
+namespace {
+
+// Elements of an item of work: some 10 microseconds.
+constexpr int64_t kItemElements = 32768;
+// Rows of a partial sum over rows: the problem alone decides, so that bits do not depend on threads. Sums of float32
+// stay short, items are not too small, and the sums of all shares stay in a cache.
+constexpr int64_t kFewestShareRows = 64;
+constexpr int64_t kMostShares = 256;
+constexpr int64_t share_rows(int64_t rows, int64_t cols) {
+  const int64_t for_work = ceil_div(kItemElements, larger(1, cols));
+  return round_up(larger(kFewestShareRows, larger(for_work, ceil_div(rows, kMostShares))), 4);
+}
+
+// A whole vector of a row.
+struct AllLanes {
+  template <class T>
+  WARPFORM_INLINE Vec read(const T* p) const {
+    return load(p);
+  }
+  template <class T>
+  WARPFORM_INLINE void write(T* p, Vec v) const {
+    store(p, v);
+  }
+  WARPFORM_INLINE Vec or_zero(Vec v) const { return v; }
+};
+
+// The vector at the end of a row, of which n elements are there. What is read past them is 0.
+struct FirstLanes {
+  int64_t n;
+  template <class T>
+  WARPFORM_INLINE Vec read(const T* p) const {
+    return load_first(p, n);
+  }
+  template <class T>
+  WARPFORM_INLINE void write(T* p, Vec v) const {
+    store_first(p, v, n);
+  }
+  WARPFORM_INLINE Vec or_zero(Vec v) const { return first_lanes(n) ? v : Vec{}; }
+};
+
+// Calls f(c, lanes) for every vector of the columns [first, last), c its first column.
+template <class F>
+WARPFORM_INLINE void each_vector(int64_t first, int64_t last, const F& f) {
+  int64_t c = first;
+  for (; c + kLanes <= last; c += kLanes) f(c, AllLanes{});
+  if (c < last) f(c, FirstLanes{last - c});
+}
+
+// Sums over the columns of rows: calls f(c, lanes, sum) for every vector, which adds to the kSums vectors of sum. kChains
+// sums are made side by side, since an addition waits for the one before it, and none of them has more than 256 terms.
+template <int kChains, int kSums, class F>
+WARPFORM_INLINE void sum_columns(float (&total)[kSums], int64_t cols, const F& f) {
+  constexpr int64_t kStep = kChains * kLanes;
+  for (int k = 0; k < kSums; ++k) total[k] = 0.f;
+  for (int64_t first = 0; first < cols; first += 256 * kStep) {
+    const int64_t last = smaller(cols, first + 256 * kStep);
+    Vec sum[kChains][kSums] = {};
+    int64_t c = first;
+    for (; c + kStep <= last; c += kStep) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kChains; ++i) f(c + i * kLanes, AllLanes{}, sum[i]);
+    }
+    each_vector(c, last, [&](int64_t at, auto lanes) { f(at, lanes, sum[0]); });
+#pragma GCC unroll 8
+    for (int k = 0; k < kSums; ++k) {
+      Vec of_chains = sum[0][k];
+#pragma GCC unroll 8
+      for (int i = 1; i < kChains; ++i) of_chains += sum[i][k];
+      total[k] += sum_of_lanes(of_chains);
+    }
+  }
+}
+
+// A parameter [cols] as float32, or null: itself, or a copy in `room`, which has place for cols rounded up to kLanes.
+inline const float* as_floats(const void* parameter, DType type, int64_t cols, float* room) {
+  if (parameter == nullptr || type == DType::kFloat32) return static_cast<const float*>(parameter);
+  with_element(type, [&]<class T>(T*) {
+    const auto* const from = static_cast<const T*>(parameter);
+    for (int64_t c = 0; c < cols; c += kLanes) store(room + c, load_first(from + c, cols - c));
+  });
+  return room;
+}
+
+// to [cols] of `type` = the sums of columns over shares, in order; share i begins at sums + i * stride. Zeros without
+// shares.
+inline void add_shares(void* to, DType type, const float* sums, int64_t shares, int64_t stride, int64_t cols) {
+  with_element(type, [&]<class T>(T*) {
+    auto* const out = static_cast<T*>(to);
+    for (int64_t c = 0; c < cols; c += kLanes) {
+      Vec sum{};
+      for (int64_t share = 0; share < shares; ++share) sum += load(sums + share * stride + c);
+      store_first(out + c, sum, cols - c);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace warpform::cpu::WARPFORM_CPU_ISA
