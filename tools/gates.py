@@ -421,7 +421,7 @@ def check_launches(kernels: list[Kernel], launches: list[Launch], never: dict[st
 
 
 def cpu_objects(library: Path, builds: Path = ROOT / "build") -> dict[str, list[Path]]:
-    """The objects of CPU kernels that the library was linked from, by instruction set; empty where no build has them."""
+    """The objects of CPU kernels that the library was linked from, by instruction set; empty without its build."""
     for folder in sorted(builds.glob("cmake-*"), key=lambda path: path.stat().st_mtime, reverse=True):
         built = folder / "libwarpform.so"
         if built.is_file() and filecmp.cmp(built, library, shallow=False):
