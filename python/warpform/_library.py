@@ -95,7 +95,10 @@ def cpu_isa() -> str:
 
 
 def cpu_kernels_missing() -> str:
-    """Why no CPU kernel runs in this process; empty where they do. Raises ImportError where the library is not loaded."""
+    """Why no CPU kernel runs in this process; empty where they do.
+
+    Raises ImportError where the library is not loaded.
+    """
     require()
     import torch
 

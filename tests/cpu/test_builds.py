@@ -83,7 +83,7 @@ def isa() -> str:
 
 
 def test_address_and_undefined_behaviour_sanitizer(isa: str, tmp_path: Path) -> None:
-    """Kernels of the library compiled with both: an element read past a tensor, or a shift too far, ends the process."""
+    """Kernels compiled with both: an element read past a tensor, or a shift too far, ends the process."""
     folder = build_folder()
     flags = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     objects = {}
