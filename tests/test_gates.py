@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -135,3 +136,38 @@ def test_every_kernel_is_launched_by_a_call():
     kernels = {gates.bare(name) for name in gates.demangle(list(listed))}
     assert len(kernels) > 300
     assert kernels == {gates.bare(launch.kernel) for launch in launches} | gates.NEVER_LAUNCHED.keys()
+
+
+# ---- the instruction sets of CPU kernels ----
+
+NAMES = """
+_ZN8warpform3cpu2v39bias_geluERKNS_14BiasGeluParamsERKNS0_4HostE T 0 40
+_ZN8warpform3cpu2v312_GLOBAL__N_17forwardEv t 40 80
+memset U
+"""
+
+
+@pytest.mark.parametrize(
+    ("symbols", "code", "problem"),
+    (
+        (NAMES, "vaddps %ymm15,%ymm1,%ymm2", None),
+        (NAMES + "_ZN8warpform4sizeEv W 0 10", "", "shares _ZN8warpform4sizeEv"),
+        (NAMES + "_ZN8warpform4sizeEv T 0 10", "", "outside of its namespace"),
+        (NAMES + "_ZN8warpform3cpu2v44sizeEv U", "", "needs _ZN8warpform3cpu2v44sizeEv"),
+        (NAMES + "_Znwm U", "", "needs _Znwm"),
+        (NAMES, "vaddps %zmm1,%zmm2,%zmm3", "uses %zmm"),
+        (NAMES, "vaddps %ymm1,%ymm17,%ymm3", "uses %ymm17"),
+        (NAMES, "vmovups %ymm1{%k1},(%rdi)", "uses %k1"),
+    ),
+)
+def test_an_object_of_cpu_kernels(symbols: str, code: str, problem: str | None) -> None:
+    found = gates.check_cpu_object("activation", "v3", symbols, code)
+    assert not found if problem is None else len(found) == 1 and problem in found[0]
+
+
+def test_the_objects_of_cpu_kernels_share_nothing():
+    library = gates.LIBRARY
+    objects = gates.cpu_objects(library) if library.is_file() else {}
+    if not objects or not shutil.which("nm") or not shutil.which("objdump"):
+        pytest.skip("needs the build's folder and binutils")
+    assert gates.check_cpu_objects(objects).problems == []

@@ -1,13 +1,16 @@
-"""Gates on the built binary that need no GPU: architectures, stack, tensor-core instructions, wgmma, launches.
+"""Gates on the built binary that need no GPU: architectures, stack, tensor-core instructions, wgmma, launches, and the
+instruction sets of CPU kernels.
 
     python tools/gates.py [libwarpform.so]
 
 Reads the binary with cuobjdump (Python packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm, or a toolkit's), not a
-compiler's log, because a cached build prints none. Prints a table; exits 0 only if every gate passed.
+compiler's log, because a cached build prints none. The objects of CPU kernels it reads with nm and objdump, in the
+folder of the build. Prints a table; exits 0 only if every gate passed.
 """
 
 from __future__ import annotations
 
+import filecmp
 import importlib.util
 import os
 import re
@@ -118,6 +121,18 @@ ONLY: tuple[ArchRule, ...] = ()
 NEVER_LAUNCHED: dict[str, str] = {
     "probe": "it is what the runtime is asked about: whether the GPU has machine code of this library",
 }
+
+# Registers that code of an instruction set must not touch. csrc/cpu is compiled once for each.
+WIDER = {"v3": re.compile(r"%zmm|%k[1-7]\b|%[xy]mm(1[6-9]|2\d|3[01])\b")}
+# What objects of CPU kernels may take from elsewhere: the C library, and cleaning up behind an exception of the host.
+CPU_NEEDS = frozenset(
+    (
+        *("memcpy", "memset", "memmove", "memcmp"),
+        *("logf", "exp2f", "log2f", "expf", "tanhf", "sqrtf"),
+        *("__stack_chk_fail", "_GLOBAL_OFFSET_TABLE_"),
+        *("_Unwind_Resume", "__gxx_personality_v0", "DW.ref.__gxx_personality_v0"),
+    )
+)
 
 # Launches are planned for these GPUs: compute capability, the architecture whose code it runs, SMs, and bytes of shared
 # memory that a block may have.
@@ -405,6 +420,59 @@ def check_launches(kernels: list[Kernel], launches: list[Launch], never: dict[st
     return Verdict("launches", problems, f"{len(launched)} kernels in {len(launches)} launches, each with room to run")
 
 
+def cpu_objects(library: Path, builds: Path = ROOT / "build") -> dict[str, list[Path]]:
+    """The objects of CPU kernels that the library was linked from, by instruction set; empty without its build."""
+    for folder in sorted(builds.glob("cmake-*"), key=lambda path: path.stat().st_mtime, reverse=True):
+        built = folder / "libwarpform.so"
+        if built.is_file() and filecmp.cmp(built, library, shallow=False):
+            found: dict[str, list[Path]] = {}
+            for path in sorted(folder.glob("CMakeFiles/warpform_cpu_*.dir/csrc/cpu/*.o")):
+                isa = path.parents[2].name.removeprefix("warpform_cpu_").removesuffix(".dir")
+                found.setdefault(isa, []).append(path)
+            return found
+    return {}
+
+
+def check_cpu_object(name: str, isa: str, symbols: str, code: str) -> list[str]:
+    """Problems of one object, from the outputs of `nm --format=posix` and `objdump -d`.
+
+    The linker keeps one copy of a function that several objects share (a weak symbol), and a CPU without AVX-512 would
+    run the copy that was compiled for it; so no such symbol may be there, nor one that belongs to no instruction set.
+    """
+    problems = []
+    space = f"{len(isa)}{isa}"  # as a mangled name has it
+    for symbol, kind, *_ in filter(None, map(str.split, symbols.splitlines())):
+        if symbol in CPU_NEEDS:
+            continue
+        if kind == "U":
+            if f"3cpu{space}" not in symbol:
+                problems.append(f"{name} ({isa}) needs {symbol}")
+        elif kind in "WVuwvi":
+            problems.append(f"{name} ({isa}) shares {symbol}")
+        elif kind.isupper() and f"3cpu{space}" not in symbol:
+            problems.append(f"{name} ({isa}) defines {symbol} outside of its namespace")
+    wider = WIDER.get(isa)
+    if wider is not None and (found := wider.search(code)):
+        problems.append(f"{name} ({isa}) uses {found[0]}")
+    return problems
+
+
+def check_cpu_objects(objects: dict[str, list[Path]]) -> Verdict:
+    """CPU kernels of one instruction set share nothing with those of another, and keep to its registers."""
+    if not objects:
+        return Verdict("CPU kernels", [], "no build folder has the library's objects", asked=False)
+    problems = []
+    for isa, paths in objects.items():
+        for path in paths:
+            symbols = run(["nm", "--format=posix", str(path)])
+            code = run(["objdump", "-d", "--no-show-raw-insn", str(path)]) if isa in WIDER else ""
+            problems += check_cpu_object(path.stem, isa, symbols, code)
+        if {path.name for path in paths} != {path.name for path in next(iter(objects.values()))}:
+            problems.append(f"{isa} has other objects than the first instruction set")
+    count = sum(map(len, objects.values()))
+    return Verdict("CPU kernels", problems, f"{count} objects of {', '.join(objects)}, nothing shared between them")
+
+
 def main(arguments: list[str]) -> int:
     library = Path(arguments[0]) if arguments else LIBRARY
     if not library.is_file():
@@ -418,6 +486,7 @@ def main(arguments: list[str]) -> int:
         check_stack(kernels),
         check_opcodes(kernels),
         check_wgmma(kernels),
+        check_cpu_objects(cpu_objects(library)),
     ]
     if library.resolve() == LIBRARY:
         verdicts.append(check_launches(kernels, planned_launches()))

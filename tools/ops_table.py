@@ -19,17 +19,18 @@ sys.path.insert(0, str(ROOT / "bench"))
 from report.readme import replace  # noqa: E402
 
 HEADER = [
-    "| op | CPU | CUDA float16, bfloat16 | CUDA float32 | CUDA float64 | what the kernels take |",
-    "|---|---|---|---|---|---|",
+    "| op | CPU, all but float64 | CUDA float16, bfloat16 | CUDA float32 | CUDA float64 | what CUDA kernels take "
+    "| what CPU kernels take |",
+    "|---|---|---|---|---|---|---|",
 ]
-KERNEL, REFERENCE = "kernel", "reference, with a warning"
+KERNEL, REFERENCE, SILENT = "kernel", "reference, with a warning", "reference"
 NAMES = {"block_sizes": "sizes of blocks", "max_taps": "taps", "max_cols": "columns", "num_groups": "groups"}
 
 
-def table(ops: Iterable[Any], kernels: list[dict[str, Any]]) -> list[str]:
+def table(ops: Iterable[Any], kernels: list[dict[str, Any]], cpu_kernels: list[dict[str, Any]]) -> list[str]:
     """Lines of the table: a row for each op that is not the backward of another.
 
-    ops: `RegisteredOp`s. kernels: rows of `_kernel_table`.
+    ops: `RegisteredOp`s. kernels: rows of `_kernel_table`. cpu_kernels: rows of `_cpu_kernel_table`.
     """
     ops = list(ops)
     names = {op.name for op in ops}
@@ -37,23 +38,28 @@ def table(ops: Iterable[Any], kernels: list[dict[str, Any]]) -> list[str]:
     for op in ops:
         if op.name.endswith("_backward"):
             continue
-        rows = [row for row in kernels if row["op"] == op.name]
+        rows, cpu_rows = ([row for row in some if row["op"] == op.name] for some in (kernels, cpu_kernels))
         backward = f"{op.name}_backward" in names
-        if backward and {str(row.get("dtype")) for row in rows} != {
-            str(row.get("dtype")) for row in kernels if row["op"] == f"{op.name}_backward"
-        }:
-            raise ValueError(f"{op.name} has kernels for other dtypes than its backward: the table needs two rows")
+        for some in (kernels, cpu_kernels) if backward else ():
+            forward, back = (
+                {str(row.get("dtype")) for row in some if row["op"] == name}
+                for name in (op.name, f"{op.name}_backward")
+            )
+            if forward != back:
+                raise ValueError(f"{op.name} has kernels for other dtypes than its backward: the table needs two rows")
         cells = [_backend(rows, dtypes) for dtypes in (("float16", "bfloat16"), ("float32",), ("float64",))]
+        on_cpu = _backend(cpu_rows, ("float32", "float16", "bfloat16"), otherwise=SILENT)
         label = f"`{op.name}`" + (", `_backward`" if backward else "")
-        lines.append(f"| {' | '.join([label, 'reference', *cells, _limits(rows)])} |")
+        limits = [_limits(rows), _limits(cpu_rows) if cpu_rows else ""]
+        lines.append(f"| {' | '.join([label, on_cpu, *cells, *limits])} |")
     return lines
 
 
-def _backend(rows: list[dict[str, Any]], dtypes: tuple[str, ...]) -> str:
+def _backend(rows: list[dict[str, Any]], dtypes: tuple[str, ...], otherwise: str = REFERENCE) -> str:
     """Names the backend for tensors of these dtypes; rows without a floating-point dtype serve an op that has none."""
     found = {str(row.get("dtype", "any")) for row in rows}
     floating = any(dtype.startswith(("float", "bfloat")) for dtype in found)
-    return KERNEL if rows and (not floating or set(dtypes) <= found) else REFERENCE
+    return KERNEL if rows and (not floating or set(dtypes) <= found) else otherwise
 
 
 def _limits(rows: list[dict[str, Any]]) -> str:
@@ -78,11 +84,11 @@ def main(arguments: list[str]) -> int:
 
     page = ROOT / "docs" / "ops.md"
     kernels = _library.kernel_table()
-    if not kernels:
-        print("ops_table: the library has no kernels; build it where nvcc is (make build)", file=sys.stderr)
+    if not kernels or not _library.kernel_table("cpu"):
+        print("ops_table: needs a build with nvcc (make build) and a CPU that has kernels", file=sys.stderr)
         return 2
     text = page.read_text(encoding="utf-8")
-    new = replace(text, "ops", table(_register.ops().values(), kernels))
+    new = replace(text, "ops", table(_register.ops().values(), kernels, _library.kernel_table("cpu")))
     if "--check" in arguments:
         print("ops_table: docs/ops.md is current" if new == text else "ops_table: run python tools/ops_table.py")
         return int(new != text)

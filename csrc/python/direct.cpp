@@ -89,6 +89,11 @@ bool attribute_is_true(PyObject* object, PyObject* name) {
 
 // ---- arguments ----
 
+// True for a tensor on a kind of device that has kernels.
+bool takes(const api::Table& table, const api::TensorView& t) {
+  return t.device_type >= 0 && t.device_type < 32 && (table.device_types >> t.device_type & 1) != 0;
+}
+
 // True for a tensor that is negated where it is read, such as the imaginary part of a conjugate: its memory holds other
 // numbers, and DLPack does not say so.
 bool is_negated(PyObject* object) {
@@ -288,7 +293,7 @@ PyObject* call(PyObject* object, PyObject* const* args, size_t flags, PyObject* 
       return fall_back();
     }
     // The first tensor says at once whether there is anything to do here.
-    if (i == 0 && arguments.tensor_count == 1 && arguments.tensors[0].device_type != self.table->device_type) {
+    if (i == 0 && arguments.tensor_count == 1 && !takes(*self.table, arguments.tensors[0])) {
       return fall_back();
     }
   }

@@ -40,9 +40,9 @@ class Library {
     // The library is in the process already where it registered the ops; otherwise this loads it.
     void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (handle == nullptr) throw py::import_error("warpform._C: " + std::string(dlerror()));
-    const auto api = reinterpret_cast<const api::Table* (*)()>(dlsym(handle, "warpform_api_v1"));
+    const auto api = reinterpret_cast<const api::Table* (*)()>(dlsym(handle, "warpform_api_v2"));
     if (api == nullptr) {
-      throw py::import_error("warpform._C: " + path + " has no warpform_api_v1: it is an older build");
+      throw py::import_error("warpform._C: " + path + " has no warpform_api_v2: it is an older build");
     }
     table_ = api();
     if (table_->version != api::kVersion) {
@@ -57,7 +57,12 @@ class Library {
   }
 
   py::object build_info() const { return from_json(table_->build_info()); }
-  py::object kernel_table() const { return from_json(table_->kernel_table()); }
+  py::object kernel_table(const std::string& device) const {
+    if (device != "cuda" && device != "cpu") {
+      throw py::value_error("kernel_table: device must be cuda or cpu, got " + device);
+    }
+    return from_json(device == "cpu" ? table_->cpu_kernel_table() : table_->kernel_table());
+  }
 
   std::vector<std::string> ops() const {
     std::vector<std::string> names;
@@ -81,10 +86,11 @@ class Library {
     std::vector<const char*> texts;
     for (const std::string& name : names) texts.push_back(name.c_str());
     const std::string name = dtype.is_none() ? "" : dtype_name(dtype);
-    int32_t index = -1;
+    int32_t index = warpform::api::kAnyGpu;
     const std::string place = py::str(device);
-    if (place == "cpu") return py::str("the tensors are on a CPU");
-    if (!place.starts_with("cuda")) {
+    if (place == "cpu") {
+      index = warpform::api::kCpuDevice;
+    } else if (!place.starts_with("cuda")) {
       throw py::value_error("supported: device must be cuda, cuda:N or cpu, got " + place);
     }
     if (const size_t colon = place.find(':'); colon != std::string::npos) index = std::stoi(place.substr(colon + 1));
@@ -157,12 +163,14 @@ PYBIND11_MODULE(_C, m) {
       .def("build_info", &Library::build_info,
            "The facts of the build, a dict of texts: version, cuda, cuda_runtime, cuda_archs, torch_headers, compiler, "
            "sources.")
-      .def("kernel_table", &Library::kernel_table,
-           "Every configuration that has a CUDA kernel: a list of dicts with op, dtype and the bounds of sizes.")
+      .def("kernel_table", &Library::kernel_table, py::arg("device") = "cuda",
+           "Every configuration that has a kernel: a list of dicts with op, dtype and the bounds of sizes.\n\n"
+           "device: \"cuda\", or \"cpu\" for the kernels of this process's CPU. Raises ValueError for another.")
       .def("supported", &Library::supported, py::arg("op"), py::arg("dtype") = py::none(), py::arg("device") = "cuda",
            "Why no kernel serves an op, or None where one does.\n\n"
-           "dtype: torch's or its name, None for any. device: \"cuda\" asks about kernels in general, \"cuda:0\" about "
-           "that GPU and its driver too. sizes: by the names of kernel_table(), such as head_dim=64; other names do "
+           "dtype: torch's or its name, None for any. device: \"cuda\" asks about CUDA kernels in general, \"cuda:0\" "
+           "about that GPU and its driver too, \"cpu\" about this process's CPU. sizes: by the names of "
+           "kernel_table(), such as head_dim=64; other names do "
            "not count. Raises ValueError for an op or a device that warpform does not have.")
       .def(
           "launch_plan", &Library::launch_plan, py::arg("op"),

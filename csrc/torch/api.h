@@ -7,7 +7,7 @@
 
 namespace warpform::api {
 
-inline constexpr int32_t kVersion = 1;
+inline constexpr int32_t kVersion = 2;
 
 // A tensor that its caller keeps alive during a call. dtype and device are those of DLPack; kMeta is a tensor without
 // data, for plans.
@@ -62,9 +62,12 @@ struct Machine {
   int32_t shared_memory_limit;  // bytes that a block may ask for
 };
 
+// Devices that a question may be about, beside the number of a GPU.
+inline constexpr int32_t kAnyGpu = -1, kCpuDevice = -2;
+
 struct Table {
   int32_t version;
-  int32_t device_type;  // of the tensors that its kernels take
+  uint32_t device_types;  // of the tensors that its kernels take: bit kCpu, bit kCuda
   int32_t op_count;
   const Op* ops;
   // Frees a handle that a call returned.
@@ -74,7 +77,9 @@ struct Table {
   // As the ops _build_info and _kernel_table return them: JSON.
   const char* (*build_info)();
   const char* (*kernel_table)();
-  // Why no kernel serves a call of these sizes, or null. device: of a GPU; -1: kernels in general.
+  // As kernel_table, of the kernels for the CPU of this process: none where it has no instruction set with kernels.
+  const char* (*cpu_kernel_table)();
+  // Why no kernel serves a call of these sizes, or null. device: of a GPU; kAnyGpu: CUDA kernels in general; kCpuDevice.
   const char* (*supported)(const char* op, const char* dtype, int32_t device, int32_t count, const char* const* names,
                            const int64_t* sizes);
   // Between the two, calls in this thread launch nothing and keep what they would launch; the second returns it as JSON.
@@ -85,4 +90,4 @@ struct Table {
 
 }  // namespace warpform::api
 
-extern "C" const warpform::api::Table* warpform_api_v1();
+extern "C" const warpform::api::Table* warpform_api_v2();

@@ -6,6 +6,8 @@
 #include <span>
 #include <string_view>
 
+#include "api.h"
+#include "cpu/supported.h"
 #include "kernels/activation/launch.h"
 #include "kernels/attention/launch.h"
 #include "kernels/common/device_facts.h"
@@ -16,7 +18,7 @@
 #include "kernels/routing/launch.h"
 #include "kernels/short_conv/launch.h"
 #include "kernels/window/launch.h"
-#include "usable.h"
+#include "launch.h"
 
 // The build defines these; the defaults serve a compile by hand.
 #if __has_include("sources_hash.h")
@@ -72,7 +74,6 @@ std::string build_info() {
   return text + "}";
 }
 
-#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
 namespace {
 
 std::string quoted(const char* text) { return std::string("\"") + text + "\""; }
@@ -103,13 +104,40 @@ std::string row_json(const SupportedConfig& config, const char* dtype) {
   return row + "}";
 }
 
-}  // namespace
+using Tables = std::span<const std::span<const SupportedConfig>>;
 
-namespace {
+constexpr std::span<const SupportedConfig> kCudaTables[] = {kAttentionConfigs, kPackingConfigs,   kLayerNormConfigs,
+                                                            kGeluConfigs,      kFftConvConfigs,   kRoutingConfigs,
+                                                            kMonarchConfigs,   kShortConvConfigs, kWindowConfigs};
+constexpr std::span<const SupportedConfig> kCpuTables[] = {cpu::kConfigs};
 
-constexpr std::span<const SupportedConfig> kTables[] = {kAttentionConfigs, kPackingConfigs,   kLayerNormConfigs,
-                                                        kGeluConfigs,      kFftConvConfigs,   kRoutingConfigs,
-                                                        kMonarchConfigs,   kShortConvConfigs, kWindowConfigs};
+Tables cuda_tables() {
+#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
+  return kCudaTables;
+#else
+  return {};
+#endif
+}
+Tables cpu_tables() {
+  if constexpr (kHasCpuKernels) {
+    if (cpu::kernels() != nullptr) return kCpuTables;
+  }
+  return {};
+}
+
+std::string json_of(Tables tables) {
+  std::string table;
+  const auto add_row = [&](const std::string& row) { table += (table.empty() ? "[" : ", ") + row; };
+  for (const auto configs : tables) {
+    for (const SupportedConfig& config : configs) {
+      if (config.dtypes.names[0] == nullptr) add_row(row_json(config, nullptr));
+      for (const char* dtype : config.dtypes.names) {
+        if (dtype != nullptr) add_row(row_json(config, dtype));
+      }
+    }
+  }
+  return table.empty() ? "[]" : table + "]";
+}
 
 std::string texts(const char* dtype, const SupportedDTypes& dtypes) {
   std::string names;
@@ -119,36 +147,34 @@ std::string texts(const char* dtype, const SupportedDTypes& dtypes) {
   return "the kernels take " + names + ", not " + dtype;
 }
 
+// Why no kernel runs on the device, whatever the op, or null.
+const char* device_unusable(int32_t device, std::string& room) {
+  if (device == api::kCpuDevice) {
+    if constexpr (kHasCpuKernels) return cpu_kernels_unusable();
+    return kOnCpu;
+  }
+  if constexpr (!kHasKernels) return kNoKernels;
+  if (device == api::kAnyGpu) return nullptr;
+  try {
+    const torch::stable::accelerator::DeviceGuard guard(device);  // the question is about the current device
+    return kernels_unusable(device);
+  } catch (const std::exception&) {
+    room = "this process has no GPU " + std::to_string(device);
+    return room.c_str();
+  }
+}
+
 }  // namespace
 
-std::string kernel_table() {
-  std::string table;
-  const auto add_row = [&](const std::string& row) { table += (table.empty() ? "[" : ", ") + row; };
-  for (const auto configs : kTables) {
-    for (const SupportedConfig& config : configs) {
-      if (config.dtypes.names[0] == nullptr) add_row(row_json(config, nullptr));
-      for (const char* dtype : config.dtypes.names) {
-        if (dtype != nullptr) add_row(row_json(config, dtype));
-      }
-    }
-  }
-  return table + "]";
-}
+std::string kernel_table() { return json_of(cuda_tables()); }
+std::string cpu_kernel_table() { return json_of(cpu_tables()); }
 
 const char* supported(const char* op, const char* dtype, int32_t device, int32_t count, const char* const* names,
                       const int64_t* sizes) {
   thread_local std::string reason;
-  if (device >= 0) {
-    try {
-      const torch::stable::accelerator::DeviceGuard guard(device);  // the question is about the current device
-      if (const char* unusable = kernels_unusable(device)) return unusable;
-    } catch (const std::exception&) {
-      reason = "this process has no GPU " + std::to_string(device);
-      return reason.c_str();
-    }
-  }
+  if (const char* unusable = device_unusable(device, reason)) return unusable;
   const SupportedConfig* found = nullptr;
-  for (const auto configs : kTables) {
+  for (const auto configs : device == api::kCpuDevice ? cpu_tables() : cuda_tables()) {
     for (const SupportedConfig& config : configs) {
       if (same_text(config.op, op)) found = &config;
     }
@@ -171,11 +197,5 @@ const char* supported(const char* op, const char* dtype, int32_t device, int32_t
   }
   return nullptr;
 }
-#else
-std::string kernel_table() { return "[]"; }
-const char* supported(const char*, const char*, int32_t, int32_t, const char* const*, const int64_t*) {
-  return "warpform was built without CUDA kernels";
-}
-#endif
 
 }  // namespace warpform

@@ -13,6 +13,8 @@ std::string built_architectures();
 std::string cuda_version(int number);
 // Every configuration that has a kernel, as a JSON list.
 std::string kernel_table();
+// The same of the kernels for the CPU of this process; an empty list where none of them can run.
+std::string cpu_kernel_table();
 // As api::Table says.
 const char* supported(const char* op, const char* dtype, int32_t device, int32_t count, const char* const* names,
                       const int64_t* sizes);

@@ -247,10 +247,10 @@ std::string cpu_isa() {
 }
 
 #ifdef WARPFORM_SIMT
-constexpr int32_t kDeviceOfKernels = api::TensorView::kCpu;
+constexpr uint32_t kDevicesOfKernels = 1u << api::TensorView::kCpu;
 constexpr bool kHasPlans = false;
 #else
-constexpr int32_t kDeviceOfKernels = api::TensorView::kCuda;
+constexpr uint32_t kDevicesOfKernels = 1u << api::TensorView::kCpu | 1u << api::TensorView::kCuda;
 constexpr bool kHasPlans = true;
 #endif
 
@@ -260,10 +260,10 @@ const api::Table& table() {
     for (const Op& op : ops()) {
       rows.push_back({op.schema.name.c_str(), op.schema.arguments.c_str(), op.body.results, op.body.call});
     }
-    static const std::string facts = build_info(), kernels = kernel_table();
+    static const std::string facts = build_info(), kernels = kernel_table(), cpu_kernels = cpu_kernel_table();
     return new api::Table{
         .version = api::kVersion,
-        .device_type = kDeviceOfKernels,
+        .device_types = kDevicesOfKernels,
         .op_count = static_cast<int32_t>(rows.size()),
         .ops = rows.data(),
         .free_result =
@@ -273,6 +273,7 @@ const api::Table& table() {
         .message = [] { return last_outcome().message.c_str(); },
         .build_info = [] { return facts.c_str(); },
         .kernel_table = [] { return kernels.c_str(); },
+        .cpu_kernel_table = [] { return cpu_kernels.c_str(); },
         .supported = supported,
         .begin_plan = kHasPlans ? begin_plan : nullptr,
         .end_plan = kHasPlans ? end_plan : nullptr};
@@ -294,6 +295,8 @@ STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
   m.def("_build_info() -> str");
   // Every configuration that has a CUDA kernel, as a JSON list.
   m.def("_kernel_table() -> str");
+  // The same of the kernels for the CPU of this process.
+  m.def("_cpu_kernel_table() -> str");
   // Why CPU kernels do not run in this process, or nothing; and the instruction set of those that do, or nothing.
   m.def("_cpu_kernels_missing() -> str");
   m.def("_cpu_isa() -> str");
@@ -306,6 +309,7 @@ STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
 STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("_build_info", TORCH_BOX(&warpform::build_info));
   m.impl("_kernel_table", TORCH_BOX(&warpform::kernel_table));
+  m.impl("_cpu_kernel_table", TORCH_BOX(&warpform::cpu_kernel_table));
   m.impl("_cpu_kernels_missing", TORCH_BOX(&warpform::cpu_kernels_missing));
   m.impl("_cpu_isa", TORCH_BOX(&warpform::cpu_isa));
   m.impl("_keep_error", TORCH_BOX(&warpform::keep_error));
@@ -323,6 +327,6 @@ STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, CUDA, m) {
 }
 #endif
 
-extern "C" __attribute__((visibility("default"))) const warpform::api::Table* warpform_api_v1() {
+extern "C" __attribute__((visibility("default"))) const warpform::api::Table* warpform_api_v2() {
   return &warpform::table();
 }

@@ -10,7 +10,7 @@ class Library:
 
     def __init__(self, path: str) -> None: ...
     def build_info(self) -> dict[str, str]: ...
-    def kernel_table(self) -> list[dict[str, Any]]: ...
+    def kernel_table(self, device: str = "cuda") -> list[dict[str, Any]]: ...
     def ops(self) -> list[str]: ...
     def direct(
         self, op: str, fallback: Callable[..., Any], recorded: Callable[..., Any] | None = None
@@ -29,8 +29,16 @@ library: Library
 def build_info() -> dict[str, str]:
     """The facts of the build: version, cuda, cuda_runtime, cuda_archs, torch_headers, compiler, sources."""
 
-def kernel_table() -> list[dict[str, Any]]:
-    """Every configuration that has a CUDA kernel: op, dtype and the bounds of sizes."""
+def kernel_table(device: str = "cuda") -> list[dict[str, Any]]:
+    """Every configuration that has a kernel: op, dtype and the bounds of sizes.
+
+    Args:
+        device: "cuda", or "cpu" for the kernels of this process's CPU, which has none where its instruction set is too
+            old or WARPFORM_CPU_ISA=0.
+
+    Raises:
+        ValueError: another device.
+    """
 
 def supported(
     op: str, dtype: torch.dtype | str | None = None, device: torch.device | str = "cuda", **sizes: int
@@ -40,7 +48,8 @@ def supported(
     Args:
         op: a name of torch.ops.warpform.
         dtype: of the tensor that the kernels are chosen by; None for any.
-        device: "cuda" asks about kernels in general, "cuda:0" about that GPU and its driver too.
+        device: "cuda" asks about CUDA kernels in general, "cuda:0" about that GPU and its driver too, "cpu" about this
+            process's CPU.
         sizes: by the names of `kernel_table`, such as head_dim=64; other names are not looked at.
 
     Raises:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 
 BACKENDS = ("auto", "reference")
+CPU_ISAS = ("v3", "v4", "neon", "0")
 NAMES = (
     "WARPFORM_BACKEND",
+    "WARPFORM_CPU_ISA",
     "WARPFORM_STRICT",
     "WARPFORM_VALIDATE",
     "WARPFORM_LOG",
@@ -45,8 +47,19 @@ def backend() -> str:
     return value
 
 
+def cpu_isa() -> str:
+    """`WARPFORM_CPU_ISA`: "" (default) or one of CPU_ISAS. Raises ValueError for anything else.
+
+    The library reads it, when the first op runs; this is for doctor.
+    """
+    value = os.environ.get("WARPFORM_CPU_ISA", "")
+    if value and value not in CPU_ISAS:
+        raise ValueError(f"WARPFORM_CPU_ISA must be one of {', '.join(CPU_ISAS)}, got {value!r}")
+    return value
+
+
 def strict() -> bool:
-    """`WARPFORM_STRICT=1`: going to the reference where a kernel was expected is an error, not a warning."""
+    """`WARPFORM_STRICT=1`: on a GPU, going to the reference instead of a kernel is an error, not a warning."""
     return _flag("WARPFORM_STRICT")
 
 
@@ -71,7 +84,7 @@ def log_debug() -> bool:
 def problems() -> list[str]:
     """One sentence for each variable that is set to what it cannot be. Never raises."""
     sentences = []
-    for read in (backend, strict, validate, log_debug):
+    for read in (backend, cpu_isa, strict, validate, log_debug):
         try:
             read()
         except ValueError as error:

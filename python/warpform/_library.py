@@ -71,12 +71,38 @@ def build_info() -> dict[str, Any]:
     return json.loads(torch.ops.warpform._build_info())
 
 
-def kernel_table() -> list[dict[str, Any]]:
-    """The configurations that have a CUDA kernel, one dict each. Raises ImportError where the library is not loaded."""
+def kernel_table(device: str = "cuda") -> list[dict[str, Any]]:
+    """The configurations that have a kernel for CUDA GPUs or, with device="cpu", for this process's CPU, one dict each.
+
+    Raises ImportError where the library is not loaded.
+    """
     require()
     import torch
 
-    return json.loads(torch.ops.warpform._kernel_table())
+    ops = torch.ops.warpform
+    return json.loads(ops._cpu_kernel_table() if device == "cpu" else ops._kernel_table())
+
+
+def cpu_isa() -> str:
+    """The instruction set of the CPU kernels that run in this process, such as x86-64-v4; empty where none do.
+
+    Raises ImportError where the library is not loaded.
+    """
+    require()
+    import torch
+
+    return torch.ops.warpform._cpu_isa()
+
+
+def cpu_kernels_missing() -> str:
+    """Why no CPU kernel runs in this process; empty where they do.
+
+    Raises ImportError where the library is not loaded.
+    """
+    require()
+    import torch
+
+    return torch.ops.warpform._cpu_kernels_missing()
 
 
 def stale_sources() -> str | None:

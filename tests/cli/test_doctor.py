@@ -49,8 +49,10 @@ def test_all_is_well(capsys):
     assert {row["op"] for row in report["self_test"]} == OPS
     assert doctor.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
+    on_cpu = report["binary"]["cpu_kernels"]
     for op in OPS:
-        assert [line.split()[1] for line in lines if line.split()[:1] == [op]] == ["reference", "cpu"]
+        backend = "cpu" if op in on_cpu else "reference"
+        assert [line.split()[1] for line in lines if line.split()[:1] == [op]] == [backend, "cpu"]
     assert lines[-1] == "everything works"
 
 
@@ -178,6 +180,10 @@ def test_backend_of_each_op(monkeypatch):
     assert rows["bias_gelu"] == ("reference", "has no kernel in this version")
     assert backends(monkeypatch, [gpu], built, "reference")["pack"] == ("reference", "WARPFORM_BACKEND=reference")
     assert backends(monkeypatch, [], built)["pack"] == ("reference", "CPU: torch sees no GPU")
+    on_cpu = {"cpu_isa": "x86-64-v3", "cpu_kernels": {"pack": [{}], "bias_gelu": [{"dtype": "float32"}]}}
+    assert backends(monkeypatch, [], built | on_cpu)["pack"] == ("cpu", "x86-64-v3: any dtype")
+    assert backends(monkeypatch, [], built | on_cpu)["bias_gelu"] == ("cpu", "x86-64-v3: float32")
+    assert backends(monkeypatch, [], built | on_cpu, "reference")["pack"][0] == "reference"
     assert backends(monkeypatch, [gpu], {"cuda": "", "kernels": {}})["pack"][1] == "the library was built without nvcc"
     old = {"name": "GPU", "capability": "7.5"}
     assert "compute capability 7.5" in backends(monkeypatch, [old], built)["pack"][1]

@@ -133,12 +133,19 @@ def _nvcc() -> dict[str, str] | None:
 
 
 def _binary() -> dict[str, Any]:
-    info = _library.build_info()
-    table = _library.kernel_table()
-    kernels: dict[str, list[dict[str, Any]]] = {}
-    for row in table:
-        kernels.setdefault(str(row.get("op")), []).append({k: v for k, v in row.items() if k != "op"})
-    return {**info, "kernels": kernels}
+    def by_op(table: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+        kernels: dict[str, list[dict[str, Any]]] = {}
+        for row in table:
+            kernels.setdefault(str(row.get("op")), []).append({k: v for k, v in row.items() if k != "op"})
+        return kernels
+
+    return {
+        **_library.build_info(),
+        "kernels": by_op(_library.kernel_table()),
+        "cpu_isa": _library.cpu_isa(),
+        "cpu_kernels_missing": _library.cpu_kernels_missing(),
+        "cpu_kernels": by_op(_library.kernel_table("cpu")),
+    }
 
 
 # ---- which implementation an op would use ----
@@ -186,13 +193,15 @@ def _backends(report: dict[str, Any]) -> list[dict[str, str]]:
     else:
         why = _old_driver(report["machine"]["driver_cuda"], _runtime(binary)) or ""
     rows = []
-    kernels = binary.get("kernels", {})
+    on_cpu = not gpus and _env.backend() != "reference"
+    kernels = binary.get("cpu_kernels" if on_cpu else "kernels", {})
     for op in ops:
-        if why:
+        if why and not (on_cpu and op in kernels):
             rows.append({"op": op, "backend": "reference", "why": why})
         elif op in kernels:
-            dtypes = sorted({str(row["dtype"]) for row in kernels[op] if "dtype" in row})
-            rows.append({"op": op, "backend": "cuda", "why": ", ".join(dtypes) or "any dtype"})
+            dtypes = ", ".join(sorted({str(row["dtype"]) for row in kernels[op] if "dtype" in row})) or "any dtype"
+            where = f"{binary['cpu_isa']}: " if on_cpu else ""
+            rows.append({"op": op, "backend": "cpu" if on_cpu else "cuda", "why": where + dtypes})
         else:
             rows.append({"op": op, "backend": "reference", "why": "has no kernel in this version"})
     return rows
