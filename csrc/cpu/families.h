@@ -9,4 +9,8 @@ namespace warpform::cpu::WARPFORM_CPU_ISA {
 void bias_gelu(const BiasGeluParams& params, const Host& host);
 void bias_gelu_backward(const BiasGeluBackwardParams& params, const Host& host);
 
+// window_forward.cpp, window_backward.cpp
+void window_attention(const WindowForwardParams& params, const Host& host);
+void window_attention_backward(const WindowBackwardParams& params, const Host& host);
+
 }  // namespace warpform::cpu::WARPFORM_CPU_ISA

@@ -5,6 +5,7 @@
 
 #include "host.h"
 #include "kernels/activation/launch.h"
+#include "kernels/window/launch.h"
 
 namespace warpform::cpu {
 
@@ -17,6 +18,8 @@ struct Kernels {
 
   Kernel<BiasGeluParams> bias_gelu;
   Kernel<BiasGeluBackwardParams> bias_gelu_backward;
+  Kernel<WindowForwardParams> window_attention;
+  Kernel<WindowBackwardParams> window_attention_backward;
 };
 
 // The kernels for this CPU: the widest instruction set that it has, or that WARPFORM_CPU_ISA names. Null where it has

@@ -10,6 +10,8 @@ const Kernels kKernels = {
     .lanes = kLanes,
     .bias_gelu = bias_gelu,
     .bias_gelu_backward = bias_gelu_backward,
+    .window_attention = window_attention,
+    .window_attention_backward = window_attention_backward,
 };
 
 }  // namespace warpform::cpu::WARPFORM_CPU_ISA
