@@ -7,6 +7,7 @@
 #include "kernels/activation/launch.h"
 #include "kernels/norm/launch.h"
 #include "kernels/packing/launch.h"
+#include "kernels/window/launch.h"
 
 namespace warpform::cpu {
 
@@ -23,6 +24,8 @@ struct Kernels {
   Kernel<LayerNormBackwardParams> layer_norm_backward;
   Kernel<PackingPlanParams> packing_plan;
   Kernel<GatherRowsParams> gather_rows;
+  Kernel<WindowForwardParams> window_attention;
+  Kernel<WindowBackwardParams> window_attention_backward;
 };
 
 // The kernels for this CPU: the widest instruction set that it has, or that WARPFORM_CPU_ISA names. Null where it has

@@ -14,6 +14,8 @@ const Kernels kKernels = {
     .layer_norm_backward = layer_norm_backward,
     .packing_plan = packing_plan,
     .gather_rows = gather_rows,
+    .window_attention = window_attention,
+    .window_attention_backward = window_attention_backward,
 };
 
 }  // namespace warpform::cpu::WARPFORM_CPU_ISA

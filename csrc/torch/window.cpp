@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "binding.h"
+#include "cpu/supported.h"
 
 namespace warpform {
 namespace {
@@ -109,16 +110,34 @@ WindowProblem problem(const Launch& launch, const Arguments& a) {
   p.table = launch.in_or_null(a.table);
   p.logit_scale = launch.in_or_null(a.logit_scale);
   p.qkv_bias = launch.in_or_null(a.qkv_bias);
+  if (launch.on_cpu()) {
+    // Finite numbers that only a double holds count as the largest of float32.
+    constexpr double kLargest = std::numeric_limits<float>::max();
+    const bool hides = a.mask_value == -std::numeric_limits<double>::infinity();
+    p.mask_value = static_cast<float>(hides ? a.mask_value : std::clamp(a.mask_value, -kLargest, kLargest));
+  }
   p.derive();
   return p;
 }
 
+// Why no CPU kernel serves the call, or null.
+const char* no_cpu_kernel(const Arguments& a) {
+  if (const char* reason = cpu::kFloats.why_not(dtype_name(a.qkv.scalar_type()))) return reason;
+  if (a.qkv_bias && a.qkv_bias->scalar_type() != a.qkv.scalar_type()) return "qkv_bias is not of qkv's dtype";
+  if (const char* reason = cpu::kWindowTokens.why_not(a.tokens())) return reason;
+  const auto fits = [](int64_t n) { return n <= INT32_MAX; };
+  bool all = fits(a.qkv.size(0) * a.windows()) && fits(a.heads()) && fits(a.head_dim());
+  for (int64_t i = 0; i <= a.axes(); ++i) all = all && fits(a.qkv.size(i));
+  return all ? nullptr : "a size is larger than int32 holds";
+}
+
 // Why no kernel serves the call, or null.
 const char* no_kernel(const Launch& launch, const Arguments& a, bool backward) {
-  if (const char* reason = launch.unusable()) return reason;
+  if (const char* reason = launch.unusable_anywhere()) return reason;
+  if (launch.on_cpu()) return no_cpu_kernel(a);
   if (const char* reason = kHalfTypes.why_not(dtype_name(a.qkv.scalar_type()))) return reason;
   if (a.qkv_bias && a.qkv_bias->scalar_type() != a.qkv.scalar_type()) return "qkv_bias is not of qkv's dtype";
-  return window_attention_unsupported(problem(a), backward);
+  return launch.ask<&window_attention_unsupported>(problem(a), backward);
 }
 
 // [batch, grid..., heads * head_dim]
@@ -134,11 +153,17 @@ std::vector<int64_t> lse_sizes(const Arguments& a) {
   return {a.qkv.size(0), a.windows(), a.heads(), a.tokens()};
 }
 
-void make_dense(Arguments& a) {
-  a.qkv = dense(a.qkv);
-  a.table = dense(a.table);
-  a.logit_scale = dense(a.logit_scale);
-  a.qkv_bias = dense(a.qkv_bias);
+// CUDA kernels ask for aligned tensors too.
+template <class T>
+T as_kernels_read(const Launch& launch, const T& t) {
+  return launch.on_cpu() ? contiguous(t) : dense(t);
+}
+
+void make_dense(const Launch& launch, Arguments& a) {
+  a.qkv = as_kernels_read(launch, a.qkv);
+  a.table = as_kernels_read(launch, a.table);
+  a.logit_scale = as_kernels_read(launch, a.logit_scale);
+  a.qkv_bias = as_kernels_read(launch, a.qkv_bias);
 }
 
 using ForwardResult = std::tuple<Tensor, Tensor>;
@@ -150,18 +175,17 @@ ForwardResult window_attention(Tensor qkv, std::optional<Tensor> relative_positi
   constexpr const char* kOp = "window_attention";
   Arguments a{qkv, relative_position_bias_table, logit_scale, qkv_bias, window_size, shift_size, scale, mask_value};
   check_arguments(kOp, a);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(qkv));
   const Launch launch(kOp, qkv);
   if (const char* reason = no_kernel(launch, a, /*backward=*/false)) {
     return UseReference(reason);
   }
-  make_dense(a);
+  make_dense(launch, a);
   ForwardResult result{empty(kOp, out_sizes(a), qkv.scalar_type(), qkv),
                        empty(kOp, lse_sizes(a), ScalarType::Float, qkv)};
-  launch_window_attention({.problem = problem(launch, a),
-                           .out = launch.out(std::get<0>(result)),
-                           .lse = a.tokens() > kWindowBlock ? launch.out<float>(std::get<1>(result)) : nullptr},
-                          launch.stream());
+  launch.run<&launch_window_attention, &cpu::Kernels::window_attention>(
+      WindowForwardParams{.problem = problem(launch, a),
+                          .out = launch.out(std::get<0>(result)),
+                          .lse = a.tokens() > kWindowBlock ? launch.out<float>(std::get<1>(result)) : nullptr});
   return result;
 }
 
@@ -179,7 +203,6 @@ BackwardResult window_attention_backward(Tensor dout, Tensor qkv, std::optional<
           " must have the shape and dtype of the output for qkv, ", Got{qkv}, ", got ", Got{t});
     check_same_device(kOp, name, t, "qkv", qkv);
   }
-  if constexpr (!kHasKernels) return UseReference(without_kernels(qkv));
   const Launch launch(kOp, qkv);
   if (const char* reason = no_kernel(launch, a, /*backward=*/true)) {
     return UseReference(reason);
@@ -187,10 +210,12 @@ BackwardResult window_attention_backward(Tensor dout, Tensor qkv, std::optional<
   check(sizes_of(lse) == lse_sizes(a) && lse.scalar_type() == ScalarType::Float, kOp,
         ": lse must be float32 as the forward returned it, got ", Got{lse});
   check_same_device(kOp, "lse", lse, "qkv", qkv);
-  make_dense(a);
-  dout = dense(dout);
-  out = dense(out);
-  lse = dense(lse);
+  make_dense(launch, a);
+  dout = as_kernels_read(launch, dout);
+  if (!launch.on_cpu()) {  // CPU kernels do not read them
+    out = dense(out);
+    lse = dense(lse);
+  }
 
   const auto like = [&](const std::optional<Tensor>& t) {
     return t ? empty(kOp, sizes_of(*t), t->scalar_type(), *t) : empty(kOp, {0}, qkv.scalar_type(), qkv);
@@ -198,10 +223,10 @@ BackwardResult window_attention_backward(Tensor dout, Tensor qkv, std::optional<
   BackwardResult result{like(a.qkv), like(a.table), like(a.logit_scale), like(a.qkv_bias)};
   WindowBackwardParams params{};
   params.problem = problem(launch, a);
-  const WindowShares shares = window_backward_shares(params.problem);
+  const WindowShares shares = launch.ask<&window_backward_shares>(params.problem);
   const bool whole = a.tokens() <= kWindowBlock;
   const auto workspace = [&](bool wanted, std::vector<int64_t> sizes) {
-    return empty(kOp, wanted ? sizes : std::vector<int64_t>{0}, ScalarType::Float, qkv);
+    return empty(kOp, wanted && !launch.on_cpu() ? sizes : std::vector<int64_t>{0}, ScalarType::Float, qkv);
   };
   const Tensor delta = workspace(!whole, {qkv.numel() / std::max<int64_t>(1, 3 * a.head_dim())});
   const Tensor table_sums = workspace(a.table.has_value(), {shares.table_shares, a.heads(), a.tokens(), a.tokens()});
@@ -220,7 +245,7 @@ BackwardResult window_attention_backward(Tensor dout, Tensor qkv, std::optional<
   params.padding_sums = launch.out<float>(padding_sums);
   params.shares = shares.shares;
   params.table_shares = shares.table_shares;
-  launch_window_attention_backward(params, launch.stream());
+  launch.run<&launch_window_attention_backward, &cpu::Kernels::window_attention_backward>(params);
   return result;
 }
 

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import cases, checks
-from helpers.backends import FEW_SMS, HALF, MANY_SMS, Backend, drawn_on, kernels, on, one_dtype, reference, same
+from helpers.backends import FEW_SMS, HALF, MANY_SMS, Backend, cpu, drawn_on, kernels, on, one_dtype, reference, same
 from helpers.cases import WINDOW_CASES, WindowCase, WindowInputs, window_inputs
 from helpers.compare import assert_close
 
 REFERENCE = reference()
+CPU = cpu(cases.KERNEL_DTYPES)
 SIMT, GPU = kernels(HALF, has_kernel=lambda case: case.head_dim % 8 == 0)
-EVERY = (REFERENCE, SIMT, GPU)
+EVERY = (REFERENCE, CPU, SIMT, GPU)
 
 # Windows of up to 64 tokens have one kernel, longer ones another.
 SHORT = WindowCase("short", (17, 22), (7, 7), (3, 3), batch=2, heads=3, cosine=True, qkv_bias=True)
@@ -197,7 +198,7 @@ def test_the_saved_output_is_in_dq_alone(backend: Backend) -> None:
     assert_close("dq", moved, expected, expected.half(), scale=largest)
 
 
-@on(SIMT, GPU, case=BOTH)
+@on(CPU, SIMT, GPU, case=BOTH)
 @pytest.mark.parametrize("short", (0, 1), ids=("queries", "keys"))
 def test_short_rows_and_a_large_loss_scale(backend: Backend, case: WindowCase, short: int) -> None:
     """A gradient of scores over the norm of a row, more than float16 holds, is not what is rounded."""

@@ -1,0 +1,111 @@
+// window_attention.
+#include "families.h"
+#include "window.h"
+
+namespace warpform::cpu::WARPFORM_CPU_ISA {
+namespace {
+
+// Memory of one thread.
+struct Buffers {
+  const WindowSizes& z;
+  int64_t bias_room;
+  bool cosine;
+  float *q = nullptr, *k = nullptr, *v = nullptr, *kt = nullptr, *s = nullptr, *o = nullptr;
+  float *parts = nullptr, *inverse = nullptr, *lengths = nullptr, *bias = nullptr;
+  int64_t* rows = nullptr;
+  template <class Take>
+  void lay(const Take& take) {
+    const int64_t all = z.tokens * z.wide;
+    take(q, all);
+    take(k, cosine ? all : 0);
+    take(v, all);
+    take(kt, packed_columns(z.tokens, z.wide));
+    take(s, z.queries * z.stride);
+    take(o, z.queries * z.wide);
+    take(parts, z.columns);
+    take(inverse, z.queries);
+    take(lengths, cosine ? z.tokens : 0);
+    take(bias, bias_room);
+    take(rows, z.tokens);
+  }
+};
+
+template <class T>
+void forward_head(const WindowForwardParams& params, const WindowSizes& z, const WindowBias& bias, const Buffers& b,
+                  bool seam, int64_t window, int64_t head, bool last, float factor) {
+  const WindowProblem& p = z.problem;
+  const HeadRows<T> q = part_rows<T>(p, 0, head, b.rows), k = part_rows<T>(p, 1, head, b.rows),
+                    v = part_rows<T>(p, 2, head, b.rows);
+  copy_rows(b.q, z, q);
+  copy_rows(b.v, z, v);
+  if (p.logit_scale != nullptr) {
+    copy_rows(b.k, z, k);
+    make_unit(b.q, z, b.lengths);
+    make_unit(b.k, z, b.lengths);
+    pack_columns<float>(b.kt, z.tokens, z.wide, [&](int64_t i) { return b.k + i * z.wide; });
+  } else {
+    pack_columns<T>(b.kt, z.tokens, z.depth, k);
+  }
+  if (!last) {
+    prefetch_rows(q, z);
+    prefetch_rows(k, z);
+    prefetch_rows(v, z);
+  }
+  auto* const out = static_cast<T*>(params.out) + head * z.depth;
+  float* const lse = z.whole ? nullptr : params.lse + (window * z.heads + head) * z.tokens;
+  for (int64_t first = 0; first < z.tokens; first += z.queries) {
+    const int64_t m = smaller(z.queries, z.tokens - first);
+    times_columns(m, z.tokens, z.depth, b.s, z.stride, b.q + first * z.wide, z.wide, 1, b.kt);
+    softmax(b.s, m, z,
+            {.factor = factor * kLog2e,
+             .bias = bias.rows(head, first, m, b.bias),
+             .bias_stride = bias.stride(),
+             .parts = seam ? b.parts : nullptr,
+             .own = b.parts + first,
+             .mask = z.mask},
+            b.inverse, lse == nullptr ? nullptr : lse + first);
+    times_rows(m, z.wide, z.tokens, b.o, z.wide, b.s, z.stride, 1, b.v, z.wide);
+    for (int64_t i = 0; i < m; ++i) {
+      if (b.inverse[i] != 0.f) continue;
+      // No key is seen, whatever the values are.
+      for (int64_t d = 0; d < z.wide; d += kLanes) store(b.o + i * z.wide + d, Vec{});
+    }
+    scatter_rows(out, p.width, b.rows + first, b.o, m, z, nullptr, [&](int64_t i) { return b.inverse[i]; });
+  }
+}
+
+template <class T>
+void forward(const WindowForwardParams& params, const Host& host) {
+  const WindowSizes z(params.problem);
+  if (z.windows * z.heads == 0) return;
+  WindowBias bias(z);
+  Scratch shared(host, bytes_of_layout(bias) + Scratch::bytes_of<float>(z.heads));
+  place_layout(bias, shared);
+  float* const factors = shared.next<float>(z.heads);
+  bias.make();
+  head_factors(z.problem, factors);
+  const WindowItems cut(z, /*products=*/2, /*least_windows=*/1, /*most_shares=*/INT64_MAX);
+  over(host, cut.count(), [&](Items& items) {
+    Buffers b{.z = z, .bias_room = bias.room(), .cosine = z.problem.logit_scale != nullptr};
+    Scratch memory(host, bytes_of_layout(b));
+    place_layout(b, memory);
+    for (int64_t item; items.next(item);) {
+      const int64_t share = item / cut.head_parts, head0 = item % cut.head_parts * cut.heads_each;
+      const int64_t heads = smaller(z.heads, head0 + cut.heads_each);
+      for (int64_t w = share * cut.share; w < smaller(z.windows, (share + 1) * cut.share); ++w) {
+        const bool seam = locate(z, w, b.rows, b.parts);
+        for (int64_t h = head0; h < heads; ++h) {
+          forward_head<T>(params, z, bias, b, seam, w, h, h + 1 == heads, factors[h]);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void window_attention(const WindowForwardParams& params, const Host& host) {
+  with_element(params.problem.dtype, [&]<class T>(T*) { forward<T>(params, host); });
+}
+
+}  // namespace warpform::cpu::WARPFORM_CPU_ISA
