@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
-from helpers.gelu import check_gelu_everywhere
+from helpers.gelu import DENOMINATOR, NUMERATOR, QUOTIENT_END, check_gelu_everywhere
 
 STEPS = 4001
 
@@ -42,6 +44,22 @@ class Formulas:
         return s + x * (s * (e * s)) * slope, None
 
 
+class QuotientFormulas(Formulas):
+    """Those of the CPU kernels, where erf is a quotient of polynomials."""
+
+    def phi(self, x: Tensor) -> Tensor:
+        numerator, denominator = (self.polynomial(c, x * x) for c in (NUMERATOR, DENOMINATOR))
+        half_erf = torch.where(x.abs() > QUOTIENT_END, 0.5 * x.sign(), x * numerator / denominator)
+        return (0.5 + half_erf).clamp(min=0)
+
+    def polynomial(self, coefficients: Sequence[float], square: Tensor) -> Tensor:
+        value = torch.full_like(square, self.constant(coefficients[-1]))
+        for coefficient in coefficients[-2::-1]:
+            fused = value.double() * square + torch.tensor(self.constant(coefficient))
+            value = fused.float()
+        return value
+
+
 by_form = pytest.mark.parametrize("approximate", ("none", "tanh"))
 
 
@@ -57,3 +75,13 @@ def test_roundings_are_explained(approximate: str) -> None:
 def test_what_is_wrong_is_not(approximate: str, wrong: Formulas) -> None:
     with pytest.raises(AssertionError, match="times what roundings explain"):
         check_gelu_everywhere(wrong, approximate, STEPS)
+
+
+def test_roundings_of_a_quotient_are_explained() -> None:
+    check_gelu_everywhere(QuotientFormulas(), "none", STEPS, quotient=True)
+
+
+@pytest.mark.parametrize("digits", (4, 5, 6))
+def test_what_is_wrong_in_a_quotient_is_not(digits: int) -> None:
+    with pytest.raises(AssertionError, match="times what roundings explain"):
+        check_gelu_everywhere(QuotientFormulas(digits), "none", STEPS, quotient=True)

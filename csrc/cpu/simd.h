@@ -109,11 +109,10 @@ WARPFORM_INLINE Vec load(const BFloat16* p) {
   const ShortVec bits = *reinterpret_cast<const LooseShortVec*>(p);
   return (Vec)(__builtin_convertvector(bits, UintVec) << 16);
 }
-// To the nearest, ties to even; NaN stays NaN.
+// To the nearest, ties to even; NaN becomes the NaN whose bits are all set.
 WARPFORM_INLINE void store(BFloat16* p, Vec v) {
   const UintVec bits = (UintVec)v;
-  const UintVec rounded = (bits + (0x7fff + ((bits >> 16) & 1))) >> 16;
-  const UintVec kept = v == v ? rounded : (bits >> 16) | 0x40;
+  const UintVec kept = ((bits + (0x7fff + ((bits >> 16) & 1))) | (UintVec)(v != v)) >> 16;
 #if defined(__AVX2__) && !defined(__AVX512F__)
   // Compilers make five shuffles of the conversion.
   const __m256i packed = _mm256_packus_epi32((__m256i)kept, (__m256i)kept);

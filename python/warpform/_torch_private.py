@@ -152,6 +152,8 @@ def dispatcher_flags() -> tuple[tuple[dict[str, Any], str, Any], ...]:
 
 def is_fake(t: Tensor) -> bool:
     """Tells whether a tensor is a fake one, which tracing makes and which has no values."""
+    if type(t) is Tensor and not in_functorch():
+        return False  # fake ones are of a class of their own, though a transform may have wrapped them
     fake = _FOUND["is_fake"]
     return fake is not None and bool(fake(t))
 

@@ -69,7 +69,78 @@ std::vector<Floats> gelu() {
   return {out, dx, dbias};
 }
 
-const Case kCases[] = {{"bias_gelu", gelu}};
+std::vector<Floats> layer_norm() {
+  constexpr int64_t kRows = 3001, kCols = 77;
+  static const Floats x = drawn(kRows * kCols), residual = drawn(kRows * kCols), dout = drawn(kRows * kCols);
+  static const Floats bias = drawn(kCols), weight = drawn(kCols);
+  Floats out(kRows * kCols), sum(kRows * kCols), mean(kRows), rstd(kRows), dx(kRows * kCols);
+  Floats dbias(kCols), dweight(kCols), dln_bias(kCols);
+  kernels::layer_norm({.x = x.data(),
+                       .residual = residual.data(),
+                       .bias = bias.data(),
+                       .weight = weight.data(),
+                       .ln_bias = bias.data(),
+                       .out = out.data(),
+                       .sum = sum.data(),
+                       .mean = mean.data(),
+                       .rstd = rstd.data(),
+                       .rows = kRows,
+                       .cols = kCols,
+                       .eps = 1e-5f},
+                      kHost);
+  kernels::layer_norm_backward({.dout = dout.data(),
+                                .sum = sum.data(),
+                                .weight = weight.data(),
+                                .mean = mean.data(),
+                                .rstd = rstd.data(),
+                                .dx = dx.data(),
+                                .dbias = dbias.data(),
+                                .dweight = dweight.data(),
+                                .dln_bias = dln_bias.data(),
+                                .rows = kRows,
+                                .cols = kCols},
+                               kHost);
+  return {out, sum, mean, rstd, dx, dbias, dweight, dln_bias};
+}
+
+// A plan of a mask with holes, and rows packed by it. Integers go through float, which all of them fit into.
+std::vector<Floats> packing() {
+  constexpr int64_t kBatch = 301, kSeqlen = 257, kCapacity = 60001, kWidth = 5;
+  std::vector<uint8_t> mask(kBatch * kSeqlen);
+  for (size_t i = 0; i < mask.size(); ++i) mask[i] = i / 50 % 3 != 0 || i % 7 == 0;
+  std::vector<int32_t> cu_seqlens(kBatch + 1), lengths(kBatch), ranks(kBatch * kSeqlen);
+  std::vector<int64_t> indices(kCapacity), position_ids(kCapacity), summary(2);
+  kernels::packing_plan({.mask = mask.data(),
+                         .mask_bytes = 1,
+                         .mask_stride = kSeqlen,
+                         .mask_column_stride = 1,
+                         .batch = kBatch,
+                         .seqlen = kSeqlen,
+                         .capacity = kCapacity,
+                         .cu_seqlens = cu_seqlens.data(),
+                         .lengths = lengths.data(),
+                         .indices = indices.data(),
+                         .position_ids = position_ids.data(),
+                         .ranks = ranks.data(),
+                         .summary = summary.data()},
+                        kHost);
+  static const Floats x = drawn(kBatch * kSeqlen * kWidth);
+  Floats packed(kCapacity * kWidth);
+  kernels::gather_rows({.in = x.data(),
+                        .out = packed.data(),
+                        .index = indices.data(),
+                        .index_bytes = 8,
+                        .in_rows = kBatch * kSeqlen,
+                        .out_rows = kCapacity,
+                        .row_bytes = kWidth * 4,
+                        .in_stride = kWidth * 4},
+                       kHost);
+  const auto floats = [](const auto& values) { return Floats(values.begin(), values.end()); };
+  return {floats(cu_seqlens),   floats(lengths), floats(ranks), floats(indices),
+          floats(position_ids), floats(summary), packed};
+}
+
+const Case kCases[] = {{"bias_gelu", gelu}, {"layer_norm", layer_norm}, {"packing", packing}};
 
 }  // namespace
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,15 +14,26 @@ from torch import Tensor
 ROUNDING = 2.0**-24
 ERF, EXP2, RECIPROCAL = 4 * ROUNDING, 4 * ROUNDING, 2 * ROUNDING
 
+# The CPU kernels' 0.5 erf(x / sqrt(2)): x times a quotient of polynomials in x^2, lowest power first. It is so far off
+# before anything is rounded; from x = 5.5 on it is 0.5.
+NUMERATOR = (3.989422738e-01, 3.345889215e-02, 4.651482000e-03, 1.645737301e-04, 6.301588131e-06, 2.293114062e-08)
+DENOMINATOR = (1.0, 2.505354065e-01, 2.841612967e-02, 1.860645883e-03, 7.216701647e-05, 1.199027697e-06)
+QUOTIENT_ERROR, QUOTIENT_END = 1.7e-8, 5.5
 
-def check_gelu_everywhere(library: Any, approximate: str, steps: int, device: str = "cpu") -> None:
-    """Value and derivative in fine steps through both tails, every one by the bound of its place."""
+
+def check_gelu_everywhere(
+    library: Any, approximate: str, steps: int, device: str = "cpu", *, quotient: bool = False
+) -> None:
+    """Value and derivative in fine steps through both tails, every one by the bound of its place.
+
+    quotient: erf is that of the CPU kernels, not CUDA's.
+    """
     x = torch.linspace(-14, 14, steps, device=device)
     leaf = x.double().requires_grad_()
-    # The definition of the tanh form cancels in the left tail, even in float64; 0.5 (1 + tanh(u)) = sigmoid(2 u).
-    value = torch.nn.functional.gelu(leaf) if approximate == "none" else leaf * torch.sigmoid(_twice_u(leaf))
+    # The definitions cancel in the left tail, even in float64; 0.5 (1 + tanh(u)) = sigmoid(2 u).
+    value = leaf * (_phi(leaf) if approximate == "none" else torch.sigmoid(_twice_u(leaf)))
     (derivative,) = torch.autograd.grad(value.sum(), leaf)
-    bounds = {"none": erf_bounds, "tanh": tanh_bounds}[approximate](x.double())
+    bounds = tanh_bounds(x.double()) if approximate == "tanh" else erf_bounds(x.double(), quotient=quotient)
     out = library.bias_gelu(x, None, approximate)
     dx, _ = library.bias_gelu_backward(torch.ones_like(x), x, None, approximate)
     for name, found, exact, bound in zip(("out", "dx"), (out, dx), (value.detach(), derivative), bounds, strict=True):
@@ -33,21 +45,44 @@ def check_gelu_everywhere(library: Any, approximate: str, steps: int, device: st
         )
 
 
-def erf_bounds(x: Tensor) -> tuple[Tensor, Tensor]:
+def erf_bounds(x: Tensor, *, quotient: bool = False) -> tuple[Tensor, Tensor]:
     """Of x Phi and Phi + x density, with Phi = 0.5 + 0.5 erf(x / sqrt(2)) and density = c exp2(k x x).
 
     x in float64. What counts as a rounding: every product and sum of two results, and every constant.
     """
-    phi, density = torch.special.ndtr(x), (-x * x / 2).exp() / math.sqrt(2 * math.pi)
+    phi, density = _phi(x), (-x * x / 2).exp() / math.sqrt(2 * math.pi)
     # The argument has 2 roundings, and d Phi = density dx. In the left tail 0.5 cancels erf, which is near -1, and not
     # its error: there Phi has no correct digits in the end.
-    phi_error = 2 * ROUNDING * x.abs() * density + 0.5 * ERF * torch.erf(x / math.sqrt(2)).abs() + ROUNDING * phi
+    half_erf = 0.5 * torch.erf(x / math.sqrt(2)).abs()
+    if quotient:
+        half_erf_error = torch.where(x.abs() > QUOTIENT_END, _phi(-x.abs()), half_erf * _quotient_error(x * x))
+        phi_error = half_erf_error + ROUNDING * phi
+    else:
+        phi_error = 2 * ROUNDING * x.abs() * density + ERF * half_erf + ROUNDING * phi
     value = x.abs() * (phi_error + ROUNDING * phi)
     # The exponent has 3 roundings, and x x / 2 is its size in units of e. Then come c and two products.
     term = x.abs() * density
     term_error = term * (3 * ROUNDING * x * x / 2 + EXP2 + 3 * ROUNDING)
     derivative = phi_error + term_error + ROUNDING * (phi + x * density).abs()
     return _at_least_the_smallest(value, derivative)
+
+
+def _quotient_error(square: Tensor) -> Tensor:
+    """The relative error of x NUMERATOR(x x) / DENOMINATOR(x x), which nothing cancels in."""
+    # x x has a rounding, and the quotient changes with its root at most. Then come the product and the division.
+    roundings = 0.5 + 2 + _polynomial_roundings(NUMERATOR, square) + _polynomial_roundings(DENOMINATOR, square)
+    return QUOTIENT_ERROR + roundings * ROUNDING
+
+
+def _polynomial_roundings(coefficients: Sequence[float], square: Tensor) -> Tensor:
+    """The roundings of a polynomial in Horner's form, whose terms are positive: a fused product and sum a step."""
+    value = torch.full_like(square, coefficients[-1])
+    roundings = torch.ones_like(square)
+    for coefficient in coefficients[-2::-1]:
+        before, value = value * square, value * square + coefficient
+        # What was there counts by its share, and so does the constant, unless it is exact; the sum counts as a whole.
+        roundings = (before * roundings + (0 if coefficient == 1 else coefficient)) / value + 1
+    return roundings
 
 
 def tanh_bounds(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,6 +105,11 @@ def tanh_bounds(x: Tensor) -> tuple[Tensor, Tensor]:
     derivative = s * s_error + term * ((1 - 2 * s).abs() * e_error + own)
     derivative = derivative + ROUNDING * (s + term.copysign(x)).abs()
     return _at_least_the_smallest(value, derivative)
+
+
+def _phi(x: Tensor) -> Tensor:
+    """0.5 (1 + erf(x / sqrt(2))), without its cancellation."""
+    return 0.5 * torch.erfc(-x / math.sqrt(2))
 
 
 def _twice_u(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from helpers import cases
 from warpform import ops
+from warpform.ops import _register
 
 Q = torch.randn(7, 2, 8)
 CU = cases.offsets([3, 4])
@@ -359,9 +360,23 @@ def test_packing_plan(mask: Any, capacity: Any, error: type[Exception], message:
         ops.packing_plan(mask, capacity)
 
 
+def _away_from_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reference says why it runs, as it does on a GPU. On a CPU it is no surprise."""
+    monkeypatch.setattr(_register, "_on_cpu", lambda args: False)
+
+
+def test_reference_op_is_silent_on_a_cpu(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    monkeypatch.setenv("WARPFORM_STRICT", "1")
+    torch.ops.warpform.bias_gelu_reference("no kernel on a CPU", X, W)
+    assert not recwarn.list
+
+
 def test_reference_op_warns_once_for_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     op = torch.ops.warpform.bias_gelu_reference
-    expected = ops.bias_gelu(X, W)
+    with monkeypatch.context() as patch:
+        patch.setenv("WARPFORM_BACKEND", "reference")
+        expected = ops.bias_gelu(X, W)
+    _away_from_cpus(monkeypatch)
     with pytest.warns(
         UserWarning, match="bias_gelu: the PyTorch reference runs instead of a kernel: no kernel for this test"
     ):
@@ -380,7 +395,7 @@ def test_reference_op_warns_once_for_a_reason(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(op("WARPFORM_BACKEND=reference", X, W), expected)
 
 
-def test_every_op_has_a_reference_op() -> None:
+def test_every_op_has_a_reference_op(monkeypatch: pytest.MonkeyPatch) -> None:
     library = torch.ops.warpform
     for name in (
         "packing_plan",
@@ -399,6 +414,8 @@ def test_every_op_has_a_reference_op() -> None:
     ):
         op, reference = getattr(library, name).default._schema, getattr(library, f"{name}_reference").default._schema
         assert [a.name for a in reference.arguments] == ["reason", *(a.name for a in op.arguments)]
+    monkeypatch.setenv("WARPFORM_BACKEND", "reference")
+    _away_from_cpus(monkeypatch)
     with pytest.warns(UserWarning, match="varlen_attention: .* for the sake of it"):
         out, _ = library.varlen_attention_reference("for the sake of it", Q, Q, Q, CU, CU, 4, 4, causal=True)
     assert torch.equal(out, ops.varlen_attention(Q, Q, Q, CU, CU, 4, 4, causal=True))

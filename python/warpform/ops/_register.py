@@ -245,13 +245,17 @@ def implement(
 
 def _report(name: str, reason: str, args: Sequence[Any]) -> None:
     """Says that the reference runs. On a CPU, where kernels take some calls and it the others, it is no surprise."""
-    if reason == REQUESTED or (args and isinstance(args[0], Tensor) and args[0].device.type == "cpu"):
+    if reason == REQUESTED or _on_cpu(args):
         return
     if _env.strict():
         raise RuntimeError(f"{name}: no kernel runs this ({reason}), and WARPFORM_STRICT=1 forbids the reference")
     if (name, reason) not in _warned:
         _warned.add((name, reason))
         warnings.warn(f"{name}: the PyTorch reference runs instead of a kernel: {reason}", stacklevel=3)
+
+
+def _on_cpu(args: Sequence[Any]) -> bool:
+    return bool(args) and isinstance(args[0], Tensor) and args[0].device.type == "cpu"
 
 
 def _autograd_kernel(
