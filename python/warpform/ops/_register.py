@@ -244,7 +244,7 @@ def implement(
 
 
 def _report(name: str, reason: str, args: Sequence[Any]) -> None:
-    """Says that the reference runs. On a CPU that is no surprise: kernels take some calls there, the reference others."""
+    """Says that the reference runs. On a CPU it says so to `fallbacks` alone: some calls have no kernel there."""
     if reason == REQUESTED or (args and isinstance(args[0], Tensor) and args[0].device.type == "cpu"):
         return
     if _env.strict():
