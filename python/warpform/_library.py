@@ -71,6 +71,24 @@ def build_info() -> dict[str, Any]:
     return json.loads(torch.ops.warpform._build_info())
 
 
+def cpu_isa() -> str:
+    """The instruction set of the CPU kernels that run in this process, as "x86-64-v4"; "" where none do."""
+    import torch
+
+    require()
+    name: str = torch.ops.warpform._cpu_isa()
+    return name
+
+
+def cpu_kernels_missing() -> str:
+    """Why no CPU kernels run in this process; "" where they do."""
+    import torch
+
+    require()
+    reason: str = torch.ops.warpform._cpu_kernels_missing()
+    return reason
+
+
 def kernel_table() -> list[dict[str, Any]]:
     """The configurations that have a CUDA kernel, one dict each. Raises ImportError where the library is not loaded."""
     require()
