@@ -337,8 +337,8 @@ def backend(device: str, call: Callable[[], Any]) -> str:
     """Names what ran warpform's ops in a call that was made before.
 
     On a GPU that can be told without making it again: the reference warns once per op. On a CPU kernels take some calls
-    and references the others without a warning, so the call is made once more and its ops are watched, which a compiled call
-    cannot be. What happens in other processes is not seen.
+    and references the others without a warning, so the call is made once more and its ops are watched, which those of a
+    compiled call cannot be. What happens in other processes is not seen.
     """
     if os.environ.get("WARPFORM_BACKEND") == "reference":
         return "reference"

@@ -59,12 +59,14 @@ def granted_cores() -> float:
     return cores if quota is None else min(cores, quota)
 
 
-def _quota() -> float | None:
-    """Cores of the smallest quota of this process's control groups; None where there is none, or Linux tells none."""
-    root = Path("/sys/fs/cgroup")
+def _quota(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Cores of the smallest quota of this process's control groups; None where there is none, or Linux tells none.
+
+    groups: the file that names them. root: where they are mounted.
+    """
     found = []
     try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        lines = groups.read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     for line in lines:

@@ -309,7 +309,7 @@ def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
         _product._has_faster_onednn.cache_clear()
         monkeypatch.setattr(_hardware, "cpu_features", lambda features=features: features)
         monkeypatch.setenv("WARPFORM_ONEDNN", setting)
-        assert _product._by_onednn() == (expected and _torch_private.onednn_linear() is not None)
+        assert _product.takes_onednn() == (expected and _torch_private.onednn_linear() is not None)
     _product._has_faster_onednn.cache_clear()
 
 

@@ -96,11 +96,11 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and (bias is None or bias.shape == weight.shape[:1])
         and weight.numel() > 0
         and x.numel() >= LEAST_ROWS * weight.shape[1]
-        and (_by_onednn() if x.dtype == torch.float32 else _through_float32(x.dtype))
+        and (takes_onednn() if x.dtype == torch.float32 else _through_float32(x.dtype))
     )
 
 
-def _by_onednn() -> bool:
+def takes_onednn() -> bool:
     """Tells whether float32 products go to oneDNN on this machine and under these settings."""
     setting = _env.onednn()
     return (
@@ -137,7 +137,7 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, *, round_up: bool 
     dtype, rows = x.dtype, x.shape[0]
     if dtype != torch.float32:
         x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
-    onednn = _torch_private.onednn_linear() if _by_onednn() else None
+    onednn = _torch_private.onednn_linear() if takes_onednn() else None
     if onednn is None:
         return F.linear(x, weight, bias).to(dtype)
     extra = -rows % (16 if rows <= CPU_ROWS // 2 else 64) if round_up and rows <= CPU_ROWS else 0
