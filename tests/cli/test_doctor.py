@@ -307,7 +307,7 @@ def test_what_an_old_driver_needs(monkeypatch, driver, built, says):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("WARPFORM_BACKEND", "foo"), ("WARPFORM_STRICT", "yes"), ("WARPFORM_VALIDATE", "true"), ("WARPFORM_LOG", "1"),
-     ("WARPFORM_CUDA", "on")],
+     ("WARPFORM_CUDA", "on"), ("WARPFORM_ONEDNN", "yes"), ("WARPFORM_CPU_ISA", "avx")],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_problems(monkeypatch, capsys, quick, name, value):
     monkeypatch.setenv(name, value)

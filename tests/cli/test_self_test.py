@@ -181,7 +181,7 @@ def test_a_gpu_without_room_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(_direct, "launch_limits", lambda device, kib=kib: {"shared_memory_limit": kib * 1024})
         monkeypatch.setattr(_register, "_warned", set())
 
-        def refuses(reason: str = reason) -> str | None:
+        def refuses(ran: set[str], reason: str = reason) -> str | None:
             with pytest.warns(UserWarning, match=reason) if not self_test._env.strict() else contextlib.nullcontext():
                 _register._report("bias_gelu", reason, ())
             return None

@@ -341,7 +341,7 @@ def _advice(report: dict[str, Any]) -> list[str]:
     gpus = report["torch"].get("gpus")
     if isinstance(gpus, list) and gpus:
         sentences.append(_only_ptx(binary.get("cuda_archs", ""), gpus[0]["capability"]))
-    sentences.append(_too_many_threads(report["torch"].get("threads"), machine["cpu"].get("granted_cores")))
+    sentences.append(_too_many_threads(report["torch"].get("threads"), machine.get("cpu", {}).get("granted_cores")))
     return [sentence for sentence in sentences if sentence]
 
 
