@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import functools
 import importlib.util
 import os
@@ -9,11 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import busy
 import harness
 import pytest
 import torch
 
 SESSION = pytest.StashKey[harness.Session]()
+BUSY = pytest.StashKey[contextlib.ExitStack]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,7 +32,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--budget", type=float, default=harness.BUDGET, help="seconds; 0 is no limit (default %(default)s)")
     group.addoption("--results", type=Path, help="folder that rows are appended to (default bench/results)")
     group.addoption("--no-results", action="store_true", help="append nothing")
+    group.addoption(
+        "--busy",
+        type=_count,
+        nargs="?",
+        const=1,
+        default=0,
+        metavar="N",
+        help="beside N processes that keep a core busy",
+    )
     group.addoption("--progress", action="store_true", help="a progress bar instead of a line for each file")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a number of processes")
+    return int(text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,6 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
         everything=config.getoption("--everything"),
         results=None if config.getoption("--no-results") else results,
         budget=config.getoption("--budget"),
+        busy=config.getoption("--busy"),
     )
     # The suite has a summary of its own.
     config.option.benchmark_quiet = True
@@ -54,6 +74,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # Short runs use at most two threads, as the tests do; full runs use as many as torch finds.
     if tiny and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    stack = session.config.stash[BUSY] = contextlib.ExitStack()
+    session.config.add_cleanup(stack.close)
+    stack.enter_context(busy.busy(session.config.stash[SESSION].busy))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -104,6 +130,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     run = session.config.stash.get(SESSION, None)
     if run is not None:
         run.flush()
+    if BUSY in session.config.stash:
+        session.config.stash[BUSY].close()
 
 
 @pytest.hookimpl(trylast=True)
@@ -111,7 +139,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     run = config.stash.get(SESSION, None)
     if run is None or not run.rows:
         return
-    terminalreporter.write_sep("=", f"warpform benchmarks, {run.facts['device']}, torch {torch.__version__}")
+    beside = f", beside {run.busy} busy" if run.busy else ""
+    terminalreporter.write_sep("=", f"warpform benchmarks, {run.facts['device']}, torch {torch.__version__}{beside}")
     for line in harness.summary(run.rows):
         terminalreporter.write_line(line)
     where = "nothing was recorded" if run.results is None else f"rows appended in {run.results}"

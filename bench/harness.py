@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import busy
 import plans
 import suites
 import torch
@@ -244,7 +245,12 @@ def device_samples(calls: list[Callable[[], Any]], seconds: float, *, hide_host:
 
 
 def ceilings(device: str, dtype: torch.dtype, tiny: bool) -> tuple[float, float]:
-    """(TFLOP/s of a large matrix product, GB/s of a large copy, reads and writes counted), both by this machine now."""
+    """(TFLOP/s of a large matrix product, GB/s of a large copy, reads and writes counted), both by this machine now.
+
+    On a CPU torch has two libraries for products in float32, and the faster is the ceiling.
+    """
+    from warpform import _torch_private
+
     width = 128 if tiny else 8192 if device == "cuda" else 1536
     length = 1 << (16 if tiny else 30 if device == "cuda" else 28)  # bytes
     a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
@@ -262,7 +268,12 @@ def ceilings(device: str, dtype: torch.dtype, tiny: bool) -> tuple[float, float]
             times.append((time.perf_counter() - start) * 1e6)
         return statistics.median(times)
 
-    return 2 * width**3 / fastest(lambda: a @ b) / 1e6, 2 * length / fastest(lambda: target.copy_(source)) / 1e3
+    products: list[Callable[[], Any]] = [lambda: a @ b]
+    onednn = _torch_private.onednn_linear() if device == "cpu" and dtype == torch.float32 else None
+    if onednn is not None:
+        products.append(lambda: onednn(a, b, None))
+    least = min(map(fastest, products))
+    return 2 * width**3 / least / 1e6, 2 * length / fastest(lambda: target.copy_(source)) / 1e3
 
 
 def stopwatch(call: Callable[[], Any], rounds: int, iterations: int, device: str) -> list[float]:
@@ -322,14 +333,31 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def backend(device: str) -> str:
-    """Names what ran warpform's ops in the last call, as far as can be told: the reference warns once per op."""
-    if device == "cpu" or os.environ.get("WARPFORM_BACKEND") == "reference":
+def backend(device: str, call: Callable[[], Any]) -> str:
+    """Names what ran warpform's ops in a call that was made before.
+
+    On a GPU that can be told without making it again: the reference warns once per op. On a CPU kernels take some calls
+    and references the others without a warning, so the call is made once more and its ops are watched, which those of a
+    compiled call cannot be. What happens in other processes is not seen.
+    """
+    if os.environ.get("WARPFORM_BACKEND") == "reference":
         return "reference"
+    from warpform import _library
     from warpform.ops import _register
 
-    names = sorted({name for name, _ in _register._warned})
-    return f"kernels, reference for {' '.join(names)}" if names else "kernels"
+    kernels = "kernels"
+    if device == "cpu":
+        if not _library.cpu_isa():
+            return "reference"
+        with _register.fallbacks() as found:
+            ops = {name for name, _, _ in plans.ops_of(call)}
+        names = sorted({name for name, _ in found})
+        if ops <= set(names):
+            return "reference"
+        kernels = f"kernels ({_library.cpu_isa()})"
+    else:
+        names = sorted({name for name, _ in _register._warned})
+    return f"{kernels}, reference for {' '.join(names)}" if names else kernels
 
 
 @dataclass
@@ -344,6 +372,7 @@ class Session:
     seconds: float | None = None  # that a row is timed for; None: 0.1 on a GPU and 0.4 on a CPU
     stop_at: float | None = None  # of time.monotonic(); takes the place of the budget and its deadlines
     date: str = ""  # of the rows; "": now
+    busy: int = 0  # processes beside this one that keep a core busy each; the rows say so in `kind`
     rows: list[dict[str, Any]] = field(default_factory=list)
     _group: list[dict[str, Any]] = field(default_factory=list)
     _spec: Spec | None = None
@@ -357,7 +386,8 @@ class Session:
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
-        return {**machine(self.device), **({"date": self.date} if self.date else {})}
+        facts = {**machine(self.device), "kind": busy.kind(self.device, self.busy)}
+        return {**facts, **({"date": self.date} if self.date else {})}
 
     def need_gpu(self) -> None:
         if self.device != "cuda":
@@ -428,9 +458,11 @@ class Session:
             self._time(case, calls, row, clock)
             row["status"] = "ok"
             if provider.startswith("warpform"):
-                row["backend"] = backend(self.device) + case.where
-            if provider == "warpform" and backend(self.device) == "kernels" and not case.end_to_end:
-                row["waves"] = self._waves(calls[0])
+                plain = case.prepare("warpform") if self.device == "cpu" and needs_compiling(provider) else calls
+                ran = backend(self.device, plain[0])
+                row["backend"] = ran + case.where
+                if provider == "warpform" and ran == "kernels" and not case.end_to_end:
+                    row["waves"] = self._waves(calls[0])
         except Missing as missing:
             row["status"] = f"missing: {missing}"
             return row, missing

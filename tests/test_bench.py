@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.one_worker
 
 sys.path.insert(0, str(BENCH))
 
+import busy  # noqa: E402
 import harness  # noqa: E402
 import plans  # noqa: E402
 import report  # noqa: E402
@@ -330,7 +332,7 @@ def test_waves_are_those_of_each_op() -> None:
 def test_rows_have_waves(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU; and a call that cannot be planned leaves a row that is timed."""
     found = {"a": 0.1234, "b": 123.4}
-    monkeypatch.setattr(harness, "backend", lambda device: "kernels")
+    monkeypatch.setattr(harness, "backend", lambda device, call: "kernels")
     monkeypatch.setattr(_direct, "launch_limits", lambda device: {"sm_count": 132})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
@@ -348,6 +350,94 @@ def test_rows_have_waves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["waves"] for row in rows] == ["a=0.12 b=123.4", ""]
     assert all(row["status"] == "ok" and row["p50_us"] for row in rows)
     assert report.waves(rows[0]) == ", 0.12 waves" and report.waves(rows[1]) == ""
+
+
+def test_a_cpu_row_says_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(4, 8)
+    isa = _library.cpu_isa()
+    kernels = f"kernels ({isa})" if isa else "reference"
+
+    def call(dtype: torch.dtype) -> torch.Tensor:
+        return warpform.ops.bias_gelu(x.to(dtype), None)
+
+    def both() -> None:
+        call(torch.float32)
+        warpform.ops.blockdiag_multiply(x.double(), torch.randn(2, 4, 4, dtype=torch.float64))
+
+    assert harness.backend("cpu", lambda: call(torch.float32)) == kernels
+    assert harness.backend("cpu", lambda: call(torch.float64)) == "reference"
+    assert harness.backend("cpu", lambda: x + x) == "reference"
+    mixed = f"{kernels}, reference for blockdiag_multiply" if isa else "reference"
+    assert harness.backend("cpu", both) == mixed
+    monkeypatch.setenv("WARPFORM_BACKEND", "reference")
+    assert harness.backend("cpu", lambda: call(torch.float32)) == "reference"
+
+
+def test_the_ceiling_is_of_the_faster_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    from warpform import _torch_private
+
+    slow = harness.ceilings("cpu", torch.float32, tiny=True)[0]
+    monkeypatch.setattr(_torch_private, "onednn_linear", lambda: lambda a, b, bias: a)
+    assert harness.ceilings("cpu", torch.float32, tiny=True)[0] > slow > 0
+    monkeypatch.setattr(_torch_private, "onednn_linear", lambda: None)
+    assert harness.ceilings("cpu", torch.float32, tiny=True)[0] > 0
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_busy_processes_run_and_end() -> None:
+    with pytest.raises(KeyError), busy.busy(2) as started:
+        pids = [process.pid for process in started]
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not all(_seconds(pid) > 0.2 for pid in pids):
+            time.sleep(0.05)
+        assert len(pids) == 2 and all(_seconds(pid) > 0.2 for pid in pids)
+        raise KeyError
+    assert not any(map(alive, pids))
+    with busy.busy(0) as none:
+        assert none == []
+
+
+def _seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_busy_processes_end_with_their_parent() -> None:
+    code = (
+        "import busy, os\nwith busy.busy(1) as (one,):\n    print(one.pid, flush=True)\n    os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=BENCH, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == -9
+    deadline = time.monotonic() + 60
+    while alive(int(done.stdout)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(int(done.stdout))
+
+
+def test_rows_beside_busy_processes_are_set_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "pytest", "suites/encoder.py", "-k", "bias_gelu and forward", "--tiny", "--busy"]
+    command += ["--results", str(tmp_path), "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "WARPFORM_COMMIT": "0123456789ab"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=BENCH, env=environment)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "beside 1 busy" in done.stdout
+    rows = report.read(tmp_path, busy=True)
+    assert rows and {row["kind"] for row in rows} == {"cpu beside 1 busy"} and report.read(tmp_path) == []
+    assert not any(map(report.readme.quotable, rows))
+    assert report.main(["--results", str(tmp_path)]) == 2
+    capsys.readouterr()
+    assert report.main(["--results", str(tmp_path), "--busy"]) == 0
+    assert "beside 1 busy processes, warpform" in capsys.readouterr().out
+    assert "CPU, beside 1 busy processes, " in report.machine(rows[0])
 
 
 def test_torch_varlen_is_called_as_this_torch_has_it() -> None:

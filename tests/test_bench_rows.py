@@ -55,7 +55,11 @@ def test_two_families(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     for row in found:
         by_workload.setdefault(row["workload"], []).append(row)
     for *peers, own in by_workload.values():
-        assert own["provider"] == "warpform" and own["backend"] == "reference" and float(own["p50_us"]) > 0
+        assert (
+            own["provider"] == "warpform"
+            and own["backend"].startswith(("kernels", "reference"))
+            and float(own["p50_us"]) > 0
+        )
         assert [ratio.partition("=")[0] for ratio in own["ratios"].split()] == [peer["provider"] for peer in peers]
     assert f"{GATE[0]}  warpform  ok" in capsys.readouterr().out
     # With its journal the same command has nothing left to do.

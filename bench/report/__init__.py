@@ -4,6 +4,7 @@
     python bench/report --markdown FILE --plots FOLDER  written to files
     python bench/report --readme                        numbers and plots of README and docs/benchmarks.md
     python bench/report --device H200                   one device of several
+    python bench/report --busy                          what was measured beside busy processes, else left out
 
 Of each device, workload and provider the newest row counts. Nothing is computed here but ratios of what the rows say.
 """
@@ -18,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from busy import is_quiet
 from suites import FAMILIES
 
 from . import plots, readme
@@ -27,8 +29,10 @@ RESULTS = ROOT / "bench" / "results"
 Row = dict[str, str]
 
 
-def read(folder: Path) -> list[Row]:
+def read(folder: Path, *, busy: bool = False) -> list[Row]:
     """All rows of a folder of results, oldest first.
+
+    busy: those that were measured beside busy processes (`bench --busy`), instead of all others.
 
     Raises:
         FileNotFoundError: there is no results file in it.
@@ -40,7 +44,7 @@ def read(folder: Path) -> list[Row]:
     for path in files:
         with path.open(newline="", encoding="utf-8") as file:
             rows += csv.DictReader(file)
-    return rows
+    return [row for row in rows if is_quiet(row["kind"]) != busy]
 
 
 # The rows of a device: (family, kernel, direction) -> workload -> provider -> row.
@@ -162,7 +166,7 @@ def markdown(found: dict[str, Kernels]) -> str:
             lines += [f"## {kernel}, {direction}", ""]
             lines += [
                 f"Microseconds, median (warpform: 20th to 80th percentile; peers: times warpform's). {one['dtype']}, "
-                f"{one['threads']} host threads, warpform {one['warpform']} at {one['commit']} "
+                f"{one['threads']} host threads, {beside(one)}warpform {one['warpform']} at {one['commit']} "
                 f"({', '.join(backends) or 'not timed'}), torch {one['torch']}, "
                 f"transformers {one['transformers'] or 'absent'}, {when}; {family}.csv."
             ]
@@ -170,6 +174,12 @@ def markdown(found: dict[str, Kernels]) -> str:
                 lines[-1] += f" Ceilings in the same run: {one['ceiling_tflops']} TFLOP/s, {one['ceiling_gbs']} GB/s."
             lines += ["", *table(workloads), ""]
     return "\n".join(lines)
+
+
+def beside(row: Row) -> str:
+    """Says where a row was measured beside busy processes."""
+    count = row["kind"].partition(" beside ")[2]
+    return f"beside {count} processes, " if count else ""
 
 
 def figures(device: str, kernels: Kernels) -> dict[str, plots.Figure]:
@@ -196,7 +206,9 @@ def figures(device: str, kernels: Kernels) -> dict[str, plots.Figure]:
 
 def machine(row: Row) -> str:
     """The device, by name and kind."""
-    return row["device"] if row["kind"] == "cuda" else f"{row['device']} (CPU, {row['threads']} threads)"
+    if row["kind"] == "cuda":
+        return row["device"]
+    return f"{row['device']} (CPU, {beside(row)}{row['threads']} threads)"
 
 
 def source(row: Row) -> str:
@@ -228,6 +240,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="report", description="tables and plots of benchmark results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="a folder of results (default bench/results)")
     parser.add_argument("--device", default="", help="only devices whose name has this in it")
+    parser.add_argument("--busy", action="store_true", help="the rows of bench --busy alone")
     parser.add_argument("--markdown", type=Path, help="write the tables there; default: standard output")
     parser.add_argument("--plots", type=Path, help="write a plot for each device and family into this folder")
     parser.add_argument(
@@ -238,8 +251,10 @@ def main(arguments: list[str]) -> int:
         help="write numbers into it and into docs/benchmarks.md, and plots (docs/plots)",
     )
     given = parser.parse_args(arguments)
+    if given.busy and given.readme is not None:
+        parser.error("--readme writes what was measured on a quiet machine")
     try:
-        rows = read(given.results)
+        rows = read(given.results, busy=given.busy)
         found = newest(rows if given.readme is None else filter(readme.quotable, rows))
         found = {device: kernels for device, kernels in found.items() if given.device.lower() in device.lower()}
         if not found:

@@ -13,6 +13,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from busy import is_quiet
+
 from .plots import duration
 
 Row = dict[str, str]
@@ -44,8 +46,9 @@ ORDERS = {"arrival": "in order of arrival", "sorted": "sorted by length"}
 
 
 def quotable(row: Row) -> bool:
-    """Tells whether a row names the code that it belongs to."""
-    return row["commit"] not in ("", "unknown") and not row["commit"].endswith("(changed)")
+    """Tells whether a row names the code that it belongs to, and was measured beside no busy process."""
+    named = row["commit"] not in ("", "unknown") and not row["commit"].endswith("(changed)")
+    return named and is_quiet(row["kind"])
 
 
 def replace(text: str, name: str, lines: list[str]) -> str:

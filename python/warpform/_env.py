@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 
 BACKENDS = ("auto", "reference")
+ONEDNN = ("auto", "0", "1")
 CPU_ISAS = ("v3", "v4", "neon", "0")
 NAMES = (
     "WARPFORM_BACKEND",
-    "WARPFORM_CPU_ISA",
     "WARPFORM_STRICT",
     "WARPFORM_VALIDATE",
     "WARPFORM_LOG",
     "WARPFORM_DIRECT",
+    "WARPFORM_ONEDNN",
+    "WARPFORM_CPU_ISA",
     "WARPFORM_CUDA",
     "WARPFORM_CUDA_ARCHS",
     "WARPFORM_SIMT",
@@ -27,6 +29,8 @@ NAMES = (
     "CUDA_PATH",
     "CXX",
     "MAX_JOBS",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
 )
 
 
@@ -44,17 +48,6 @@ def backend() -> str:
     value = os.environ.get("WARPFORM_BACKEND", "") or "auto"
     if value not in BACKENDS:
         raise ValueError(f"WARPFORM_BACKEND must be one of {', '.join(BACKENDS)}, got {value!r}")
-    return value
-
-
-def cpu_isa() -> str:
-    """`WARPFORM_CPU_ISA`: "" (default) or one of CPU_ISAS. Raises ValueError for anything else.
-
-    The library reads it, when the first op runs; this is for doctor.
-    """
-    value = os.environ.get("WARPFORM_CPU_ISA", "")
-    if value and value not in CPU_ISAS:
-        raise ValueError(f"WARPFORM_CPU_ISA must be one of {', '.join(CPU_ISAS)}, got {value!r}")
     return value
 
 
@@ -81,10 +74,26 @@ def log_debug() -> bool:
     return value == "debug"
 
 
+def onednn() -> str:
+    """`WARPFORM_ONEDNN`: "auto" (default), "0" or "1". Raises ValueError for anything else."""
+    value = os.environ.get("WARPFORM_ONEDNN", "") or "auto"
+    if value not in ONEDNN:
+        raise ValueError(f"WARPFORM_ONEDNN must be {', '.join(ONEDNN[:-1])} or {ONEDNN[-1]}, got {value!r}")
+    return value
+
+
+def cpu_isa() -> str:
+    """`WARPFORM_CPU_ISA`, which the library reads once; "" where it is unset. Raises ValueError for an unknown one."""
+    value = os.environ.get("WARPFORM_CPU_ISA", "")
+    if value and value not in CPU_ISAS:
+        raise ValueError(f"WARPFORM_CPU_ISA must be {', '.join(CPU_ISAS[:-1])} or {CPU_ISAS[-1]}, got {value!r}")
+    return value
+
+
 def problems() -> list[str]:
     """One sentence for each variable that is set to what it cannot be. Never raises."""
     sentences = []
-    for read in (backend, cpu_isa, strict, validate, log_debug):
+    for read in (backend, strict, validate, log_debug, onednn, cpu_isa):
         try:
             read()
         except ValueError as error:

@@ -5,6 +5,7 @@ The build reads this file too, by its path, so it imports the standard library a
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import platform
@@ -31,12 +32,61 @@ def version_pair(text: str) -> tuple[int, int] | None:
 
 def cpu_name() -> str:
     """The model of the CPU as Linux names it, or the architecture where it names none."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    model = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
     return model[1].strip() if model else platform.processor() or platform.machine()
+
+
+@functools.cache
+def cpu_features() -> tuple[str, frozenset[str]]:
+    """The vendor of the CPU, as "AuthenticAMD", and its features, as "avx512f"; empty where Linux names none."""
+    text = _cpuinfo()
+    vendor = re.search(r"^vendor_id\s*:\s*(\S+)", text, re.MULTILINE)
+    flags = re.search(r"^flags\s*:\s*(.+)$", text, re.MULTILINE)
+    return (vendor[1] if vendor else ""), frozenset(flags[1].split() if flags else ())
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def granted_cores() -> float:
+    """The cores that this process may use: those of its affinity, or less where a control group has a quota of time."""
+    cores = float(len(os.sched_getaffinity(0)))
+    quota = _quota()
+    return cores if quota is None else min(cores, quota)
+
+
+def _quota(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Cores of the smallest quota of this process's control groups; None where there is none, or Linux tells none.
+
+    groups: the file that names them. root: where they are mounted.
+    """
+    found = []
+    try:
+        lines = groups.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if not controllers:  # version 2; a quota of a group above holds too
+            parts = Path(name).parts[1:]
+            found += [_read_quota(root.joinpath(*parts[:depth], "cpu.max")) for depth in range(len(parts) + 1)]
+        elif "cpu" in controllers.split(","):
+            for folder in (root / controllers / name.lstrip("/"), root / "cpu" / name.lstrip("/"), root / "cpu"):
+                found.append(_read_quota(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"))
+    return min((cores for cores in found if cores is not None), default=None)
+
+
+def _read_quota(*files: Path) -> float | None:
+    """Quota over period, which one file or two hold; None for no quota."""
+    try:
+        quota, period = " ".join(file.read_text(encoding="utf-8").strip() for file in files).split()
+        return float(quota) / float(period) if quota != "max" and float(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
 
 
 def package_toolkits() -> list[Path]:

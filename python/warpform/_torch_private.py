@@ -165,3 +165,42 @@ def process_group(name: str) -> Any:
         ImportError: this torch has no such function under the name that is known.
     """
     return _need("_resolve_process_group")(name)
+
+
+# The types of the arguments of mkldnn::_linear_pointwise: x, weight, bias, and what is fused behind the product.
+_LINEAR_ARGUMENTS = ["Tensor", "Tensor", "Optional[Tensor]", "str", "List[Optional[number]]", "Optional[str]"]
+
+
+@functools.cache
+def onednn_linear() -> Callable[..., Tensor] | None:
+    """A function (x, weight, bias) that computes torch.nn.functional.linear by oneDNN, for float32 tensors on a CPU.
+
+    It records no gradient. None where torch was built without oneDNN, or has this op with other arguments.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return None
+    op = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+    if op is None or [str(argument.type) for argument in op._schema.arguments] != _LINEAR_ARGUMENTS:
+        return None
+    if [str(result.type) for result in op._schema.returns] != ["Tensor"]:
+        return None
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = op(x, weight, bias, "none", [], "")
+        return out
+
+    return product
+
+
+@functools.cache
+def _asked_of_dispatcher() -> tuple[Callable[[], Any], ...] | None:
+    try:
+        return dispatcher_needed()
+    except ImportError:
+        return None
+
+
+def sees_calls() -> bool:
+    """Tells whether something of `dispatcher_needed` is on, or forward mode. True where this torch cannot say it."""
+    asked = _asked_of_dispatcher()
+    return asked is None or in_forward_mode() or any(ask() for ask in asked)

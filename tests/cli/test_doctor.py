@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import warpform
-from warpform import _direct, _library, cli
+from warpform import _direct, _hardware, _library, _torch_private, cli
 from warpform.cli import doctor, self_test
 from warpform.ops import _register
 
@@ -54,6 +54,102 @@ def test_all_is_well(capsys):
         backend = "cpu" if op in on_cpu else "reference"
         assert [line.split()[1] for line in lines if line.split()[:1] == [op]] == [backend, "cpu"]
     assert lines[-1] == "everything works"
+
+
+def test_what_runs_on_the_cpu(quick, capsys, monkeypatch):
+    report = doctor.examine()
+    kernels = report["machine"]["cpu_kernels"]
+    assert kernels["isa"] == (_library.cpu_isa() or None) and (kernels["isa"] is None) == (
+        kernels["missing"] is not None
+    )
+    assert report["torch"]["threads"] == torch.get_num_threads()
+    shown = "\n".join(doctor._lines(report))
+    assert f"kernels for {kernels['isa']}; " in shown or "no kernels: " in shown
+    monkeypatch.setenv("WARPFORM_ONEDNN", "1")
+    if _torch_private.onednn_linear() is not None:
+        assert doctor.examine()["machine"]["cpu_kernels"]["onednn"]
+        assert "float32 products by oneDNN" in doctor._cpu_text(doctor.examine())
+    monkeypatch.setenv("WARPFORM_ONEDNN", "0")
+    assert "float32 products by the library that torch chooses" in doctor._cpu_text(doctor.examine())
+    monkeypatch.setattr(_library, "cpu_isa", lambda: "")
+    monkeypatch.setattr(_library, "cpu_kernels_missing", lambda: "this CPU has no AVX2, which the CPU kernels need")
+    assert "no kernels: this CPU has no AVX2" in doctor._cpu_text(doctor.examine())
+
+
+def test_the_self_test_says_what_ran_on_the_cpu():
+    row = {
+        "op": "a",
+        "device": "cpu",
+        "dtype": "float32",
+        "direction": "forward",
+        "ok": True,
+        "problem": None,
+        "ms": 1.0,
+    }
+    tests = [row | {"ran": "kernel"}, row | {"op": "b", "ran": "reference"}, row | {"op": "c", "ran": "kernel"}]
+    tests += [row | {"op": "c", "ran": "kernel and reference"}, row | {"op": "d", "device": "cuda", "ran": "kernel"}]
+    shown = {line.split()[0]: line.partition("  ok in float32")[2] for line in doctor._test_lines(tests)[1:]}
+    assert shown == {"a": ", by kernel", "b": ", by reference", "c": ", by kernel and reference", "d": ""}
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "advice"),
+    [
+        (2, 2.0, None),
+        (2, 1.5, None),
+        (1, 0.5, None),
+        (None, 1.0, None),
+        (4, None, None),
+        (4, 1.5, "torch has 4 threads, and this process is granted 1.5 cores: set OMP_NUM_THREADS=1,"),
+        (16, 2.0, "torch has 16 threads, and this process is granted 2 cores: set OMP_NUM_THREADS=2,"),
+    ],
+)
+def test_more_threads_than_cores(threads, cores, advice):
+    found = doctor._too_many_threads(threads, cores)
+    assert found is None if advice is None else found.startswith(advice) and "OMP_WAIT_POLICY=passive" in found
+
+
+def test_more_threads_than_cores_is_advice(quick, monkeypatch):
+    monkeypatch.setattr(_hardware, "granted_cores", lambda: 1.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    report = doctor.examine()
+    assert report["ok"] and any("OMP_NUM_THREADS=1" in sentence for sentence in report["advice"])
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, None),
+        ("0::/\n", {}, None),
+        ("0::/a/b\n", {"a/cpu.max": "50000 100000\n", "a/b/cpu.max": "max 100000\n"}, 0.5),
+        ("0::/a/b\n", {"a/cpu.max": "300000 100000\n", "a/b/cpu.max": "200000 100000\n"}, 2.0),
+        (
+            "4:cpu,cpuacct:/x\n3:cpuset:/\n",
+            {"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"},
+            2.0,
+        ),
+        ("1:cpu:/x\n", {"cpu/x/cpu.cfs_quota_us": "-1\n", "cpu/x/cpu.cfs_period_us": "100000\n"}, None),
+        ("1:cpu:/x\n", {"cpu/x/cpu.cfs_quota_us": "50000\n", "cpu/x/cpu.cfs_period_us": "100000\n"}, 0.5),
+        ("0::/\n", {"cpu.max": "nonsense\n"}, None),
+    ],
+)
+def test_quotas_of_control_groups(groups, files, cores, tmp_path):
+    (tmp_path / "cgroup").write_text(groups)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert _hardware._quota(tmp_path / "cgroup", tmp_path) == cores
+
+
+def test_granted_cores(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setattr(_hardware, "_quota", lambda: 0.5)
+    assert _hardware.granted_cores() == 0.5
+    monkeypatch.setattr(_hardware, "_quota", lambda: None)
+    assert _hardware.granted_cores() == cores
+    vendor, features = _hardware.cpu_features()
+    assert isinstance(vendor, str) and all(" " not in feature for feature in features)
 
 
 @pytest.mark.parametrize("text", ["raise OSError('libcudart.so.13: cannot open')", "__version__ = '2.1.0'"])
@@ -217,7 +313,7 @@ def test_what_an_old_driver_needs(monkeypatch, driver, built, says):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("WARPFORM_BACKEND", "foo"), ("WARPFORM_STRICT", "yes"), ("WARPFORM_VALIDATE", "true"), ("WARPFORM_LOG", "1"),
-     ("WARPFORM_CUDA", "on")],
+     ("WARPFORM_CUDA", "on"), ("WARPFORM_ONEDNN", "yes"), ("WARPFORM_CPU_ISA", "avx")],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_problems(monkeypatch, capsys, quick, name, value):
     monkeypatch.setenv(name, value)

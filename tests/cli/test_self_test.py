@@ -80,6 +80,31 @@ def test_rows() -> None:
     assert all(row.get("ok", True) and row["dtype"] == "float32" for row in rows)
 
 
+def test_rows_say_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bias_gelu has CPU kernels for float32, and the gradient of an op is judged by its reference."""
+    expected = "kernel" if _library.cpu_isa() else "reference"
+    assert [row["ran"] for row in rows_of("bias_gelu", "bias_gelu_backward")] == [expected] * 3
+    monkeypatch.setenv("WARPFORM_BACKEND", "reference")
+    assert {row["ran"] for row in rows_of("bias_gelu", "packing_plan")} == {"reference"}
+
+
+def test_fallbacks_are_seen() -> None:
+    x, bias = torch.randn(3, 8), torch.randn(8)
+    with _register.fallbacks() as outer:
+        with _register.fallbacks() as inner:
+            torch.ops.warpform.bias_gelu(x.double(), bias.double())
+        assert [name for name, _ in inner] == ["bias_gelu"] and "float64" in inner[0][1]
+        leaf = x.double().requires_grad_()
+        torch.ops.warpform.bias_gelu(leaf, bias.double()).sum().backward()
+    assert [name for name, _ in outer] == ["bias_gelu", "bias_gelu", "bias_gelu_backward"] and len(inner) == 1
+    torch.ops.warpform.bias_gelu(x.double(), bias.double())
+    assert len(outer) == 3
+    if _library.cpu_isa():
+        with _register.fallbacks() as none:
+            torch.ops.warpform.bias_gelu(x, bias)
+        assert none == []
+
+
 @pytest.mark.parametrize(("name", "direction"), [("bias_gelu", "forward"), ("window_attention_backward", "forward")])
 def test_a_wrong_op_is_found(name: str, direction: str) -> None:
     right = getattr(torch.ops.warpform, name)
@@ -155,7 +180,7 @@ def test_a_gpu_without_room_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(_direct, "launch_limits", lambda device, kib=kib: {"shared_memory_limit": kib * 1024})
         monkeypatch.setattr(_register, "_warned", set())
 
-        def refuses(reason: str = reason) -> str | None:
+        def refuses(ran: set[str], reason: str = reason) -> str | None:
             with pytest.warns(UserWarning, match=reason) if not self_test._env.strict() else contextlib.nullcontext():
                 _register._report("bias_gelu", reason, ())
             return None

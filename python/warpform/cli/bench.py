@@ -16,6 +16,7 @@ HELP = """usage: python -m warpform bench [options of pytest and of the benchmar
   --device DEVICE   cpu or cuda
   --budget SECONDS  what the run may take, some 6 minutes by default; 0 is no limit
   --results FOLDER  where rows are appended, bench/results by default; --no-results appends none
+  --busy [N]        beside N processes, 1 by default, that keep a core busy each; reports set such rows apart
   -k EXPRESSION     only benchmarks whose names match, for instance -k "attention and backward"
 """
 

@@ -11,6 +11,7 @@ import argparse
 import ctypes
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -80,6 +81,7 @@ def _torch() -> dict[str, Any]:
     import torch
 
     facts: dict[str, Any] = {"version": str(torch.__version__), "cuda": torch.version.cuda, "path": torch.__file__}
+    facts["threads"] = torch.get_num_threads()
     facts["gpus"] = _guarded(lambda: _torch_gpus(torch))
     return facts
 
@@ -99,7 +101,19 @@ def _cpu() -> dict[str, Any]:
     return {
         "model": _hardware.cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
+        "granted_cores": round(_hardware.granted_cores(), 2),
         "memory_gib": round(int(memory[1]) / 2**20, 1) if memory else None,
+    }
+
+
+def _cpu_kernels() -> dict[str, Any]:
+    """The instruction set of the CPU kernels that run, or why none do; and whether float32 products go to oneDNN."""
+    from ..nn import _product
+
+    return {
+        "isa": _library.cpu_isa() or None,
+        "missing": _library.cpu_kernels_missing() or None,
+        "onednn": _product.takes_onednn(),
     }
 
 
@@ -218,6 +232,17 @@ def _only_ptx(archs: str, capability: str) -> str | None:
     )
 
 
+def _too_many_threads(threads: int | None, cores: float | None) -> str | None:
+    """Returns a remedy where torch has more threads than this process has cores, or None."""
+    if threads is None or cores is None or threads <= max(1, math.ceil(cores)):
+        return None
+    count = max(1, int(cores))
+    return (
+        f"torch has {threads} threads, and this process is granted {cores:g} cores: set OMP_NUM_THREADS={count}, or "
+        f"call torch.set_num_threads({count}); where other processes share the cores, set OMP_WAIT_POLICY=passive too"
+    )
+
+
 def _runtime(binary: dict[str, Any]) -> str | None:
     """The CUDA runtime in the library, which the driver has to serve."""
     return binary.get("cuda_runtime") or binary.get("cuda")
@@ -325,6 +350,7 @@ def _advice(report: dict[str, Any]) -> list[str]:
     gpus = report["torch"].get("gpus")
     if isinstance(gpus, list) and gpus:
         sentences.append(_only_ptx(binary.get("cuda_archs", ""), gpus[0]["capability"]))
+    sentences.append(_too_many_threads(report["torch"].get("threads"), machine.get("cpu", {}).get("granted_cores")))
     return [sentence for sentence in sentences if sentence]
 
 
@@ -344,6 +370,7 @@ def examine(plans: bool = False) -> dict[str, Any]:
         "binary": _guarded(_binary),
         "machine": {
             "cpu": _guarded(_cpu),
+            "cpu_kernels": _guarded(_cpu_kernels),
             "gpus": _guarded(_nvidia_smi),
             "driver_cuda": _guarded(_driver),
             "nvcc": _guarded(_nvcc),
@@ -402,6 +429,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
     )
     cpu = machine["cpu"]
     lines.append("cpu       " + (cpu.get("error") or f"{cpu['model']}, {cpu['cores']} cores, {cpu['memory_gib']} GiB"))
+    lines.append(f"          {_cpu_text(report)}")
     lines.append(f"gpu       {_gpu_text(report)}")
     nvcc = machine["nvcc"]
     lines.append(f"nvcc      {'none' if not nvcc else nvcc.get('error') or nvcc['version'] + ', ' + nvcc['path']}")
@@ -442,9 +470,22 @@ def _test_lines(tests: list[dict[str, Any]]) -> list[str]:
         failed = [row for row in rows if not row["ok"]]
         dtypes = dict.fromkeys(row["dtype"] for row in rows)
         verdict = f"ok in {', '.join(dtypes)}" if not failed else f"FAILED in {len(failed)} of {len(rows)} tests"
-        lines.append(f"{op:38} {device:6} {sum(row['ms'] for row in rows):7.1f}  {verdict}")
+        # On a GPU a reference in place of a kernel is a failure.
+        kinds = sorted({kind for row in rows for kind in row["ran"].split(" and ") if kind})
+        ran = f", by {' and '.join(kinds)}" if device == "cpu" and kinds else ""
+        lines.append(f"{op:38} {device:6} {sum(row['ms'] for row in rows):7.1f}  {verdict}{ran}")
         lines += [f"  FAILED: {row['dtype']}, {row['direction']}: {row['problem']}" for row in failed]
     return lines
+
+
+def _cpu_text(report: dict[str, Any]) -> str:
+    """Which kernels and which library for products run on the CPU, and torch's threads."""
+    kernels, threads = report["machine"]["cpu_kernels"], report["torch"].get("threads")
+    if "error" in kernels:
+        return f"kernels: {kernels['error']}"
+    which = f"kernels for {kernels['isa']}" if kernels["isa"] else f"no kernels: {kernels['missing']}"
+    library = "oneDNN" if kernels["onednn"] else "the library that torch chooses"
+    return f"{which}; float32 products by {library}; {threads} threads"
 
 
 def _gpu_text(report: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ reference in float64, on the same inputs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import time
@@ -56,9 +57,11 @@ def run(
 
     Yields:
         {"op", "dtype", "starting": True} before an op is tested in a dtype, then for each direction
-        {"op", "device", "dtype", "direction", "ok", "problem", "ms"}: "forward" is the op itself, "backward" is
+        {"op", "device", "dtype", "direction", "ok", "problem", "ms", "ran"}: "forward" is the op itself, "backward" is
         autograd through a differentiable op, and "direct" and "direct backward" are the same two past torch's
         dispatcher (`warpform._C`), where that is open. `problem` is None, or what is wrong, with the example's label.
+        `ran` says what computed the example's calls: "kernel", "reference", or "kernel and reference" where some calls
+        have no kernel.
 
     Raises:
         ImportError: the library is not loaded. KeyError: an unknown op.
@@ -79,16 +82,16 @@ def run(
             how = (op, getattr(torch, dtype), device, getattr(library, name))
             has_kernels = any(row["op"] == name for row in table)
             with _strict(True if on_kernels and library is torch.ops.warpform and has_kernels else None):
-                yield _timed(name, device, dtype, "forward", lambda how=how: _forward(*how))  # type: ignore[misc]
+                yield _timed(name, device, dtype, "forward", functools.partial(_forward, *how))
                 if op.differentiable and library is torch.ops.warpform:
-                    yield _timed(name, device, dtype, "backward", lambda how=how: _backward(*how))  # type: ignore[misc]
+                    yield _timed(name, device, dtype, "backward", functools.partial(_backward, *how))
                 direct = _direct_call(name) if on_kernels and library is torch.ops.warpform else None
                 if direct is not None:
                     how = (*how[:3], direct)
-                    yield _timed(name, device, dtype, "direct", lambda how=how: _forward(*how))  # type: ignore[misc]
+                    yield _timed(name, device, dtype, "direct", functools.partial(_forward, *how))
                     if op.differentiable:
                         how = (*how[:3], _recorded_call(op, direct))
-                        yield _timed(name, device, dtype, "direct backward", lambda how=how: _backward(*how))  # type: ignore[misc]
+                        yield _timed(name, device, dtype, "direct backward", functools.partial(_backward, *how))
 
 
 def examples() -> Iterator[tuple[str, str, Any]]:
@@ -192,21 +195,26 @@ def is_for_want_of_room(error: RuntimeError) -> bool:
     return limits["shared_memory_limit"] < ROOM_FOR_ALL
 
 
-def _with_room(test: Callable[[], str | None]) -> str | None:
+# Runs the example of an op; puts into the set whether a "kernel" or the "reference" ran, and returns the first problem.
+Test = Callable[[set[str]], str | None]
+
+
+def _with_room(test: Test, ran: set[str]) -> str | None:
     """Runs a test, and again without WARPFORM_STRICT where this GPU is too small for a kernel."""
     try:
-        return test()
+        return test(ran)
     except RuntimeError as error:
         if not is_for_want_of_room(error):
             raise
     with _strict(False):
-        return test()
+        return test(ran)
 
 
-def _timed(name: str, device: str, dtype: str, direction: str, test: Callable[[], str | None]) -> Row:
+def _timed(name: str, device: str, dtype: str, direction: str, test: Test) -> Row:
     start = time.perf_counter()
+    ran: set[str] = set()
     try:
-        problem = _with_room(test)
+        problem = _with_room(test, ran)
     except Exception as error:
         lines = str(error).strip().splitlines()
         problem = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -218,16 +226,43 @@ def _timed(name: str, device: str, dtype: str, direction: str, test: Callable[[]
         "ok": problem is None,
         "problem": problem,
         "ms": round((time.perf_counter() - start) * 1e3, 1),
+        "ran": " and ".join(sorted(ran)),
     }
 
 
-def _forward(op: Any, dtype: Any, device: str, function: Callable[..., Any]) -> str | None:
+@contextlib.contextmanager
+def _watched(ran: set[str]) -> Iterator[None]:
+    """Puts into `ran` what computed a call inside."""
+    import importlib
+
+    with importlib.import_module("warpform.ops._register").fallbacks() as found:
+        yield
+    ran.add("reference" if found else "kernel")
+
+
+@contextlib.contextmanager
+def _references() -> Iterator[None]:
+    """References alone run inside."""
+    before = os.environ.get("WARPFORM_BACKEND")
+    os.environ["WARPFORM_BACKEND"] = "reference"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["WARPFORM_BACKEND"]
+        else:
+            os.environ["WARPFORM_BACKEND"] = before
+
+
+def _forward(op: Any, dtype: Any, device: str, function: Callable[..., Any], ran: set[str]) -> str | None:
     """The op on every call of its example; the first problem, or None."""
     factor = 3 if op.name.endswith(("_backward", "_grad")) else 2
     for call in op.calls(dtype):
         here, exact = call.to(device), call.double()
+        with _watched(ran):
+            ours = _tuple(function(*here.args, **here.kwargs))
         outputs = (
-            _tuple(function(*here.args, **here.kwargs)),
+            ours,
             _tuple(op.reference(*call.args, **call.kwargs)),
             _tuple(op.reference(*exact.args, **exact.kwargs)),
         )
@@ -237,14 +272,16 @@ def _forward(op: Any, dtype: Any, device: str, function: Callable[..., Any]) -> 
     return None
 
 
-def _backward(op: Any, dtype: Any, device: str, function: Callable[..., Any]) -> str | None:
+def _backward(op: Any, dtype: Any, device: str, function: Callable[..., Any], ran: set[str]) -> str | None:
     """Autograd through `function` on every call of the op's example; the first problem, or None."""
     import torch
 
     on_cpu = getattr(torch.ops.warpform, op.name)
     for call in op.calls(dtype):
-        here = _gradients(function, call.to(device))
-        gradients = (here, _gradients(on_cpu, call), _gradients(on_cpu, call.double()))
+        with _watched(ran):
+            here = _gradients(function, call.to(device))
+        with _references():
+            gradients = (here, _gradients(on_cpu, call), _gradients(on_cpu, call.double()))
         problem = _compare(f"{call.label}: gradient", gradients, dtype, 3)
         if problem:
             return problem

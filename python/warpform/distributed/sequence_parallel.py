@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn._product import apply_linear
 from ..nn.rotary import apply_rotary
 from ..ops import _check
 from ..ops._dtypes import accumulation_dtype
@@ -85,10 +86,12 @@ class SequenceParallelAttention(nn.Module):
         Returns the output [B, L/N, hidden], and None: no bias is left to add.
         """
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        q, k, v = self.qkv(hidden).unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)  # [B, L/N, heads, D]
+        q, k, v = (
+            apply_linear(hidden, self.qkv).unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)
+        )  # [B, L/N, heads, D]
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        return self.out(self.attend(q, k, v).flatten(2)), None
+        return apply_linear(self.attend(q, k, v).flatten(2), self.out), None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: [B, L/N, H, D], k and v: [B, L/N, Hkv, D]; returns [B, L/N, H, D]."""

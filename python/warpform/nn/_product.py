@@ -1,16 +1,31 @@
-"""Products with the bias where it is cheapest, and the size of blocks of rows on a CPU."""
+"""Products with the bias where it is cheapest, and the library and the rows at once that are fastest on a CPU."""
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from .. import _env, _hardware, _torch_private
+
 # Rows of a feed-forward block that a CPU takes at once: 512 x 3072 float32 is 6 MB, which stays in its cache and in the
 # allocator's heap. All rows at once would be written to fresh pages and read back from memory, which on 2 cores of an
 # AMD EPYC halves the speed of the two products at 16,000 rows (82 against 192 GFLOP/s at hidden 384).
 CPU_ROWS = 512
+
+# Fewer rows than these are bound by reading the weight, which torch's own product does as fast.
+LEAST_ROWS = 16
+# The features of an x86 CPU that multiplies such numbers itself. Without one of them torch's product of float16 runs at
+# a tenth of the speed of float32, that of bfloat16 at a quarter.
+OWN_PRODUCTS = {
+    torch.float16: frozenset({"avx512_fp16", "amx_fp16"}),
+    torch.bfloat16: frozenset({"avx512_bf16", "amx_bf16"}),
+}
+PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -31,21 +46,149 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def product(x: Tensor, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """linear(x), or x @ weight.T and the bias that is still to be added by the fused operation that follows.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch.nn.functional.linear, by what computes it fastest on a CPU.
+
+    The rule is fixed, and nothing is timed, so that a machine gives the same bits in every run. On a CPU, from
+    `LEAST_ROWS` rows on:
+
+    * float32 is multiplied by oneDNN on AMD processors with AVX-512, where the library that torch takes for float32
+      runs at half the speed. `WARPFORM_ONEDNN` chooses otherwise.
+    * float16 and bfloat16 go through float32 where the CPU has no instruction for their products: the sums are float32,
+      and the result is rounded once.
+
+    Everything else is torch's: other devices and dtypes, tensors of subclasses, and calls that torch.compile, export,
+    tracing, autocast, torch.func, forward-mode differentiation or a mode of torch sees. Gradients of any order are
+    computed by the same rule.
+
+    Args:
+        x: [..., in].
+        weight: [out, in], of the dtype of x.
+        bias: [out], of the dtype of x, or None.
+
+    Returns:
+        [..., out].
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not _is_ours(x, weight, bias):
+        return F.linear(x, weight, bias)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    shape = (*x.shape[:-1], weight.shape[0])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        out: Tensor = _Linear.apply(rows, weight, bias)
+        return out if x.dim() == 2 else out.view(shape)
+    # Not a view, as in-place operations on views made without gradients are refused later.
+    return _multiply(rows, weight, bias, round_up=True).resize_(shape)
+
+
+def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Tells whether `linear` takes these tensors on a CPU; what F.linear refuses is left to it."""
+    return (
+        not _torch_private.sees_calls()
+        and (x.dtype in OWN_PRODUCTS or x.dtype == torch.float32)
+        and all(type(t) in PLAIN_TENSORS for t in (x, weight))
+        and (bias is None or (type(bias) in PLAIN_TENSORS and bias.dtype == x.dtype and bias.device == x.device))
+        and weight.dtype == x.dtype
+        and weight.device == x.device
+        and x.layout == weight.layout == torch.strided
+        and weight.dim() == 2
+        and x.dim() > 1
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+        and weight.numel() > 0
+        and x.numel() >= LEAST_ROWS * weight.shape[1]
+        and (takes_onednn() if x.dtype == torch.float32 else _through_float32(x.dtype))
+    )
+
+
+def takes_onednn() -> bool:
+    """Tells whether float32 products go to oneDNN on this machine and under these settings."""
+    setting = _env.onednn()
+    return (
+        (setting == "1" or (setting == "auto" and _has_faster_onednn()))
+        and bool(torch.backends.mkldnn.enabled)
+        and _torch_private.onednn_linear() is not None
+    )
+
+
+@functools.cache
+def _has_faster_onednn() -> bool:
+    vendor, features = _hardware.cpu_features()
+    return vendor == "AuthenticAMD" and "avx512f" in features
+
+
+def _through_float32(dtype: torch.dtype) -> bool:
+    """Tells whether products of a 16-bit dtype are computed in float32 on this machine and under these settings."""
+    return _env.onednn() != "0" and _lacks_products(dtype)
+
+
+@functools.cache
+def _lacks_products(dtype: torch.dtype) -> bool:
+    _, features = _hardware.cpu_features()
+    return "avx2" in features and not features & OWN_PRODUCTS[dtype]
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, *, round_up: bool = False) -> Tensor:
+    """F.linear of x [rows, in] without a gradient, for tensors that `linear` takes; the result is no view.
+
+    oneDNN prepares code for each number of rows, which takes a millisecond or more, and packed batches differ in it.
+    round_up: so up to `CPU_ROWS` rows are rounded up to one of few numbers. Rounding copies x, which for more rows
+    takes longer over the layers of a model than that code does.
+    """
+    dtype, rows = x.dtype, x.shape[0]
+    if dtype != torch.float32:
+        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
+    onednn = _torch_private.onednn_linear() if takes_onednn() else None
+    if onednn is None:
+        return F.linear(x, weight, bias).to(dtype)
+    extra = -rows % (16 if rows <= CPU_ROWS // 2 else 64) if round_up and rows <= CPU_ROWS else 0
+    if extra == 0:
+        return onednn(x, weight, bias).to(dtype)
+    return onednn(F.pad(x, (0, 0, 0, extra)), weight, bias).resize_(rows, weight.shape[0]).to(dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """x [rows, in] @ weight.T + bias; its gradient is made of `linear`, so that it has gradients in turn."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        return _multiply(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dout,) = gradients
+        x, weight = ctx.saved_tensors
+        # Strided operands cost oneDNN nothing.
+        return (
+            linear(dout, weight.t()) if ctx.needs_input_grad[0] else None,
+            linear(dout.t(), x.t()) if ctx.needs_input_grad[1] else None,
+            dout.sum(0) if ctx.needs_input_grad[2] else None,
+        )
+
+
+def apply_linear(x: Tensor, module: nn.Module) -> Tensor:
+    """module(x), which on a CPU is the product that is fastest there."""
+    if x.device.type == "cpu" and is_plain(module, nn.Linear):
+        return linear(x, module.weight, module.bias)  # type: ignore[arg-type]
+    out: Tensor = module(x)
+    return out
+
+
+def product(x: Tensor, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """module(x), or x @ weight.T and the bias that is still to be added by the fused operation that follows.
 
     On a CPU the matrix product adds a bias for nothing, while an elementwise pass costs; so there None is left to add.
     """
-    if x.device.type == "cpu" or not is_plain(linear, nn.Linear):
-        return linear(x), None
-    return F.linear(x, linear.weight), linear.bias  # type: ignore[arg-type,return-value]
+    if x.device.type == "cpu" or not is_plain(module, nn.Linear):
+        return apply_linear(x, module), None
+    return F.linear(x, module.weight), module.bias  # type: ignore[arg-type,return-value]
 
 
-def product_with_bias(x: Tensor, linear: nn.Module, bias: Tensor | None) -> Tensor:
-    """linear(x) + bias, for a linear that has no bias of its own."""
-    if is_plain(linear, nn.Linear):
-        return F.linear(x, linear.weight, bias)  # type: ignore[arg-type]
-    out: Tensor = linear(x)
+def product_with_bias(x: Tensor, module: nn.Module, bias: Tensor | None) -> Tensor:
+    """module(x) + bias, for a linear module that has no bias of its own."""
+    if is_plain(module, nn.Linear):
+        return linear(x, module.weight, bias)  # type: ignore[arg-type]
+    out: Tensor = module(x)
     return out if bias is None else out + bias.to(out.dtype)
 
 

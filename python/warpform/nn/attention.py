@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..packing import Packing
-from ._product import product
+from ._product import apply_linear, product
 
 
 class SelfAttention(nn.Module):
@@ -50,7 +50,8 @@ class SelfAttention(nn.Module):
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden: [total, hidden]; returns query, key and value, slices [total, H, D] of one product."""
-        query, key, value = self.qkv(hidden).view(hidden.shape[0], 3, self.num_heads, self.head_dim).unbind(1)
+        qkv = apply_linear(hidden, self.qkv)
+        query, key, value = qkv.view(hidden.shape[0], 3, self.num_heads, self.head_dim).unbind(1)
         return query, key, value
 
     def refuse_dropout(self) -> None:

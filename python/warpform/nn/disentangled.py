@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..packing import Packing
-from ._product import is_plain, product, product_with_bias, table
+from ._product import apply_linear, is_plain, linear, product, product_with_bias, table
 from .attention import SelfAttention
 from .convolution import TokenConvolution
 from .encoder import Encoder
@@ -94,14 +94,14 @@ class DisentangledSelfAttention(SelfAttention):
         """relative [2 * span, hidden] as keys and as queries, [2 * span, H, D] each, None for a term that is absent."""
         shape = (relative.shape[0], self.num_heads, self.head_dim)
         projected: list[Tensor | None] = []
-        for term, linear, part in (("c2p", self.pos_key, 1), ("p2c", self.pos_query, 0)):
+        for term, module, part in (("c2p", self.pos_key, 1), ("p2c", self.pos_query, 0)):
             if term not in self.terms:
                 projected.append(None)
-            elif linear is not None:
-                projected.append(linear(relative).view(shape))
+            elif module is not None:
+                projected.append(apply_linear(relative, module).view(shape))
             elif is_plain(self.qkv, nn.Linear):
                 weight, bias = self.qkv.weight.chunk(3)[part], self.qkv.bias.chunk(3)[part]
-                projected.append(F.linear(relative, weight, bias).view(shape))
+                projected.append(linear(relative, weight, bias).view(shape))
             else:
                 projected.append(self.project(relative)[part])
         pos_key, pos_query = projected

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._product import row
+from ._product import apply_linear, row
 from .norm import AddBiasResidualLayerNorm
 
 
@@ -67,6 +67,6 @@ class Embeddings(nn.Module):
         if self.projection is not None:
             for part in (bias, positions):
                 x = x if part is None else x + part
-            x, bias, positions = self.projection(x), None, None
+            x, bias, positions = apply_linear(x, self.projection), None, None
         x = self.norm(x, bias, positions)
         return F.dropout(x, self.dropout, training=self.training)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import _autocast, ops
 from ..ops import RoutingPlan
 from ..ops._dtypes import accumulation_dtype
+from ._product import linear
 
 SCALE_MODES = ("sum", "groups", "active", "none")
 
@@ -87,7 +88,7 @@ class HiddenRouter(nn.Module):
         """x: [T, hidden_size]. Nothing is read from the device."""
         wide = accumulation_dtype(x.dtype)
         with _autocast.off(x.device):
-            scores = F.linear(x.to(wide), self.centroids.to(wide)).softmax(1)
+            scores = linear(x.to(wide), self.centroids.to(wide)).softmax(1)
         specialised = scores[:, self.num_shared :]
         chosen = specialised.detach().topk(self.top_k, 1).indices
         plan = RoutingPlan.from_topk(chosen + self.num_shared, num_groups=self.num_groups, num_shared=self.num_shared)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import _autocast, ops
 from ..ops._dtypes import accumulation_dtype
-from ._product import is_plain
+from ._product import apply_linear, is_plain
 from .norm import AddBiasResidualLayerNorm
 
 Self = TypeVar("Self", bound="ImplicitFilter")
@@ -347,7 +347,7 @@ class MonarchMixerSequenceMixer(nn.Module):
         """
         if self.layernorm is not None:
             u = self.layernorm(u, None, None)
-        x = self.in_linear(u)
+        x = apply_linear(u, self.in_linear)
         padding = None if mask is None else mask == 0
         if padding is not None:
             u, x = (rows.masked_fill(padding[:, :, None], 0.0) for rows in (u, x))
@@ -368,4 +368,4 @@ class MonarchMixerSequenceMixer(nn.Module):
         """Computes the output [batch, seqlen, hidden] from the gated convolution y, and u as `project` returns it."""
         if self.filter_fn2 is not None:
             y = y + self.filter_fn2(u.transpose(1, 2))
-        return cast("Tensor", self.out_linear(y.transpose(1, 2)))
+        return apply_linear(y.transpose(1, 2), self.out_linear)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._product import product
+from ._product import linear, product
 from .activations import BiasActivation
 from .norm import AddBiasResidualLayerNorm
 
@@ -32,4 +31,4 @@ class MaskedLMHead(nn.Module):
     def forward(self, hidden: Tensor, table: Tensor) -> Tensor:
         """hidden: [total, hidden], table: [vocab, embedding]; returns logits [total, vocab]."""
         x = self.activation(*product(hidden, self.dense))
-        return F.linear(self.norm(x, None, None), table, self.bias)
+        return linear(self.norm(x, None, None), table, self.bias)

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._product import is_plain
+from ._product import is_plain, linear
 
 CONVOLUTIONS: dict[int, type[Any]] = {2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -94,4 +94,4 @@ def embed_patches(x: Tensor, projection: nn.Module) -> Tensor:
     # [batch, channels, rows, p, columns, q] -> [batch, rows, columns, channels, p, q]
     grid, inside = range(2, 2 * axes + 2, 2), range(3, 2 * axes + 2, 2)
     rows = x.permute(0, *grid, 1, *inside).flatten(axes + 1)
-    return F.linear(rows, weight.flatten(1), bias)
+    return linear(rows, weight.flatten(1), bias)

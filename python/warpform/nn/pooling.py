@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..ops._dtypes import accumulation_dtype
 from ..packing import Packing
+from ._product import apply_linear
 
 
 def _with_a_row(hidden: Tensor) -> Tensor:
@@ -65,5 +66,5 @@ class FirstTokenPooler(nn.Module):
 
     def forward(self, hidden: Tensor, packing: Packing) -> Tensor:
         """hidden: [total, hidden]; returns [batch, hidden]."""
-        pooled = torch.tanh(self.dense(first_tokens(hidden, packing)))
+        pooled = torch.tanh(apply_linear(first_tokens(hidden, packing), self.dense))
         return torch.where((packing.lengths > 0).unsqueeze(1), pooled, pooled.new_zeros(()))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import _autocast, ops
 from ..ops._dtypes import accumulation_dtype
-from ._product import is_plain, product, product_with_bias
+from ._product import apply_linear, is_plain, linear, product, product_with_bias
 from .feed_forward import FeedForward
 from .norm import AddBiasResidualLayerNorm
 
@@ -93,8 +93,7 @@ class WindowAttention(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """hidden: [..., hidden]; returns queries, keys and values, [..., 3 * hidden]."""
-        qkv: Tensor = self.qkv(hidden)
-        return qkv
+        return apply_linear(hidden, self.qkv)
 
     def padding(self, hidden: Tensor) -> Tensor | None:
         """What padded positions hold, [3 * hidden]: the projection of zeros; None for nothing."""
@@ -212,8 +211,8 @@ class CosineWindowAttention(WindowAttention):
                 out: Tensor = down(F.relu(up(distances.to(self.logit_scale.dtype))))
                 return 16 * torch.sigmoid(out.to(accumulation_dtype(out.dtype)))
             dtype = accumulation_dtype(up.weight.dtype)
-            x = F.relu(F.linear(distances.to(dtype), up.weight.to(dtype), up.bias.to(dtype)))
-            return 16 * torch.sigmoid(F.linear(x, down.weight.to(dtype)))
+            x = F.relu(linear(distances.to(dtype), up.weight.to(dtype), up.bias.to(dtype)))
+            return 16 * torch.sigmoid(linear(x, down.weight.to(dtype)))
 
     def bias(self) -> Tensor | None:
         if self.q_bias is None or self.v_bias is None:
@@ -382,5 +381,5 @@ class PatchMerging(nn.Module):
         parts = hidden.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
         joined = parts.flatten(3)
         if self.post_norm:
-            return self.norm(self.reduction(joined), None, None)
-        return self.reduction(self.norm(joined, None, None))
+            return self.norm(apply_linear(joined, self.reduction), None, None)
+        return apply_linear(self.norm(joined, None, None), self.reduction)

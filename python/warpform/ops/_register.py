@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,14 @@ from ._example import Call, Draw, Example
 NAMESPACE = "warpform"
 # The reason of the bindings where the user asked for the reference: it needs no warning.
 REQUESTED = "WARPFORM_BACKEND=reference"
+# Of an op that has no implementation but its reference on the device of its tensors.
+REFERENCE_ALONE = "it has no kernel for this device"
 
 # A registration lasts as long as its Library.
 _libraries: list[torch.library.Library] = []
 _warned: set[tuple[str, str]] = set()
+# The lists of `fallbacks` that are being filled.
+_watching: list[list[tuple[str, str]]] = []
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,12 @@ def register_op(
             getattr(torch.ops, NAMESPACE)._keep_error(type(error).__name__, str(error))
             raise
 
+    @functools.wraps(reference)
+    def reference_alone(*args: Any, **kwargs: Any) -> Any:
+        for seen in _watching:
+            seen.append((name, REFERENCE_ALONE))
+        return reference(*args, **kwargs)
+
     def checked_fake(*args: Any, **kwargs: Any) -> Any:
         _errors.check_devices(name, op._schema, args, kwargs)
         return fake(*args, **kwargs)
@@ -124,7 +135,7 @@ def register_op(
 
     implement(f"{name}_reference", reference_with_reason, fake=fake_with_reason)
     op = implement(
-        name, reference, fake=checked_fake, backward=backward, setup_context=setup_context, autocast=autocast
+        name, reference_alone, fake=checked_fake, backward=backward, setup_context=setup_context, autocast=autocast
     )
     return _callable(name, op, validate, backward, setup_context)
 
@@ -243,8 +254,22 @@ def implement(
     return op
 
 
+@contextlib.contextmanager
+def fallbacks() -> Iterator[list[tuple[str, str]]]:
+    """Yields a list that gets (op, reason) for each reference that runs inside in place of a kernel, in any thread."""
+    seen: list[tuple[str, str]] = []
+    _watching.append(seen)
+    try:
+        yield seen
+    finally:
+        # By identity: two lists may be equal.
+        _watching[:] = [other for other in _watching if other is not seen]
+
+
 def _report(name: str, reason: str, args: Sequence[Any]) -> None:
-    """Says that the reference runs. On a CPU, where kernels take some calls and it the others, it is no surprise."""
+    """Says that the reference runs. On a CPU it says so to `fallbacks` alone: some calls have no kernel there."""
+    for seen in _watching:
+        seen.append((name, reason))
     if reason == REQUESTED or _on_cpu(args):
         return
     if _env.strict():

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...nn import Embeddings, Encoder, EncoderLayer, FirstTokenPooler
+from ...nn._product import apply_linear
 from ..common.encoder import EncoderModel
 from ..common.heads import MaskedLM, SequenceClassification, TokenClassification
 from .config import AlbertConfig
@@ -74,7 +75,7 @@ class AlbertModel(EncoderModel):
         token_type_ids: Tensor | None,
         inputs_embeds: Tensor | None,
     ) -> Tensor:
-        return self.projection(self.embeddings(input_ids, position_ids, token_type_ids, inputs_embeds))
+        return apply_linear(self.embeddings(input_ids, position_ids, token_type_ids, inputs_embeds), self.projection)
 
     def weight_names(self) -> dict[str, tuple[str, ...]]:
         names: dict[str, tuple[str, ...]] = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ... import ops
 from ...nn import BiasActivation, PatchEmbedding
 from ...nn._checkpoint import CheckpointedLayers
-from ...nn._product import dtype_of, is_plain, product
+from ...nn._product import apply_linear, dtype_of, is_plain, product
 from ..common.init import init_normal
 from ..common.pretrained import PretrainedModel
 from .config import Axes, DiT3DConfig
@@ -71,15 +71,14 @@ class Attention(nn.Module):
         """x: [B, X, Y, Z, hidden]; returns the same."""
         heads = (3, self.num_heads, self.head_dim)
         bias = self._padding(x)
-        qkv = self.qkv(x).unflatten(-1, heads)  # [B, X, Y, Z, 3, H, D]
+        qkv = apply_linear(x, self.qkv).unflatten(-1, heads)  # [B, X, Y, Z, 3, H, D]
         if self.window_size is None:
             q, k, v = (t.transpose(1, 2) for t in qkv.flatten(1, 3).unbind(2))  # [B, H, X Y Z, D]
             out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
         else:
             bias = None if bias is None else bias.view(heads)
             out = ops.window_attention(qkv, window_size=self.window_size, qkv_bias=bias)
-        projected: Tensor = self.proj(out)
-        return projected
+        return apply_linear(out, self.proj)
 
     def _padding(self, x: Tensor) -> Tensor | None:
         """The projection of zeros, [3 * hidden], with which grids are padded that windows do not divide; else None."""
@@ -155,7 +154,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         p, (b, *grid, _) = self.patch_size, x.shape
-        patches = self.linear(modulated_norm(x, *self.adaLN_modulation(condition)))
+        patches = apply_linear(modulated_norm(x, *self.adaLN_modulation(condition)), self.linear)
         patches = patches.view(b, *grid, p, p, p, self.out_channels).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return patches.reshape(b, self.out_channels, *(n * p for n in grid))
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn._checkpoint import CheckpointedLayers
+from ...nn._product import apply_linear
 from ...nn.rotary import rotary_tables
 from ...packing import Packing
 from ..common.generation import check_sampling, continue_texts
@@ -121,7 +122,7 @@ class MoHDForCausalLM(PretrainedModel, CheckpointedLayers):
             raise ValueError(f"sequences must have at most max_position_embeddings, {limit}, tokens, got {longest}")
         cos, sin = self._rotary(_ranks(packing))
         hidden, losses = self._run(input_ids, Step(cos, sin, offsets, offsets, longest, longest))
-        logits = self.head(hidden)
+        logits = apply_linear(hidden, self.head)
         balance = torch.stack(losses).mean() if losses else None
         loss = None
         if labels is not None:
@@ -217,7 +218,7 @@ class MoHDForCausalLM(PretrainedModel, CheckpointedLayers):
             kept,
         )
         hidden, _ = self._run(torch.cat(list(new)), step)
-        return self.head(hidden[step.cu_seqlens_q[1:] - 1])
+        return apply_linear(hidden[step.cu_seqlens_q[1:] - 1], self.head)
 
 
 def _offsets(lengths: list[int], device: torch.device) -> Tensor:

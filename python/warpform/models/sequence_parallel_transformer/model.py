@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...distributed.sequence_parallel import SequenceParallel, SequenceParallelAttention
 from ...nn import FeedForward
+from ...nn._product import apply_linear
 from ...nn.norm import norm_of_sum
 from ...nn.rotary import rotary_tables
 from ..common.losses import mean_loss, token_loss_sum
@@ -146,7 +147,7 @@ class SequenceParallelTransformer(PretrainedModel):
         for layer in self.layers:
             added, bias, stream = layer(added, bias, stream, rotary)
         hidden, _ = norm_of_sum(self.norm, added, bias, stream)
-        logits = self.head(hidden)
+        logits = apply_linear(hidden, self.head)
         loss = None if labels is None else self.loss(logits, labels)
         return SequenceParallelOutput(loss, logits, hidden)
 

@@ -1,0 +1,368 @@
+"""Products on a CPU: oneDNN and the way through float32, forced by WARPFORM_ONEDNN, against F.linear and float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from helpers.compare import assert_close
+from warpform import _hardware, _torch_private
+from warpform.nn import _product
+from warpform.nn.feed_forward import FeedForward
+
+# [rows, in, out]: odd ones, those that are rounded up to multiples of 16 and of 64, and more rows than are rounded.
+SIZES = ((16, 8, 8), (17, 33, 5), (100, 48, 50), (300, 40, 24), (512, 16, 16), (515, 24, 40))
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+needs_onednn = pytest.mark.skipif(_torch_private.onednn_linear() is None, reason="this torch has no oneDNN")
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+    """Forces the products of this file to be ours; the shapes of x of those that were, as they are computed."""
+    monkeypatch.setenv("WARPFORM_ONEDNN", "1")
+    monkeypatch.setattr(_product, "_lacks_products", lambda dtype: True)
+    seen: list[tuple[int, ...]] = []
+    multiply = _product._multiply
+
+    def watched(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(tuple(x.shape))
+        return multiply(x, *args, **kwargs)
+
+    monkeypatch.setattr(_product, "_multiply", watched)
+    yield seen
+
+
+def draw(rows: int, width: int, out: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows + width + out)
+    shapes = ((rows, width), (out, width), (out,))
+    x, weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return x, weight, bias
+
+
+def gradients(function: Callable[..., Tensor], *tensors: Tensor | None, dout: Tensor) -> tuple[Tensor, ...]:
+    """The result, and the gradients of the tensors that there are."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    out = function(*leaves)
+    return (out.detach(), *torch.autograd.grad(out, [t for t in leaves if t is not None], dout.to(out.dtype)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("with_bias", (True, False))
+def test_agrees_with_float64(
+    size: tuple[int, int, int], dtype: torch.dtype, with_bias: bool, taken: list[tuple[int, ...]]
+) -> None:
+    x, weight, bias = draw(*size, dtype)
+    given = (x, weight, bias if with_bias else None)
+    dout = torch.randn(size[0], size[2], generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.no_grad():
+        out = _product.linear(*given)
+    assert taken == [(size[0], size[1])] and out._base is None and out.is_contiguous()
+    oracle = gradients(F.linear, *(None if t is None else t.double() for t in given), dout=dout)
+    eager = gradients(F.linear, *given, dout=dout)
+    ours = gradients(_product.linear, *given, dout=dout)
+    assert_close("out", out, oracle[0], eager[0])
+    assert_close("recorded out", ours[0], oracle[0], eager[0])
+    for name, actual, exact, same in zip(("dx", "dweight", "dbias"), ours[1:], oracle[1:], eager[1:], strict=False):
+        assert actual.dtype == dtype
+        assert_close(name, actual, exact, same, gradient=True)
+
+
+@needs_onednn
+def test_float32_is_onednn_s(taken: list[tuple[int, ...]]) -> None:
+    x, weight, bias = draw(100, 48, 50)
+    product = _torch_private.onednn_linear()
+    assert product is not None
+    rounded = F.pad(x, (0, 0, 0, 12))
+    assert torch.equal(_product.linear(x, weight, bias), product(rounded, weight, bias)[:100])
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_16_bits_are_rounded_once(dtype: torch.dtype, taken: list[tuple[int, ...]]) -> None:
+    x, weight, bias = draw(64, 256, 16, dtype)
+    out = _product.linear(x, weight, bias)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    half_unit = torch.finfo(dtype).eps * exact.abs() / 2
+    assert ((out - exact).abs() <= half_unit * 1.01 + 1e-4).all()
+
+
+@pytest.mark.parametrize("shape", ((2, 50, 24), (3, 2, 20, 24), (4, 4, 24)), ids=str)
+def test_leading_axes(shape: tuple[int, ...], taken: list[tuple[int, ...]]) -> None:
+    x, weight, bias = torch.randn(shape, generator=torch.Generator().manual_seed(0)), *draw(1, 24, 7)[1:]
+    dout = torch.ones(*shape[:-1], 7)
+    ours, eager = (gradients(f, x, weight, bias, dout=dout) for f in (_product.linear, F.linear))
+    oracle = gradients(F.linear, x.double(), weight.double(), bias.double(), dout=dout)
+    for name, actual, exact, same in zip(("out", "dx", "dweight", "dbias"), ours, oracle, eager, strict=True):
+        assert_close(name, actual, exact, same, gradient=True)
+    with torch.inference_mode():
+        out = _product.linear(x, weight, bias)
+    assert out.shape == dout.shape and taken
+    assert_close("inference", out, oracle[0], eager[0])
+
+
+def test_strided_operands(taken: list[tuple[int, ...]]) -> None:
+    base = torch.randn(40, 60, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(40, 9, generator=torch.Generator().manual_seed(1)).t()
+    for x in (base.t(), base.t()[:33], base[:, :40], base[:1].expand(30, 60)[:, 3:43]):
+        before = len(taken)
+        dout = torch.ones(()).expand(x.shape[0], 9)
+        ours, eager = (gradients(f, x, weight, None, dout=dout) for f in (_product.linear, F.linear))
+        oracle = gradients(F.linear, x.double(), weight.double(), None, dout=dout)
+        assert len(taken) > before
+        for name, actual, exact, same in zip(("out", "dx", "dweight"), ours, oracle, eager, strict=True):
+            assert_close(name, actual, exact, same, gradient=True)
+
+
+@pytest.mark.parametrize("wanted", range(8))
+def test_computes_the_gradients_that_are_needed(wanted: int, taken: list[tuple[int, ...]]) -> None:
+    tensors = [t.requires_grad_(bool(wanted >> i & 1)) for i, t in enumerate(draw(32, 24, 20))]
+    out = _product.linear(*tensors)
+    assert out.requires_grad == bool(wanted)
+    if wanted:
+        saved = [t for t in out.grad_fn.saved_tensors if t is not None]
+        assert len(saved) == (wanted & 1) + (wanted >> 1 & 1)
+        out.sum().backward()
+    assert [t.grad is not None for t in tensors] == [bool(wanted >> i & 1) for i in range(3)]
+    # The forward product, and one for each of dx and dweight.
+    assert len(taken) == 1 + (wanted & 1) + (wanted >> 1 & 1)
+
+
+def test_has_gradients_of_gradients(taken: list[tuple[int, ...]]) -> None:
+    def second(function: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [t.to(dtype).requires_grad_() for t in draw(32, 24, 20)]
+        first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    ours = second(_product.linear, torch.float32)
+    eager, oracle = (second(F.linear, dtype) for dtype in (torch.float32, torch.float64))
+    assert len(taken) > 3
+    for name, actual, exact, same in zip(("x", "weight", "bias"), ours, oracle, eager, strict=True):
+        assert_close(name, actual, exact, same, gradient=True)
+    inputs = [t.double().requires_grad_() for t in draw(16, 3, 2)]
+    assert torch.autograd.gradgradcheck(F.linear, inputs)
+
+
+def test_hooks_of_a_parameter(taken: list[tuple[int, ...]]) -> None:
+    x, weight, bias = draw(32, 24, 20)
+    parameter, seen = nn.Parameter(weight), []
+    parameter.register_hook(lambda grad: 2 * grad)
+    parameter.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    _product.linear(x, parameter, bias).sum().backward()
+    assert taken and len(seen) == 1
+    assert_close("grad", seen[0], 2 * x.double().sum(0).expand(20, 24), 2 * x.sum(0).expand(20, 24), gradient=True)
+
+
+def test_a_change_of_the_weight_before_the_backward_is_noticed(taken: list[tuple[int, ...]]) -> None:
+    x, weight, bias = draw(32, 24, 20)
+    x.requires_grad_()
+    out = _product.linear(x, weight, bias)
+    weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_results_may_be_changed_in_place(taken: list[tuple[int, ...]]) -> None:
+    x, weight, bias = draw(33, 24, 20)
+    scale = torch.ones(20, requires_grad=True)
+    with torch.no_grad():
+        outs = [_product.linear(x, weight, bias), _product.linear(x.view(3, 11, 24), weight, bias)]
+    for out in outs:
+        out.mul_(scale).sum().backward()
+    parameter = weight.clone().requires_grad_()
+    _product.linear(x.view(3, 11, 24), parameter, bias).mul_(2).sum().backward()
+    assert scale.grad is not None and parameter.grad is not None
+
+
+def test_under_activation_checkpointing(taken: list[tuple[int, ...]]) -> None:
+    x, weight, bias = draw(32, 24, 20)
+    plain = gradients(_product.linear, x, weight, bias, dout=torch.ones(32, 20))
+    for reentrant in (False, True):
+        again = gradients_of_checkpoint(x, weight, bias, reentrant)
+        assert all(torch.equal(a, b) for a, b in zip(plain[1:], again, strict=True))
+
+
+def gradients_of_checkpoint(x: Tensor, weight: Tensor, bias: Tensor, reentrant: bool) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    checkpoint(_product.linear, *leaves, use_reentrant=reentrant).sum().backward()
+    return [t.grad for t in leaves]  # type: ignore[misc]
+
+
+class Wrapped(torch.Tensor):
+    """A subclass, as quantisation and sharding bring."""
+
+
+class WrappedParameter(nn.Parameter):
+    pass
+
+
+@pytest.mark.parametrize(
+    "case",
+    (
+        "fewer rows",
+        "one row",
+        "float64",
+        "subclass",
+        "parameter subclass",
+        "autocast",
+        "modes",
+        "vmap",
+        "forward mode",
+        "traced",
+        "compiled",
+        "exported",
+        "off",
+        "torch's switch",
+        "empty",
+    ),
+)
+def test_leaves_the_rest_to_torch(case: str, taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = draw(32, 24, 20)
+    linear = _product.linear
+    if case == "fewer rows":
+        x = x[:15]
+    elif case == "one row":
+        x = x[0]
+    elif case == "float64":
+        x, weight, bias = x.double(), weight.double(), bias.double()
+    elif case == "subclass":
+        weight = weight.as_subclass(Wrapped)
+    elif case == "parameter subclass":
+        weight = WrappedParameter(weight)
+    elif case == "off":
+        monkeypatch.setenv("WARPFORM_ONEDNN", "0")
+        assert torch.equal(linear(x.half(), weight.half()), F.linear(x.half(), weight.half()))
+    elif case == "empty":
+        weight, bias = weight[:0], bias[:0]
+    expected = F.linear(x, weight, bias)
+    if case == "autocast":
+        with torch.autocast("cpu"):
+            out, expected = linear(x, weight, bias), F.linear(x, weight, bias)
+        assert out.dtype == torch.bfloat16
+    elif case == "modes":
+        with FlopCounterMode(display=False) as counter:
+            out = linear(x, weight, bias)
+        assert counter.get_total_flops() == 2 * 32 * 24 * 20
+    elif case == "vmap":
+        out = torch.vmap(lambda one: linear(one, weight, bias))(x.expand(2, 32, 24))[1]
+    elif case == "forward mode":
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            out, tangent = torch.autograd.forward_ad.unpack_dual(linear(dual, weight, bias))
+        assert tangent is not None
+    elif case == "traced":
+        out = torch.jit.trace(lambda one: linear(one, weight, bias), x, check_trace=False)(x)
+    elif case == "compiled":
+        out = torch.compile(lambda one: linear(one, weight, bias), backend="eager", fullgraph=True)(x)
+    elif case == "exported":
+        module = FeedForward(24, 20)
+        graph = torch.export.export(module, (x,)).graph_module
+        names = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+        assert any("linear" in name for name in names) and not any("mkldnn" in name for name in names)
+        out = expected
+    elif case == "torch's switch":
+        with torch.backends.mkldnn.flags(enabled=False):
+            out = linear(x, weight, bias)
+    else:
+        out = linear(x, weight, bias)
+    assert not taken
+    assert torch.equal(torch.Tensor(out) if case == "subclass" else out, expected)
+
+
+def test_wrong_arguments_get_torch_s_errors(taken: list[tuple[int, ...]]) -> None:
+    x, weight, bias = draw(32, 24, 20)
+    for args in ((x[:, :20], weight, bias), (x, weight, bias[:7]), (x, weight.double(), bias), (x, weight[None], bias)):
+        with pytest.raises(RuntimeError) as expected:
+            F.linear(*args)
+        with pytest.raises(RuntimeError) as found:
+            _product.linear(*args)
+        assert str(found.value) == str(expected.value)
+    assert not taken
+
+
+def test_gradients_of_several_outputs_at_once(taken: list[tuple[int, ...]]) -> None:
+    x, weight, bias = draw(32, 24, 20)
+    x.requires_grad_()
+    douts = torch.eye(20)[:3, None].expand(3, 32, 20)
+    (found,) = torch.autograd.grad(_product.linear(x, weight, bias), x, douts, is_grads_batched=True)
+    assert torch.allclose(found, weight[:3, None].expand(3, 32, 24))
+
+
+def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    amd, intel = ("AuthenticAMD", frozenset({"avx2", "avx512f"})), ("GenuineIntel", frozenset({"avx2", "avx512f"}))
+    for features, setting, expected in (
+        (amd, "", True),
+        (amd, "auto", True),
+        (amd, "0", False),
+        (intel, "", False),
+        (intel, "1", _torch_private.onednn_linear() is not None),
+        (("AuthenticAMD", frozenset({"avx2"})), "", False),
+        (("", frozenset()), "", False),
+    ):
+        _product._has_faster_onednn.cache_clear()
+        monkeypatch.setattr(_hardware, "cpu_features", lambda features=features: features)
+        monkeypatch.setenv("WARPFORM_ONEDNN", setting)
+        assert _product.takes_onednn() == (expected and _torch_private.onednn_linear() is not None)
+    _product._has_faster_onednn.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("features", "float16", "bfloat16"),
+    (
+        ({"avx2"}, True, True),
+        ({"avx2", "avx512f", "avx512_bf16"}, True, False),
+        ({"avx2", "avx512_fp16", "avx512_bf16"}, False, False),
+        ({"amx_bf16", "avx2"}, True, False),
+        (set(), False, False),
+    ),
+    ids=str,
+)
+def test_16_bits_go_through_float32_where_the_cpu_lacks_them(
+    features: set[str], float16: bool, bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WARPFORM_ONEDNN", raising=False)
+    monkeypatch.setattr(_hardware, "cpu_features", lambda: ("any", frozenset(features)))
+    _product._lacks_products.cache_clear()
+    assert _product._through_float32(torch.float16) is float16
+    assert _product._through_float32(torch.bfloat16) is bfloat16
+    monkeypatch.setenv("WARPFORM_ONEDNN", "0")
+    assert not _product._through_float32(torch.float16)
+    _product._lacks_products.cache_clear()
+
+
+def test_modules_go_the_same_way(taken: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(0)
+    x, module = torch.randn(600, 24), FeedForward(24, 20)
+    wide = copy.deepcopy(module).double()
+    recorded, _ = module(x)
+    # Both products, with all rows at once where gradients are recorded, and in blocks where not.
+    assert taken == [(600, 24), (600, 20)]
+    taken.clear()
+    with torch.no_grad():
+        out, _ = module(x)
+        eager = F.linear(F.gelu(F.linear(x, module.up.weight, module.up.bias)), module.down.weight, module.down.bias)
+        oracle, _ = wide(x.double())
+    assert taken == [(512, 24), (512, 20), (88, 24), (88, 20)]
+    assert_close("inference", out, oracle, eager)
+    assert_close("recorded", recorded, oracle, eager)
+    taken.clear()
+    linear = nn.Linear(24, 20)
+    _product.product(x, linear), _product.apply_linear(x, linear), _product.product_with_bias(x, linear, None)
+    assert len(taken) == 3
+    linear.register_forward_hook(lambda module, args, out: None)
+    _product.product(x, linear), _product.apply_linear(x, linear), _product.product_with_bias(x, linear, None)
+    assert len(taken) == 3
+
+
+def test_an_op_with_another_schema_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    _torch_private.onednn_linear.cache_clear()
+    monkeypatch.setattr(_torch_private, "_LINEAR_ARGUMENTS", ["Tensor"])
+    assert _torch_private.onednn_linear() is None
+    _torch_private.onednn_linear.cache_clear()
