@@ -105,6 +105,7 @@ class Case:
     images = 0  # that one call takes, for models of images
     end_to_end = False  # whether the host's gaps between launches are part of the time
     where = ""  # what a row's backend says beside: processes and cores
+    elsewhere: tuple[str, ...] = ()  # ops that calls run in other processes
 
     def prepare(self, provider: str) -> list[Callable[[], Any]]:
         """One call for each copy of the inputs. Raises Missing."""
@@ -333,12 +334,12 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def backend(device: str, call: Callable[[], Any]) -> str:
+def backend(device: str, call: Callable[[], Any], elsewhere: Sequence[str] = ()) -> str:
     """Names what ran warpform's ops in a call that was made before.
 
     On a GPU that can be told without making it again: the reference warns once per op. On a CPU kernels take some calls
     and references the others without a warning, so the call is made once more and its ops are watched, which those of a
-    compiled call cannot be. What happens in other processes is not seen.
+    compiled call cannot be. Ops that it runs in other processes (`elsewhere`) are judged by their first example.
     """
     if os.environ.get("WARPFORM_BACKEND") == "reference":
         return "reference"
@@ -350,7 +351,10 @@ def backend(device: str, call: Callable[[], Any]) -> str:
         if not _library.cpu_isa():
             return "reference"
         with _register.fallbacks() as found:
-            ops = {name for name, _, _ in plans.ops_of(call)}
+            ops = {name for name, _, _ in plans.ops_of(call)} | set(elsewhere)
+            for name in elsewhere:
+                example = _register.ops()[name].calls(torch.float32)[0]
+                getattr(torch.ops.warpform, name)(*example.args, **example.kwargs)
         names = sorted({name for name, _ in found})
         if ops <= set(names):
             return "reference"
@@ -459,7 +463,7 @@ class Session:
             row["status"] = "ok"
             if provider.startswith("warpform"):
                 plain = case.prepare("warpform") if self.device == "cpu" and needs_compiling(provider) else calls
-                ran = backend(self.device, plain[0])
+                ran = backend(self.device, plain[0], case.elsewhere)
                 row["backend"] = ran + case.where
                 if provider == "warpform" and ran == "kernels" and not case.end_to_end:
                     row["waves"] = self._waves(calls[0])

@@ -269,7 +269,7 @@ def test_results_are_only_appended_to(tmp_path: Path) -> None:
 class _Case:
     """Four providers: one is right, one computes something else, one is not there, one breaks."""
 
-    flops, bytes, images, end_to_end, where = 1e3, 1e3, 0, False, ""
+    flops, bytes, images, end_to_end, where, elsewhere = 1e3, 1e3, 0, False, "", ()
 
     def prepare(self, provider: str) -> list:
         if provider == "absent":
@@ -332,7 +332,7 @@ def test_waves_are_those_of_each_op() -> None:
 def test_rows_have_waves(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU; and a call that cannot be planned leaves a row that is timed."""
     found = {"a": 0.1234, "b": 123.4}
-    monkeypatch.setattr(harness, "backend", lambda device, call: "kernels")
+    monkeypatch.setattr(harness, "backend", lambda device, call, elsewhere: "kernels")
     monkeypatch.setattr(_direct, "launch_limits", lambda device: {"sm_count": 132})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
@@ -369,6 +369,7 @@ def test_a_cpu_row_says_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     assert harness.backend("cpu", lambda: x + x) == "reference"
     mixed = f"{kernels}, reference for blockdiag_multiply" if isa else "reference"
     assert harness.backend("cpu", both) == mixed
+    assert harness.backend("cpu", lambda: None, ("bias_gelu", "bias_gelu_backward")) == kernels
     monkeypatch.setenv("WARPFORM_BACKEND", "reference")
     assert harness.backend("cpu", lambda: call(torch.float32)) == "reference"
 

@@ -153,6 +153,7 @@ class RingCase(Case):
         """A call runs it on all processes; the first one brings the outputs back, whole."""
         ranks = self.spec.ranks
         self.where = f", {ranks} processes of 1 thread on {len(os.sched_getaffinity(0))} cores"
+        self.elsewhere = ("attention_step", "attention_step_backward")[: 1 + self.backward]
         ring_ranks.run(ranks, purpose, ring_ranks.prepare, provider, layout, self.sizes, self.backward)
         fetched = False
 
@@ -172,6 +173,7 @@ class RingCase(Case):
         group = LocalGroup(self.spec.ranks)
         where = "one GPU" if self.device == "cuda" else "1 core, in one process"
         self.where = f", {self.spec.ranks} ranks that take turns on {where}"
+        self.elsewhere = ()
         inputs = ring_ranks.draw(*self.sizes, self.session.dtype, self.device)
         *inputs, dout = (shard_sequence(t, group=group, dim=1, layout=layout) for t in inputs)
         inputs = [t.requires_grad_(self.backward) for t in inputs]
