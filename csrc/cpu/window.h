@@ -23,6 +23,9 @@ constexpr float kMinusInfinity = -HUGE_VALF;
 constexpr int kRowVectors = 4;
 // Rows of a softmax at a time.
 constexpr int kSoftmaxRows = 4;
+// Queries of a short window whose scores are made at a time: between them the rows of the next head are asked for, a few
+// at a time, since more requests than the CPU can hold open would stop it.
+constexpr int64_t kScoreRows = 12;
 // Work that an item should have at least, in operations of products: some 20 microseconds.
 constexpr int64_t kItemWork = int64_t{1} << 20;
 
@@ -35,6 +38,7 @@ struct WindowSizes {
     stride = whole ? columns : columns + 16;
     // 48 rows of 1,000 scores fit L2.
     queries = whole ? tokens : larger(12, smaller(48, (int64_t{1} << 16) / columns / 6 * 6));
+    score_rows = whole ? kScoreRows : queries;
     depth = p.head_dim;
     wide = round_up(depth, kLanes);
     heads = p.heads;
@@ -50,6 +54,7 @@ struct WindowSizes {
   int64_t columns;      // of a row of scores: tokens rounded up to whole vectors
   int64_t stride;       // from one row of scores to the next
   int64_t queries;      // of a block
+  int64_t score_rows;   // of a block whose scores are made at a time
   int64_t depth, wide;  // head_dim, and rounded up to whole vectors
   int64_t heads;
   int64_t windows;         // of all images
@@ -130,6 +135,43 @@ WARPFORM_INLINE bool locate(const WindowSizes& z, int64_t window, int64_t* rows,
   return any;
 }
 
+// The head that comes next, of this window or of the next one: its rows are asked for while this one is worked on.
+struct NextHead {
+  const int64_t* rows;  // null: there is none
+  int64_t head;
+};
+
+// Where the tokens of a window and of the next one lie.
+struct Places {
+  int64_t* rows[2] = {};
+  float* parts[2] = {};
+  template <class Take>
+  void lay(const WindowSizes& z, const Take& take) {
+    for (int i = 0; i < 2; ++i) {
+      take(rows[i], z.tokens);
+      take(parts[i], z.columns);
+    }
+  }
+};
+
+// Calls work(window, head, rows, parts, next) for the windows [begin, end) and of each the heads [head0, heads). parts is
+// null for a window without a seam.
+template <class Work>
+WARPFORM_INLINE void for_each_head(const WindowSizes& z, const Places& places, int64_t begin, int64_t end,
+                                   int64_t head0, int64_t heads, const Work& work) {
+  bool seam[2] = {};
+  if (begin < end) seam[0] = locate(z, begin, places.rows[0], places.parts[0]);
+  for (int64_t w = begin; w < end; ++w) {
+    const int64_t now = (w - begin) % 2, then = 1 - now;
+    if (w + 1 < end) seam[then] = locate(z, w + 1, places.rows[then], places.parts[then]);
+    for (int64_t h = head0; h < heads; ++h) {
+      const bool last = h + 1 == heads;
+      const int64_t* const next = !last ? places.rows[now] : w + 1 < end ? places.rows[then] : nullptr;
+      work(w, h, places.rows[now], seam[now] ? places.parts[now] : nullptr, NextHead{next, last ? head0 : h + 1});
+    }
+  }
+}
+
 // ---- rows of a head ----
 
 // The rows of a window in a tensor [tokens of all images, step]; `absent` is the row of padding, or null: zeros.
@@ -164,14 +206,23 @@ WARPFORM_INLINE void copy_rows(float* to, const WindowSizes& z, const HeadRows<T
   }
 }
 
-// Asks for the rows of the next head, which lie behind those of this one.
+// Asks for the bytes of one row of a head.
+template <int kWrite, class T>
+WARPFORM_INLINE void prefetch_row(const T* row, int64_t depth) {
+  const auto* const from = reinterpret_cast<const char*>(row);
+  const int64_t bytes = depth * static_cast<int64_t>(sizeof(T));
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b, kWrite, 2);
+}
+
+// Asks for q, k and v of places [first, first + m) of the next head.
 template <class T>
-WARPFORM_INLINE void prefetch_rows(const HeadRows<T>& row, const WindowSizes& z) {
-  const int64_t bytes = z.depth * static_cast<int64_t>(sizeof(T));
-  for (int64_t i = 0; i < z.tokens; ++i) {
-    if (row.rows[i] < 0) continue;
-    const auto* const next = reinterpret_cast<const char*>(row.base + row.rows[i] * row.step) + bytes;
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(next + b, 0, 2);
+WARPFORM_INLINE void prefetch_parts(const NextHead& next, const WindowSizes& z, int64_t first, int64_t m) {
+  if (next.rows == nullptr) return;
+  const WindowProblem& p = z.problem;
+  const T* const base = static_cast<const T*>(p.qkv) + next.head * z.depth;
+  for (int64_t i = first; i < first + m; ++i) {
+    if (next.rows[i] < 0) continue;
+    for (int part = 0; part < 3; ++part) prefetch_row<0>(base + (3 * next.rows[i] + part) * p.width, z.depth);
   }
 }
 

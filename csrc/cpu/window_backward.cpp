@@ -54,9 +54,9 @@ struct Buffers {
   const WindowSizes& z;
   int64_t bias_room;
   float *q = nullptr, *k = nullptr, *dout = nullptr, *kt = nullptr, *vt = nullptr, *s = nullptr, *ds = nullptr;
-  float *o = nullptr, *dk = nullptr, *dv = nullptr, *parts = nullptr, *inverse = nullptr;
+  float *o = nullptr, *dk = nullptr, *dv = nullptr, *inverse = nullptr;
   float *q_lengths = nullptr, *k_lengths = nullptr, *bias = nullptr;
-  int64_t* rows = nullptr;
+  Places places = {};
   template <class Take>
   void lay(const Take& take) {
     const int64_t all = z.tokens * z.wide;
@@ -70,12 +70,11 @@ struct Buffers {
     take(o, z.queries * z.wide);
     take(dk, all);
     take(dv, all);
-    take(parts, z.columns);
     take(inverse, z.queries);
     take(q_lengths, z.tokens);
     take(k_lengths, z.tokens);
     take(bias, bias_room);
-    take(rows, z.tokens);
+    places.lay(z, take);
   }
 };
 
@@ -153,12 +152,13 @@ WARPFORM_INLINE float through_unit(float* x, const float* unit, const float* inv
 
 template <class T>
 void backward_head(const WindowBackwardParams& params, const WindowSizes& z, const WindowBias& bias, const Sums& sums,
-                   const Buffers& b, bool seam, int64_t share, int64_t head, bool last, float factor) {
+                   const Buffers& b, int64_t share, int64_t head, const int64_t* rows, const float* parts,
+                   const NextHead& next, float factor) {
   const WindowProblem& p = z.problem;
   const bool cosine = p.logit_scale != nullptr;
-  const HeadRows<T> q = part_rows<T>(p, 0, head, b.rows), k = part_rows<T>(p, 1, head, b.rows),
-                    v = part_rows<T>(p, 2, head, b.rows);
-  const HeadRows<T> dout{static_cast<const T*>(params.dout) + head * z.depth, p.width, b.rows, nullptr};
+  const HeadRows<T> q = part_rows<T>(p, 0, head, rows), k = part_rows<T>(p, 1, head, rows),
+                    v = part_rows<T>(p, 2, head, rows);
+  const HeadRows<T> dout{static_cast<const T*>(params.dout) + head * z.depth, p.width, rows, nullptr};
   copy_rows(b.q, z, q);
   copy_rows(b.k, z, k);
   copy_rows(b.dout, z, dout);
@@ -168,26 +168,30 @@ void backward_head(const WindowBackwardParams& params, const WindowSizes& z, con
   }
   pack_columns<float>(b.kt, z.tokens, z.wide, [&](int64_t i) { return b.k + i * z.wide; });
   pack_columns<T>(b.vt, z.tokens, z.depth, v);
-  if (!last) {
-    prefetch_rows(q, z);
-    prefetch_rows(k, z);
-    prefetch_rows(v, z);
-    prefetch_rows(dout, z);
-  }
   T* const dqkv = static_cast<T*>(params.dqkv) + head * z.depth;
   float* const table_sum = sums.table_of(share, head);
   for (int64_t first = 0; first < z.tokens; first += z.queries) {
     const int64_t m = smaller(z.queries, z.tokens - first);
     float *const rows_q = b.q + first * z.wide, *const rows_dout = b.dout + first * z.wide;
-    times_columns(m, z.tokens, z.depth, b.s, z.stride, rows_q, z.wide, 1, b.kt);
-    softmax(b.s, m, z,
-            {.factor = factor * kLog2e,
-             .bias = bias.rows(head, first, m, b.bias),
-             .bias_stride = bias.stride(),
-             .parts = seam ? b.parts : nullptr,
-             .own = b.parts + first,
-             .mask = z.mask},
-            b.inverse, nullptr);
+    const float* const bias_rows = bias.rows(head, first, m, b.bias);
+    for (int64_t r = 0; r < m; r += z.score_rows) {
+      const int64_t some = smaller(z.score_rows, m - r), at = first + r;
+      prefetch_parts<T>(next, z, at, some);
+      for (int64_t i = at; next.rows != nullptr && i < at + some; ++i) {
+        const int64_t row = next.rows[i];
+        if (row >= 0)
+          prefetch_row<0>(static_cast<const T*>(params.dout) + row * p.width + next.head * z.depth, z.depth);
+      }
+      float* const s = b.s + r * z.stride;
+      times_columns(some, z.tokens, z.depth, s, z.stride, b.q + at * z.wide, z.wide, 1, b.kt);
+      const Added added{.factor = factor * kLog2e,
+                        .bias = bias_rows + r * bias.stride(),
+                        .bias_stride = bias.stride(),
+                        .parts = parts,
+                        .own = parts + (parts == nullptr ? 0 : at),
+                        .mask = z.mask};
+      softmax(s, some, z, added, b.inverse + r, nullptr);
+    }
     for (int64_t i = 0; i < m; ++i) {
       if (b.inverse[i] != 0.f) continue;
       // A query that sees no key has no gradients, whatever comes back.
@@ -202,7 +206,7 @@ void backward_head(const WindowBackwardParams& params, const WindowSizes& z, con
     }
     times_rows(m, z.wide, z.tokens, b.o, z.wide, b.ds, z.stride, 1, b.k, z.wide);
     if (cosine) *sums.scale_of(share, head) += through_unit(b.o, rows_q, b.q_lengths + first, m, factor, z);
-    scatter_rows(dqkv, 3 * p.width, b.rows + first, b.o, m, z, sums.padding_of(share, 0, head),
+    scatter_rows(dqkv, 3 * p.width, rows + first, b.o, m, z, sums.padding_of(share, 0, head),
                  [&](int64_t) { return cosine ? 1.f : factor; });
     if (first == 0) {
       times_rows(z.tokens, z.wide, m, b.dk, z.wide, b.ds, 1, z.stride, rows_q, z.wide);
@@ -213,9 +217,9 @@ void backward_head(const WindowBackwardParams& params, const WindowSizes& z, con
     }
   }
   if (cosine) through_unit(b.dk, b.k, b.k_lengths, z.tokens, factor, z);
-  scatter_rows(dqkv + p.width, 3 * p.width, b.rows, b.dk, z.tokens, z, sums.padding_of(share, 1, head),
+  scatter_rows(dqkv + p.width, 3 * p.width, rows, b.dk, z.tokens, z, sums.padding_of(share, 1, head),
                [&](int64_t) { return cosine ? 1.f : factor; });
-  scatter_rows(dqkv + 2 * p.width, 3 * p.width, b.rows, b.dv, z.tokens, z, sums.padding_of(share, 2, head),
+  scatter_rows(dqkv + 2 * p.width, 3 * p.width, rows, b.dv, z.tokens, z, sums.padding_of(share, 2, head),
                [](int64_t) { return 1.f; });
 }
 
@@ -275,12 +279,10 @@ void backward(const WindowBackwardParams& params, const Host& host) {
       const int64_t share = item / cut.head_parts, head0 = item % cut.head_parts * cut.heads_each;
       const int64_t heads = smaller(z.heads, head0 + cut.heads_each);
       for (int64_t h = head0; h < heads; ++h) sums.clear(share, h);
-      for (int64_t w = share * cut.share; w < smaller(z.windows, (share + 1) * cut.share); ++w) {
-        const bool seam = locate(z, w, b.rows, b.parts);
-        for (int64_t h = head0; h < heads; ++h) {
-          backward_head<T>(params, z, bias, sums, b, seam, share, h, h + 1 == heads, factors[h]);
-        }
-      }
+      for_each_head(z, b.places, share * cut.share, smaller(z.windows, (share + 1) * cut.share), head0, heads,
+                    [&](int64_t, int64_t h, const int64_t* rows, const float* parts, const NextHead& next) {
+                      backward_head<T>(params, z, bias, sums, b, share, h, rows, parts, next, factors[h]);
+                    });
     }
   });
   if (p.table != nullptr) finish_table(params, sums, line_room, total_room);

@@ -11,8 +11,8 @@ struct Buffers {
   int64_t bias_room;
   bool cosine;
   float *q = nullptr, *k = nullptr, *v = nullptr, *kt = nullptr, *s = nullptr, *o = nullptr;
-  float *parts = nullptr, *inverse = nullptr, *lengths = nullptr, *bias = nullptr;
-  int64_t* rows = nullptr;
+  float *inverse = nullptr, *lengths = nullptr, *bias = nullptr;
+  Places places = {};
   template <class Take>
   void lay(const Take& take) {
     const int64_t all = z.tokens * z.wide;
@@ -22,22 +22,21 @@ struct Buffers {
     take(kt, packed_columns(z.tokens, z.wide));
     take(s, z.queries * z.stride);
     take(o, z.queries * z.wide);
-    take(parts, z.columns);
     take(inverse, z.queries);
     take(lengths, cosine ? z.tokens : 0);
     take(bias, bias_room);
-    take(rows, z.tokens);
+    places.lay(z, take);
   }
 };
 
 template <class T>
 void forward_head(const WindowForwardParams& params, const WindowSizes& z, const WindowBias& bias, const Buffers& b,
-                  bool seam, int64_t window, int64_t head, bool last, float factor) {
+                  int64_t window, int64_t head, const int64_t* rows, const float* parts, const NextHead& next,
+                  float factor) {
   const WindowProblem& p = z.problem;
-  const HeadRows<T> q = part_rows<T>(p, 0, head, b.rows), k = part_rows<T>(p, 1, head, b.rows),
-                    v = part_rows<T>(p, 2, head, b.rows);
-  copy_rows(b.q, z, q);
-  copy_rows(b.v, z, v);
+  copy_rows(b.q, z, part_rows<T>(p, 0, head, rows));
+  copy_rows(b.v, z, part_rows<T>(p, 2, head, rows));
+  const HeadRows<T> k = part_rows<T>(p, 1, head, rows);
   if (p.logit_scale != nullptr) {
     copy_rows(b.k, z, k);
     make_unit(b.q, z, b.lengths);
@@ -46,31 +45,34 @@ void forward_head(const WindowForwardParams& params, const WindowSizes& z, const
   } else {
     pack_columns<T>(b.kt, z.tokens, z.depth, k);
   }
-  if (!last) {
-    prefetch_rows(q, z);
-    prefetch_rows(k, z);
-    prefetch_rows(v, z);
-  }
   auto* const out = static_cast<T*>(params.out) + head * z.depth;
   float* const lse = z.whole ? nullptr : params.lse + (window * z.heads + head) * z.tokens;
   for (int64_t first = 0; first < z.tokens; first += z.queries) {
     const int64_t m = smaller(z.queries, z.tokens - first);
-    times_columns(m, z.tokens, z.depth, b.s, z.stride, b.q + first * z.wide, z.wide, 1, b.kt);
-    softmax(b.s, m, z,
-            {.factor = factor * kLog2e,
-             .bias = bias.rows(head, first, m, b.bias),
-             .bias_stride = bias.stride(),
-             .parts = seam ? b.parts : nullptr,
-             .own = b.parts + first,
-             .mask = z.mask},
-            b.inverse, lse == nullptr ? nullptr : lse + first);
+    const float* const bias_rows = bias.rows(head, first, m, b.bias);
+    for (int64_t r = 0; r < m; r += z.score_rows) {
+      const int64_t some = smaller(z.score_rows, m - r), at = first + r;
+      prefetch_parts<T>(next, z, at, some);
+      for (int64_t i = at; i < at + some; ++i) {
+        if (rows[i] >= 0) prefetch_row<1>(out + rows[i] * p.width, z.depth);
+      }
+      float* const s = b.s + r * z.stride;
+      times_columns(some, z.tokens, z.depth, s, z.stride, b.q + at * z.wide, z.wide, 1, b.kt);
+      const Added added{.factor = factor * kLog2e,
+                        .bias = bias_rows + r * bias.stride(),
+                        .bias_stride = bias.stride(),
+                        .parts = parts,
+                        .own = parts + (parts == nullptr ? 0 : at),
+                        .mask = z.mask};
+      softmax(s, some, z, added, b.inverse + r, lse == nullptr ? nullptr : lse + at);
+    }
     times_rows(m, z.wide, z.tokens, b.o, z.wide, b.s, z.stride, 1, b.v, z.wide);
     for (int64_t i = 0; i < m; ++i) {
       if (b.inverse[i] != 0.f) continue;
       // No key is seen, whatever the values are.
       for (int64_t d = 0; d < z.wide; d += kLanes) store(b.o + i * z.wide + d, Vec{});
     }
-    scatter_rows(out, p.width, b.rows + first, b.o, m, z, nullptr, [&](int64_t i) { return b.inverse[i]; });
+    scatter_rows(out, p.width, rows + first, b.o, m, z, nullptr, [&](int64_t i) { return b.inverse[i]; });
   }
 }
 
@@ -92,12 +94,10 @@ void forward(const WindowForwardParams& params, const Host& host) {
     for (int64_t item; items.next(item);) {
       const int64_t share = item / cut.head_parts, head0 = item % cut.head_parts * cut.heads_each;
       const int64_t heads = smaller(z.heads, head0 + cut.heads_each);
-      for (int64_t w = share * cut.share; w < smaller(z.windows, (share + 1) * cut.share); ++w) {
-        const bool seam = locate(z, w, b.rows, b.parts);
-        for (int64_t h = head0; h < heads; ++h) {
-          forward_head<T>(params, z, bias, b, seam, w, h, h + 1 == heads, factors[h]);
-        }
-      }
+      for_each_head(z, b.places, share * cut.share, smaller(z.windows, (share + 1) * cut.share), head0, heads,
+                    [&](int64_t w, int64_t h, const int64_t* rows, const float* parts, const NextHead& next) {
+                      forward_head<T>(params, z, bias, b, w, h, rows, parts, next, factors[h]);
+                    });
     }
   });
 }

@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import cases, checks
-from helpers.backends import FEW_SMS, HALF, MANY_SMS, Backend, cpu, drawn_on, kernels, on, one_dtype, reference, same
+from helpers.backends import (
+    FEW_SMS,
+    HALF,
+    MANY_SMS,
+    Backend,
+    cpu,
+    drawn_on,
+    kernels,
+    on,
+    one_dtype,
+    reference,
+    same,
+)
 from helpers.cases import WINDOW_CASES, WindowCase, WindowInputs, window_inputs
 from helpers.compare import assert_close
 
@@ -54,6 +66,30 @@ def test_results_repeat_bit_for_bit(backend: Backend, case: WindowCase, dtype: t
     """In any order of blocks and threads, since sums have an order of their own."""
     x = window_inputs(case, dtype, backend.device)
     backend.assert_repeats(lambda: _call(backend, x))
+
+
+# Windows of both kinds, many and few, with heads that are cut between threads and with tables too large to unfold.
+THREADED = (
+    WindowCase("many", (37, 42), (7, 7), (3, 3), batch=2, heads=3, cosine=True, qkv_bias=True),
+    WindowCase("one_window", (7, 7), (7, 7), heads=24, qkv_bias=True),
+    WindowCase("tiny_windows", (40, 41), (2, 2), (1, 1), batch=2, heads=2, head_dim=8, qkv_bias=True),
+    WindowCase("long_windows", (30, 31), (10, 10), (4, 3), batch=2, heads=2, cosine=True, qkv_bias=True),
+    WindowCase("one_long_window", (12, 20), (12, 20), heads=5, head_dim=16),
+)
+
+
+@on(CPU, case=THREADED, dtype=(torch.float32,))
+def test_results_do_not_depend_on_the_number_of_threads(backend: Backend, case: WindowCase, dtype: torch.dtype) -> None:
+    x = window_inputs(case, dtype, backend.device)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(_call(backend, x))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(same(found, results[0]) for found in results[1:])
 
 
 # ---- which pairs meet, and what stays where ----
@@ -174,6 +210,32 @@ def test_other_layouts_are_copied(backend: Backend, case: WindowCase, dtype: tor
     for qkv in (plain.transpose(1, 2).contiguous().transpose(1, 2), cases.misaligned(plain)):
         x.qkv = qkv
         assert same(_call(backend, x), expected)
+
+
+@on(CPU, case=BOTH)
+def test_nothing_is_read_or_written_beside_the_tensors(backend: Backend, case: WindowCase, dtype: torch.dtype) -> None:
+    """Every head_dim, also one that is no whole number of vectors, of tensors that lie in the middle of NaN."""
+    for head_dim in (1, 5, 9, 16, 17, 33):
+        x = window_inputs(replace(case, head_dim=head_dim, batch=1), dtype, backend.device)
+        expected = _call(backend, x)
+        for name in ("qkv", "table", "logit_scale", "qkv_bias", "dout"):
+            tensor = getattr(x, name)
+            surrounded = tensor.new_full((tensor.numel() + 65,), math.nan)
+            surrounded[33:-32] = tensor.flatten()
+            setattr(x, name, surrounded[33:-32].view(tensor.shape))
+        assert same(_call(backend, x), expected)
+
+
+@on(CPU, dtype=(torch.float32,))
+def test_windows_that_no_cpu_kernel_takes(backend: Backend, dtype: torch.dtype) -> None:
+    qkv = torch.zeros(1, 2, 2, 3, 1, 8, dtype=dtype)
+    for message, call in (
+        ("more than 4096 tokens", (qkv, None, None, None, [64, 65], [0, 0])),
+        ("the CPU kernels take", (qkv.double(), None, None, None, [2, 2], [0, 0])),
+        ("qkv_bias is not of qkv's dtype", (qkv.half(), None, None, torch.zeros(3, 1, 8), [2, 2], [0, 0])),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            backend.library.window_attention(*call)
 
 
 # ---- gradients of the kernels ----
