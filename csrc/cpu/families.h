@@ -9,4 +9,12 @@ namespace warpform::cpu::WARPFORM_CPU_ISA {
 void bias_gelu(const BiasGeluParams& params, const Host& host);
 void bias_gelu_backward(const BiasGeluBackwardParams& params, const Host& host);
 
+// monarch.cpp
+void blockdiag_multiply(const BlockProductParams& params, const Host& host);
+void blockdiag_multiply_backward(const BlockProductParams& params, const Host& host);
+void monarch_multiply(const BlockProductParams& params, const Host& host);
+void monarch_multiply_backward(const BlockProductParams& params, const Host& host);
+void blockdiag_glu(const BlockProductParams& params, const Host& host);
+void blockdiag_glu_backward(const BlockProductParams& params, const Host& host);
+
 }  // namespace warpform::cpu::WARPFORM_CPU_ISA

@@ -10,6 +10,12 @@ const Kernels kKernels = {
     .lanes = kLanes,
     .bias_gelu = bias_gelu,
     .bias_gelu_backward = bias_gelu_backward,
+    .blockdiag_multiply = blockdiag_multiply,
+    .blockdiag_multiply_backward = blockdiag_multiply_backward,
+    .monarch_multiply = monarch_multiply,
+    .monarch_multiply_backward = monarch_multiply_backward,
+    .blockdiag_glu = blockdiag_glu,
+    .blockdiag_glu_backward = blockdiag_glu_backward,
 };
 
 }  // namespace warpform::cpu::WARPFORM_CPU_ISA

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers import monarch
+from helpers import cases, monarch
 from helpers.backends import (
     AD102_SHARED,
     FEW_SMS,
@@ -18,6 +18,7 @@ from helpers.backends import (
     HALF,
     MANY_SMS,
     Backend,
+    cpu,
     drawn_on,
     kernels,
     on,
@@ -38,9 +39,11 @@ from helpers.monarch import (
 )
 
 REFERENCE = reference()
+# Every case of three dtypes.
+CPU = cpu(cases.KERNEL_DTYPES, examples=60)
 # Blocks whose sides are multiples of 8.
 SIMT, GPU = kernels(HALF, has_kernel=lambda case: case.aligned, examples=(40, 100))
-EVERY = (REFERENCE, SIMT, GPU)
+EVERY = (REFERENCE, CPU, SIMT, GPU)
 
 
 def with_tiles(cases: tuple[Any, ...], tiles: tuple[Any, ...]) -> Callable[[Backend], tuple[Any, ...]]:
@@ -50,7 +53,7 @@ def with_tiles(cases: tuple[Any, ...], tiles: tuple[Any, ...]) -> Callable[[Back
 
 def has_backward(backend: Backend, case: MonarchCase) -> bool:
     """Whether the backend has the backward pass of a case that it has the forward pass of."""
-    return backend is REFERENCE or monarch.backward_aligned(case)
+    return backend in (REFERENCE, CPU) or monarch.backward_aligned(case)
 
 
 # ---- against the oracle ----
@@ -81,7 +84,7 @@ def test_glu_cases(backend: Backend, case: GluCase, dtype: torch.dtype) -> None:
 SM_COUNTS = st.sampled_from((1, 4, 1024))
 
 
-@drawn_on(*EVERY, case=lambda b: monarch.blockdiag_cases(aligned=b is not REFERENCE), sm_count=SM_COUNTS)
+@drawn_on(*EVERY, case=lambda b: monarch.blockdiag_cases(aligned=b in (SIMT, GPU)), sm_count=SM_COUNTS)
 def test_drawn_blockdiag(backend: Backend, case: BlockdiagCase, dtype: torch.dtype, seed: int, sm_count: int) -> None:
     backend.configure(seed, sm_count)
     monarch.check_blockdiag_multiply(backend.library, case, dtype, backend.device)
@@ -89,7 +92,7 @@ def test_drawn_blockdiag(backend: Backend, case: BlockdiagCase, dtype: torch.dty
 
 @drawn_on(
     *EVERY,
-    case=lambda b: monarch.monarch_cases(aligned=b is not REFERENCE),
+    case=lambda b: monarch.monarch_cases(aligned=b in (SIMT, GPU)),
     shared=st.sampled_from((AD102_SHARED, H200_SHARED)),
     sm_count=SM_COUNTS,
 )
@@ -101,7 +104,7 @@ def test_drawn_monarch(
     monarch.check_monarch_multiply(backend.library, case, dtype, backend.device, backward=backward)
 
 
-@drawn_on(*EVERY, case=lambda b: monarch.glu_cases(aligned=b is not REFERENCE), sm_count=SM_COUNTS)
+@drawn_on(*EVERY, case=lambda b: monarch.glu_cases(aligned=b in (SIMT, GPU)), sm_count=SM_COUNTS)
 def test_drawn_glu(backend: Backend, case: GluCase, dtype: torch.dtype, seed: int, sm_count: int) -> None:
     backend.configure(seed, sm_count)
     monarch.check_blockdiag_glu(backend.library, case, dtype, backend.device)
