@@ -9,19 +9,21 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers import cases as common
 from helpers import hidden
-from helpers.backends import HALF, Backend, drawn_on, kernels, on, one_dtype, reference
+from helpers.backends import HALF, Backend, cpu, drawn_on, kernels, on, one_dtype, reference
 from helpers.hidden import HIDDEN_CASES, HiddenCase, HiddenInputs, hidden_inputs
 
 REFERENCE = reference(examples=60)
+CPU = cpu(common.KERNEL_DTYPES)
 SIMT, GPU = kernels(HALF, examples=(12, 100))
-EVERY = (REFERENCE, SIMT, GPU)
+EVERY = (REFERENCE, CPU, SIMT, GPU)
 by_direction = pytest.mark.parametrize("routed_out", (False, True), ids=("gather", "scatter"))
 
 
 def for_backend(backend: Backend, case: HiddenCase) -> HiddenCase:
-    """The reference takes every case."""
-    return case if backend is REFERENCE else hidden.with_kernel(case)
+    """The reference and CPU kernels take every case."""
+    return case if backend in (REFERENCE, CPU) else hidden.with_kernel(case)
 
 
 WIDE = (

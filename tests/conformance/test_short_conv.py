@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import cases
-from helpers.backends import FEW_SMS, MANY_SMS, Backend, drawn_on, kernels, on, reference, same
+from helpers.backends import FEW_SMS, MANY_SMS, Backend, cpu, drawn_on, kernels, on, reference, same
 from helpers.fft_conv import (
     SHORT_CONV_CASES,
     ShortConvCase,
@@ -20,8 +20,9 @@ from helpers.fft_conv import (
 )
 
 REFERENCE = reference()
+CPU = cpu(cases.KERNEL_DTYPES)
 SIMT, GPU = kernels(cases.KERNEL_DTYPES, examples=(30, 100))
-EVERY = (REFERENCE, SIMT, GPU)
+EVERY = (REFERENCE, CPU, SIMT, GPU)
 
 # A tile is 64 times by 64 channels (float32: 32 by 32), 16 bytes 8 (4) of them.
 EDGES = tuple(
@@ -41,7 +42,7 @@ def test_cases(backend: Backend, case: ShortConvCase, dtype: torch.dtype) -> Non
     check_short_conv_gate(backend.library, case, dtype, backend.device)
 
 
-@on(SIMT, GPU, case=EDGES)
+@on(CPU, SIMT, GPU, case=EDGES)
 def test_edges_of_tiles(backend: Backend, case: ShortConvCase, dtype: torch.dtype) -> None:
     backend.configure(1, 2)
     check_short_conv_gate(backend.library, case, dtype, backend.device)
