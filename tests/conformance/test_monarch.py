@@ -37,6 +37,7 @@ from helpers.monarch import (
     GluCase,
     MonarchCase,
 )
+from helpers.threads import assert_same_on_threads
 
 REFERENCE = reference()
 # Every case of three dtypes.
@@ -155,6 +156,13 @@ def test_results_repeat_bit_for_bit(backend: Backend, calls: Calls, dtype: torch
         case = replace(case, leading=(700,))  # more than it takes at one time
     x = inputs(case, dtype, backend.device)
     backend.assert_repeats(lambda: calls(backend, x), [(seed, 5) for seed in (1, 2, 3)])
+
+
+@on(CPU, calls=tuple(REPEATED))
+def test_threads_change_no_bit(backend: Backend, calls: Calls, dtype: torch.dtype) -> None:
+    inputs, case = REPEATED[calls]
+    x = inputs(replace(case, leading=(700,)), dtype, backend.device)
+    assert_same_on_threads(lambda: calls(backend, x))
 
 
 @on(*EVERY)

@@ -13,6 +13,7 @@ from helpers import cases as common
 from helpers import hidden
 from helpers.backends import HALF, Backend, cpu, drawn_on, kernels, on, one_dtype, reference
 from helpers.hidden import HIDDEN_CASES, HiddenCase, HiddenInputs, hidden_inputs
+from helpers.threads import assert_same_on_threads
 
 REFERENCE = reference(examples=60)
 CPU = cpu(common.KERNEL_DTYPES)
@@ -113,3 +114,11 @@ def test_results_repeat_bit_for_bit(backend: Backend, case: HiddenCase, dtype: t
     split, and the parts added in a fixed order."""
     x = hidden_inputs(case, dtype, backend.device, routed_out=routed_out)
     backend.assert_repeats(lambda: _call(backend, x, routed_out), machines=((0, 64), (5, 64)))
+
+
+@by_direction
+@on(CPU)
+def test_threads_change_no_bit(backend: Backend, dtype: torch.dtype, routed_out: bool) -> None:
+    case = HiddenCase("threads", 700, 6, 24, 40, "random", num_classes=2)
+    x = hidden_inputs(case, dtype, backend.device, routed_out=routed_out)
+    assert_same_on_threads(lambda: [*x.plan(backend.library)[1:5], *_call(backend, x, routed_out)])

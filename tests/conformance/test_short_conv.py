@@ -18,6 +18,7 @@ from helpers.fft_conv import (
     short_conv_cases,
     short_conv_inputs,
 )
+from helpers.threads import assert_same_on_threads
 
 REFERENCE = reference()
 CPU = cpu(cases.KERNEL_DTYPES)
@@ -66,6 +67,12 @@ def test_results_repeat_bit_for_bit(backend: Backend, dtype: torch.dtype) -> Non
     x = short_conv_inputs(ShortConvCase("", 2, 140, 20), dtype, backend.device)
     one, three = (backend.assert_repeats(lambda: _call(backend, x), [(0, sms), (5, sms)]) for sms in (1, 3))
     assert same(one[:3], three[:3])
+
+
+@on(CPU)
+def test_threads_change_no_bit(backend: Backend, dtype: torch.dtype) -> None:
+    x = short_conv_inputs(ShortConvCase("", 3, 70, 200), dtype, backend.device)
+    assert_same_on_threads(lambda: _call(backend, x))
 
 
 # ---- layouts, bad values ----
