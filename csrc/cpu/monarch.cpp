@@ -6,7 +6,7 @@
 //
 // Measured in float32 on one thread of a Skylake-SP beside other processes, AVX-512: 2.1 times as fast as two batched
 // products of torch at blocks of 32 x 32, 1.4 times at 64 x 64 (3.9 and 5 times with the backward), and as fast at blocks
-// of 192 to 256 columns; the gated MLP 1.2 times. Blocks of 256 x 256 and more run at 0.75 times the speed of torch.
+// of 192 to 256 columns; the gated MLP 1.2 times. Larger float32 blocks are torch's (csrc/torch/monarch.cpp has the rule).
 //
 // Gradients of weights are sums over shares of the rows, cut by the sizes alone and added in order.
 #include "families.h"

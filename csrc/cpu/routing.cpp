@@ -501,9 +501,9 @@ void weight_gradient(const RoutedProductParams& p, const Host& host) {
   const int64_t dense_all = p.num_out * p.dense_width, routed_all = p.num_groups * p.width;
   const int64_t places = p.tiles * p.tile;
   const int64_t dense_room = row_room(p.dense_width), routed_room = row_room(p.width);
-  // Of routed_out the rows of the sum are a group's, else those of the other dimension.
-  const int64_t sum_rows = p.routed_out ? p.width : p.dense_width, sum_cols = p.routed_out ? p.dense_width : p.width;
-  const int64_t sum_room = row_room(sum_cols), dw_cols = p.routed_out ? dense_all : routed_all;
+  // The rows of a sum are a group's; where those of dw are the other dimension's, it is transposed at the end.
+  const int64_t sum_rows = p.width, sum_cols = p.dense_width, sum_room = row_room(sum_cols);
+  const int64_t dw_cols = p.routed_out ? dense_all : routed_all;
   over(host, p.num_classes * p.num_groups * p.num_out, [&](Items& items) {
     Scratch own(host, Scratch::bytes_of<float>(kGradientChunk * dense_room) +
                           Scratch::bytes_of<float>(kGradientChunk * routed_room) +
@@ -517,13 +517,8 @@ void weight_gradient(const RoutedProductParams& p, const Host& host) {
       bool add = false;
       int64_t m = 0;
       const auto multiply = [&] {
-        if (p.routed_out) {
-          transposed_product(add, p.width, p.dense_width, m, sums, sum_room, routed_rows, routed_room, dense_rows,
-                             dense_room);
-        } else {
-          transposed_product(add, p.dense_width, p.width, m, sums, sum_room, dense_rows, dense_room, routed_rows,
-                             routed_room);
-        }
+        transposed_product(add, sum_rows, sum_cols, m, sums, sum_room, routed_rows, routed_room, dense_rows,
+                           dense_room);
         add = true;
         m = 0;
       };
@@ -545,11 +540,22 @@ void weight_gradient(const RoutedProductParams& p, const Host& host) {
       const int64_t row0 = p.routed_out ? g * p.width : part * p.dense_width;
       const int64_t col0 = p.routed_out ? part * p.dense_width : g * p.width;
       float* const to = dw + (token_class * (p.routed_out ? routed_all : dense_all) + row0) * dw_cols + col0;
-      for (int64_t r = 0; r < sum_rows; ++r) {
-        if (add) {
-          store_rows(to + r * dw_cols, 0, sums + r * sum_room, 0, 1, sum_cols);
-        } else {
-          std::memset(to + r * dw_cols, 0, static_cast<size_t>(sum_cols) * sizeof(float));
+      if (!add) {
+        for (int64_t r = 0; r < sum_rows; ++r) std::memset(sums + r * sum_room, 0, static_cast<size_t>(sum_room) * 4);
+      }
+      if (p.routed_out) {
+        store_rows(to, dw_cols, sums, sum_room, sum_rows, sum_cols);
+        continue;
+      }
+      for (int64_t r = 0; r < sum_rows; r += kLanes) {
+        for (int64_t c = 0; c < sum_cols; c += kLanes) {
+          Vec block[kLanes];
+          for (int64_t n = 0; n < kLanes; ++n)
+            block[n] = r + n < sum_rows ? load(sums + (r + n) * sum_room + c) : Vec{};
+          transpose(block);
+          for (int64_t n = 0; n < smaller(kLanes, sum_cols - c); ++n) {
+            store_first(to + (c + n) * dw_cols + r, block[n], sum_rows - r);
+          }
         }
       }
     }

@@ -132,11 +132,19 @@ const char* no_kernel(const Launch& launch, const Tensor& x, std::initializer_li
 
 // ---- on a CPU ----
 
-// Why no CPU kernel takes x, or null.
-const char* no_cpu_kernel(const Launch& launch, const Tensor& x) {
+// Why no CPU kernel takes x, or null. From `large` elements on, products of float32 blocks by themselves are torch's at
+// least as fast.
+const char* no_cpu_kernel(const Launch& launch, const Tensor& x, std::initializer_list<Blocks> factors = {},
+                          int64_t large = INT64_MAX) {
   if (const char* reason = launch.unusable_anywhere()) return reason;
-  return kFloatTypes.why_not(dtype_name(x.scalar_type()));
+  if (const char* reason = kFloatTypes.why_not(dtype_name(x.scalar_type()))) return reason;
+  if (x.scalar_type() != ScalarType::Float) return nullptr;
+  for (const Blocks& blocks : factors) {
+    if (int64_t{blocks.rows} * blocks.cols >= large) return "torch multiplies such large blocks at least as fast";
+  }
+  return nullptr;
 }
+constexpr int64_t kLargeBlock = 256 * 256, kLargeMonarchBlock = 512 * 512;
 
 // One op's call of a CPU kernel. It keeps the tensors that the parameters point into.
 class CpuCall {
@@ -299,7 +307,7 @@ Tensor blockdiag_multiply(Tensor x, Tensor w, std::optional<Tensor> bias) {
   const Blocks blocks(w);
   const Launch launch(kOp, x);
   if (launch.on_cpu()) {
-    if (const char* reason = no_cpu_kernel(launch, x)) return UseReference(reason);
+    if (const char* reason = no_cpu_kernel(launch, x, {blocks}, kLargeBlock)) return UseReference(reason);
     CpuCall call(kOp, launch, x);
     call.weights(w);
     call.bias(bias);
@@ -327,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor> blockdiag_multiply_backward(Tensor dout, Tens
   check_gradient(kOp, dout, x, blocks.out());
   const Launch launch(kOp, x);
   if (launch.on_cpu()) {
-    if (const char* reason = no_cpu_kernel(launch, x)) return UseReference(reason);
+    if (const char* reason = no_cpu_kernel(launch, x, {blocks}, kLargeBlock)) return UseReference(reason);
     CpuCall call(kOp, launch, x);
     call.weights(w);
     Tensor dw, dx = call.gradients(dout, {&dw}), dbias = call.bias_gradient(has_bias, blocks.out());
@@ -366,7 +374,7 @@ Tensor monarch_multiply(Tensor x, Tensor w1, Tensor w2) {
   const Blocks first(w1), second(w2);
   const Launch launch(kOp, x);
   if (launch.on_cpu()) {
-    if (const char* reason = no_cpu_kernel(launch, x)) return UseReference(reason);
+    if (const char* reason = no_cpu_kernel(launch, x, {first, second}, kLargeMonarchBlock)) return UseReference(reason);
     CpuCall call(kOp, launch, x);
     call.weights(w1, w2);
     Tensor y = call.out(second.out());
@@ -429,7 +437,7 @@ std::tuple<Tensor, Tensor, Tensor> monarch_multiply_backward(Tensor dout, Tensor
   check_gradient(kOp, dout, x, second.out());
   const Launch launch(kOp, x);
   if (launch.on_cpu()) {
-    if (const char* reason = no_cpu_kernel(launch, x)) return UseReference(reason);
+    if (const char* reason = no_cpu_kernel(launch, x, {first, second}, kLargeMonarchBlock)) return UseReference(reason);
     CpuCall call(kOp, launch, x);
     call.weights(w1, w2);
     Tensor dw1, dw2, dx = call.gradients(dout, {&dw1, &dw2});

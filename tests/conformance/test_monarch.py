@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -40,7 +41,7 @@ from helpers.monarch import (
 from helpers.threads import assert_same_on_threads
 
 REFERENCE = reference()
-# Every case of three dtypes.
+# Float32 blocks of 256 x 256 elements and more are left to torch; in monarch_multiply 512 x 512. No case is as large.
 CPU = cpu(cases.KERNEL_DTYPES, examples=60)
 # Blocks whose sides are multiples of 8.
 SIMT, GPU = kernels(HALF, has_kernel=lambda case: case.aligned, examples=(40, 100))
@@ -163,6 +164,16 @@ def test_threads_change_no_bit(backend: Backend, calls: Calls, dtype: torch.dtyp
     inputs, case = REPEATED[calls]
     x = inputs(replace(case, leading=(700,)), dtype, backend.device)
     assert_same_on_threads(lambda: calls(backend, x))
+
+
+@on(CPU, dtype=(torch.float32,))
+def test_large_blocks_are_left_to_torch(backend: Backend, dtype: torch.dtype) -> None:
+    x, w = torch.randn(3, 512, dtype=dtype), torch.randn(2, 256, 256, dtype=dtype)
+    with pytest.raises(Exception, match="large blocks"):
+        backend.library.blockdiag_multiply(x, w)
+    backend.library.monarch_multiply(x, w, w)
+    with pytest.raises(Exception, match="large blocks"):
+        backend.library.monarch_multiply(x, torch.randn(1, 512, 512), w)
 
 
 @on(*EVERY)
