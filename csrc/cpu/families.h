@@ -19,5 +19,23 @@ void gather_rows(const GatherRowsParams& params, const Host& host);
 // window_forward.cpp, window_backward.cpp
 void window_attention(const WindowForwardParams& params, const Host& host);
 void window_attention_backward(const WindowBackwardParams& params, const Host& host);
+// monarch.cpp
+void blockdiag_multiply(const BlockProductParams& params, const Host& host);
+void blockdiag_multiply_backward(const BlockProductParams& params, const Host& host);
+void monarch_multiply(const BlockProductParams& params, const Host& host);
+void monarch_multiply_backward(const BlockProductParams& params, const Host& host);
+void blockdiag_glu(const BlockProductParams& params, const Host& host);
+void blockdiag_glu_backward(const BlockProductParams& params, const Host& host);
+
+// routing.cpp
+void routing_mask(const RoutingMaskParams& params, const Host& host);
+void routing_plan(const RoutingPlanParams& params, const Host& host);
+void hidden_gather(const RoutedProductParams& params, const Host& host);
+void hidden_scatter(const RoutedProductParams& params, const Host& host);
+void hidden_weight_grad(const RoutedProductParams& params, const Host& host);
+
+// short_conv.cpp
+void short_conv_gate(const ShortConvParams& params, const Host& host);
+void short_conv_gate_backward(const ShortConvBackwardParams& params, const Host& host);
 
 }  // namespace warpform::cpu::WARPFORM_CPU_ISA

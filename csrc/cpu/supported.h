@@ -2,6 +2,8 @@
 #pragma once
 
 #include "kernels/common/supported.h"
+#include "kernels/routing/launch.h"
+#include "kernels/short_conv/launch.h"
 
 namespace warpform::cpu {
 
@@ -24,6 +26,21 @@ inline constexpr SupportedConfig kConfigs[] = {
     {.op = "unpack", .dtypes = {{"any"}}},
     {.op = "window_attention", .dtypes = kFloats, .limits = {kWindowTokens}},
     {.op = "window_attention_backward", .dtypes = kFloats, .limits = {kWindowTokens}},
+    {.op = "blockdiag_multiply", .dtypes = kFloats},
+    {.op = "blockdiag_multiply_backward", .dtypes = kFloats},
+    {.op = "monarch_multiply", .dtypes = kFloats},
+    {.op = "monarch_multiply_backward", .dtypes = kFloats},
+    {.op = "blockdiag_glu", .dtypes = kFloats},
+    {.op = "blockdiag_glu_backward", .dtypes = kFloats},
+    {.op = "routing_mask", .limits = {kRoutingGroups}},
+    {.op = "routing_plan", .limits = {kRoutingGroups}},
+    {.op = "hidden_gather_linear", .dtypes = kFloats},
+    {.op = "hidden_gather_linear_backward", .dtypes = kFloats},
+    {.op = "hidden_scatter_linear", .dtypes = kFloats},
+    {.op = "hidden_scatter_linear_backward", .dtypes = kFloats},
+    {.op = "hidden_weight_grad", .dtypes = kFloats},
+    {.op = "short_conv_gate", .dtypes = kFloats, .limits = {kShortConvTaps}},
+    {.op = "short_conv_gate_backward", .dtypes = kFloats, .limits = {kShortConvTaps}},
 };
 
 }  // namespace warpform::cpu

@@ -16,6 +16,19 @@ const Kernels kKernels = {
     .gather_rows = gather_rows,
     .window_attention = window_attention,
     .window_attention_backward = window_attention_backward,
+    .blockdiag_multiply = blockdiag_multiply,
+    .blockdiag_multiply_backward = blockdiag_multiply_backward,
+    .monarch_multiply = monarch_multiply,
+    .monarch_multiply_backward = monarch_multiply_backward,
+    .blockdiag_glu = blockdiag_glu,
+    .blockdiag_glu_backward = blockdiag_glu_backward,
+    .routing_mask = routing_mask,
+    .routing_plan = routing_plan,
+    .hidden_gather = hidden_gather,
+    .hidden_scatter = hidden_scatter,
+    .hidden_weight_grad = hidden_weight_grad,
+    .short_conv_gate = short_conv_gate,
+    .short_conv_gate_backward = short_conv_gate_backward,
 };
 
 }  // namespace warpform::cpu::WARPFORM_CPU_ISA

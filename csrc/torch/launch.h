@@ -151,6 +151,11 @@ class Launch {
     }
     if constexpr (kHasKernels) kCuda(params, stream());
   }
+  // Runs a CPU kernel whose parameters are its own; on_cpu() has to be true.
+  template <auto kCpu, class Params>
+  void run_on_cpu(const Params& params) const {
+    if constexpr (kHasCpuKernels) (cpu::kernels()->*kCpu)(params, torch_host());
+  }
   // What the CUDA kernels say about a problem; on a CPU 0, false or null: CPU kernels need no workspace.
   template <auto kAsk, class... Arguments>
   auto ask(const Arguments&... arguments) const {

@@ -72,11 +72,10 @@ void check_gradient(const char* op, const Tensor& dout, const Tensor& x, int64_t
 
 // ---- what kernels read ----
 
-// Elements between the rows of [..., columns], or nothing where the leading dimensions have no one stride, or the rows
-// are not 16-byte aligned.
-std::optional<int64_t> row_stride(const Tensor& t) {
+// Elements between the rows of [..., columns], or nothing where the leading dimensions have no one stride.
+std::optional<int64_t> one_stride(const Tensor& t) {
   const int64_t last = t.dim() - 1;
-  if (!is_aligned(t, 16) || !last_dimension_is_contiguous(t)) return std::nullopt;
+  if (!last_dimension_is_contiguous(t)) return std::nullopt;
   int64_t stride = 0, next = 0;  // next: what the dimension before must have
   for (int64_t i = last - 1; i >= 0; --i) {
     if (t.size(i) == 1) continue;
@@ -87,7 +86,14 @@ std::optional<int64_t> row_stride(const Tensor& t) {
     }
     next *= t.size(i);
   }
-  if (stride % kMonarchAlignment != 0 || stride < 0) return std::nullopt;
+  return stride;
+}
+
+// The same where rows are 16-byte aligned, else nothing.
+std::optional<int64_t> row_stride(const Tensor& t) {
+  if (!is_aligned(t, 16)) return std::nullopt;
+  const auto stride = one_stride(t);
+  if (!stride || *stride % kMonarchAlignment != 0 || *stride < 0) return std::nullopt;
   return stride;
 }
 
@@ -123,6 +129,87 @@ const char* no_kernel(const Launch& launch, const Tensor& x, std::initializer_li
   }
   return nullptr;
 }
+
+// ---- on a CPU ----
+
+// Why no CPU kernel takes x, or null. From `large` elements on, products of float32 blocks by themselves are torch's at
+// least as fast.
+const char* no_cpu_kernel(const Launch& launch, const Tensor& x, std::initializer_list<Blocks> factors = {},
+                          int64_t large = INT64_MAX) {
+  if (const char* reason = launch.unusable_anywhere()) return reason;
+  if (const char* reason = kFloatTypes.why_not(dtype_name(x.scalar_type()))) return reason;
+  if (x.scalar_type() != ScalarType::Float) return nullptr;
+  for (const Blocks& blocks : factors) {
+    if (int64_t{blocks.rows} * blocks.cols >= large) return "torch multiplies such large blocks at least as fast";
+  }
+  return nullptr;
+}
+constexpr int64_t kLargeBlock = 256 * 256, kLargeMonarchBlock = 512 * 512;
+
+// One op's call of a CPU kernel. It keeps the tensors that the parameters point into.
+class CpuCall {
+ public:
+  CpuCall(const char* op, const Launch& launch, const Tensor& x) : op_(op), launch_(launch), like_(x) {
+    x_ = as_rows(x, params.x_stride);
+    params.x = launch_.in(x_);
+    params.rows = 1;
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) params.rows *= x.size(i);
+    params.dtype = element_type(x);
+  }
+
+  void weights(const Tensor& first, const std::optional<Tensor>& second = std::nullopt) {
+    params.first = factor(first_ = contiguous(first));
+    if (second) params.second = factor(*(second_ = contiguous(*second)));
+  }
+  void bias(const std::optional<Tensor>& bias) {
+    bias_ = contiguous(bias);
+    params.bias = launch_.in_or_null(bias_);
+  }
+  Tensor out(int64_t width) {
+    Tensor out = make(with_columns(like_, width));
+    params.out = launch_.out(out);
+    return out;
+  }
+  // dx, and the gradients of the weights that were given.
+  Tensor gradients(const Tensor& dout, std::initializer_list<Tensor*> weights) {
+    dout_ = as_rows(dout, params.dout_stride);
+    params.dout = launch_.in(dout_);
+    cpu::BlockFactor* factors[] = {&params.first, &params.second};
+    for (size_t i = 0; i < weights.size(); ++i) {
+      Tensor& dw = *weights.begin()[i];
+      dw = make({factors[i]->count, factors[i]->rows, factors[i]->cols});
+      factors[i]->dw = launch_.out(dw);
+    }
+    Tensor dx = make(sizes_of(like_));
+    params.dx = launch_.out(dx);
+    return dx;
+  }
+  Tensor bias_gradient(bool has_bias, int64_t width) {
+    Tensor dbias = make({has_bias ? width : 0});
+    params.dbias = has_bias ? launch_.out(dbias) : nullptr;
+    return dbias;
+  }
+
+  cpu::BlockProductParams params{};
+
+ private:
+  // Leading dimensions that no one stride leads through are copied.
+  static Tensor as_rows(const Tensor& t, int64_t& stride) {
+    const auto found = one_stride(t);
+    stride = found ? *found : t.size(-1);
+    return found ? t : contiguous(t);
+  }
+  cpu::BlockFactor factor(const Tensor& w) const {
+    return {.w = launch_.in(w), .dw = nullptr, .count = w.size(0), .rows = w.size(1), .cols = w.size(2)};
+  }
+  Tensor make(const std::vector<int64_t>& sizes) const { return empty(op_, sizes, like_.scalar_type(), like_); }
+
+  const char* op_;
+  const Launch& launch_;
+  const Tensor& like_;
+  Tensor x_, dout_, first_;
+  std::optional<Tensor> second_, bias_;
+};
 
 // ---- launches that several ops make ----
 
@@ -218,8 +305,17 @@ Tensor blockdiag_multiply(Tensor x, Tensor w, std::optional<Tensor> bias) {
   constexpr const char* kOp = "blockdiag_multiply";
   check_blockdiag(kOp, x, w, bias);
   const Blocks blocks(w);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
+  if (launch.on_cpu()) {
+    if (const char* reason = no_cpu_kernel(launch, x, {blocks}, kLargeBlock)) return UseReference(reason);
+    CpuCall call(kOp, launch, x);
+    call.weights(w);
+    call.bias(bias);
+    Tensor out = call.out(blocks.out());
+    launch.run_on_cpu<&cpu::Kernels::blockdiag_multiply>(call.params);
+    return out;
+  }
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   if (const char* reason = no_kernel(launch, x, {blocks.rows, blocks.cols})) {
     return UseReference(reason);
   }
@@ -237,8 +333,16 @@ std::tuple<Tensor, Tensor, Tensor> blockdiag_multiply_backward(Tensor dout, Tens
   check_blockdiag(kOp, x, w, std::nullopt);
   const Blocks blocks(w);
   check_gradient(kOp, dout, x, blocks.out());
-  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
+  if (launch.on_cpu()) {
+    if (const char* reason = no_cpu_kernel(launch, x, {blocks}, kLargeBlock)) return UseReference(reason);
+    CpuCall call(kOp, launch, x);
+    call.weights(w);
+    Tensor dw, dx = call.gradients(dout, {&dw}), dbias = call.bias_gradient(has_bias, blocks.out());
+    launch.run_on_cpu<&cpu::Kernels::blockdiag_multiply_backward>(call.params);
+    return {dx, dw, dbias};
+  }
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   if (const char* reason = no_kernel(launch, x, {blocks.rows, blocks.cols})) {
     return UseReference(reason);
   }
@@ -268,8 +372,16 @@ Tensor monarch_multiply(Tensor x, Tensor w1, Tensor w2) {
   constexpr const char* kOp = "monarch_multiply";
   check_monarch(kOp, x, w1, w2);
   const Blocks first(w1), second(w2);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
+  if (launch.on_cpu()) {
+    if (const char* reason = no_cpu_kernel(launch, x, {first, second}, kLargeMonarchBlock)) return UseReference(reason);
+    CpuCall call(kOp, launch, x);
+    call.weights(w1, w2);
+    Tensor y = call.out(second.out());
+    launch.run_on_cpu<&cpu::Kernels::monarch_multiply>(call.params);
+    return y;
+  }
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   if (const char* reason = launch.unusable()) return UseReference(reason);
   const Matrix rows(x);
   MonarchParams params{.x = nullptr,
@@ -323,8 +435,16 @@ std::tuple<Tensor, Tensor, Tensor> monarch_multiply_backward(Tensor dout, Tensor
   check_monarch(kOp, x, w1, w2);
   const Blocks first(w1), second(w2);
   check_gradient(kOp, dout, x, second.out());
-  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
+  if (launch.on_cpu()) {
+    if (const char* reason = no_cpu_kernel(launch, x, {first, second}, kLargeMonarchBlock)) return UseReference(reason);
+    CpuCall call(kOp, launch, x);
+    call.weights(w1, w2);
+    Tensor dw1, dw2, dx = call.gradients(dout, {&dw1, &dw2});
+    launch.run_on_cpu<&cpu::Kernels::monarch_multiply_backward>(call.params);
+    return {dx, dw1, dw2};
+  }
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   if (const char* reason = no_kernel(launch, x, {first.rows, first.cols, second.rows, second.cols})) {
     return UseReference(reason);
   }
@@ -378,8 +498,17 @@ Tensor blockdiag_glu(Tensor x, Tensor w_up, Tensor w_down, std::optional<Tensor>
   constexpr const char* kOp = "blockdiag_glu";
   check_glu(kOp, x, w_up, w_down, bias);
   const Blocks up(w_up), down(w_down);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
+  if (launch.on_cpu()) {
+    if (const char* reason = no_cpu_kernel(launch, x)) return UseReference(reason);
+    CpuCall call(kOp, launch, x);
+    call.weights(w_up, w_down);
+    call.bias(bias);
+    Tensor out = call.out(down.out());
+    launch.run_on_cpu<&cpu::Kernels::blockdiag_glu>(call.params);
+    return out;
+  }
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   if (const char* reason = no_kernel(launch, x, {up.rows, up.cols, down.rows, down.cols})) {
     return UseReference(reason);
   }
@@ -413,8 +542,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blockdiag_glu_backward(Tensor dout, T
   check_glu(kOp, x, w_up, w_down, std::nullopt);
   const Blocks up(w_up), down(w_down);
   check_gradient(kOp, dout, x, down.out());
-  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
+  if (launch.on_cpu()) {
+    if (const char* reason = no_cpu_kernel(launch, x)) return UseReference(reason);
+    CpuCall call(kOp, launch, x);
+    call.weights(w_up, w_down);
+    Tensor dw_up, dw_down, dx = call.gradients(dout, {&dw_up, &dw_down});
+    Tensor dbias = call.bias_gradient(has_bias, down.out());
+    launch.run_on_cpu<&cpu::Kernels::blockdiag_glu_backward>(call.params);
+    return {dx, dw_up, dw_down, dbias};
+  }
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   if (const char* reason = no_kernel(launch, x, {up.rows, up.cols, down.rows, down.cols})) {
     return UseReference(reason);
   }

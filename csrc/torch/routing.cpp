@@ -58,23 +58,22 @@ Tensor routing_mask(Tensor idx, int64_t num_groups, int64_t num_shared) {
   check_integers(kOp, "idx", idx);
   check(idx.dim() == 2, kOp, ": idx must be of shape [tokens, k], got ", Got{idx});
   check(idx.size(0) <= INT32_MAX && idx.size(1) <= INT32_MAX, kOp, ": idx has too many elements, got ", Got{idx});
-  if constexpr (!kHasKernels) return UseReference(without_kernels(idx));
   const Launch launch(kOp, idx);
-  if (const char* reason = launch.unusable()) {
+  if (const char* reason = launch.unusable_anywhere()) {
     return UseReference(reason);
   }
   const bool wide = idx.scalar_type() == ScalarType::Long;
   if (!wide && idx.scalar_type() != ScalarType::Int) return UseReference("idx is neither int64 nor int32");
   idx = contiguous(idx);
   Tensor out = empty(kOp, {idx.size(0)}, ScalarType::Long, idx);
-  launch_routing_mask({.idx = launch.in(idx),
-                       .group_mask = launch.out<int64_t>(out),
-                       .tokens = idx.size(0),
-                       .choices = static_cast<int>(idx.size(1)),
-                       .num_groups = static_cast<int>(num_groups),
-                       .num_shared = static_cast<int>(num_shared),
-                       .wide = wide},
-                      launch.stream());
+  launch.run<&launch_routing_mask, &cpu::Kernels::routing_mask>(
+      RoutingMaskParams{.idx = launch.in(idx),
+                        .group_mask = launch.out<int64_t>(out),
+                        .tokens = idx.size(0),
+                        .choices = static_cast<int>(idx.size(1)),
+                        .num_groups = static_cast<int>(num_groups),
+                        .num_shared = static_cast<int>(num_shared),
+                        .wide = wide});
   return out;
 }
 
@@ -95,9 +94,8 @@ PlanTensors routing_plan(Tensor group_mask, std::optional<Tensor> token_class, i
     check_same_device(kOp, "token_class", *token_class, "group_mask", group_mask);
   }
   const auto reference = [&](const char* reason) { return UseReference(reason); };
-  if constexpr (!kHasKernels) return UseReference(without_kernels(group_mask));
   const Launch launch(kOp, group_mask);
-  if (const char* reason = launch.unusable()) return reference(reason);
+  if (const char* reason = launch.unusable_anywhere()) return reference(reason);
   if (const char* reason = kRoutingClasses.why_not(num_classes)) return reference(reason);
   if (token_class && token_class->scalar_type() != ScalarType::Long) return reference("token_class is not int64");
   const int64_t tiles = (tokens + tile - 1) / tile + num_classes;
@@ -109,20 +107,20 @@ PlanTensors routing_plan(Tensor group_mask, std::optional<Tensor> token_class, i
   Tensor inverse = empty(kOp, {tokens}, ScalarType::Int, group_mask);
   Tensor tile_mask = empty(kOp, {tiles}, ScalarType::Long, group_mask);
   Tensor tile_class = empty(kOp, {tiles}, ScalarType::Int, group_mask);
-  Tensor workspace = empty(kOp, {routing_plan_workspace(tokens)}, ScalarType::Int, group_mask);
-  launch_routing_plan({.group_mask = launch.in<int64_t>(group_mask),
-                       .token_class = token_class ? launch.in<int64_t>(*token_class) : nullptr,
-                       .perm = launch.out<int32_t>(perm),
-                       .inverse = launch.out<int32_t>(inverse),
-                       .tile_mask = launch.out<int64_t>(tile_mask),
-                       .tile_class = launch.out<int32_t>(tile_class),
-                       .workspace = launch.out<int32_t>(workspace),
-                       .tokens = static_cast<int>(tokens),
-                       .tiles = static_cast<int>(tiles),
-                       .tile = static_cast<int>(tile),
-                       .num_groups = static_cast<int>(num_groups),
-                       .num_classes = static_cast<int>(num_classes)},
-                      launch.stream());
+  Tensor workspace = empty(kOp, {launch.ask<&routing_plan_workspace>(tokens)}, ScalarType::Int, group_mask);
+  launch.run<&launch_routing_plan, &cpu::Kernels::routing_plan>(
+      RoutingPlanParams{.group_mask = launch.in<int64_t>(group_mask),
+                        .token_class = token_class ? launch.in<int64_t>(*token_class) : nullptr,
+                        .perm = launch.out<int32_t>(perm),
+                        .inverse = launch.out<int32_t>(inverse),
+                        .tile_mask = launch.out<int64_t>(tile_mask),
+                        .tile_class = launch.out<int32_t>(tile_class),
+                        .workspace = launch.out<int32_t>(workspace),
+                        .tokens = static_cast<int>(tokens),
+                        .tiles = static_cast<int>(tiles),
+                        .tile = static_cast<int>(tile),
+                        .num_groups = static_cast<int>(num_groups),
+                        .num_classes = static_cast<int>(num_classes)});
   return {perm, inverse, tile_mask, tile_class};
 }
 
@@ -322,6 +320,94 @@ struct Scattered {
   Tensor out, ungated, dots;
 };
 
+// ---- on a CPU ----
+
+// Why no CPU kernel serves these widths of the routed and of the dense dimension, or null.
+const char* no_cpu_kernel(const Launch& launch, const Plan& plan, const Tensor& x, int64_t routed, int64_t dense) {
+  if (const char* reason = launch.unusable_anywhere()) return reason;
+  if (const char* reason = kFloatTypes.why_not(dtype_name(x.scalar_type()))) return reason;
+  if (routed == 0 || dense == 0) return "there is nothing to multiply";
+  if (plan.perm.size(0) == 0) return "the plan has no tiles";
+  return nullptr;
+}
+
+// One op's call of a CPU kernel. It keeps the tensors that the parameters point into.
+class CpuCall {
+ public:
+  CpuCall(const char* op, const Launch& launch, const Tensor& x, const std::optional<Tensor>& gates, Plan plan,
+          int64_t routed, int64_t dense)
+      : op_(op), launch_(launch), like_(x), plan_(std::move(plan)), gates_(contiguous(gates)) {
+    plan_.make_contiguous();
+    params.group_mask = launch_.in<int64_t>(plan_.group_mask);
+    params.perm = launch_.in<int32_t>(plan_.perm);
+    params.tile_class = launch_.in<int32_t>(plan_.tile_class);
+    params.out_mask = plan_.out_mask ? launch_.in<int64_t>(*plan_.out_mask) : nullptr;
+    params.tokens = x.size(0);
+    params.tiles = plan_.tiles();
+    params.tile = plan_.perm.size(0) / plan_.tiles();
+    params.num_groups = plan_.num_groups;
+    params.num_classes = plan_.num_classes;
+    params.width = routed / plan_.num_groups;
+    params.num_out = plan_.num_out();
+    params.dense_width = dense / plan_.num_out();
+    params.gates = launch_.in_or_null<float>(gates_);
+    params.dtype = element_type(x);
+  }
+
+  void input(const Tensor& x) {
+    x_ = with_rows(x);
+    params.x = launch_.in(x_);
+    params.x_stride = row_stride(x_);
+  }
+  // [outputs, inputs], or the transpose of that.
+  void weight(const Tensor& w, bool swapped) {
+    const int64_t d = w.dim();
+    w_ = w.stride(d - 1) == 1 || w.stride(d - 2) == 1 ? w : contiguous(w);
+    params.w = launch_.in(w_);
+    params.out_stride = w_.stride(swapped ? d - 1 : d - 2);
+    params.in_stride = w_.stride(swapped ? d - 2 : d - 1);
+    params.class_stride = d == 3 ? w_.stride(0) : 0;
+  }
+  void bias(const std::optional<Tensor>& bias) {
+    bias_ = contiguous(bias);
+    params.bias = launch_.in_or_null(bias_);
+    params.bias_stride = bias_stride(bias_);
+  }
+  void other(const Tensor& t) {
+    other_ = with_rows(t);
+    params.dot_with = launch_.in(other_);
+    params.dot_stride = row_stride(other_);
+  }
+  Tensor out(const std::vector<int64_t>& sizes, bool wide = false) {
+    Tensor out = empty(op_, sizes, wide ? ScalarType::Float : like_.scalar_type(), like_);
+    params.out = launch_.out(out);
+    return out;
+  }
+  Tensor ungated(bool kept, const Tensor& out) {
+    Tensor ungated = empty(op_, kept ? sizes_of(out) : std::vector<int64_t>{0}, like_.scalar_type(), like_);
+    params.ungated = kept ? launch_.out(ungated) : nullptr;
+    return ungated;
+  }
+  Tensor dots(bool wanted) {
+    Tensor dots = empty(op_, wanted ? std::vector<int64_t>{params.tokens, params.num_groups} : std::vector<int64_t>{0},
+                        ScalarType::Float, like_);
+    params.dots = wanted ? launch_.out<float>(dots) : nullptr;
+    return dots;
+  }
+
+  cpu::RoutedProductParams params{};
+
+ private:
+  static Tensor with_rows(const Tensor& t) { return last_dimension_is_contiguous(t) ? t : contiguous(t); }
+
+  const char* op_;
+  const Launch& launch_;
+  const Tensor& like_;
+  Plan plan_;
+  std::optional<Tensor> gates_, bias_;
+  Tensor x_, w_, other_;
+};
+
 Scattered scatter(const char* op, const Launch& launch, const Tensor& x, const Tensor& w, bool swapped,
                   const std::optional<Tensor>& gates_, const std::optional<Tensor>& bias_,
                   const std::optional<Tensor>& dot_with_, bool keep_ungated, const Plan& plan) {
@@ -367,8 +453,18 @@ Tensor hidden_gather_linear(Tensor x, Tensor w, std::optional<Tensor> gates, std
   check_plan(kOp, plan, "x", x, {"x", x.size(1)}, {"w's outputs", outputs});
   check_gates(kOp, gates, plan, "x", x);
   check_bias(kOp, bias, outputs, plan, x);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
+  if (launch.on_cpu()) {
+    if (const char* reason = no_cpu_kernel(launch, plan, x, x.size(1), outputs)) return UseReference(reason);
+    CpuCall call(kOp, launch, x, gates, std::move(plan), x.size(1), outputs);
+    call.input(x);
+    call.weight(w, /*swapped=*/false);
+    call.bias(bias);
+    Tensor out = call.out({x.size(0), outputs});
+    launch.run_on_cpu<&cpu::Kernels::hidden_gather>(call.params);
+    return out;
+  }
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   if (const char* reason = no_kernel(launch, plan, x, x.size(1), outputs)) {
     return UseReference(reason);
   }
@@ -390,8 +486,19 @@ std::tuple<Tensor, Tensor> hidden_gather_linear_backward(Tensor dout, Tensor x, 
   check_weight(kOp, w, dout.size(1), x.size(1), plan, "x", x);
   check_plan(kOp, plan, "x", x, {"x", x.size(1)}, {"dout", dout.size(1)});
   check_gates(kOp, gates, plan, "x", x);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
+  if (launch.on_cpu()) {
+    if (const char* reason = no_cpu_kernel(launch, plan, x, x.size(1), dout.size(1))) return UseReference(reason);
+    CpuCall call(kOp, launch, x, gates, std::move(plan), x.size(1), dout.size(1));
+    call.input(dout);
+    call.weight(w, /*swapped=*/true);
+    call.other(x);
+    Tensor dx = call.out(sizes_of(x)), dgates = call.dots(gates.has_value());
+    if (!gates) call.params.dot_with = nullptr;
+    launch.run_on_cpu<&cpu::Kernels::hidden_scatter>(call.params);
+    return {dx, dgates};
+  }
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   if (const char* reason = no_kernel(launch, plan, x, x.size(1), dout.size(1))) {
     return UseReference(reason);
   }
@@ -414,8 +521,18 @@ std::tuple<Tensor, Tensor> hidden_scatter_linear(Tensor x, Tensor w, std::option
   check_plan(kOp, plan, "x", x, {"w's outputs", outputs}, {"x", x.size(1)});
   check_gates(kOp, gates, plan, "x", x);
   check_bias(kOp, bias, outputs, plan, x);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
+  if (launch.on_cpu()) {
+    if (const char* reason = no_cpu_kernel(launch, plan, x, outputs, x.size(1))) return UseReference(reason);
+    CpuCall call(kOp, launch, x, gates, std::move(plan), outputs, x.size(1));
+    call.input(x);
+    call.weight(w, /*swapped=*/false);
+    call.bias(bias);
+    Tensor out = call.out({x.size(0), outputs}), ungated = call.ungated(keep_ungated, out);
+    launch.run_on_cpu<&cpu::Kernels::hidden_scatter>(call.params);
+    return {out, ungated};
+  }
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   if (const char* reason = no_kernel(launch, plan, x, outputs, x.size(1))) {
     return UseReference(reason);
   }
@@ -441,8 +558,18 @@ std::tuple<Tensor, Tensor> hidden_scatter_linear_backward(Tensor dout, std::opti
     check(ungated->size(1) == dout.size(1), kOp, ": ungated must be of shape ", Shape{dout}, " as dout is, got ",
           Got{*ungated});
   }
-  if constexpr (!kHasKernels) return UseReference(without_kernels(dout));
   const Launch launch(kOp, dout);
+  if (launch.on_cpu()) {
+    if (const char* reason = no_cpu_kernel(launch, plan, dout, dout.size(1), inputs)) return UseReference(reason);
+    CpuCall call(kOp, launch, dout, gates, std::move(plan), dout.size(1), inputs);
+    call.input(dout);
+    call.weight(w, /*swapped=*/true);
+    if (ungated) call.other(*ungated);
+    Tensor dx = call.out({dout.size(0), inputs}), dgates = call.dots(ungated.has_value());
+    launch.run_on_cpu<&cpu::Kernels::hidden_gather>(call.params);
+    return {dx, dgates};
+  }
+  if constexpr (!kHasKernels) return UseReference(without_kernels(dout));
   if (const char* reason = no_kernel(launch, plan, dout, dout.size(1), inputs)) {
     return UseReference(reason);
   }
@@ -481,8 +608,19 @@ Tensor hidden_weight_grad(Tensor x, Tensor dy, std::optional<Tensor> gates, bool
   check_plan(kOp, plan, "x", x, {routed_out ? "dy" : "x", routed_side.size(1)},
              {routed_out ? "x" : "dy", dense_side.size(1)});
   check_gates(kOp, gates, plan, "x", x);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
+  if (launch.on_cpu()) {
+    if (const char* reason = no_cpu_kernel(launch, plan, x, routed_side.size(1), dense_side.size(1)))
+      return UseReference(reason);
+    CpuCall call(kOp, launch, x, gates, std::move(plan), routed_side.size(1), dense_side.size(1));
+    call.input(dense_side);
+    call.other(routed_side);
+    call.params.routed_out = routed_out;
+    Tensor dw = call.out({num_classes, dy.size(1), x.size(1)}, /*wide=*/true);
+    launch.run_on_cpu<&cpu::Kernels::hidden_weight_grad>(call.params);
+    return dw;
+  }
+  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   if (const char* reason = no_kernel(launch, plan, x, routed_side.size(1), dense_side.size(1))) {
     return UseReference(reason);
   }

@@ -36,7 +36,7 @@ void check_gradient(const char* op, const char* name, const Tensor& t, const Ten
 
 // Why no kernel takes the arguments, or nothing.
 std::string unsupported(const Launch& launch, const Tensor& x, const Tensor& weight) {
-  if (const char* reason = launch.unusable()) return reason;
+  if (const char* reason = launch.unusable_anywhere()) return reason;
   if (const char* reason = kFloatTypes.why_not(dtype_name(x.scalar_type()))) return reason;
   if (!kShortConvTaps.allows(weight.size(1))) {
     return std::to_string(weight.size(1)) + " taps; the kernels take up to " + std::to_string(kShortConvTaps.max);
@@ -47,7 +47,6 @@ std::string unsupported(const Launch& launch, const Tensor& x, const Tensor& wei
 std::tuple<Tensor, Tensor> short_conv_gate(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   constexpr const char* kOp = "short_conv_gate";
   check_arguments(kOp, x, weight, bias);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const std::string reason = unsupported(launch, x, weight); !reason.empty()) {
     return UseReference(reason);
@@ -59,17 +58,17 @@ std::tuple<Tensor, Tensor> short_conv_gate(Tensor x, Tensor weight, std::optiona
   const int64_t batch = x.size(0), seqlen = x.size(1), channels = x.size(2) / 3;
   Tensor gated = empty(kOp, {batch, channels, seqlen}, x.scalar_type(), x);
   Tensor gate = empty(kOp, {batch, channels, seqlen}, x.scalar_type(), x);
-  launch_short_conv_gate({.x = launch.in(x),
-                          .weight = launch.in(weight),
-                          .bias = launch.in_or_null(bias),
-                          .gated = launch.out(gated),
-                          .gate = launch.out(gate),
-                          .batch = batch,
-                          .seqlen = seqlen,
-                          .channels = channels,
-                          .taps = static_cast<int>(weight.size(1)),
-                          .dtype = element_type(x)},
-                         launch.stream());
+  launch.run<&launch_short_conv_gate, &cpu::Kernels::short_conv_gate>(
+      ShortConvParams{.x = launch.in(x),
+                      .weight = launch.in(weight),
+                      .bias = launch.in_or_null(bias),
+                      .gated = launch.out(gated),
+                      .gate = launch.out(gate),
+                      .batch = batch,
+                      .seqlen = seqlen,
+                      .channels = channels,
+                      .taps = static_cast<int>(weight.size(1)),
+                      .dtype = element_type(x)});
   return {gated, gate};
 }
 
@@ -79,7 +78,6 @@ std::tuple<Tensor, Tensor, Tensor> short_conv_gate_backward(Tensor dgated, Tenso
   check_arguments(kOp, x, weight, bias);
   check_gradient(kOp, "dgated", dgated, x);
   check_gradient(kOp, "dgate", dgate, x);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const std::string reason = unsupported(launch, x, weight); !reason.empty()) {
     return UseReference(reason);
@@ -108,10 +106,10 @@ std::tuple<Tensor, Tensor, Tensor> short_conv_gate_backward(Tensor dgated, Tenso
                                  .channels = channels,
                                  .taps = static_cast<int>(taps),
                                  .dtype = element_type(x)};
-  params.groups = short_conv_gate_backward_groups(params);
+  params.groups = launch.ask<&short_conv_gate_backward_groups>(params);
   Tensor partials = empty(kOp, {params.groups, 3 * channels, taps + (bias ? 1 : 0)}, ScalarType::Float, x);
   params.partials = launch.out<float>(partials);
-  launch_short_conv_gate_backward(params, launch.stream());
+  launch.run<&launch_short_conv_gate_backward, &cpu::Kernels::short_conv_gate_backward>(params);
   return {dx, dweight, dbias};
 }
 

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers import monarch
+from helpers import cases, monarch
 from helpers.backends import (
     AD102_SHARED,
     FEW_SMS,
@@ -18,6 +19,7 @@ from helpers.backends import (
     HALF,
     MANY_SMS,
     Backend,
+    cpu,
     drawn_on,
     kernels,
     on,
@@ -36,11 +38,14 @@ from helpers.monarch import (
     GluCase,
     MonarchCase,
 )
+from helpers.threads import assert_same_on_threads
 
 REFERENCE = reference()
+# Float32 blocks of 256 x 256 elements and more are left to torch; in monarch_multiply 512 x 512. No case is as large.
+CPU = cpu(cases.KERNEL_DTYPES, examples=60)
 # Blocks whose sides are multiples of 8.
 SIMT, GPU = kernels(HALF, has_kernel=lambda case: case.aligned, examples=(40, 100))
-EVERY = (REFERENCE, SIMT, GPU)
+EVERY = (REFERENCE, CPU, SIMT, GPU)
 
 
 def with_tiles(cases: tuple[Any, ...], tiles: tuple[Any, ...]) -> Callable[[Backend], tuple[Any, ...]]:
@@ -50,7 +55,7 @@ def with_tiles(cases: tuple[Any, ...], tiles: tuple[Any, ...]) -> Callable[[Back
 
 def has_backward(backend: Backend, case: MonarchCase) -> bool:
     """Whether the backend has the backward pass of a case that it has the forward pass of."""
-    return backend is REFERENCE or monarch.backward_aligned(case)
+    return backend in (REFERENCE, CPU) or monarch.backward_aligned(case)
 
 
 # ---- against the oracle ----
@@ -81,7 +86,7 @@ def test_glu_cases(backend: Backend, case: GluCase, dtype: torch.dtype) -> None:
 SM_COUNTS = st.sampled_from((1, 4, 1024))
 
 
-@drawn_on(*EVERY, case=lambda b: monarch.blockdiag_cases(aligned=b is not REFERENCE), sm_count=SM_COUNTS)
+@drawn_on(*EVERY, case=lambda b: monarch.blockdiag_cases(aligned=b in (SIMT, GPU)), sm_count=SM_COUNTS)
 def test_drawn_blockdiag(backend: Backend, case: BlockdiagCase, dtype: torch.dtype, seed: int, sm_count: int) -> None:
     backend.configure(seed, sm_count)
     monarch.check_blockdiag_multiply(backend.library, case, dtype, backend.device)
@@ -89,7 +94,7 @@ def test_drawn_blockdiag(backend: Backend, case: BlockdiagCase, dtype: torch.dty
 
 @drawn_on(
     *EVERY,
-    case=lambda b: monarch.monarch_cases(aligned=b is not REFERENCE),
+    case=lambda b: monarch.monarch_cases(aligned=b in (SIMT, GPU)),
     shared=st.sampled_from((AD102_SHARED, H200_SHARED)),
     sm_count=SM_COUNTS,
 )
@@ -101,7 +106,7 @@ def test_drawn_monarch(
     monarch.check_monarch_multiply(backend.library, case, dtype, backend.device, backward=backward)
 
 
-@drawn_on(*EVERY, case=lambda b: monarch.glu_cases(aligned=b is not REFERENCE), sm_count=SM_COUNTS)
+@drawn_on(*EVERY, case=lambda b: monarch.glu_cases(aligned=b in (SIMT, GPU)), sm_count=SM_COUNTS)
 def test_drawn_glu(backend: Backend, case: GluCase, dtype: torch.dtype, seed: int, sm_count: int) -> None:
     backend.configure(seed, sm_count)
     monarch.check_blockdiag_glu(backend.library, case, dtype, backend.device)
@@ -152,6 +157,23 @@ def test_results_repeat_bit_for_bit(backend: Backend, calls: Calls, dtype: torch
         case = replace(case, leading=(700,))  # more than it takes at one time
     x = inputs(case, dtype, backend.device)
     backend.assert_repeats(lambda: calls(backend, x), [(seed, 5) for seed in (1, 2, 3)])
+
+
+@on(CPU, calls=tuple(REPEATED))
+def test_threads_change_no_bit(backend: Backend, calls: Calls, dtype: torch.dtype) -> None:
+    inputs, case = REPEATED[calls]
+    x = inputs(replace(case, leading=(700,)), dtype, backend.device)
+    assert_same_on_threads(lambda: calls(backend, x))
+
+
+@on(CPU, dtype=(torch.float32,))
+def test_large_blocks_are_left_to_torch(backend: Backend, dtype: torch.dtype) -> None:
+    x, w = torch.randn(3, 512, dtype=dtype), torch.randn(2, 256, 256, dtype=dtype)
+    with pytest.raises(Exception, match="large blocks"):
+        backend.library.blockdiag_multiply(x, w)
+    backend.library.monarch_multiply(x, w, w)
+    with pytest.raises(Exception, match="large blocks"):
+        backend.library.monarch_multiply(x, torch.randn(1, 512, 512), w)
 
 
 @on(*EVERY)

@@ -9,19 +9,22 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers import cases as common
 from helpers import hidden
-from helpers.backends import HALF, Backend, drawn_on, kernels, on, one_dtype, reference
+from helpers.backends import HALF, Backend, cpu, drawn_on, kernels, on, one_dtype, reference
 from helpers.hidden import HIDDEN_CASES, HiddenCase, HiddenInputs, hidden_inputs
+from helpers.threads import assert_same_on_threads
 
 REFERENCE = reference(examples=60)
+CPU = cpu(common.KERNEL_DTYPES)
 SIMT, GPU = kernels(HALF, examples=(12, 100))
-EVERY = (REFERENCE, SIMT, GPU)
+EVERY = (REFERENCE, CPU, SIMT, GPU)
 by_direction = pytest.mark.parametrize("routed_out", (False, True), ids=("gather", "scatter"))
 
 
 def for_backend(backend: Backend, case: HiddenCase) -> HiddenCase:
-    """The reference takes every case."""
-    return case if backend is REFERENCE else hidden.with_kernel(case)
+    """The reference and CPU kernels take every case."""
+    return case if backend in (REFERENCE, CPU) else hidden.with_kernel(case)
 
 
 WIDE = (
@@ -111,3 +114,11 @@ def test_results_repeat_bit_for_bit(backend: Backend, case: HiddenCase, dtype: t
     split, and the parts added in a fixed order."""
     x = hidden_inputs(case, dtype, backend.device, routed_out=routed_out)
     backend.assert_repeats(lambda: _call(backend, x, routed_out), machines=((0, 64), (5, 64)))
+
+
+@by_direction
+@on(CPU)
+def test_threads_change_no_bit(backend: Backend, dtype: torch.dtype, routed_out: bool) -> None:
+    case = HiddenCase("threads", 700, 6, 24, 40, "random", num_classes=2)
+    x = hidden_inputs(case, dtype, backend.device, routed_out=routed_out)
+    assert_same_on_threads(lambda: [*x.plan(backend.library)[1:5], *_call(backend, x, routed_out)])

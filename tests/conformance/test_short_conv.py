@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import cases
-from helpers.backends import FEW_SMS, MANY_SMS, Backend, drawn_on, kernels, on, reference, same
+from helpers.backends import FEW_SMS, MANY_SMS, Backend, cpu, drawn_on, kernels, on, reference, same
 from helpers.fft_conv import (
     SHORT_CONV_CASES,
     ShortConvCase,
@@ -18,10 +18,12 @@ from helpers.fft_conv import (
     short_conv_cases,
     short_conv_inputs,
 )
+from helpers.threads import assert_same_on_threads
 
 REFERENCE = reference()
+CPU = cpu(cases.KERNEL_DTYPES)
 SIMT, GPU = kernels(cases.KERNEL_DTYPES, examples=(30, 100))
-EVERY = (REFERENCE, SIMT, GPU)
+EVERY = (REFERENCE, CPU, SIMT, GPU)
 
 # A tile is 64 times by 64 channels (float32: 32 by 32), 16 bytes 8 (4) of them.
 EDGES = tuple(
@@ -41,7 +43,7 @@ def test_cases(backend: Backend, case: ShortConvCase, dtype: torch.dtype) -> Non
     check_short_conv_gate(backend.library, case, dtype, backend.device)
 
 
-@on(SIMT, GPU, case=EDGES)
+@on(CPU, SIMT, GPU, case=EDGES)
 def test_edges_of_tiles(backend: Backend, case: ShortConvCase, dtype: torch.dtype) -> None:
     backend.configure(1, 2)
     check_short_conv_gate(backend.library, case, dtype, backend.device)
@@ -65,6 +67,12 @@ def test_results_repeat_bit_for_bit(backend: Backend, dtype: torch.dtype) -> Non
     x = short_conv_inputs(ShortConvCase("", 2, 140, 20), dtype, backend.device)
     one, three = (backend.assert_repeats(lambda: _call(backend, x), [(0, sms), (5, sms)]) for sms in (1, 3))
     assert same(one[:3], three[:3])
+
+
+@on(CPU)
+def test_threads_change_no_bit(backend: Backend, dtype: torch.dtype) -> None:
+    x = short_conv_inputs(ShortConvCase("", 3, 70, 200), dtype, backend.device)
+    assert_same_on_threads(lambda: _call(backend, x))
 
 
 # ---- layouts, bad values ----
