@@ -5,6 +5,9 @@
 
 namespace warpform::cpu::WARPFORM_CPU_ISA {
 
+// attention.cpp
+void varlen_attention(const AttentionForwardParams& params, const Host& host);
+
 // activation.cpp
 void bias_gelu(const BiasGeluParams& params, const Host& host);
 void bias_gelu_backward(const BiasGeluBackwardParams& params, const Host& host);

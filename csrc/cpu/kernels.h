@@ -5,6 +5,7 @@
 
 #include "host.h"
 #include "kernels/activation/launch.h"
+#include "kernels/attention/launch.h"
 
 namespace warpform::cpu {
 
@@ -14,6 +15,8 @@ using Kernel = void (*)(const Params& params, const Host& host);
 struct Kernels {
   const char* isa;  // "x86-64-v3", "x86-64-v4" or "aarch64"
   int lanes;        // float32 elements of a vector
+
+  Kernel<AttentionForwardParams> varlen_attention;
 
   Kernel<BiasGeluParams> bias_gelu;
   Kernel<BiasGeluBackwardParams> bias_gelu_backward;

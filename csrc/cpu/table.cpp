@@ -8,6 +8,7 @@ extern const Kernels kKernels;
 const Kernels kKernels = {
     .isa = kIsaName,
     .lanes = kLanes,
+    .varlen_attention = varlen_attention,
     .bias_gelu = bias_gelu,
     .bias_gelu_backward = bias_gelu_backward,
 };
