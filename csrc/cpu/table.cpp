@@ -9,6 +9,9 @@ const Kernels kKernels = {
     .isa = kIsaName,
     .lanes = kLanes,
     .varlen_attention = varlen_attention,
+    .varlen_attention_backward = varlen_attention_backward,
+    .attention_step = attention_step,
+    .attention_step_backward = attention_step_backward,
     .bias_gelu = bias_gelu,
     .bias_gelu_backward = bias_gelu_backward,
 };
