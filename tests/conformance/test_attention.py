@@ -239,8 +239,8 @@ def test_an_expanded_gradient_is_copied(backend: Backend) -> None:
 
 # ---- on a CPU ----
 
-# Shapes that take every path there: several blocks of keys, queries and keys that are cut into parts, rows in panels of a
-# part of the width, windows that begin inside of a panel.
+# Shapes that take every path there: several blocks of keys, queries and keys that are cut into parts, rows in panels of
+# a part of the width, windows that begin inside of a panel.
 CPU_CASES = (
     AttentionCase("blocks_of_keys", (530, 3, 300), heads=2, head_dim=40),
     AttentionCase("parts_of_keys", (90, 1100), (1100, 5), heads=1, head_dim=16),
