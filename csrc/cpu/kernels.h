@@ -5,11 +5,12 @@
 
 #include "host.h"
 #include "kernels/activation/launch.h"
+#include "kernels/attention/launch.h"
 #include "kernels/norm/launch.h"
 #include "kernels/packing/launch.h"
-#include "kernels/window/launch.h"
 #include "kernels/routing/launch.h"
 #include "kernels/short_conv/launch.h"
+#include "kernels/window/launch.h"
 
 namespace warpform::cpu {
 
@@ -81,6 +82,11 @@ struct RoutedProductParams {
 struct Kernels {
   const char* isa;  // "x86-64-v3", "x86-64-v4" or "aarch64"
   int lanes;        // float32 elements of a vector
+
+  Kernel<AttentionForwardParams> varlen_attention;
+  Kernel<AttentionBackwardParams> varlen_attention_backward;
+  Kernel<AttentionStepParams> attention_step;
+  Kernel<AttentionStepBackwardParams> attention_step_backward;
 
   Kernel<BiasGeluParams> bias_gelu;
   Kernel<BiasGeluBackwardParams> bias_gelu_backward;

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/common/dtype.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif

@@ -12,8 +12,13 @@ inline constexpr SupportedDTypes kFloats{{"float32", "float16", "bfloat16"},
 
 inline constexpr SizeLimit kWindowTokens{
     .name = "window_tokens", .max = 4096, .otherwise = "the window has more than 4096 tokens"};
+inline constexpr SizeLimit kAttentionHeadDim{.name = "head_dim", .max = 256, .otherwise = "head_dim is above 256"};
 
 inline constexpr SupportedConfig kConfigs[] = {
+    {.op = "varlen_attention", .dtypes = kFloats, .limits = {kAttentionHeadDim}},
+    {.op = "varlen_attention_backward", .dtypes = kFloats, .limits = {kAttentionHeadDim}},
+    {.op = "attention_step", .dtypes = kFloats, .limits = {kAttentionHeadDim}},
+    {.op = "attention_step_backward", .dtypes = kFloats, .limits = {kAttentionHeadDim}},
     {.op = "bias_gelu", .dtypes = kFloats, .float_parameters = true, .option = {"approximate", {"none", "tanh"}}},
     {.op = "bias_gelu_backward",
      .dtypes = kFloats,

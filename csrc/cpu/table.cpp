@@ -8,6 +8,10 @@ extern const Kernels kKernels;
 const Kernels kKernels = {
     .isa = kIsaName,
     .lanes = kLanes,
+    .varlen_attention = varlen_attention,
+    .varlen_attention_backward = varlen_attention_backward,
+    .attention_step = attention_step,
+    .attention_step_backward = attention_step_backward,
     .bias_gelu = bias_gelu,
     .bias_gelu_backward = bias_gelu_backward,
     .layer_norm = layer_norm,

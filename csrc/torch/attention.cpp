@@ -71,9 +71,23 @@ void check_like_q(const char* op, const char* name, const Tensor& t, const Tenso
 
 // Why no kernel serves the call, or null.
 const char* no_kernel(const Launch& launch, const Arguments& a, bool backward) {
-  if (const char* reason = launch.unusable()) return reason;
+  if (const char* reason = launch.unusable_anywhere()) return reason;
+  if (launch.on_cpu())
+    return no_cpu_attention_kernel(a.q.scalar_type(), a.q.size(2), a.q.size(0), a.k.size(0), a.softmax_scale);
   if (const char* reason = no_attention_kernel(a.q, a.k, a.softmax_scale)) return reason;
-  return attention_unsupported(static_cast<int>(std::min<int64_t>(a.q.size(2), INT32_MAX)), backward);
+  return launch.ask<&attention_unsupported>(static_cast<int>(std::min<int64_t>(a.q.size(2), INT32_MAX)), backward);
+}
+
+// What the kernels ask for on top.
+void check_for_kernels(const char* op, const Launch& launch, const Arguments& a) {
+  if (launch.on_cpu()) {
+    check_offset_values(op, "cu_seqlens_q", a.cu_seqlens_q, a.q.size(0), "max_seqlen_q", a.max_seqlen_q);
+    check_offset_values(op, "cu_seqlens_k", a.cu_seqlens_k, a.k.size(0), "max_seqlen_k", a.max_seqlen_k);
+    return;
+  }
+  check_aligned(op, "q", a.q);
+  check_aligned(op, "k", a.k);
+  check_aligned(op, "v", a.v);
 }
 
 // A softcap that float32 holds with its inverse. No float32 score tells one beyond these bounds from the bound: below,
@@ -118,21 +132,18 @@ ForwardResult varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q
   Arguments a(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left,
               window_right, softcap, alibi_slopes, deterministic);
   check_arguments(kOp, a);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(q));
   const Launch launch(kOp, q);
   if (const char* reason = no_kernel(launch, a, /*backward=*/false)) {
     return UseReference(reason);
   }
-  check_aligned(kOp, "q", q);
-  check_aligned(kOp, "k", k);
-  check_aligned(kOp, "v", v);
   a.make_contiguous();
+  check_for_kernels(kOp, launch, a);
   ForwardResult result{empty(kOp, sizes_of(q), q.scalar_type(), q),
                        empty(kOp, {q.size(1), q.size(0)}, ScalarType::Float, q)};
-  launch_varlen_attention({.problem = problem(launch, a),
-                           .out = launch.out(std::get<0>(result)),
-                           .lse = launch.out<float>(std::get<1>(result))},
-                          launch.stream());
+  launch.run<&launch_varlen_attention, &cpu::Kernels::varlen_attention>(
+      AttentionForwardParams{.problem = problem(launch, a),
+                             .out = launch.out(std::get<0>(result)),
+                             .lse = launch.out<float>(std::get<1>(result))});
   return result;
 }
 
@@ -150,7 +161,6 @@ BackwardResult varlen_attention_backward(Tensor dout, std::optional<Tensor> dlse
   check_arguments(kOp, a);
   check_like_q(kOp, "dout", dout, q);
   check_like_q(kOp, "out", out, q);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(q));
   const Launch launch(kOp, q);
   if (const char* reason = no_kernel(launch, a, /*backward=*/true)) {
     return UseReference(reason);
@@ -166,31 +176,29 @@ BackwardResult varlen_attention_backward(Tensor dout, std::optional<Tensor> dlse
     check_rows("dlse", *dlse);
     dlse = contiguous(*dlse);
   }
-  check_aligned(kOp, "q", q);
-  check_aligned(kOp, "k", k);
-  check_aligned(kOp, "v", v);
   a.make_contiguous();
-  dout = with_aligned_rows(dout);
-  out = with_aligned_rows(out);
+  check_for_kernels(kOp, launch, a);
+  dout = readable_rows(launch, dout);
+  out = readable_rows(launch, out);
   BackwardResult result{empty(kOp, sizes_of(q), q.scalar_type(), q), empty(kOp, sizes_of(k), q.scalar_type(), q),
                         empty(kOp, sizes_of(v), q.scalar_type(), q)};
-  const Tensor delta = empty(kOp, {q.size(1), q.size(0)}, ScalarType::Float, q);
+  const Tensor delta = empty(kOp, {launch.on_cpu() ? 0 : q.size(1), q.size(0)}, ScalarType::Float, q);
   const AttentionProblem shared = problem(launch, a);
-  const DqMode mode = attention_backward_dq_mode(shared, deterministic);
+  const DqMode mode = launch.ask<&attention_backward_dq_mode>(shared, deterministic);
   const Tensor accumulator = mode == DqMode::kAccumulate ? empty(kOp, sizes_of(q), ScalarType::Float, q)
                                                          : empty(kOp, {0}, ScalarType::Float, q);
-  launch_varlen_attention_backward({.problem = shared,
-                                    .out = view(launch, out),
-                                    .dout = view(launch, dout),
-                                    .lse = launch.in<float>(lse),
-                                    .dlse = dlse ? launch.in<float>(*dlse) : nullptr,
-                                    .delta = launch.out<float>(delta),
-                                    .dq_accumulator = launch.out<float>(accumulator),
-                                    .dq = launch.out(std::get<0>(result)),
-                                    .dk = launch.out(std::get<1>(result)),
-                                    .dv = launch.out(std::get<2>(result)),
-                                    .dq_mode = mode},
-                                   launch.stream());
+  launch.run<&launch_varlen_attention_backward, &cpu::Kernels::varlen_attention_backward>(
+      AttentionBackwardParams{.problem = shared,
+                              .out = view(launch, out),
+                              .dout = view(launch, dout),
+                              .lse = launch.in<float>(lse),
+                              .dlse = dlse ? launch.in<float>(*dlse) : nullptr,
+                              .delta = launch.out<float>(delta),
+                              .dq_accumulator = launch.out<float>(accumulator),
+                              .dq = launch.out(std::get<0>(result)),
+                              .dk = launch.out(std::get<1>(result)),
+                              .dv = launch.out(std::get<2>(result)),
+                              .dq_mode = mode});
   return result;
 }
 
