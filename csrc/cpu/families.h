@@ -8,6 +8,10 @@ namespace warpform::cpu::WARPFORM_CPU_ISA {
 // attention.cpp
 void varlen_attention(const AttentionForwardParams& params, const Host& host);
 
+// disentangled.cpp
+void disentangled_attention(const DisentangledParams& params, const Host& host);
+void disentangled_attention_backward(const DisentangledBackwardParams& params, const Host& host);
+
 // activation.cpp
 void bias_gelu(const BiasGeluParams& params, const Host& host);
 void bias_gelu_backward(const BiasGeluBackwardParams& params, const Host& host);

@@ -12,6 +12,8 @@ inline constexpr SizeLimit kAttentionHeadDim{.name = "head_dim", .max = 256, .ot
 
 inline constexpr SupportedConfig kConfigs[] = {
     {.op = "varlen_attention", .dtypes = kFloats, .limits = {kAttentionHeadDim}},
+    {.op = "disentangled_attention", .dtypes = kFloats, .limits = {kAttentionHeadDim}},
+    {.op = "disentangled_attention_backward", .dtypes = kFloats, .limits = {kAttentionHeadDim}},
     {.op = "bias_gelu", .dtypes = kFloats, .float_parameters = true, .option = {"approximate", {"none", "tanh"}}},
     {.op = "bias_gelu_backward",
      .dtypes = kFloats,

@@ -9,6 +9,8 @@ const Kernels kKernels = {
     .isa = kIsaName,
     .lanes = kLanes,
     .varlen_attention = varlen_attention,
+    .disentangled_attention = disentangled_attention,
+    .disentangled_attention_backward = disentangled_attention_backward,
     .bias_gelu = bias_gelu,
     .bias_gelu_backward = bias_gelu_backward,
 };

@@ -93,6 +93,11 @@ inline void check_aligned(const char* op, const char* name, const Tensor& t) {
         " must be 16-byte aligned, its rows and heads too, got a slice that is not; call .clone()");
 }
 
+// A gradient or a result as the kernels read it: 16 bytes at a time on a GPU, rows of elements on a CPU.
+inline Tensor readable_rows(const Launch& launch, const Tensor& t) {
+  return with_aligned_rows(t, launch.on_cpu() ? static_cast<int64_t>(t.element_size()) : 16);
+}
+
 inline HeadsView view(const Launch& launch, const Tensor& t) {
   return {launch.in(t), stride_of(t, t.dim() - 3), stride_of(t, t.dim() - 2)};
 }
