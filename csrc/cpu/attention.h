@@ -7,7 +7,8 @@
 // would share cache sets. 16-bit elements are widened where they are packed.
 //
 // What differs between kernels comes as function objects: which keys a query sees, what is added to a score, where results
-// go. Probabilities are powers of 2: q is packed with softmax_scale log2(e).
+// go. Probabilities are powers of 2; the scale of a score is a factor of its exponent, since products of 16-bit elements
+// lose no digits as long as q is not scaled.
 #pragma once
 
 #include "gemm.h"
@@ -41,6 +42,13 @@ struct HeadRows {
   const T* row(int64_t i) const { return data + i * stride; }
 };
 
+// Reads of strided rows wait for memory, so each asks for the same part of the next head's row, which is what the next item
+// reads.
+template <class T>
+WARPFORM_INLINE void prefetch_next_head(const T* p, const HeadDim& head) {
+  __builtin_prefetch(p + head.dim);
+}
+
 // to [rows][padded] = factor * rows, zeros in the columns from dim on.
 template <class T>
 WARPFORM_INLINE void pack_rows(float* to, const HeadRows<T>& from, int64_t rows, const HeadDim& head, float factor) {
@@ -48,7 +56,10 @@ WARPFORM_INLINE void pack_rows(float* to, const HeadRows<T>& from, int64_t rows,
     const T* const row = from.row(i);
     float* const at = to + i * head.padded;
     int64_t d = 0;
-    for (; d + kLanes <= head.dim; d += kLanes) store(at + d, load(row + d) * factor);
+    for (; d + kLanes <= head.dim; d += kLanes) {
+      prefetch_next_head(row + d, head);
+      store(at + d, load(row + d) * factor);
+    }
     if (d < head.dim) store(at + d, load_first(row + d, head.dim - d) * factor);
   }
 }
@@ -58,9 +69,14 @@ template <class T>
 WARPFORM_INLINE void pack_row_panels(float* to, const HeadRows<T>& from, int64_t rows, const HeadDim& head) {
   for (int64_t i = 0; i < rows; ++i) {
     const T* const row = from.row(i);
-    for (int64_t d = 0; d < head.padded; d += kLanes) {
-      store(to + d / head.panel * rows * head.panel + i * head.panel + d % head.panel,
-            d + kLanes <= head.dim ? load(row + d) : load_first(row + d, head.dim - d));
+    for (int64_t begin = 0; begin < head.padded; begin += head.panel) {
+      float* const at = to + begin * rows + i * head.panel;
+      const int64_t width = smaller(head.panel, head.padded - begin);
+      for (int64_t d = 0; d < width; d += kLanes) {
+        prefetch_next_head(row + begin + d, head);
+        const int64_t left = head.dim - begin - d;
+        store(at + d, left >= kLanes ? load(row + begin + d) : load_first(row + begin + d, left));
+      }
     }
   }
 }
@@ -68,7 +84,7 @@ WARPFORM_INLINE int64_t row_panels(int64_t rows, const HeadDim& head) { return r
 
 template <class T>
 WARPFORM_INLINE void pack_key_columns(float* to, const HeadRows<T>& from, int64_t rows, const HeadDim& head) {
-  pack_columns<T>(to, rows, head.dim, [&](int64_t i) { return from.row(i); });
+  pack_columns<T>(to, rows, head.dim, [&](int64_t i) { return from.row(i); }, head.dim);
 }
 
 // C [m, padded] (+)= A [m, depth] times rows [first, first + depth) of packed panels of `rows` rows.
@@ -83,6 +99,20 @@ WARPFORM_INLINE void times_row_panels(int64_t m, int64_t depth, float* c, const 
 }
 
 // ---- scores ----
+
+// softmax_scale: q is packed times `sign` (-1, 0 or 1), and scores times `exponent`, positive, are exponents of 2.
+struct ScoreScale {
+  float sign, size;  // of softmax_scale; size 1 where that is 0
+  float exponent;
+  explicit ScoreScale(float softmax_scale)
+      : sign(softmax_scale > 0.f   ? 1.f
+             : softmax_scale < 0.f ? -1.f
+                                   : 0.f),
+        size(softmax_scale > 0.f   ? softmax_scale
+             : softmax_scale < 0.f ? -softmax_scale
+                                   : 1.f),
+        exponent(size * kLog2e) {}
+};
 
 // The keys [first, last) that each query of a block sees; neither bound falls from row to row.
 struct SeenKeys {
@@ -149,30 +179,34 @@ WARPFORM_INLINE Vec log(Vec x) {
 
 // What is done to scores between q k^T and the mask: nothing.
 struct PlainScores {
-  // kSlopes: `slopes` gets d score / d (softmax_scale q.k) of each score, unless has_slopes is false.
+  // kSlopes: `slopes` gets d score / d (softmax_scale q.k) of each score if has_slopes().
   static constexpr bool has_slopes() { return false; }
+  // What makes exponents of 2 of the scores.
+  static float factor(const ScoreScale& scale) { return scale.exponent; }
   template <bool kSlopes>
   WARPFORM_INLINE void change(float*, float*, int64_t, int64_t, int64_t, int64_t) const {}
 };
 
 // softcap * tanh(x / softcap), then -slope * |distance| (Press et al., arXiv 2108.12409).
 struct CappedScores {
+  float exponent;  // ScoreScale's
   float softcap;   // 0: none
   float slope;     // of ALiBi, times log2(e)
   int64_t offset;  // of a query's position from its number
 
   bool has_slopes() const { return softcap > 0.f; }
-  // Scores, in powers of 2, of queries from i on and keys from j on.
+  static float factor(const ScoreScale&) { return 1.f; }
+  // Scores of queries from i on and keys from j on become exponents of 2.
   template <bool kSlopes>
   WARPFORM_INLINE void change(float* scores, float* slopes, int64_t rows, int64_t i, int64_t j, int64_t keys) const {
-    const float exponent = -2.f / softcap, cap = softcap * kLog2e;
+    const float tanh_exponent = -2.f / softcap, cap = softcap * kLog2e;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < keys; c += kLanes) {
         float* const at = scores + r * kScoreStride + c;
-        Vec x = load(at);
+        Vec x = load(at) * exponent;
         if (softcap > 0.f) {
           // tanh |u| = -e / (2 + e) with e = exp(-2 |u|) - 1, which keeps its digits where u is small.
-          const Vec e = exp2_minus_1(abs(x) * exponent);
+          const Vec e = exp2_minus_1(abs(x) * tanh_exponent);
           const Vec tanh = -e / (e + 2.f);
           x = as_float(as_int(abs(tanh * cap)) | (as_int(x) & static_cast<int32_t>(0x80000000)));
           if constexpr (kSlopes) store(slopes + r * kScoreStride + c, 1.f - tanh * tanh);
@@ -189,27 +223,28 @@ struct CappedScores {
 
 // ---- softmax ----
 
-// Of kRows rows of scores: probabilities over their largest score so far, which goes into `top`, and their sum. Where all
+// Of kRows rows of scores: probabilities over their largest exponent so far, which goes into `top`, and their sum. Where all
 // scores are -inf the base of the powers is 0 and the probabilities are 0.
 template <int kRows>
-WARPFORM_INLINE void softmax_rows(float* scores, int64_t width, bool first, float* top, float* sum) {
+WARPFORM_INLINE void softmax_rows(float* scores, int64_t width, float factor, bool first, float* top, float* sum) {
   Vec largest[kRows], total[kRows];
   float base[kRows];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) largest[r] = broadcast(first ? kMinusInfinity : top[r]), total[r] = Vec{};
+  for (int r = 0; r < kRows; ++r) largest[r] = broadcast(kMinusInfinity), total[r] = Vec{};
   for (int64_t j = 0; j < width; j += kLanes)
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) largest[r] = max(largest[r], load(scores + r * kScoreStride + j));
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    top[r] = largest_lane(largest[r]);
+    const float exponent = largest_lane(largest[r]) * factor;
+    top[r] = first || !(exponent < top[r]) ? exponent : top[r];
     base[r] = top[r] == kMinusInfinity ? 0.f : top[r];
   }
   for (int64_t j = 0; j < width; j += kLanes)
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       float* const at = scores + r * kScoreStride + j;
-      const Vec p = exp2(load(at) - base[r]);
+      const Vec p = exp2(load(at) * factor - base[r]);
       total[r] += p;
       store(at, p);
     }
@@ -219,18 +254,18 @@ WARPFORM_INLINE void softmax_rows(float* scores, int64_t width, bool first, floa
 
 // The softmax of a block of queries over the keys so far.
 struct Softmax {
-  alignas(64) float top[kQueryBlock];    // the largest score, in powers of 2
+  alignas(64) float top[kQueryBlock];    // the largest exponent of 2
   alignas(64) float sum[kQueryBlock];    // of the probabilities over it
   alignas(64) float scale[kQueryBlock];  // of what was summed before the last block of keys
 
   // Scores become probabilities over the largest so far; `scale` and `sum` follow.
-  WARPFORM_INLINE void add(float* scores, int64_t rows, int64_t keys, bool first) {
+  WARPFORM_INLINE void add(float* scores, int64_t rows, int64_t keys, float factor, bool first) {
     alignas(64) float before[kQueryBlock], part[kQueryBlock];
     const int64_t width = round_up(keys, kLanes);
     if (!first) std::memcpy(before, top, sizeof before);
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) softmax_rows<4>(scores + r * kScoreStride, width, first, top + r, part + r);
-    for (; r < rows; ++r) softmax_rows<1>(scores + r * kScoreStride, width, first, top + r, part + r);
+    for (; r + 4 <= rows; r += 4) softmax_rows<4>(scores + r * kScoreStride, width, factor, first, top + r, part + r);
+    for (; r < rows; ++r) softmax_rows<1>(scores + r * kScoreStride, width, factor, first, top + r, part + r);
     for (r = 0; r < rows; r += kLanes) {
       if (first) {
         store(sum + r, load(part + r));
@@ -301,8 +336,8 @@ struct SeeingRows {
 //                          queries that see no key
 template <class T, class Seen, class ScoresOf, class Finish, class FinishUnseeing>
 void attend(const ForwardMemory& memory, const SequenceHeads<T>& x, int64_t first_row, int64_t last_row,
-            const HeadDim& head, float softmax_scale, const Seen& seen, const ScoresOf& scores_of, const Finish& finish,
-            const FinishUnseeing& finish_unseeing) {
+            const HeadDim& head, const ScoreScale& scale, const Seen& seen, const ScoresOf& scores_of,
+            const Finish& finish, const FinishUnseeing& finish_unseeing) {
   pack_key_columns(memory.k_columns, x.k, x.k_rows, head);
   pack_row_panels(memory.v_panels, x.v, x.k_rows, head);
   for (int64_t h = 0; h < x.heads; ++h) {
@@ -317,7 +352,7 @@ void attend(const ForwardMemory& memory, const SequenceHeads<T>& x, int64_t firs
       const int64_t rows = some.end - some.begin, i = i0 + some.begin;
       if (rows == 0) continue;
       const HeadRows<T> q{x.q.row(i) + h * x.q_head_stride, x.q.stride};
-      pack_rows(memory.q, q, rows, head, softmax_scale * kLog2e);
+      pack_rows(memory.q, q, rows, head, scale.sign);
       Softmax softmax;
       const int64_t first_key = keys.first[some.begin], last_key = keys.last[some.end - 1];
       bool first = true;
@@ -327,7 +362,7 @@ void attend(const ForwardMemory& memory, const SequenceHeads<T>& x, int64_t firs
                       memory.k_columns + j * head.padded);
         change.template change<false>(memory.scores, nullptr, rows, i, j, count);
         mask_scores(memory.scores, rows, j, count, keys, some.begin);
-        softmax.add(memory.scores, rows, count, first);
+        softmax.add(memory.scores, rows, count, change.factor(scale), first);
         const int64_t before = larger(first_key - j, 0);  // keys that no row sees
         if (first) {
           times_row_panels<Into::kSet>(rows, count - before, memory.out, memory.scores + before, kScoreStride, 1,
@@ -343,12 +378,154 @@ void attend(const ForwardMemory& memory, const SequenceHeads<T>& x, int64_t firs
   }
 }
 
-// row [dim] = from * factor.
+// row [dim] = from * factor. A store waits for its line, so it asks for that of the next head, too.
 template <class T>
 WARPFORM_INLINE void store_row(T* row, const float* from, int64_t dim, float factor) {
   int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) store(row + d, load(from + d) * factor);
+  for (; d + kLanes <= dim; d += kLanes) {
+    __builtin_prefetch(row + d + dim, 1);
+    store(row + d, load(from + d) * factor);
+  }
   if (d < dim) store_first(row + d, load(from + d) * factor, dim - d);
+}
+
+// row [dim] = before + from * factor.
+WARPFORM_INLINE void store_sum(float* row, const float* before, const float* from, int64_t dim, float factor) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(row + d, load(before + d) + load(from + d) * factor);
+  if (d < dim) store_first(row + d, load_first(before + d, dim - d) + load(from + d) * factor, dim - d);
+}
+
+// ---- an item, backward ----
+
+// What the gradient of a block of queries starts from, in rows.
+struct GradientRows {
+  alignas(64) float lse[kQueryBlock];    // times log2(e); inf where no key was seen: all probabilities are 0
+  alignas(64) float delta[kQueryBlock];  // rowsum(dout * out) less the gradient of lse
+
+  void set(int64_t r, float natural_lse, float row_delta) {
+    lse[r] = natural_lse == kMinusInfinity ? -kMinusInfinity : natural_lse * kLog2e;
+    delta[r] = row_delta;
+  }
+};
+
+struct BackwardMemory {
+  float *k_columns, *v_columns, *k_panels, *dk, *dv, *q, *dout, *dq, *scores, *products, *slopes;
+
+  static int64_t bytes(int64_t most_keys, const HeadDim& head) {
+    return 2 * Scratch::bytes_of<float>(packed_columns(most_keys, head.dim)) +
+           Scratch::bytes_of<float>(row_panels(most_keys, head)) +
+           2 * Scratch::bytes_of<float>(most_keys * head.padded) +
+           3 * Scratch::bytes_of<float>(kQueryBlock * head.padded) +
+           3 * Scratch::bytes_of<float>(kQueryBlock * kScoreStride);
+  }
+  BackwardMemory(Scratch& scratch, int64_t most_keys, const HeadDim& head)
+      : k_columns(scratch.next<float>(packed_columns(most_keys, head.dim))),
+        v_columns(scratch.next<float>(packed_columns(most_keys, head.dim))),
+        k_panels(scratch.next<float>(row_panels(most_keys, head))),
+        dk(scratch.next<float>(most_keys * head.padded)),
+        dv(scratch.next<float>(most_keys * head.padded)),
+        q(scratch.next<float>(kQueryBlock * head.padded)),
+        dout(scratch.next<float>(kQueryBlock * head.padded)),
+        dq(scratch.next<float>(kQueryBlock * head.padded)),
+        scores(scratch.next<float>(kQueryBlock * kScoreStride)),
+        products(scratch.next<float>(kQueryBlock * kScoreStride)),
+        slopes(scratch.next<float>(kQueryBlock * kScoreStride)) {}
+};
+
+// Scores become probabilities P, products dout v^T become P * (product - delta), times the slopes if there are any.
+template <bool kSlopes>
+WARPFORM_INLINE void score_gradients(float* scores, float* products, const float* slopes, int64_t rows, int64_t keys,
+                                     float factor, const GradientRows& x) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t row = r * kScoreStride;
+    const float lse = x.lse[r], delta = x.delta[r];
+    for (int64_t j = row; j < row + keys; j += kLanes) {
+      // The least of both keeps NaN. A probability above 1 comes from an lse of other scores.
+      const Vec p = exp2(min(broadcast(127.f), load(scores + j) * factor - lse));
+      Vec gradient = p * (load(products + j) - delta);
+      if constexpr (kSlopes) gradient *= load(slopes + j);
+      // What is masked has no part in it, whatever its products are.
+      store(products + j, p == 0.f ? Vec{} : gradient);
+      store(scores + j, p);
+    }
+  }
+}
+
+// The gradients of all heads of a sequence through the keys [first_key, last_key): dk and dv, and of every query dq.
+//   seen, scores_of                as in attend
+//   rows_of(head, i, rows, dout, x)
+//                                  sets what the gradients of `rows` queries from i on start from; dout [rows][padded]
+//   finish(head, i, rows, dq)      takes dq [rows][padded], still to be multiplied by softmax_scale
+//   finish_unseeing(head, i, rows) queries that see none of the keys
+// Leaves dk, still to be multiplied by scale.size, and dv [keys][padded] in memory, from first_key on.
+template <class T, class Seen, class ScoresOf, class RowsOf, class Finish, class FinishUnseeing>
+void attend_backward(const BackwardMemory& memory, const SequenceHeads<T>& x, const HeadRows<T>& dout,
+                     int64_t dout_head_stride, int64_t first_key, int64_t last_key, const HeadDim& head,
+                     const ScoreScale& scale, const Seen& seen, const ScoresOf& scores_of, const RowsOf& rows_of,
+                     const Finish& finish, const FinishUnseeing& finish_unseeing) {
+  const int64_t keys_here = last_key - first_key;
+  const HeadRows<T> k{x.k.row(first_key), x.k.stride}, v{x.v.row(first_key), x.v.stride};
+  pack_key_columns(memory.k_columns, k, keys_here, head);
+  pack_key_columns(memory.v_columns, v, keys_here, head);
+  pack_row_panels(memory.k_panels, k, keys_here, head);
+  std::memset(memory.dk, 0, static_cast<size_t>(keys_here * head.padded) * sizeof(float));
+  std::memset(memory.dv, 0, static_cast<size_t>(keys_here * head.padded) * sizeof(float));
+  for (int64_t h = 0; h < x.heads; ++h) {
+    const auto change = scores_of(h);
+    for (int64_t i0 = 0; i0 < x.q_rows; i0 += kQueryBlock) {
+      SeenKeys keys;
+      const int64_t block = smaller(kQueryBlock, x.q_rows - i0);
+      for (int64_t r = 0; r < block; ++r) {
+        int32_t first, last;
+        seen(i0 + r, first, last);
+        // Counted from first_key on.
+        keys.first[r] = static_cast<int32_t>(smaller(larger(first - first_key, 0), keys_here));
+        keys.last[r] = static_cast<int32_t>(smaller(larger(last - first_key, 0), keys_here));
+      }
+      const SeeingRows some(keys, block);
+      if (some.begin > 0) finish_unseeing(h, i0, some.begin);
+      if (some.end < block) finish_unseeing(h, i0 + some.end, block - some.end);
+      const int64_t rows = some.end - some.begin, i = i0 + some.begin;
+      if (rows == 0) continue;
+      pack_rows(memory.q, HeadRows<T>{x.q.row(i) + h * x.q_head_stride, x.q.stride}, rows, head, scale.sign);
+      pack_rows(memory.dout, HeadRows<T>{dout.row(i) + h * dout_head_stride, dout.stride}, rows, head, 1.f);
+      GradientRows from;
+      rows_of(h, i, rows, memory.dout, from);
+      const int64_t begin = keys.first[some.begin], end = keys.last[some.end - 1];
+      bool first = true;
+      for (int64_t j = begin / kPanel * kPanel; j < end; j += kKeyBlock) {
+        const int64_t count = smaller(kKeyBlock, end - j);
+        times_columns(rows, count, head.dim, memory.scores, kScoreStride, memory.q, head.padded, 1,
+                      memory.k_columns + j * head.padded);
+        change.template change<true>(memory.scores, memory.slopes, rows, i, first_key + j, count);
+        mask_scores(memory.scores, rows, j, count, keys, some.begin);
+        times_columns(rows, count, head.dim, memory.products, kScoreStride, memory.dout, head.padded, 1,
+                      memory.v_columns + j * head.padded);
+        if (change.has_slopes()) {
+          score_gradients<true>(memory.scores, memory.products, memory.slopes, rows, count, change.factor(scale), from);
+        } else {
+          score_gradients<false>(memory.scores, memory.products, nullptr, rows, count, change.factor(scale), from);
+        }
+        const int64_t before = larger(begin - j, 0);  // keys that no row sees
+        const float *const p = memory.scores + before, *const ds = memory.products + before;
+        const int64_t at = j + before, some_keys = count - before;
+        if (first) {
+          times_row_panels<Into::kSet>(rows, some_keys, memory.dq, ds, kScoreStride, 1, memory.k_panels, keys_here, at,
+                                       head);
+        } else {
+          times_row_panels<Into::kAdd>(rows, some_keys, memory.dq, ds, kScoreStride, 1, memory.k_panels, keys_here, at,
+                                       head);
+        }
+        times_rows<Into::kAdd>(some_keys, head.padded, rows, memory.dk + at * head.padded, head.padded, ds, 1,
+                               kScoreStride, memory.q, head.padded);
+        times_rows<Into::kAdd>(some_keys, head.padded, rows, memory.dv + at * head.padded, head.padded, p, 1,
+                               kScoreStride, memory.dout, head.padded);
+        first = false;
+      }
+      finish(h, i, rows, memory.dq);
+    }
+  }
 }
 
 // ---- the items of a call ----
@@ -364,13 +541,33 @@ struct Sequences {
   int64_t rows(int64_t b) const { return larger(begin(b + 1) - begin(b), 0); }
 };
 
+// Items of a call: a sequence, a key head, and a part of its queries or keys where there would be few items else. The cut
+// follows from the problem alone, so results do not depend on threads.
+constexpr int64_t kItems = 16;
+WARPFORM_INLINE int64_t parts_of(int64_t whole_items, int64_t most_parts) {
+  return whole_items == 0 ? 0 : larger(1, smaller(ceil_div(kItems, whole_items), most_parts));
+}
+// Queries times heads, and keys, of a part at least: it packs k and v, or q, again.
+constexpr int64_t kLeastPartQueries = 192, kLeastPartKeys = 512;
+// Bytes of dq that parts of keys may take together.
+constexpr int64_t kMostPartialBytes = int64_t{128} << 20;
+
+// The rows [first, last) of part `part` of `parts`, cut at multiples of `step`.
+struct Part {
+  int64_t first, last;
+  Part(int64_t rows, int64_t part, int64_t parts, int64_t step) {
+    const int64_t each = round_up(ceil_div(rows, parts), step);
+    first = smaller(part * each, rows), last = smaller(first + each, rows);
+  }
+};
+
 // The order in which a call takes its sequences: by work, the most first, to a factor of 2; else by their numbers. The last
 // item that a thread takes is a small one.
 class LongestFirst {
  public:
-  static int64_t bytes(int64_t batch) { return Scratch::bytes_of<int32_t>(batch); }
+  static int64_t bytes(int64_t batch) { return Scratch::bytes_of<int32_t>(larger(batch, 1)); }
   LongestFirst(Scratch& scratch, const Sequences& queries, const Sequences& keys)
-      : order_(scratch.next<int32_t>(queries.batch)) {
+      : order_(scratch.next<int32_t>(larger(queries.batch, 1))) {
     int64_t starts[65] = {};
     const auto size = [&](int64_t b) {
       const auto work = static_cast<uint64_t>((queries.rows(b) + 16) * (keys.rows(b) + 16));

@@ -7,6 +7,11 @@ namespace warpform::cpu::WARPFORM_CPU_ISA {
 
 // attention.cpp
 void varlen_attention(const AttentionForwardParams& params, const Host& host);
+void varlen_attention_backward(const AttentionBackwardParams& params, const Host& host);
+
+// attention_step.cpp
+void attention_step(const AttentionStepParams& params, const Host& host);
+void attention_step_backward(const AttentionStepBackwardParams& params, const Host& host);
 
 // disentangled.cpp
 void disentangled_attention(const DisentangledParams& params, const Host& host);

@@ -103,9 +103,9 @@ WARPFORM_INLINE void gemm(int64_t m, int64_t vectors, float* c, int64_t c_stride
 
 // `rows` rows of `depth` elements become the columns of panels [ceil(rows / kPanel)][depth rounded up to kLanes][kPanel]:
 // B of a product with the transpose. Columns past the last row are zeros; so are a panel's rows from depth on, up to the
-// next multiple of kLanes. row(i) gives the address of row i.
+// next multiple of kLanes. row(i) gives the address of row i; what lies `ahead` elements after it is fetched for later.
 template <class T, class Row>
-WARPFORM_INLINE void pack_columns(float* panels, int64_t rows, int64_t depth, const Row& row) {
+WARPFORM_INLINE void pack_columns(float* panels, int64_t rows, int64_t depth, const Row& row, int64_t ahead = 0) {
   const int64_t panel_rows = round_up(depth, kLanes);
   for (int64_t i0 = 0; i0 < round_up(rows, kPanel); i0 += kLanes) {
     float* const base = panels + i0 / kPanel * kPanel * panel_rows + i0 % kPanel;
@@ -118,6 +118,7 @@ WARPFORM_INLINE void pack_columns(float* panels, int64_t rows, int64_t depth, co
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
         const T* const from = i0 + i < rows ? row(i0 + i) : nullptr;
+        if (ahead != 0 && from != nullptr) __builtin_prefetch(from + d + ahead);
         block[i] = from == nullptr ? Vec{} : load_first(from + d, depth - d);
       }
       transpose(block);

@@ -41,6 +41,10 @@ struct Kernels {
   int lanes;        // float32 elements of a vector
 
   Kernel<AttentionForwardParams> varlen_attention;
+  Kernel<AttentionBackwardParams> varlen_attention_backward;
+
+  Kernel<AttentionStepParams> attention_step;
+  Kernel<AttentionStepBackwardParams> attention_step_backward;
 
   Kernel<DisentangledParams> disentangled_attention;
   Kernel<DisentangledBackwardParams> disentangled_attention_backward;

@@ -12,6 +12,9 @@ inline constexpr SizeLimit kAttentionHeadDim{.name = "head_dim", .max = 256, .ot
 
 inline constexpr SupportedConfig kConfigs[] = {
     {.op = "varlen_attention", .dtypes = kFloats, .limits = {kAttentionHeadDim}},
+    {.op = "varlen_attention_backward", .dtypes = kFloats, .limits = {kAttentionHeadDim}},
+    {.op = "attention_step", .dtypes = kFloats, .limits = {kAttentionHeadDim}},
+    {.op = "attention_step_backward", .dtypes = kFloats, .limits = {kAttentionHeadDim}},
     {.op = "disentangled_attention", .dtypes = kFloats, .limits = {kAttentionHeadDim}},
     {.op = "disentangled_attention_backward", .dtypes = kFloats, .limits = {kAttentionHeadDim}},
     {.op = "bias_gelu", .dtypes = kFloats, .float_parameters = true, .option = {"approximate", {"none", "tanh"}}},

@@ -161,7 +161,6 @@ BackwardResult varlen_attention_backward(Tensor dout, std::optional<Tensor> dlse
   check_arguments(kOp, a);
   check_like_q(kOp, "dout", dout, q);
   check_like_q(kOp, "out", out, q);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(q));
   const Launch launch(kOp, q);
   if (const char* reason = no_kernel(launch, a, /*backward=*/true)) {
     return UseReference(reason);
@@ -179,27 +178,27 @@ BackwardResult varlen_attention_backward(Tensor dout, std::optional<Tensor> dlse
   }
   a.make_contiguous();
   check_for_kernels(kOp, launch, a);
-  dout = with_aligned_rows(dout);
-  out = with_aligned_rows(out);
+  dout = readable_rows(launch, dout);
+  out = readable_rows(launch, out);
   BackwardResult result{empty(kOp, sizes_of(q), q.scalar_type(), q), empty(kOp, sizes_of(k), q.scalar_type(), q),
                         empty(kOp, sizes_of(v), q.scalar_type(), q)};
-  const Tensor delta = empty(kOp, {q.size(1), q.size(0)}, ScalarType::Float, q);
+  const Tensor delta = empty(kOp, {launch.on_cpu() ? 0 : q.size(1), q.size(0)}, ScalarType::Float, q);
   const AttentionProblem shared = problem(launch, a);
-  const DqMode mode = attention_backward_dq_mode(shared, deterministic);
+  const DqMode mode = launch.ask<&attention_backward_dq_mode>(shared, deterministic);
   const Tensor accumulator = mode == DqMode::kAccumulate ? empty(kOp, sizes_of(q), ScalarType::Float, q)
                                                          : empty(kOp, {0}, ScalarType::Float, q);
-  launch_varlen_attention_backward({.problem = shared,
-                                    .out = view(launch, out),
-                                    .dout = view(launch, dout),
-                                    .lse = launch.in<float>(lse),
-                                    .dlse = dlse ? launch.in<float>(*dlse) : nullptr,
-                                    .delta = launch.out<float>(delta),
-                                    .dq_accumulator = launch.out<float>(accumulator),
-                                    .dq = launch.out(std::get<0>(result)),
-                                    .dk = launch.out(std::get<1>(result)),
-                                    .dv = launch.out(std::get<2>(result)),
-                                    .dq_mode = mode},
-                                   launch.stream());
+  launch.run<&launch_varlen_attention_backward, &cpu::Kernels::varlen_attention_backward>(
+      AttentionBackwardParams{.problem = shared,
+                              .out = view(launch, out),
+                              .dout = view(launch, dout),
+                              .lse = launch.in<float>(lse),
+                              .dlse = dlse ? launch.in<float>(*dlse) : nullptr,
+                              .delta = launch.out<float>(delta),
+                              .dq_accumulator = launch.out<float>(accumulator),
+                              .dq = launch.out(std::get<0>(result)),
+                              .dk = launch.out(std::get<1>(result)),
+                              .dv = launch.out(std::get<2>(result)),
+                              .dq_mode = mode});
   return result;
 }
 

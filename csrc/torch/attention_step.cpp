@@ -80,14 +80,24 @@ void check_state(const char* op, const char* name, const Tensor& t, std::span<co
   check_same_device(op, name, t, "q", q);
 }
 
+bool offset_too_far(int64_t offset) {
+  constexpr int64_t kFarthest = int64_t{1} << 62;
+  return offset <= -kFarthest || offset >= kFarthest;
+}
+
 // What the kernels ask for on top.
-void check_for_kernels(const char* op, const Arguments& a) {
+void check_for_kernels(const char* op, const Launch& launch, const Arguments& a) {
+  if (launch.on_cpu()) {
+    if (!a.varlen()) return;
+    check_offset_values(op, "cu_seqlens_q", *a.cu_seqlens_q, a.q.size(0), "max_seqlen_q", a.q.size(0));
+    check_offset_values(op, "cu_seqlens_k", *a.cu_seqlens_k, a.k.size(0), "max_seqlen_k", a.k.size(0));
+    return;
+  }
   check_aligned(op, "q", a.q);
   check_aligned(op, "k", a.k);
   check_aligned(op, "v", a.v);
-  constexpr int64_t kFarthest = int64_t{1} << 62;
   for (const int64_t offset : {a.q_offset, a.k_offset}) {
-    check(offset > -kFarthest && offset < kFarthest, op, ": offsets must be within 2^62, got ", offset);
+    check(!offset_too_far(offset), op, ": offsets must be within 2^62, got ", offset);
   }
 }
 
@@ -95,8 +105,11 @@ bool steps_too_far(int64_t rows, int64_t stride) { return rows > 1 && stride > k
 
 // Why no kernel serves the call, or null.
 const char* no_kernel(const Launch& launch, const Arguments& a, bool backward) {
-  const char* reason = launch.unusable();
-  if (reason == nullptr) {
+  const char* reason = launch.unusable_anywhere();
+  if (reason == nullptr && launch.on_cpu()) {
+    reason = no_cpu_attention_kernel(a.q.scalar_type(), a.head_dim(), a.tokens(a.q), a.tokens(a.k), a.softmax_scale);
+    if (offset_too_far(a.q_offset) || offset_too_far(a.k_offset)) reason = "offsets beyond 2^62";
+  } else if (reason == nullptr) {
     reason = no_attention_kernel(a.q.scalar_type(), a.tokens(a.q), a.tokens(a.k), a.heads(a.q), a.softmax_scale);
   }
   if (reason != nullptr) return reason;
@@ -104,7 +117,8 @@ const char* no_kernel(const Launch& launch, const Arguments& a, bool backward) {
   if (steps_too_far(a.rows(a.q), a.q_stride) || steps_too_far(a.rows(a.k), a.k_stride)) {
     return "positions of one block more than 2^29 apart";
   }
-  return attention_step_unsupported(static_cast<int>(std::min<int64_t>(a.head_dim(), INT32_MAX)), backward);
+  return launch.ask<&attention_step_unsupported>(static_cast<int>(std::min<int64_t>(a.head_dim(), INT32_MAX)),
+                                                 backward);
 }
 
 // ---- tensors as the kernels take them ----
@@ -113,8 +127,8 @@ int64_t row_stride(const Tensor& t) { return stride_of(t, t.dim() - 3); }
 int64_t head_stride(const Tensor& t) { return stride_of(t, t.dim() - 2); }
 int64_t batch_offset(const Tensor& t) { return t.dim() == 4 ? stride_of(t, 0) - t.size(1) * row_stride(t) : 0; }
 
-std::optional<Tensor> readable_state(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(with_aligned_rows(*t, 8)) : std::nullopt;
+std::optional<Tensor> readable_state(const Launch& launch, const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(with_aligned_rows(*t, launch.on_cpu() ? 4 : 8)) : std::nullopt;
 }
 
 StateView state_view(const Launch& launch, const std::optional<Tensor>& t) {
@@ -148,6 +162,31 @@ AttentionProblem problem(const Launch& launch, const Arguments& a) {
           .alibi_batch_stride = 0};
 }
 
+// Row i of `q_rows` queries is at position q_offset + i * q_stride, keys alike, and sees keys from `left` before to
+// `right` after its position; negative: all. Strides positive, offsets within 2^62, (rows - 1) * stride <=
+// kMaxStepSpan.
+StepPositions step_positions(int64_t q_offset, int64_t k_offset, int64_t q_stride, int64_t k_stride, int64_t left,
+                             int64_t right, int64_t q_rows, int64_t k_rows) {
+  // Twice the longest span: added to a position of one side, it exceeds all positions of the other, and it stays within
+  // 32 bits.
+  constexpr int64_t kFar = 2 * (kMaxStepSpan + 1);
+  const auto bounded = [=](int64_t x) { return static_cast<int>(std::clamp(x, -kFar, kFar)); };
+  // A side of one row may have any stride: no position depends on it.
+  if (q_rows <= 1) q_stride = 1;
+  if (k_rows <= 1) k_stride = 1;
+  const int64_t distance = std::clamp(q_offset - k_offset, -4 * kFar, 4 * kFar);
+  left = std::min(left, 8 * kFar);
+  right = std::min(right, 8 * kFar);
+  return {.q_stride = static_cast<int>(q_stride),
+          .k_stride = static_cast<int>(k_stride),
+          .first_key = left < 0 ? bounded(-kFar) : bounded(distance - left + k_stride - 1),
+          .last_key = right < 0 ? bounded(kFar) : bounded(distance + right + k_stride),
+          .first_query = right < 0 ? bounded(-kFar) : bounded(-distance - right + q_stride - 1),
+          .last_query = left < 0 ? bounded(kFar) : bounded(-distance + left + q_stride),
+          .by_q_stride = divisor_of(static_cast<int>(q_stride)),
+          .by_k_stride = divisor_of(static_cast<int>(k_stride))};
+}
+
 StepLayout layout(const Arguments& a, const Tensor* dout) {
   const auto by_length = [&](const Tensor& t) { return divisor_of(a.varlen() ? 0 : static_cast<int>(a.rows(t))); };
   return {.positions = step_positions(a.q_offset, a.k_offset, a.q_stride, a.k_stride, a.window_left,
@@ -179,23 +218,22 @@ ForwardResult attention_step(Tensor q, Tensor k, Tensor v, std::optional<Tensor>
     check_state(kOp, "out", *out, q.sizes(), q);
     check_state(kOp, "lse", *lse, a.row_sizes(), q);
   }
-  if constexpr (!kHasKernels) return UseReference(without_kernels(q));
   const Launch launch(kOp, q);
   if (const char* reason = no_kernel(launch, a, /*backward=*/false)) {
     return UseReference(reason);
   }
-  check_for_kernels(kOp, a);
   a.make_contiguous();
-  out = readable_state(out);
+  check_for_kernels(kOp, launch, a);
+  out = readable_state(launch, out);
   lse = contiguous(lse);
   ForwardResult result{empty(kOp, sizes_of(q), ScalarType::Float, q), empty(kOp, a.row_sizes(), ScalarType::Float, q)};
-  launch_attention_step({.problem = problem(launch, a),
-                         .step = layout(a, nullptr),
-                         .out_before = state_view(launch, out),
-                         .lse_before = lse ? launch.in<float>(*lse) : nullptr,
-                         .out = launch.out<float>(std::get<0>(result)),
-                         .lse = launch.out<float>(std::get<1>(result))},
-                        launch.stream());
+  launch.run<&launch_attention_step, &cpu::Kernels::attention_step>(
+      AttentionStepParams{.problem = problem(launch, a),
+                          .step = layout(a, nullptr),
+                          .out_before = state_view(launch, out),
+                          .lse_before = lse ? launch.in<float>(*lse) : nullptr,
+                          .out = launch.out<float>(std::get<0>(result)),
+                          .lse = launch.out<float>(std::get<1>(result))});
   return result;
 }
 
@@ -221,22 +259,21 @@ BackwardResult attention_step_backward(Tensor dout, Tensor delta, Tensor q, Tens
   if (dv) check_state(kOp, "dv", *dv, v.sizes(), q);
   check_type(dout.scalar_type() == q.scalar_type(), kOp, ": dout must be ", dtype_name(q.scalar_type()),
              " as q is, got ", Got{dout});
-  if constexpr (!kHasKernels) return UseReference(without_kernels(q));
   const Launch launch(kOp, q);
   if (const char* reason = no_kernel(launch, a, /*backward=*/true)) {
     return UseReference(reason);
   }
-  check_for_kernels(kOp, a);
   a.make_contiguous();
-  dout = with_aligned_rows(dout);
+  check_for_kernels(kOp, launch, a);
+  dout = readable_rows(launch, dout);
   delta = contiguous(delta);
   lse = contiguous(lse);
-  dk = readable_state(dk);
-  dv = readable_state(dv);
+  dk = readable_state(launch, dk);
+  dv = readable_state(launch, dv);
   BackwardResult result{empty(kOp, sizes_of(q), ScalarType::Float, q), empty(kOp, sizes_of(k), ScalarType::Float, q),
                         empty(kOp, sizes_of(v), ScalarType::Float, q)};
-  if (deterministic) {
-    dq = readable_state(dq);
+  if (deterministic || launch.on_cpu()) {
+    dq = readable_state(launch, dq);
   } else {
     // The atomics add to what is there.
     if (dq) {
@@ -246,7 +283,8 @@ BackwardResult attention_step_backward(Tensor dout, Tensor delta, Tensor q, Tens
     }
     dq = std::nullopt;
   }
-  launch_attention_step_backward({.problem = problem(launch, a),
+  launch.run<&launch_attention_step_backward, &cpu::Kernels::attention_step_backward>(
+      AttentionStepBackwardParams{.problem = problem(launch, a),
                                   .step = layout(a, &dout),
                                   .dout = view(launch, dout),
                                   .lse = launch.in<float>(lse),
@@ -257,8 +295,7 @@ BackwardResult attention_step_backward(Tensor dout, Tensor delta, Tensor q, Tens
                                   .dq_accumulator = launch.out<float>(std::get<0>(result)),
                                   .dk = launch.out<float>(std::get<1>(result)),
                                   .dv = launch.out<float>(std::get<2>(result)),
-                                  .dq_mode = deterministic ? DqMode::kSeparate : DqMode::kAccumulate},
-                                 launch.stream());
+                                  .dq_mode = deterministic ? DqMode::kSeparate : DqMode::kAccumulate});
   return result;
 }
 

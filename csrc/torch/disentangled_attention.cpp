@@ -398,7 +398,7 @@ BackwardResult disentangled_attention_backward(Tensor dout, Tensor q, Tensor k, 
   a.make_contiguous();
   check_for_kernels(kOp, launch, a);
   Distances distances;
-  if (launch.on_cpu()) {
+  if (launch.on_cpu() && a.has_terms()) {
     distances = distances_of(a);
     if (distances.rows.empty()) return UseReference(kTooManyDistances);
   }
@@ -427,7 +427,10 @@ BackwardResult disentangled_attention_backward(Tensor dout, Tensor q, Tensor k, 
                                  .dq_mode = DqMode::kSeparate,
                                  .dc2p = dc2p ? launch.out(*dc2p) : nullptr,
                                  .dp2c = dp2c ? launch.out(*dp2c) : nullptr};
-  if (launch.on_cpu()) {
+  if (!a.has_terms()) {
+    params.dq_mode = launch.ask<&attention_backward_dq_mode>(params.problem, /*deterministic=*/true);
+    launch.run<&launch_varlen_attention_backward, &cpu::Kernels::varlen_attention_backward>(params);
+  } else if (launch.on_cpu()) {
     const auto gradient_of = [&](const std::optional<Tensor>& table) {
       return table ? empty(kOp, sizes_of(*table), q.scalar_type(), q) : empty(kOp, {0}, q.scalar_type(), q);
     };
@@ -439,12 +442,7 @@ BackwardResult disentangled_attention_backward(Tensor dout, Tensor q, Tensor k, 
                                         .dpos_query = launch.out(dpos_query)});
     return {dq, dk, dv, dpos_key, dpos_query};
   } else if constexpr (kHasKernels) {
-    if (a.has_terms()) {
-      launch_disentangled_attention_backward(params, launch.stream());
-    } else {
-      params.dq_mode = attention_backward_dq_mode(params.problem, /*deterministic=*/true);
-      launch_varlen_attention_backward(params, launch.stream());
-    }
+    launch_disentangled_attention_backward(params, launch.stream());
   }
   return {add_relative(kOp, dq, dc2p, pos_key, columns), add_relative(kOp, dk, dp2c, pos_query, columns), dv,
           relative_gradient(kOp, q, dc2p, pos_key, columns), relative_gradient(kOp, k, dp2c, pos_query, columns)};

@@ -17,6 +17,7 @@ from helpers.backends import (
     MANY_SMS,
     Backend,
     Deterministic,
+    cpu,
     drawn_on,
     kernels,
     on,
@@ -28,8 +29,9 @@ from helpers.cases import ATTENTION_CASES, AttentionCase, attention_inputs, offs
 from helpers.compare import assert_close
 
 REFERENCE = reference()
+CPU = cpu(cases.KERNEL_DTYPES)
 SIMT, GPU = kernels(HALF, has_kernel=lambda case: case.head_dim % 8 == 0)
-EVERY = (REFERENCE, SIMT, GPU)
+EVERY = (REFERENCE, CPU, SIMT, GPU)
 
 
 # ---- against the oracle ----
@@ -56,7 +58,7 @@ def test_drawn(
     checks.check_attention(library, case, dtype, backend.device)
 
 
-@on(SIMT, GPU)  # PyTorch's fused attention, which the reference calls, rounds scores to q's dtype
+@on(CPU, SIMT, GPU)  # PyTorch's fused attention, which the reference calls, rounds scores to q's dtype
 @pytest.mark.parametrize(
     "mode", ({}, {"causal": True}, {"softcap": 3.0, "slopes": "heads"}), ids=("plain", "causal", "biased")
 )
@@ -233,3 +235,69 @@ def test_an_expanded_gradient_is_copied(backend: Backend) -> None:
         for dout in (ones.expand_as(out), ones.expand_as(out).contiguous())
     )
     assert same(expanded, plain)
+
+
+# ---- on a CPU ----
+
+# Shapes that take every path there: several blocks of keys, queries and keys that are cut into parts, rows in panels of
+# a part of the width, windows that begin inside of a panel.
+CPU_CASES = (
+    AttentionCase("blocks_of_keys", (530, 3, 300), heads=2, head_dim=40),
+    AttentionCase("parts_of_keys", (90, 1100), (1100, 5), heads=1, head_dim=16),
+    AttentionCase("parts_of_keys_causal", (1100,), heads=2, heads_k=1, head_dim=8, causal=True, slopes="heads"),
+    AttentionCase("parts_of_queries", (700,), (65,), heads=1, head_dim=20),
+    AttentionCase("window_in_a_panel", (600,), (640,), heads=2, heads_k=1, window=(70, 90), head_dim=24),
+    AttentionCase("window_of_many_blocks", (520,), heads=1, window=(300, 280), softcap=4.0, head_dim=16),
+    AttentionCase("gqa_causal", (300, 70), (310, 280), heads=6, heads_k=2, causal=True, head_dim=48),
+    AttentionCase("d1", (40, 5), head_dim=1),
+    AttentionCase("d7_causal", (300, 5), head_dim=7, causal=True),
+    AttentionCase("d129", (50, 5), head_dim=129),
+    AttentionCase("d255", (40, 300), (280, 20), head_dim=255, heads=1),
+    AttentionCase("scale_0", (30, 5), softmax_scale=0.0),
+    AttentionCase("scale_negative", (30, 70), softmax_scale=-0.4, causal=True),
+    AttentionCase("softcap_tiny", (30, 9), softcap=1e-35),
+    AttentionCase("softcap_huge", (30, 70), softcap=1e35, score_spread=3.0),
+    AttentionCase("softcap_of_small_scores", (50, 70), softcap=300.0),
+)
+
+
+@on(CPU, case=CPU_CASES)
+def test_cases_of_the_cpu(backend: Backend, case: AttentionCase, dtype: torch.dtype) -> None:
+    checks.check_attention(backend.library, case, dtype, backend.device)
+
+
+@on(CPU, case=CPU_CASES[:7], dtype=one_dtype)
+def test_threads_change_no_bit(backend: Backend, case: AttentionCase, dtype: torch.dtype) -> None:
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(_call(backend, case, dtype))
+    finally:
+        torch.set_num_threads(before)
+    assert same(found[1], found[0]) and same(found[2], found[0])
+
+
+@on(CPU)
+def test_any_address_and_stride_of_an_element(backend: Backend, dtype: torch.dtype) -> None:
+    """Of q, k and v; dout with strides that no copy keeps, too."""
+    case = AttentionCase("", (70, 3, 31), heads=4, heads_k=2, head_dim=20, causal=True)
+    x = attention_inputs(case, dtype)
+    expected = _call(backend, case, dtype, q=x.q, k=x.k, v=x.v)
+    for change in (cases.misaligned, cases.strided, lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)):
+        q, k, v = (change(t) for t in (x.q, x.k, x.v))
+        assert same(_call(backend, case, dtype, q=q, k=k, v=v), expected)
+
+
+@on(CPU, dtype=one_dtype)
+def test_bad_offsets_are_refused_as_by_the_reference(backend: Backend, dtype: torch.dtype) -> None:
+    case = AttentionCase("", (20, 20), head_dim=32)
+    for bad, text in (
+        ([7, 20, 33], "cu_seqlens_q must begin with 0, got 7"),
+        ([0, 30, 20], "cu_seqlens_q must not decrease, got 30 then 20 at [2]"),
+        ([0, 20, 41], "cu_seqlens_q must not pass the end of its tensor of 40 rows, got 41 last"),
+        ([0, 5, 40], "max_seqlen_q must be at least the longest sequence of cu_seqlens_q, 35, got 20"),
+    ):
+        with pytest.raises(RuntimeError) as error:
+            _call(backend, case, dtype, cu_seqlens_q=torch.tensor(bad, dtype=torch.int32))
+        assert text in str(error.value)

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from helpers import oracle, ring
-from helpers.backends import FEW_SMS, HALF, Backend, drawn_on, kernels, on, one_dtype, reference, same
-from helpers.cases import misaligned
+from helpers.backends import FEW_SMS, HALF, Backend, cpu, drawn_on, kernels, on, one_dtype, reference, same
+from helpers.cases import KERNEL_DTYPES, misaligned
 from helpers.compare import assert_close
 from helpers.ring import STEP_CASES, StepCase, StepInputs, check_attention_step, step_inputs
 
 REFERENCE = reference(examples=150)
+CPU = cpu(KERNEL_DTYPES)
 SIMT, GPU = kernels(HALF)
-EVERY = (REFERENCE, SIMT, GPU)
+EVERY = (REFERENCE, CPU, SIMT, GPU)
 
 
 # ---- against the oracle ----
@@ -263,3 +264,33 @@ def test_rows_outside_of_sequences_are_carried(backend: Backend) -> None:
     for t, before in zip((out, lse.T, *gradients), (x.out, x.lse.T, x.dq, x.dk, x.dv), strict=True):
         assert torch.equal(torch.cat([t[:7], t[33:]]), torch.cat([before[:7], before[33:]]))
         assert not torch.equal(t[7:33], before[7:33])
+
+
+# ---- on a CPU ----
+
+CPU_CASES = (
+    StepCase("blocks_of_keys", (300,), (600,), heads=4, heads_k=2, head_dim=40, causal=True, q_offset=200),
+    StepCase("varlen", (300, 5, 70), (20, 300, 530), varlen=True, heads_k=1, head_dim=7, window=(90, 300)),
+    StepCase("d1", (40, 40), (50, 50), head_dim=1, sliced=True),
+    StepCase("d200", (40,), (300,), head_dim=200, carried=False),
+    StepCase("scale_negative", (40,), (60,), softmax_scale=-0.3),
+)
+
+
+@on(CPU, case=CPU_CASES)
+def test_cases_of_the_cpu(backend: Backend, case: StepCase, dtype: torch.dtype) -> None:
+    check_attention_step(backend.library, case, dtype, backend.device)
+
+
+@on(CPU, case=CPU_CASES, dtype=one_dtype)
+def test_threads_change_no_bit(backend: Backend, case: StepCase, dtype: torch.dtype) -> None:
+    x = step_inputs(case, dtype, backend.device)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out, lse = backend.library.attention_step(x.q, x.k, x.v, x.out, x.lse, **x.options)
+            found.append((out, lse, *_gradients(backend, x, lse)))
+    finally:
+        torch.set_num_threads(before)
+    assert same(found[1], found[0]) and same(found[2], found[0])

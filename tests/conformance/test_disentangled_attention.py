@@ -112,7 +112,7 @@ def test_the_terms_by_hand(backend: Backend) -> None:
     torch.testing.assert_close(lse[0].cpu(), torch.logsumexp(score / 8, 1))
 
 
-@on(SIMT, GPU)
+@on(CPU, SIMT, GPU)
 def test_without_terms_it_is_varlen_attention(backend: Backend) -> None:
     x = disentangled_inputs(DisentangledCase("", (70, 1, 0, 40), terms="none"), torch.bfloat16, backend.device)
     where, twice = (x.cu_seqlens, x.max_seqlen), (x.cu_seqlens, x.cu_seqlens, x.max_seqlen, x.max_seqlen)

@@ -108,12 +108,6 @@ struct StepPositions {
 // The longest way between the positions of two rows of one side that the kernels can count.
 inline constexpr int64_t kMaxStepSpan = (int64_t{1} << 29) - 1;
 
-// Row i of `q_rows` queries is at position q_offset + i * q_stride, keys alike, and sees keys from `left` before to
-// `right` after its position; negative: all. Strides positive, offsets within 2^62, (rows - 1) * stride <=
-// kMaxStepSpan.
-StepPositions step_positions(int64_t q_offset, int64_t k_offset, int64_t q_stride, int64_t k_stride, int64_t left,
-                             int64_t right, int64_t q_rows, int64_t k_rows);
-
 // A tensor [tokens, heads, head_dim] of float32, its last dimension contiguous, everything 8-byte aligned. In a batch
 // of equal lengths, row r of sequence b begins at element (b * length + r) * row_stride + b * batch_offset.
 struct StateView {
