@@ -394,6 +394,7 @@ BackwardResult disentangled_attention_backward(Tensor dout, Tensor q, Tensor k, 
       lse.dim() == 2 && lse.size(0) == q.size(1) && lse.size(1) == q.size(0) && lse.scalar_type() == ScalarType::Float,
       kOp, ": lse must be float32 of shape [", q.size(1), ", ", q.size(0), "], got ", Got{lse});
   check_same_device(kOp, "lse", lse, "q", q);
+  if (launch.on_cpu()) lse = contiguous(lse);
   check_contiguous(kOp, "lse", lse);
   a.make_contiguous();
   check_for_kernels(kOp, launch, a);
