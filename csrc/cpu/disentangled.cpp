@@ -21,7 +21,7 @@
 // Measured   Skylake-SP, AVX-512, one thread, a loaded machine, float32, 12 heads of 64, 256 buckets to distance 512:
 //            4 x 256 tokens 31 ms forward, 52 of the 84 GFLOP/s of MKL's products, and 97 ms backward, 46 GFLOP/s; 4 of up
 //            to 347 tokens 42 ms, 50 GFLOP/s, and 137 ms, 41 GFLOP/s; 8 of up to 126 tokens 14 ms and 39 ms, 26 GFLOP/s:
-//            there the tables of an item are laid out for few products.
+//            their groups meet many columns beside their pairs, and the tables are laid out for few products.
 #include "attention.h"
 #include "families.h"
 
@@ -40,8 +40,8 @@ static_assert(kGroup % kLanes == 0 && kPanel % kGroup == 0 && kQueryBlock % kGro
 
 // Fewer items than that are cut.
 constexpr int64_t kDisentangledItems = 32;
-// Products with a row of head_dim in an item that is cut, at least.
-constexpr int64_t kLeastCut = 1 << 14;
+// Pairs of an item that is cut, at least: each lays the tables out again, rows that are far apart in memory.
+constexpr int64_t kLeastCut = 1 << 16;
 
 // The columns of a table by distance: consecutive ones, as many as windows of the longest sequence reach. Distances that
 // are past `reach`, from where the table's row stays the same, share columns of their own at both ends.
@@ -206,8 +206,9 @@ struct HeadOf {
   float* pack(Scratch& scratch, const Table<T>& table, Side side, const HeadDim& head) const {
     if (!table.given()) return nullptr;
     float* const packed = scratch.next<float>(packed_columns(columns.count(), head.dim));
-    pack_columns<T>(packed, columns.count(), head.dim,
-                    [&](int64_t column) { return table.row(static_cast<int64_t>(side) * columns.distance(column)); });
+    pack_columns<T>(
+        packed, columns.count(), head.dim,
+        [&](int64_t column) { return table.row(static_cast<int64_t>(side) * columns.distance(column)); }, head.dim);
     return packed;
   }
 };
