@@ -13,6 +13,10 @@ void varlen_attention_backward(const AttentionBackwardParams& params, const Host
 void attention_step(const AttentionStepParams& params, const Host& host);
 void attention_step_backward(const AttentionStepBackwardParams& params, const Host& host);
 
+// disentangled.cpp
+void disentangled_attention(const DisentangledParams& params, const Host& host);
+void disentangled_attention_backward(const DisentangledBackwardParams& params, const Host& host);
+
 // activation.cpp
 void bias_gelu(const BiasGeluParams& params, const Host& host);
 void bias_gelu_backward(const BiasGeluBackwardParams& params, const Host& host);

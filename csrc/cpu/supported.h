@@ -19,6 +19,8 @@ inline constexpr SupportedConfig kConfigs[] = {
     {.op = "varlen_attention_backward", .dtypes = kFloats, .limits = {kAttentionHeadDim}},
     {.op = "attention_step", .dtypes = kFloats, .limits = {kAttentionHeadDim}},
     {.op = "attention_step_backward", .dtypes = kFloats, .limits = {kAttentionHeadDim}},
+    {.op = "disentangled_attention", .dtypes = kFloats, .limits = {kAttentionHeadDim}},
+    {.op = "disentangled_attention_backward", .dtypes = kFloats, .limits = {kAttentionHeadDim}},
     {.op = "bias_gelu", .dtypes = kFloats, .float_parameters = true, .option = {"approximate", {"none", "tanh"}}},
     {.op = "bias_gelu_backward",
      .dtypes = kFloats,

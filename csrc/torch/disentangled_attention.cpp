@@ -1,6 +1,7 @@
 // Binding of disentangled attention: checks, the products that are dense and so the library's, launch.
 #include <cmath>
 #include <optional>
+#include <vector>
 
 #include "binding.h"
 #include "heads.h"
@@ -74,6 +75,19 @@ void check_arguments(const char* op, const Arguments& a) {
   check(a.max_seqlen >= 0, op, ": max_seqlen must not be negative, got ", a.max_seqlen);
 }
 
+// From this distance on the table's row stays the same, both ways, at most 2^40.
+int64_t saturated_distance(const Arguments& a) {
+  const int64_t span = a.span(), mid = a.position_buckets / 2;
+  double saturated = span;
+  if (mid == 1) {
+    saturated = 1;  // two buckets: all that is past 1 is as 1
+  } else if (mid > 0 && span > mid) {
+    const double octaves = std::log2(static_cast<double>(a.max_relative_positions - 1) / mid);
+    saturated = mid * std::exp2(octaves * (span - mid - 1) / (mid - 1)) + 2;
+  }
+  return static_cast<int64_t>(std::min(saturated, 0x1p40));
+}
+
 // The relative positions that some pair of tokens can have, as columns of the tables: embeddings [first, first +
 // width).
 struct Columns {
@@ -87,15 +101,8 @@ Columns columns_of(const Arguments& a) {
   constexpr double kBelow = 1 - 0x1p-21;
   const double octaves = mid > 0 ? std::log2(static_cast<double>(a.max_relative_positions - 1) / mid) : 1;
   const auto buckets_per_octave = static_cast<float>(kBelow * (mid - 1) / octaves);
-  // From this distance on the clamp to [0, 2 span) holds, both ways.
-  double saturated = span;
-  if (mid == 1) {
-    saturated = 1;  // two buckets: all that is past 1 is as 1
-  } else if (mid > 0 && span > mid) {
-    saturated = mid * std::exp2(octaves * (span - mid - 1) / (mid - 1)) + 2;
-  }
   const int64_t farthest = a.positions ? INT64_MAX : std::max<int64_t>(std::min(a.max_seqlen, a.q.size(0)) - 1, 0);
-  const auto reach = std::min(static_cast<int64_t>(std::min(saturated, 0x1p40)), farthest);
+  const int64_t reach = std::min(saturated_distance(a), farthest);
   int64_t bucket = reach;
   if (mid > 0 && reach > mid) {
     const float logarithm = std::log2(static_cast<float>(reach) / static_cast<float>(mid));
@@ -109,12 +116,26 @@ Columns columns_of(const Arguments& a) {
 
 // Why no kernel serves the call, or null.
 const char* no_kernel(const Launch& launch, const Arguments& a, const Columns& columns, bool backward) {
-  if (const char* reason = launch.unusable()) return reason;
+  if (const char* reason = launch.unusable_anywhere()) return reason;
+  if (launch.on_cpu()) {
+    return no_cpu_attention_kernel(a.q.scalar_type(), a.q.size(2), a.q.size(0), a.q.size(0), a.softmax_scale);
+  }
   const auto head_dim = static_cast<int>(std::min<int64_t>(a.q.size(2), INT32_MAX));
   if (const char* reason = no_attention_kernel(a.q, a.q, a.softmax_scale)) return reason;
-  if (!a.has_terms()) return attention_unsupported(head_dim, backward);
+  if (!a.has_terms()) return launch.ask<&attention_unsupported>(head_dim, backward);
   if (columns.width > INT16_MAX) return "more than 32767 relative positions";
-  return disentangled_attention_unsupported(head_dim, columns.reach, backward);
+  return launch.ask<&disentangled_attention_unsupported>(head_dim, columns.reach, backward);
+}
+
+// What the kernels ask for on top.
+void check_for_kernels(const char* op, const Launch& launch, const Arguments& a) {
+  if (launch.on_cpu()) {
+    check_offset_values(op, "cu_seqlens", a.cu_seqlens, a.q.size(0), "max_seqlen", a.max_seqlen);
+    return;
+  }
+  check_aligned(op, "q", a.q);
+  check_aligned(op, "k", a.k);
+  check_aligned(op, "v", a.v);
 }
 
 // [rows, heads, x] as a batch over heads, [heads, rows, x]; no copy.
@@ -205,6 +226,75 @@ AttentionProblem problem(const Launch& launch, const Arguments& a, const Columns
                        .unit = std::ldexp(1.f, product_exponent(a))}};
 }
 
+// ---- on a CPU ----
+
+// The rows of the tables by distance, for the CPU kernels; the same as relative_index of the reference.
+struct Distances {
+  int64_t reach = 0;
+  std::vector<int32_t> rows;  // of the distances from -reach to reach
+};
+
+// Distances that have rows of their own, at most. A list of them is made in every call.
+constexpr int64_t kMostDistances = 1 << 20;
+constexpr const char* kTooManyDistances = "more than 2^20 relative positions";
+
+// The farthest distance of two tokens of a sequence, at least; at most `most`.
+int64_t farthest_distance(const Arguments& a, int64_t most) {
+  const auto* const offsets = static_cast<const int32_t*>(a.cu_seqlens.const_data_ptr());
+  const auto* const positions = a.positions ? static_cast<const int64_t*>(a.positions->const_data_ptr()) : nullptr;
+  int64_t farthest = 0;
+  for (int64_t b = 0; b + 1 < a.cu_seqlens.size(0) && farthest < most; ++b) {
+    const int64_t begin = offsets[b], end = offsets[b + 1];
+    if (positions == nullptr) {
+      farthest = std::max(farthest, end - begin - 1);
+      continue;
+    }
+    if (begin == end) continue;
+    const auto [least, largest] = std::minmax_element(positions + begin, positions + end);
+    const uint64_t between = static_cast<uint64_t>(*largest) - static_cast<uint64_t>(*least);
+    farthest = static_cast<int64_t>(std::max<uint64_t>(farthest, std::min<uint64_t>(between, INT64_MAX)));
+  }
+  return std::min(farthest, most);
+}
+
+Distances distances_of(const Arguments& a) {
+  Distances found;
+  found.reach = farthest_distance(a, saturated_distance(a));
+  if (found.reach > kMostDistances) return found;
+  const int64_t span = a.span(), mid = a.position_buckets / 2;
+  const double per_log = std::log(static_cast<double>(a.max_relative_positions - 1) / static_cast<double>(mid));
+  // The error that floating point may make in an exact integer.
+  constexpr double kSlack = 0x1p-32;
+  found.rows.resize(static_cast<size_t>(2 * found.reach + 1));
+  int32_t* const of_zero = found.rows.data() + found.reach;
+  for (int64_t distance = 0; distance <= found.reach; ++distance) {
+    int64_t bucket = distance;
+    if (mid > 0 && distance > mid) {
+      const double steps = std::log(static_cast<double>(distance) / static_cast<double>(mid)) / per_log;
+      bucket = mid + static_cast<int64_t>(std::ceil(steps * static_cast<double>(mid - 1) - kSlack));
+    }
+    of_zero[-distance] = static_cast<int32_t>(std::max<int64_t>(span - bucket, 0));
+    of_zero[distance] = static_cast<int32_t>(std::min(span + bucket, 2 * span - 1));
+  }
+  return found;
+}
+
+// Runs a kernel of cpu::Kernels.
+template <auto kKernel, class Params>
+void run_on_cpu(const Params& params) {
+  if constexpr (kHasCpuKernels) (cpu::kernels()->*kKernel)(params, torch_host());
+}
+
+cpu::RelativeTables tables_of(const Launch& launch, const Arguments& a, const Distances& distances) {
+  const auto table = [&](const std::optional<Tensor>& t) { return t ? view(launch, *t) : HeadsView{nullptr, 0, 0}; };
+  return {.pos_key = table(a.pos_key),
+          .pos_query = table(a.pos_query),
+          .rows = 2 * a.span(),
+          .row_of_distance = distances.rows.data(),
+          .reach = distances.reach,
+          .positions = a.positions ? launch.in<int64_t>(*a.positions) : nullptr};
+}
+
 using ForwardResult = std::tuple<Tensor, Tensor>;
 
 ForwardResult disentangled_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> pos_key,
@@ -215,25 +305,36 @@ ForwardResult disentangled_attention(Tensor q, Tensor k, Tensor v, std::optional
   Arguments a(q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, positions, softmax_scale, position_buckets,
               max_relative_positions);
   check_arguments(kOp, a);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(q));
   const Launch launch(kOp, q);
   const Columns columns = columns_of(a);
   if (const char* reason = no_kernel(launch, a, columns, /*backward=*/false)) {
     return UseReference(reason);
   }
-  check_aligned(kOp, "q", q);
-  check_aligned(kOp, "k", k);
-  check_aligned(kOp, "v", v);
   a.make_contiguous();
-  const auto c2p = relative_scores(kOp, a, q, pos_key, columns);
-  const auto p2c = relative_scores(kOp, a, k, pos_query, columns);
+  check_for_kernels(kOp, launch, a);
+  Distances distances;
+  if (launch.on_cpu() && a.has_terms()) {
+    distances = distances_of(a);
+    if (distances.rows.empty()) return UseReference(kTooManyDistances);
+  }
+  std::optional<Tensor> c2p, p2c;
+  if (!launch.on_cpu()) {
+    c2p = relative_scores(kOp, a, q, pos_key, columns);
+    p2c = relative_scores(kOp, a, k, pos_query, columns);
+  }
   ForwardResult result{empty(kOp, sizes_of(q), q.scalar_type(), q),
                        empty(kOp, {q.size(1), q.size(0)}, ScalarType::Float, q)};
   const AttentionForwardParams params{.problem = problem(launch, a, columns, c2p, p2c),
                                       .out = launch.out(std::get<0>(result)),
                                       .lse = launch.out<float>(std::get<1>(result))};
-  a.has_terms() ? launch_disentangled_attention(params, launch.stream())
-                : launch_varlen_attention(params, launch.stream());
+  if (!a.has_terms()) {
+    launch.run<&launch_varlen_attention, &cpu::Kernels::varlen_attention>(params);
+  } else if (launch.on_cpu()) {
+    run_on_cpu<&cpu::Kernels::disentangled_attention>(
+        cpu::DisentangledParams{.attention = params, .tables = tables_of(launch, a, distances)});
+  } else if constexpr (kHasKernels) {
+    launch_disentangled_attention(params, launch.stream());
+  }
   return result;
 }
 
@@ -284,7 +385,6 @@ BackwardResult disentangled_attention_backward(Tensor dout, Tensor q, Tensor k, 
           " must have the shape and dtype of q, ", Got{q}, ", got ", Got{t});
     check_same_device(kOp, name, t, "q", q);
   }
-  if constexpr (!kHasKernels) return UseReference(without_kernels(q));
   const Launch launch(kOp, q);
   const Columns columns = columns_of(a);
   if (const char* reason = no_kernel(launch, a, columns, /*backward=*/true)) {
@@ -294,20 +394,27 @@ BackwardResult disentangled_attention_backward(Tensor dout, Tensor q, Tensor k, 
       lse.dim() == 2 && lse.size(0) == q.size(1) && lse.size(1) == q.size(0) && lse.scalar_type() == ScalarType::Float,
       kOp, ": lse must be float32 of shape [", q.size(1), ", ", q.size(0), "], got ", Got{lse});
   check_same_device(kOp, "lse", lse, "q", q);
+  if (launch.on_cpu()) lse = contiguous(lse);
   check_contiguous(kOp, "lse", lse);
-  check_aligned(kOp, "q", q);
-  check_aligned(kOp, "k", k);
-  check_aligned(kOp, "v", v);
   a.make_contiguous();
-  dout = with_aligned_rows(dout);
-  out = with_aligned_rows(out);
+  check_for_kernels(kOp, launch, a);
+  Distances distances;
+  if (launch.on_cpu() && a.has_terms()) {
+    distances = distances_of(a);
+    if (distances.rows.empty()) return UseReference(kTooManyDistances);
+  }
+  dout = readable_rows(launch, dout);
+  out = readable_rows(launch, out);
   // Made again rather than kept from the forward: they are heads * width numbers a token.
-  const auto c2p = relative_scores(kOp, a, q, pos_key, columns);
-  const auto p2c = relative_scores(kOp, a, k, pos_query, columns);
+  std::optional<Tensor> c2p, p2c;
+  if (!launch.on_cpu()) {
+    c2p = relative_scores(kOp, a, q, pos_key, columns);
+    p2c = relative_scores(kOp, a, k, pos_query, columns);
+  }
   const auto dc2p = zeros_like(kOp, c2p), dp2c = zeros_like(kOp, p2c);
   const Tensor dq = empty(kOp, sizes_of(q), q.scalar_type(), q), dk = empty(kOp, sizes_of(q), q.scalar_type(), q);
   const Tensor dv = empty(kOp, sizes_of(q), q.scalar_type(), q);
-  const Tensor delta = empty(kOp, {q.size(1), q.size(0)}, ScalarType::Float, q);
+  const Tensor delta = empty(kOp, {launch.on_cpu() ? 0 : q.size(1), q.size(0)}, ScalarType::Float, q);
   AttentionBackwardParams params{.problem = problem(launch, a, columns, c2p, p2c),
                                  .out = view(launch, out),
                                  .dout = view(launch, dout),
@@ -321,11 +428,22 @@ BackwardResult disentangled_attention_backward(Tensor dout, Tensor q, Tensor k, 
                                  .dq_mode = DqMode::kSeparate,
                                  .dc2p = dc2p ? launch.out(*dc2p) : nullptr,
                                  .dp2c = dp2c ? launch.out(*dp2c) : nullptr};
-  if (a.has_terms()) {
+  if (!a.has_terms()) {
+    params.dq_mode = launch.ask<&attention_backward_dq_mode>(params.problem, /*deterministic=*/true);
+    launch.run<&launch_varlen_attention_backward, &cpu::Kernels::varlen_attention_backward>(params);
+  } else if (launch.on_cpu()) {
+    const auto gradient_of = [&](const std::optional<Tensor>& table) {
+      return table ? empty(kOp, sizes_of(*table), q.scalar_type(), q) : empty(kOp, {0}, q.scalar_type(), q);
+    };
+    const Tensor dpos_key = gradient_of(pos_key), dpos_query = gradient_of(pos_query);
+    run_on_cpu<&cpu::Kernels::disentangled_attention_backward>(
+        cpu::DisentangledBackwardParams{.attention = params,
+                                        .tables = tables_of(launch, a, distances),
+                                        .dpos_key = launch.out(dpos_key),
+                                        .dpos_query = launch.out(dpos_query)});
+    return {dq, dk, dv, dpos_key, dpos_query};
+  } else if constexpr (kHasKernels) {
     launch_disentangled_attention_backward(params, launch.stream());
-  } else {
-    params.dq_mode = attention_backward_dq_mode(params.problem, /*deterministic=*/true);
-    launch_varlen_attention_backward(params, launch.stream());
   }
   return {add_relative(kOp, dq, dc2p, pos_key, columns), add_relative(kOp, dk, dp2c, pos_query, columns), dv,
           relative_gradient(kOp, q, dc2p, pos_key, columns), relative_gradient(kOp, k, dp2c, pos_query, columns)};

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 
 from helpers import cases, checks
-from helpers.backends import HALF, MANY_SMS, Backend, drawn_on, kernels, on, one_dtype, reference, same
+from helpers.backends import HALF, MANY_SMS, Backend, cpu, drawn_on, kernels, on, one_dtype, reference, same
 from helpers.cases import DISENTANGLED_CASES, LOG_BUCKETS, DisentangledCase, disentangled_inputs, offsets
 
 REFERENCE = reference()
+CPU = cpu(cases.KERNEL_DTYPES)
 SIMT, GPU = kernels(HALF, has_kernel=lambda case: case.head_dim % 8 == 0)
-EVERY = (REFERENCE, SIMT, GPU)
+EVERY = (REFERENCE, CPU, SIMT, GPU)
 LOG = DisentangledCase("log", (70, 9, 0, 40), **LOG_BUCKETS)
 
 
@@ -45,6 +47,14 @@ def test_every_distance_has_its_bucket(backend: Backend, buckets: int, most: int
     checks.check_disentangled_attention(backend.library, case, torch.float16, backend.device)
 
 
+@on(CPU)
+@pytest.mark.parametrize("options", ({"span": 20}, LOG_BUCKETS, {"span": 20, "terms": "key", "head_dim": 72}))
+def test_far_past_the_last_row(backend: Backend, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Blocks of pairs that all have a table's first or last row, and others of which some have."""
+    case = DisentangledCase("", (700, 3), **{"heads": 1, "head_dim": 16, **options})
+    checks.check_disentangled_attention(backend.library, case, dtype, backend.device)
+
+
 def _call(
     backend: Backend, case: DisentangledCase, dtype: torch.dtype = torch.bfloat16, **change: Any
 ) -> tuple[Tensor, ...]:
@@ -65,6 +75,25 @@ def test_results_repeat_bit_for_bit(backend: Backend, case: DisentangledCase, dt
     backend.assert_repeats(lambda: _call(backend, case, dtype), machines=[(0,), (1,), (2,)])
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Sets torch's threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@on(CPU, holes=(False, True))
+def test_threads_change_no_bit(backend: Backend, holes: bool, dtype: torch.dtype) -> None:
+    case = DisentangledCase("", (300, 40, 0, 210, 120), heads=3, holes=holes, head_dim=16, **LOG_BUCKETS)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(_call(backend, case, dtype))
+    assert same(results[0], results[1]) and same(results[0], results[2])
+
+
 # ---- meaning ----
 
 
@@ -83,7 +112,7 @@ def test_the_terms_by_hand(backend: Backend) -> None:
     torch.testing.assert_close(lse[0].cpu(), torch.logsumexp(score / 8, 1))
 
 
-@on(SIMT, GPU)
+@on(CPU, SIMT, GPU)
 def test_without_terms_it_is_varlen_attention(backend: Backend) -> None:
     x = disentangled_inputs(DisentangledCase("", (70, 1, 0, 40), terms="none"), torch.bfloat16, backend.device)
     where, twice = (x.cu_seqlens, x.max_seqlen), (x.cu_seqlens, x.cu_seqlens, x.max_seqlen, x.max_seqlen)
@@ -98,7 +127,7 @@ def test_without_terms_it_is_varlen_attention(backend: Backend) -> None:
     assert same(tuple(gradients), expected) and dpos_key.shape == dpos_query.shape == (0,)
 
 
-@on(SIMT, GPU)
+@on(CPU, SIMT, GPU)
 def test_a_zero_table_changes_nothing(backend: Backend) -> None:
     """Scores are those of varlen_attention, at the scale of three terms."""
     x = disentangled_inputs(LOG, torch.float16, backend.device)
@@ -128,8 +157,8 @@ def test_positions_without_holes_are_ranks(backend: Backend, options: dict[str, 
     lengths = (130, 9, 66)
     case = DisentangledCase("", lengths, **options)
     expected = _call(backend, case, dtype)
-    # The kernels take positions beyond 2^30 as that.
-    far = 1 << (40 if backend is REFERENCE else 29)
+    # The kernels for GPUs take positions beyond 2^30 as that.
+    far = 1 << (29 if backend in (SIMT, GPU) else 40)
     for starts in ((0, 0, 0), (0, 121, -7), (-far, 5, far)):
         positions = torch.cat([torch.arange(n) + start for n, start in zip(lengths, starts, strict=True)])
         assert same(_call(backend, case, dtype, positions=positions.to(backend.device)), expected)
