@@ -17,6 +17,30 @@ namespace warpform::cpu {
 template <class Params>
 using Kernel = void (*)(const Params& params, const Host& host);
 
+// The tables of disentangled attention; kernels for a GPU take products with them (RelativeTerms).
+struct RelativeTables {
+  HeadsView pos_key;    // [2 * span, heads, head_dim], or null data: no such term
+  HeadsView pos_query;  // the same
+  int64_t rows;         // 2 * span
+  // [2 * reach + 1]: the tables' row of the distances from -reach to reach, not decreasing; farther ones have the last
+  // row of their side.
+  const int32_t* row_of_distance;
+  int64_t reach;
+  const int64_t* positions;  // [total], or null: a token's number in its sequence
+};
+
+struct DisentangledParams {
+  AttentionForwardParams attention;  // without its problem's RelativeTerms
+  RelativeTables tables;
+};
+
+struct DisentangledBackwardParams {
+  AttentionBackwardParams attention;  // without workspaces, dc2p and dp2c
+  RelativeTables tables;
+  void* dpos_key;  // [2 * span, heads, head_dim], or null
+  void* dpos_query;
+};
+
 // Blocks of a structured matrix, contiguous, and where its gradient goes.
 struct BlockFactor {
   const void* w;  // [count, rows, cols]
@@ -77,73 +101,51 @@ struct RoutedProductParams {
   int64_t bias_stride;  // between classes; 0: one for all
   bool routed_out;      // of the weight's gradient: its outputs are the routed side
   DType dtype;
-  // The tables of disentangled attention; kernels for a GPU take products with them (RelativeTerms).
-  struct RelativeTables {
-    HeadsView pos_key;    // [2 * span, heads, head_dim], or null data: no such term
-    HeadsView pos_query;  // the same
-    int64_t rows;         // 2 * span
-    // [2 * reach + 1]: the tables' row of the distances from -reach to reach, not decreasing; farther ones have the last
-    // row of their side.
-    const int32_t* row_of_distance;
-    int64_t reach;
-    const int64_t* positions;  // [total], or null: a token's number in its sequence
-  };
+};
 
-  struct DisentangledParams {
-    AttentionForwardParams attention;  // without its problem's RelativeTerms
-    RelativeTables tables;
-  };
+struct Kernels {
+  const char* isa;  // "x86-64-v3", "x86-64-v4" or "aarch64"
+  int lanes;        // float32 elements of a vector
 
-  struct DisentangledBackwardParams {
-    AttentionBackwardParams attention;  // without workspaces, dc2p and dp2c
-    RelativeTables tables;
-    void* dpos_key;  // [2 * span, heads, head_dim], or null
-    void* dpos_query;
-  };
+  Kernel<AttentionForwardParams> varlen_attention;
+  Kernel<AttentionBackwardParams> varlen_attention_backward;
+  Kernel<AttentionStepParams> attention_step;
+  Kernel<AttentionStepBackwardParams> attention_step_backward;
 
-  struct Kernels {
-    const char* isa;  // "x86-64-v3", "x86-64-v4" or "aarch64"
-    int lanes;        // float32 elements of a vector
+  Kernel<DisentangledParams> disentangled_attention;
+  Kernel<DisentangledBackwardParams> disentangled_attention_backward;
 
-    Kernel<AttentionForwardParams> varlen_attention;
-    Kernel<AttentionBackwardParams> varlen_attention_backward;
-    Kernel<AttentionStepParams> attention_step;
-    Kernel<AttentionStepBackwardParams> attention_step_backward;
+  Kernel<BiasGeluParams> bias_gelu;
+  Kernel<BiasGeluBackwardParams> bias_gelu_backward;
+  Kernel<LayerNormParams> layer_norm;
+  Kernel<LayerNormBackwardParams> layer_norm_backward;
+  Kernel<PackingPlanParams> packing_plan;
+  Kernel<GatherRowsParams> gather_rows;
+  Kernel<WindowForwardParams> window_attention;
+  Kernel<WindowBackwardParams> window_attention_backward;
 
-    Kernel<DisentangledParams> disentangled_attention;
-    Kernel<DisentangledBackwardParams> disentangled_attention_backward;
+  Kernel<BlockProductParams> blockdiag_multiply;
+  Kernel<BlockProductParams> blockdiag_multiply_backward;
+  Kernel<BlockProductParams> monarch_multiply;
+  Kernel<BlockProductParams> monarch_multiply_backward;
+  Kernel<BlockProductParams> blockdiag_glu;
+  Kernel<BlockProductParams> blockdiag_glu_backward;
 
-    Kernel<BiasGeluParams> bias_gelu;
-    Kernel<BiasGeluBackwardParams> bias_gelu_backward;
-    Kernel<LayerNormParams> layer_norm;
-    Kernel<LayerNormBackwardParams> layer_norm_backward;
-    Kernel<PackingPlanParams> packing_plan;
-    Kernel<GatherRowsParams> gather_rows;
-    Kernel<WindowForwardParams> window_attention;
-    Kernel<WindowBackwardParams> window_attention_backward;
+  Kernel<RoutingMaskParams> routing_mask;
+  Kernel<RoutingPlanParams> routing_plan;
+  Kernel<RoutedProductParams> hidden_gather;
+  Kernel<RoutedProductParams> hidden_scatter;
+  Kernel<RoutedProductParams> hidden_weight_grad;
 
-    Kernel<BlockProductParams> blockdiag_multiply;
-    Kernel<BlockProductParams> blockdiag_multiply_backward;
-    Kernel<BlockProductParams> monarch_multiply;
-    Kernel<BlockProductParams> monarch_multiply_backward;
-    Kernel<BlockProductParams> blockdiag_glu;
-    Kernel<BlockProductParams> blockdiag_glu_backward;
+  Kernel<ShortConvParams> short_conv_gate;
+  Kernel<ShortConvBackwardParams> short_conv_gate_backward;
+};
 
-    Kernel<RoutingMaskParams> routing_mask;
-    Kernel<RoutingPlanParams> routing_plan;
-    Kernel<RoutedProductParams> hidden_gather;
-    Kernel<RoutedProductParams> hidden_scatter;
-    Kernel<RoutedProductParams> hidden_weight_grad;
+// The kernels for this CPU: the widest instruction set that it has, or that WARPFORM_CPU_ISA names. Null where it has
+// none of them. Asked once.
+const Kernels* kernels();
 
-    Kernel<ShortConvParams> short_conv_gate;
-    Kernel<ShortConvBackwardParams> short_conv_gate_backward;
-  };
-
-  // The kernels for this CPU: the widest instruction set that it has, or that WARPFORM_CPU_ISA names. Null where it has
-  // none of them. Asked once.
-  const Kernels* kernels();
-
-  // Why kernels() is null, or null.
-  const char* kernels_missing();
+// Why kernels() is null, or null.
+const char* kernels_missing();
 
 }  // namespace warpform::cpu
