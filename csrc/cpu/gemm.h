@@ -11,7 +11,6 @@
 #include "threads.h"
 
 namespace warpform::cpu::WARPFORM_CPU_ISA {
-namespace {
 
 // What becomes of the C that was there.
 enum class Into {
@@ -19,6 +18,21 @@ enum class Into {
   kAdd,     // C = C + A B
   kScaled,  // C = C * scale[row] + A B
 };
+
+// gemm.cpp has what follows, once for each instruction set: its tiles are the better part of a kernel's compile time.
+
+// C [m, vectors * kLanes]. A's element (row, k) is a[row * a_row + k * a_column], B's row k is b + k * b_stride. `scale`
+// has m elements and is read for kScaled alone.
+void gemm(Into into, int64_t m, int64_t vectors, float* c, int64_t c_stride, const float* a, int64_t a_row,
+          int64_t a_column, const float* b, int64_t b_stride, int64_t inner, const float* scale);
+
+// kLanes rows of `depth` elements, null for rows of zeros, become columns: to[d * kPanel + i] = rows[i][d]. Rows of `to`
+// from depth on, up to the next multiple of kLanes, are zeros. What lies `ahead` elements after a row is fetched for later.
+void pack_row_group(float* to, const float* const* rows, int64_t depth, int64_t ahead);
+void pack_row_group(float* to, const Float16* const* rows, int64_t depth, int64_t ahead);
+void pack_row_group(float* to, const BFloat16* const* rows, int64_t depth, int64_t ahead);
+
+namespace {
 
 constexpr int kChain = 64;
 
@@ -32,73 +46,11 @@ constexpr int tile_rows(int vectors) {
 // apart and share 8 sets of the cache.
 constexpr int kPanel = kTileVectors * kLanes;
 
-template <int kRows, int kVectors, Into kInto>
-WARPFORM_INLINE void gemm_tile(float* c, int64_t c_stride, const float* a, int64_t a_row, int64_t a_column,
-                               const float* b, int64_t b_stride, int64_t inner, const float* scale) {
-  Vec sum[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec{};
-#pragma GCC unroll 1
-  for (int64_t k = 0; k < inner; ++k) {
-    Vec row[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) row[v] = load(b + k * b_stride + v * kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const Vec x = broadcast(a[r * a_row + k * a_column]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += x * row[v];
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      float* const at = c + r * c_stride + v * kLanes;
-      if constexpr (kInto == Into::kSet) store(at, sum[r][v]);
-      if constexpr (kInto == Into::kAdd) store(at, load(at) + sum[r][v]);
-      if constexpr (kInto == Into::kScaled) store(at, load(at) * scale[r] + sum[r][v]);
-    }
-}
-
-// kVectors vectors of columns and any number of rows.
-template <int kRows, int kVectors, Into kInto>
-__attribute__((noinline)) void gemm_rows(int64_t m, float* c, int64_t c_stride, const float* a, int64_t a_row,
-                                         int64_t a_column, const float* b, int64_t b_stride, int64_t inner,
-                                         const float* scale) {
-  int64_t i = 0;
-  const auto scale_at = [&](int64_t row) { return kInto == Into::kScaled ? scale + row : nullptr; };
-  for (; i + kRows <= m; i += kRows) {
-    gemm_tile<kRows, kVectors, kInto>(c + i * c_stride, c_stride, a + i * a_row, a_row, a_column, b, b_stride, inner,
-                                      scale_at(i));
-  }
-  if constexpr (kRows > 1) {
-    if (i < m) {
-      gemm_rows<kRows - 1, kVectors, kInto>(m - i, c + i * c_stride, c_stride, a + i * a_row, a_row, a_column, b,
-                                            b_stride, inner, scale_at(i));
-    }
-  }
-}
-
-// C [m, vectors * kLanes]. A's element (row, k) is a[row * a_row + k * a_column], B's row k is b + k * b_stride. `scale`
-// has m elements and is read for kScaled alone.
 template <Into kInto>
 WARPFORM_INLINE void gemm(int64_t m, int64_t vectors, float* c, int64_t c_stride, const float* a, int64_t a_row,
                           int64_t a_column, const float* b, int64_t b_stride, int64_t inner,
                           const float* scale = nullptr) {
-  int64_t v = 0;
-  const auto columns = [&]<int kVectors>() {
-    gemm_rows<tile_rows(kVectors), kVectors, kInto>(m, c + v * kLanes, c_stride, a, a_row, a_column, b + v * kLanes,
-                                                    b_stride, inner, scale);
-  };
-  for (; v + kTileVectors <= vectors; v += kTileVectors) columns.template operator()<kTileVectors>();
-  if constexpr (kTileVectors > 2) {
-    if (vectors - v == 3) columns.template operator()<3>();
-    if (vectors - v == 2) columns.template operator()<2>();
-  }
-  if (vectors - v == 1) columns.template operator()<1>();
+  gemm(kInto, m, vectors, c, c_stride, a, a_row, a_column, b, b_stride, inner, scale);
 }
 
 // `rows` rows of `depth` elements become the columns of panels [ceil(rows / kPanel)][depth rounded up to kLanes][kPanel]:
@@ -113,18 +65,9 @@ WARPFORM_INLINE void pack_columns(float* panels, int64_t rows, int64_t depth, co
       for (int64_t d = 0; d < panel_rows; ++d) store(base + d * kPanel, Vec{});
       continue;
     }
-    for (int64_t d = 0; d < depth; d += kLanes) {
-      Vec block[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        const T* const from = i0 + i < rows ? row(i0 + i) : nullptr;
-        if (ahead != 0 && from != nullptr) __builtin_prefetch(from + d + ahead);
-        block[i] = from == nullptr ? Vec{} : load_first(from + d, depth - d);
-      }
-      transpose(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store(base + (d + i) * kPanel, block[i]);
-    }
+    const T* group[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) group[i] = i0 + i < rows ? row(i0 + i) : nullptr;
+    pack_row_group(base, group, depth, ahead);
   }
 }
 constexpr int64_t packed_columns(int64_t rows, int64_t depth) {

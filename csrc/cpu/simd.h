@@ -27,6 +27,14 @@
 #endif
 
 namespace warpform::cpu::WARPFORM_CPU_ISA {
+
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -53,13 +61,6 @@ using ShortVec = uint16_t __attribute__((vector_size(2 * kLanes)));
 using LooseVec = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 using LooseIntVec = int32_t __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 using LooseShortVec = uint16_t __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
-
-struct Float16 {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
 
 // ---- registers ----
 
