@@ -16,11 +16,13 @@ using namespace warpform;  // parameters
 namespace {
 
 int64_t thread_count = 1;
+int64_t regions = 0;  // that were parallel since it was set to 0
 
 const cpu::Host kHost{
     .threads = [] { return thread_count; },
     .run =
         [](int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
+          ++regions;
           std::vector<std::thread> threads;
           std::barrier start(n);  // or the first thread would do the work before the next is there
           for (int64_t i = 0; i < n; ++i) {
@@ -47,9 +49,10 @@ Floats drawn(size_t count) {
   return values;
 }
 
-// A kernel's call, which fills the results that it returns.
+// Calls of a forward and a backward kernel, which fill the results that are returned.
 struct Case {
   const char* name;
+  int64_t most_regions;  // of both together
   std::function<std::vector<Floats>()> call;
 };
 
@@ -140,7 +143,137 @@ std::vector<Floats> packing() {
           floats(position_ids), floats(summary), packed};
 }
 
-const Case kCases[] = {{"bias_gelu", gelu}, {"layer_norm", layer_norm}, {"packing", packing}};
+// Sequences of all kinds of lengths, two query heads for each key head.
+std::vector<Floats> attention(bool causal) {
+  static const std::vector<int32_t> cu = {0, 5, 5, 90, 153, 154, 700};
+  constexpr int kTokens = 700, kHeads = 4, kKeyHeads = 2, kDim = 40;
+  static const Floats q = drawn(kTokens * kHeads * kDim), dout = drawn(kTokens * kHeads * kDim);
+  static const Floats k = drawn(kTokens * kKeyHeads * kDim), v = drawn(kTokens * kKeyHeads * kDim);
+  const auto view = [](const Floats& t, int64_t heads) { return HeadsView{t.data(), heads * kDim, kDim}; };
+  const AttentionProblem problem{.q = view(q, kHeads),
+                                 .k = view(k, kKeyHeads),
+                                 .v = view(v, kKeyHeads),
+                                 .cu_seqlens_q = cu.data(),
+                                 .cu_seqlens_k = cu.data(),
+                                 .batch = static_cast<int>(cu.size()) - 1,
+                                 .total_q = kTokens,
+                                 .total_k = kTokens,
+                                 .max_seqlen_q = kTokens,
+                                 .max_seqlen_k = kTokens,
+                                 .heads_q = kHeads,
+                                 .heads_kv = kKeyHeads,
+                                 .head_dim = kDim,
+                                 .dtype = DType::kFloat32,
+                                 .softmax_scale = 0.2f,
+                                 .window_left = -1,
+                                 .window_right = causal ? 0 : -1};
+  Floats out(q.size()), lse(kHeads * kTokens), dq(q.size()), dk(k.size()), dv(v.size());
+  kernels::varlen_attention({.problem = problem, .out = out.data(), .lse = lse.data()}, kHost);
+  kernels::varlen_attention_backward({.problem = problem,
+                                      .out = view(out, kHeads),
+                                      .dout = view(dout, kHeads),
+                                      .lse = lse.data(),
+                                      .dq = dq.data(),
+                                      .dk = dk.data(),
+                                      .dv = dv.data()},
+                                     kHost);
+  return {out, lse, dq, dk, dv};
+}
+
+// Shifted windows over grids that are no multiple of them: of 49 tokens, whose scores are worked on whole, and of 144.
+std::vector<Floats> windows(int window) {
+  constexpr int kBatch = 2, kHeight = 25, kWidth = 31, kHeads = 3, kDim = 24, kTokens = kBatch * kHeight * kWidth;
+  const size_t entries = static_cast<size_t>((2 * window - 1) * (2 * window - 1));
+  const Floats table(entries * kHeads, 0.25f);
+  static const Floats qkv = drawn(kTokens * 3 * kHeads * kDim), dout = drawn(kTokens * kHeads * kDim);
+  WindowProblem problem{.qkv = qkv.data(),
+                        .table = table.data(),
+                        .dtype = DType::kFloat32,
+                        .batch = kBatch,
+                        .heads = kHeads,
+                        .head_dim = kDim,
+                        .size = {1, kHeight, kWidth},
+                        .window = {1, window, window},
+                        .shift = {0, 3, 3},
+                        .scale = 0.2f,
+                        .mask_value = -100.f};
+  problem.derive();
+  Floats out(dout.size()), lse(static_cast<size_t>(problem.windows * problem.tokens * kHeads));
+  Floats dqkv(qkv.size()), dtable(table.size());
+  kernels::window_attention({.problem = problem, .out = out.data(), .lse = window > 8 ? lse.data() : nullptr}, kHost);
+  kernels::window_attention_backward({.problem = problem,
+                                      .dout = dout.data(),
+                                      .out = out.data(),
+                                      .lse = window > 8 ? lse.data() : nullptr,
+                                      .dqkv = dqkv.data(),
+                                      .dtable = dtable.data()},
+                                     kHost);
+  return {out, lse, dqkv, dtable};
+}
+
+std::vector<Floats> monarch() {
+  constexpr int64_t kRows = 300, kBlocks = 3, kIn = 20, kMiddle = 36, kOut = 28;
+  static const Floats x = drawn(kRows * kBlocks * kIn), dout = drawn(kRows * kBlocks * kOut);
+  static const Floats first = drawn(kBlocks * kMiddle * kIn), second = drawn(kBlocks * kOut * kMiddle);
+  Floats out(dout.size()), dx(x.size()), dfirst(first.size()), dsecond(second.size());
+  cpu::BlockProductParams params{
+      .first = {.w = first.data(), .dw = dfirst.data(), .count = kBlocks, .rows = kMiddle, .cols = kIn},
+      .second = {.w = second.data(), .dw = dsecond.data(), .count = kBlocks, .rows = kOut, .cols = kMiddle},
+      .x = x.data(),
+      .dout = dout.data(),
+      .out = out.data(),
+      .dx = dx.data(),
+      .rows = kRows,
+      .x_stride = kBlocks * kIn,
+      .dout_stride = kBlocks * kOut,
+      .dtype = DType::kFloat32};
+  kernels::monarch_multiply(params, kHost);
+  kernels::monarch_multiply_backward(params, kHost);
+  return {out, dx, dfirst, dsecond};
+}
+
+std::vector<Floats> short_conv() {
+  constexpr int64_t kBatch = 3, kSeqlen = 101, kChannels = 150, kTaps = 3;
+  static const Floats x = drawn(kBatch * kSeqlen * 3 * kChannels), weight = drawn(3 * kChannels * kTaps);
+  static const Floats bias = drawn(3 * kChannels), dout = drawn(kBatch * kChannels * kSeqlen);
+  Floats gated(dout.size()), gate(dout.size()), dx(x.size()), dweight(weight.size()), dbias(bias.size());
+  kernels::short_conv_gate({.x = x.data(),
+                            .weight = weight.data(),
+                            .bias = bias.data(),
+                            .gated = gated.data(),
+                            .gate = gate.data(),
+                            .batch = kBatch,
+                            .seqlen = kSeqlen,
+                            .channels = kChannels,
+                            .taps = kTaps},
+                           kHost);
+  kernels::short_conv_gate_backward({.dgated = dout.data(),
+                                     .dgate = dout.data(),
+                                     .x = x.data(),
+                                     .weight = weight.data(),
+                                     .bias = bias.data(),
+                                     .dx = dx.data(),
+                                     .dweight = dweight.data(),
+                                     .dbias = dbias.data(),
+                                     .batch = kBatch,
+                                     .seqlen = kSeqlen,
+                                     .channels = kChannels,
+                                     .taps = kTaps},
+                                    kHost);
+  return {gated, gate, dx, dweight, dbias};
+}
+
+const Case kCases[] = {
+    {"bias_gelu", 2, gelu},
+    {"layer_norm", 2, layer_norm},
+    {"packing", 2, packing},
+    {"attention", 2, [] { return attention(false); }},
+    {"causal attention", 2, [] { return attention(true); }},
+    {"windows of 49", 2, [] { return windows(7); }},
+    {"windows of 144", 2, [] { return windows(12); }},
+    {"monarch", 2, monarch},
+    {"short_conv", 2, short_conv},
+};
 
 }  // namespace
 
@@ -149,7 +282,12 @@ int main() {
     std::vector<Floats> first;
     for (const int64_t threads : {1, 2, 3, 7}) {
       thread_count = threads;
+      regions = 0;
       const std::vector<Floats> found = one.call();
+      if (regions > one.most_regions) {
+        std::printf("%s: %d parallel regions\n", one.name, static_cast<int>(regions));
+        return 1;
+      }
       if (threads == 1) first = found;
       for (size_t i = 0; i < found.size(); ++i) {
         if (std::memcmp(found[i].data(), first[i].data(), found[i].size() * sizeof(float)) != 0) {
