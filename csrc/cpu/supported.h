@@ -28,7 +28,7 @@ inline constexpr SupportedConfig kConfigs[] = {
      .option = {"approximate", {"none", "tanh"}}},
     {.op = "add_bias_residual_layer_norm", .dtypes = kFloats, .float_parameters = true},
     {.op = "add_bias_residual_layer_norm_backward", .dtypes = kFloats, .float_parameters = true},
-    {.op = "packing_plan", .dtypes = {{"any"}}},
+    {.op = "packing_plan"},
     {.op = "pack", .dtypes = {{"any"}}},
     {.op = "unpack", .dtypes = {{"any"}}},
     {.op = "window_attention", .dtypes = kFloats, .limits = {kWindowTokens}},

@@ -72,8 +72,14 @@ def run(
     registry = _registry()
     if library is None:
         library = torch.ops.warpform
-    on_kernels = kernels and (device != "cpu" or library is not torch.ops.warpform)
-    table = json.loads(library._kernel_table()) if on_kernels else []
+    own = library is torch.ops.warpform
+    on_cpu = own and device == "cpu"
+    # On a CPU a reference may replace a kernel, as no kernel takes every call.
+    on_kernels = kernels and not on_cpu
+    if on_cpu:
+        table = _library.kernel_table("cpu") if _env.backend() != "reference" else []
+    else:
+        table = json.loads(library._kernel_table()) if on_kernels else []
     for name in names:
         op = registry[name]
         found = _dtypes(name, table)
@@ -81,11 +87,11 @@ def run(
             yield {"op": name, "dtype": dtype, "starting": True}
             how = (op, getattr(torch, dtype), device, getattr(library, name))
             has_kernels = any(row["op"] == name for row in table)
-            with _strict(True if on_kernels and library is torch.ops.warpform and has_kernels else None):
+            with _strict(True if on_kernels and own and has_kernels else None):
                 yield _timed(name, device, dtype, "forward", functools.partial(_forward, *how))
-                if op.differentiable and library is torch.ops.warpform:
+                if op.differentiable and own:
                     yield _timed(name, device, dtype, "backward", functools.partial(_backward, *how))
-                direct = _direct_call(name) if on_kernels and library is torch.ops.warpform else None
+                direct = _direct_call(name) if own and (on_kernels or has_kernels) else None
                 if direct is not None:
                     how = (*how[:3], direct)
                     yield _timed(name, device, dtype, "direct", functools.partial(_forward, *how))
