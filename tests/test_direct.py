@@ -249,16 +249,19 @@ def test_a_setting_closes_it() -> None:
     assert "WARPFORM_DIRECT=0" in run_python(code, WARPFORM_DIRECT="0")
 
 
-def test_on_a_cpu_torch_is_called() -> None:
+def test_on_a_cpu_torch_is_called_for_what_has_no_kernel() -> None:
     calls = []
 
     def fallback(*args: Any, **kwargs: Any) -> str:
         calls.append((args, kwargs))
         return "through torch"
 
-    x = torch.randn(4, 16)
-    assert _direct.direct("bias_gelu", fallback)(x, None, approximate="tanh") == "through torch"
+    call = _direct.direct("bias_gelu", fallback)
+    x = torch.randn(4, 16, dtype=torch.float64)
+    assert call(x, None, approximate="tanh") == "through torch"
     assert calls == [((x, None), {"approximate": "tanh"})]
+    if _library.cpu_isa():
+        assert isinstance(call(x.float(), None), torch.Tensor) and len(calls) == 1
 
 
 # ---- errors ----

@@ -206,8 +206,8 @@ def figures(device: str, kernels: Kernels) -> dict[str, plots.Figure]:
 
 def machine(row: Row) -> str:
     """The device, by name and kind."""
-    if row["kind"] == "cuda":
-        return row["device"]
+    if row["kind"].startswith("cuda"):
+        return f"{row['device']} ({beside(row).rstrip(', ')})" if beside(row) else row["device"]
     return f"{row['device']} (CPU, {beside(row)}{row['threads']} threads)"
 
 

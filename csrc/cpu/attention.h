@@ -183,6 +183,8 @@ struct PlainScores {
   static constexpr bool has_slopes() { return false; }
   // What makes exponents of 2 of the scores.
   static float factor(const ScoreScale& scale) { return scale.exponent; }
+  // And what makes numbers of the log-sum-exp of them.
+  static float unit(const ScoreScale& scale) { return scale.size; }
   template <bool kSlopes>
   WARPFORM_INLINE void change(float*, float*, int64_t, int64_t, int64_t, int64_t) const {}
 };
@@ -196,6 +198,7 @@ struct CappedScores {
 
   bool has_slopes() const { return softcap > 0.f; }
   static float factor(const ScoreScale&) { return 1.f; }
+  static float unit(const ScoreScale&) { return kLn2; }
   // Scores of queries from i on and keys from j on become exponents of 2.
   template <bool kSlopes>
   WARPFORM_INLINE void change(float* scores, float* slopes, int64_t rows, int64_t i, int64_t j, int64_t keys) const {
@@ -223,8 +226,9 @@ struct CappedScores {
 
 // ---- softmax ----
 
-// Of kRows rows of scores: probabilities over their largest exponent so far, which goes into `top`, and their sum. Where all
-// scores are -inf the base of the powers is 0 and the probabilities are 0.
+// Turns kRows rows of scores into probabilities over their largest score so far, which goes into `top`, and into their
+// sums. The largest is subtracted before the factor is applied: rounded products of large scores would differ by more than
+// the scores do. Where all scores are -inf, 0 is subtracted and the probabilities are 0.
 template <int kRows>
 WARPFORM_INLINE void softmax_rows(float* scores, int64_t width, float factor, bool first, float* top, float* sum) {
   Vec largest[kRows], total[kRows];
@@ -236,15 +240,15 @@ WARPFORM_INLINE void softmax_rows(float* scores, int64_t width, float factor, bo
     for (int r = 0; r < kRows; ++r) largest[r] = max(largest[r], load(scores + r * kScoreStride + j));
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    const float exponent = largest_lane(largest[r]) * factor;
-    top[r] = first || !(exponent < top[r]) ? exponent : top[r];
+    const float found = largest_lane(largest[r]);
+    top[r] = first || !(found < top[r]) ? found : top[r];
     base[r] = top[r] == kMinusInfinity ? 0.f : top[r];
   }
   for (int64_t j = 0; j < width; j += kLanes)
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       float* const at = scores + r * kScoreStride + j;
-      const Vec p = exp2(load(at) * factor - base[r]);
+      const Vec p = exp2((load(at) - base[r]) * factor);
       total[r] += p;
       store(at, p);
     }
@@ -254,12 +258,14 @@ WARPFORM_INLINE void softmax_rows(float* scores, int64_t width, float factor, bo
 
 // The softmax of a block of queries over the keys so far.
 struct Softmax {
-  alignas(64) float top[kQueryBlock];    // the largest exponent of 2
+  float factor;                          // of scores in exponents of 2
+  float unit;                            // of scores in the log-sum-exp
+  alignas(64) float top[kQueryBlock];    // the largest score
   alignas(64) float sum[kQueryBlock];    // of the probabilities over it
   alignas(64) float scale[kQueryBlock];  // of what was summed before the last block of keys
 
   // Scores become probabilities over the largest so far; `scale` and `sum` follow.
-  WARPFORM_INLINE void add(float* scores, int64_t rows, int64_t keys, float factor, bool first) {
+  WARPFORM_INLINE void add(float* scores, int64_t rows, int64_t keys, bool first) {
     alignas(64) float before[kQueryBlock], part[kQueryBlock];
     const int64_t width = round_up(keys, kLanes);
     if (!first) std::memcpy(before, top, sizeof before);
@@ -272,9 +278,9 @@ struct Softmax {
         continue;
       }
       const Vec now = load(top + r);
-      const Vec factor = exp2(load(before + r) - (now == kMinusInfinity ? Vec{} : now));
-      store(scale + r, factor);
-      store(sum + r, load(sum + r) * factor + load(part + r));
+      const Vec kept = exp2((load(before + r) - (now == kMinusInfinity ? Vec{} : now)) * factor);
+      store(scale + r, kept);
+      store(sum + r, load(sum + r) * kept + load(part + r));
     }
   }
 
@@ -283,7 +289,7 @@ struct Softmax {
     for (int64_t r = 0; r < rows; r += kLanes) {
       const Vec total = load(sum + r);
       // The largest probability is 1, so a sum of 0 means that there is none.
-      const Vec found = load(top + r) * kLn2 + log(total);
+      const Vec found = load(top + r) * unit + log(total);
       store(lse + r, total == 0.f ? broadcast(kMinusInfinity) : found);
     }
   }
@@ -353,7 +359,7 @@ void attend(const ForwardMemory& memory, const SequenceHeads<T>& x, int64_t firs
       if (rows == 0) continue;
       const HeadRows<T> q{x.q.row(i) + h * x.q_head_stride, x.q.stride};
       pack_rows(memory.q, q, rows, head, scale.sign);
-      Softmax softmax;
+      Softmax softmax{.factor = change.factor(scale), .unit = change.unit(scale)};
       const int64_t first_key = keys.first[some.begin], last_key = keys.last[some.end - 1];
       bool first = true;
       for (int64_t j = first_key / kPanel * kPanel; j < last_key; j += kKeyBlock) {
@@ -362,7 +368,7 @@ void attend(const ForwardMemory& memory, const SequenceHeads<T>& x, int64_t firs
                       memory.k_columns + j * head.padded);
         change.template change<false>(memory.scores, nullptr, rows, i, j, count);
         mask_scores(memory.scores, rows, j, count, keys, some.begin);
-        softmax.add(memory.scores, rows, count, change.factor(scale), first);
+        softmax.add(memory.scores, rows, count, first);
         const int64_t before = larger(first_key - j, 0);  // keys that no row sees
         if (first) {
           times_row_panels<Into::kSet>(rows, count - before, memory.out, memory.scores + before, kScoreStride, 1,

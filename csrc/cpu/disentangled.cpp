@@ -360,7 +360,9 @@ WARPFORM_INLINE void attend_queries(const Memory& memory, const Call& call, cons
                 memory.terms + x, places, of, call.scale.sign, head);
       mask_end(memory.scores, rows, keys);
       Softmax& softmax = memory.softmax[x / kQueryBlock];
-      softmax.add(memory.scores, rows, keys, call.scale.exponent, j == 0);
+      softmax.factor = call.scale.exponent;
+      softmax.unit = call.scale.size;
+      softmax.add(memory.scores, rows, keys, j == 0);
       float* const out = memory.out + x * head.padded;
       if (j == 0) {
         times_row_panels<Into::kSet>(rows, keys, out, memory.scores, kScoreStride, 1, memory.v_panels, n, j, head);

@@ -54,17 +54,13 @@ WARPFORM_INLINE void gemm(int64_t m, int64_t vectors, float* c, int64_t c_stride
 }
 
 // `rows` rows of `depth` elements become the columns of panels [ceil(rows / kPanel)][depth rounded up to kLanes][kPanel]:
-// B of a product with the transpose. Columns past the last row are zeros; so are a panel's rows from depth on, up to the
-// next multiple of kLanes. row(i) gives the address of row i; what lies `ahead` elements after it is fetched for later.
+// B of a product with the transpose. Columns past the last row are zeros up to the next multiple of kLanes, and so are a
+// panel's rows from depth on; further columns of the last panel are not set. row(i) gives the address of row i; what lies `ahead` elements after it is fetched for later.
 template <class T, class Row>
 WARPFORM_INLINE void pack_columns(float* panels, int64_t rows, int64_t depth, const Row& row, int64_t ahead = 0) {
   const int64_t panel_rows = round_up(depth, kLanes);
-  for (int64_t i0 = 0; i0 < round_up(rows, kPanel); i0 += kLanes) {
+  for (int64_t i0 = 0; i0 < rows; i0 += kLanes) {
     float* const base = panels + i0 / kPanel * kPanel * panel_rows + i0 % kPanel;
-    if (i0 >= rows) {
-      for (int64_t d = 0; d < panel_rows; ++d) store(base + d * kPanel, Vec{});
-      continue;
-    }
     const T* group[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) group[i] = i0 + i < rows ? row(i0 + i) : nullptr;
     pack_row_group(base, group, depth, ahead);

@@ -1,6 +1,6 @@
 // The CPU kernels: a table of functions for each instruction set that they were compiled for. They take the parameters
 // of the CUDA kernels (csrc/kernels/*/launch.h) with pointers into ordinary memory, aligned to their elements alone, and
-// need no workspace of them. They return when they are done. A null entry: this instruction set has no such kernel.
+// need no workspace of them. They return when they are done.
 #pragma once
 
 #include "host.h"

@@ -46,9 +46,15 @@ WARPFORM_INLINE void store_rows(T* to, int64_t to_stride, const float* from, int
 // sum[c] += the sum of from[r][c] over the rows. `sum` and the rows have room for whole vectors.
 WARPFORM_INLINE void add_rows(float* sum, const float* from, int64_t stride, int64_t rows, int64_t n) {
   for (int64_t c = 0; c < n; c += kLanes) {
-    Vec total{};
-    for (int64_t r = 0; r < rows; ++r) total += load(from + r * stride + c);
-    store(sum + c, load(sum + c) + total);
+    // Four sums side by side: each is short, and none waits for another.
+    Vec total[4] = {};
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) total[i] += load(from + (r + i) * stride + c);
+    }
+    for (; r < rows; ++r) total[0] += load(from + r * stride + c);
+    store(sum + c, load(sum + c) + ((total[0] + total[1]) + (total[2] + total[3])));
   }
 }
 

@@ -156,6 +156,15 @@ struct Chunk {
   }
 };
 
+// Zeros in rows that no chunk has: a plan that was changed may leave tokens out. `to` may be null.
+template <class T>
+void clear_what_is_left_out(const RoutedProductParams& p, T* to, int64_t cols) {
+  int64_t met = 0;
+  for (int64_t item = 0; item < Chunk::number(p); ++item) met += Chunk::at(p, item).count;
+  if (met == p.tokens || to == nullptr) return;
+  std::memset(static_cast<void*>(to), 0, static_cast<size_t>(p.tokens * cols) * sizeof(T));
+}
+
 WARPFORM_INLINE bool sees(const RoutedProductParams& p, int64_t part, int64_t group) {
   return p.out_mask == nullptr || uses(static_cast<uint64_t>(p.out_mask[part]), group);
 }
@@ -234,6 +243,7 @@ void gather(const RoutedProductParams& p, const Host& host) {
   Scratch memory(host, Scratch::bytes_of<float>(all));
   float* const panels = memory.next<float>(all);
   pack_routed<T>(p, host, false, panels, panel);
+  clear_what_is_left_out(p, out, outputs);
   over(host, Chunk::number(p), [&](Items& items) {
     Scratch own(
         host, Scratch::bytes_of<float>(p.num_groups * kChunk * in_room) + Scratch::bytes_of<float>(kChunk * out_room));
@@ -298,6 +308,8 @@ void scatter(const RoutedProductParams& p, const Host& host) {
   Scratch memory(host, Scratch::bytes_of<float>(all));
   float* const panels = memory.next<float>(all);
   pack_routed<T>(p, host, true, panels, panel);
+  clear_what_is_left_out(p, out, outputs);
+  clear_what_is_left_out(p, ungated, outputs);
   over(host, Chunk::number(p), [&](Items& items) {
     Scratch own(host,
                 Scratch::bytes_of<float>(p.num_out * kChunk * in_room) + Scratch::bytes_of<float>(kChunk * out_room));

@@ -283,8 +283,9 @@ WARPFORM_INLINE Vec exp2(Vec x) {
   p = p * rest + 2.402264791e-1f;
   p = p * rest + 6.931472028e-1f;
   p = p * rest + 1.0f;
-  const Vec power = as_float(as_int(p) + (as_int(shifted) << 23));
-  return x < -126.f ? Vec{} : power;
+  // A product, unlike a sum of exponents, keeps every NaN.
+  const Vec power = as_float((as_int(shifted) << 23) + 0x3f800000);
+  return x < -126.f ? Vec{} : p * power;
 }
 
 // Reads elements of `type` as float32: calls f with a null pointer of the element's type.

@@ -194,10 +194,14 @@ void backward_head(const WindowBackwardParams& params, const WindowSizes& z, con
     }
     for (int64_t i = 0; i < m; ++i) {
       if (b.inverse[i] != 0.f) continue;
-      // A query that sees no key has no gradients, whatever comes back.
+      // A query that sees no key has no gradients, whatever comes back and whatever values are: below its ds is cleared too.
       for (int64_t d = 0; d < z.wide; d += kLanes) store(rows_dout + i * z.wide + d, Vec{});
     }
     times_columns(m, z.tokens, z.depth, b.ds, z.stride, rows_dout, z.wide, 1, b.vt);
+    for (int64_t i = 0; i < m; ++i) {
+      if (b.inverse[i] != 0.f) continue;
+      for (int64_t j = 0; j < z.columns; j += kLanes) store(b.ds + i * z.stride + j, Vec{});
+    }
     if (kRegisters == 32 && z.columns == kRowVectors * kLanes) {
       score_gradients<kRowVectors>(b.s, b.ds, m, z.stride, z.columns, b.inverse, table_sum);
     } else {

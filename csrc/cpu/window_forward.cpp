@@ -86,7 +86,7 @@ void forward(const WindowForwardParams& params, const Host& host) {
   float* const factors = shared.next<float>(z.heads);
   bias.make();
   head_factors(z.problem, factors);
-  const WindowItems cut(z, /*products=*/2, /*least_windows=*/1, /*most_shares=*/INT64_MAX);
+  const WindowItems cut(z, /*products=*/2, /*least_windows=*/1, /*most_shares=*/z.windows);
   over(host, cut.count(), [&](Items& items) {
     Buffers b{.z = z, .bias_room = bias.room(), .cosine = z.problem.logit_scale != nullptr};
     Scratch memory(host, bytes_of_layout(b));

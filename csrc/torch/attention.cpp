@@ -171,6 +171,7 @@ BackwardResult varlen_attention_backward(Tensor dout, std::optional<Tensor> dlse
     check_same_device(kOp, name, t, "q", q);
   };
   check_rows("lse", lse);
+  if (launch.on_cpu()) lse = contiguous(lse);
   check_contiguous(kOp, "lse", lse);
   if (dlse) {
     check_rows("dlse", *dlse);

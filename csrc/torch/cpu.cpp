@@ -18,6 +18,7 @@ class KeptMemory {
   }
 
   void* take(size_t bytes) {
+    if (bytes == 0) bytes = 1;
     // The smallest free block that is large enough; else a free one is replaced.
     Block* found = nullptr;
     for (Block& block : blocks_) {
@@ -34,6 +35,7 @@ class KeptMemory {
       const size_t size = (bytes + kRound - 1) / kRound * kRound;
       found->data = std::aligned_alloc(64, size);
       if (found->data == nullptr) throw std::bad_alloc();
+      ask_for_huge_pages(found->data, size);
       found->bytes = size;
     }
     found->taken = true;
@@ -41,10 +43,12 @@ class KeptMemory {
   }
 
   void give(void* data) {
+    size_t kept = 0;
+    for (const Block& block : blocks_) kept += block.taken ? 0 : block.bytes;
     for (Block& block : blocks_) {
-      if (block.data != data) continue;
+      if (!block.taken || block.data != data) continue;
       block.taken = false;
-      if (block.bytes > kKept) {
+      if (kept + block.bytes > kKept) {
         std::free(block.data);
         block = {};
       }
@@ -54,7 +58,7 @@ class KeptMemory {
 
  private:
   static constexpr size_t kRound = 64 << 10;
-  static constexpr size_t kKept = 64 << 20;  // larger blocks go back to the system
+  static constexpr size_t kKept = 64 << 20;  // of all blocks; what is more goes back to the system
   struct Block {
     void* data = nullptr;
     size_t bytes = 0;

@@ -76,17 +76,18 @@ void check_gradient(const char* op, const Tensor& dout, const Tensor& x, int64_t
 std::optional<int64_t> one_stride(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   if (!last_dimension_is_contiguous(t)) return std::nullopt;
-  int64_t stride = 0, next = 0;  // next: what the dimension before must have
+  std::optional<int64_t> stride;
+  int64_t next = 0;  // what the dimension before must have
   for (int64_t i = last - 1; i >= 0; --i) {
     if (t.size(i) == 1) continue;
-    if (stride == 0) {
+    if (!stride) {
       stride = next = t.stride(i);
     } else if (t.stride(i) != next) {
       return std::nullopt;
     }
     next *= t.size(i);
   }
-  return stride;
+  return stride.value_or(0);
 }
 
 // The same where rows are 16-byte aligned, else nothing.

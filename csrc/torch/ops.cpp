@@ -236,14 +236,20 @@ std::string last_error() {
 }
 
 std::string cpu_kernels_missing() {
-  if constexpr (!kHasCpuKernels) return "the emulator's library has no CPU kernels";
-  const char* reason = cpu::kernels_missing();
-  return reason ? reason : "";
+  if constexpr (kHasCpuKernels) {
+    const char* reason = cpu::kernels_missing();
+    return reason ? reason : "";
+  } else {
+    return "the emulator's library has no CPU kernels";
+  }
 }
 std::string cpu_isa() {
-  if constexpr (!kHasCpuKernels) return "";
-  const cpu::Kernels* kernels = cpu::kernels();
-  return kernels ? kernels->isa : "";
+  if constexpr (kHasCpuKernels) {
+    const cpu::Kernels* kernels = cpu::kernels();
+    return kernels ? kernels->isa : "";
+  } else {
+    return "";
+  }
 }
 
 #ifdef WARPFORM_SIMT
@@ -316,7 +322,8 @@ STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("_last_error", TORCH_BOX(&warpform::last_error));
 }
 
-// On a CPU the same functions check the arguments, and then run the reference; in the emulator, the kernels.
+// On a CPU the same functions check the arguments, and then run a CPU kernel or the reference; in the emulator, the CUDA
+// kernels.
 STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, CPU, m) {
   for (const warpform::Op& op : warpform::ops()) m.impl(op.schema.name.c_str(), op.body.boxed);
 }

@@ -43,22 +43,19 @@ int32_t device_type_of(const api::TensorView& t) {
   }
 }
 
-// Asks for huge pages under a large output on a CPU. Memory of this size is fresh from the system, and the first touch of
-// every 4 KiB of it costs more than what a kernel writes there. Where the system grants none nothing changes.
-void ask_for_huge_pages([[maybe_unused]] const Tensor& t) {
+}  // namespace
+
+void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kFromBytes = uintptr_t{32} << 20, kHugePage = uintptr_t{2} << 20;
-  const uintptr_t bytes = static_cast<uintptr_t>(t.numel()) * t.element_size();
   if (bytes < kFromBytes) return;
   // The part that is whole huge pages: what else lies in the first and the last belongs to others.
-  const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const auto begin = reinterpret_cast<uintptr_t>(data);
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage,
                   last = (begin + bytes) / kHugePage * kHugePage;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
-
-}  // namespace
 
 Tensor::Tensor(const api::TensorView& lent)
     : lent_data_(lent.data),
@@ -131,7 +128,9 @@ Tensor empty(const char* op, const std::vector<int64_t>& sizes, ScalarType dtype
     throw std::runtime_error(text);
   }
   Tensor out{torch::stable::Tensor(handle)};
-  if (out.is_cpu()) ask_for_huge_pages(out);
+  if (out.is_cpu()) {
+    ask_for_huge_pages(out.mutable_data_ptr(), static_cast<size_t>(out.numel()) * out.element_size());
+  }
 #ifdef WARPFORM_SIMT
   if (out.is_cpu()) std::memset(out.mutable_data_ptr(), 0xff, static_cast<size_t>(out.numel()) * out.element_size());
 #endif

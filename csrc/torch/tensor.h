@@ -184,6 +184,10 @@ inline bool same_sizes(const Tensor& a, const Tensor& b) {
 // element that no kernel wrote reads as NaN).
 Tensor empty(const char* op, const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like);
 
+// Asks for huge pages under large memory of a CPU, 32 MiB and more, which is fresh from the system: the first touch of
+// every 4 KiB of it costs more than what a kernel writes there. Where the system grants none nothing changes.
+void ask_for_huge_pages(void* data, size_t bytes);
+
 // ---- functions of torch ----
 
 inline Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t.as_torch()); }

@@ -289,6 +289,32 @@ def test_any_address_and_stride_of_an_element(backend: Backend, dtype: torch.dty
         assert same(_call(backend, case, dtype, q=q, k=k, v=v), expected)
 
 
+@on(REFERENCE, CPU, dtype=one_dtype)
+def test_scores_of_any_size(backend: Backend, dtype: torch.dtype) -> None:
+    """Scores of 2^31 and more: float32 holds them to 256 and their differences exactly."""
+    torch.manual_seed(0)
+    q, k, v = 1e5 * torch.randn(4, 1, 64), 1e5 * torch.randn(4, 1, 64), torch.randn(4, 1, 64)
+    cu = offsets([4])
+    out, lse = backend.library.varlen_attention(q, k, v, cu, cu, 4, 4)
+    scores = torch.einsum("ihd,jhd->hij", q, k) / 8
+    torch.testing.assert_close(out, torch.einsum("hij,jhd->ihd", scores.softmax(2), v))
+    torch.testing.assert_close(lse, scores.logsumexp(2))
+
+
+@on(CPU, dtype=one_dtype)
+@pytest.mark.parametrize("bits", (0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1), ids=hex)
+def test_every_kind_of_nan_comes_through(backend: Backend, bits: int, dtype: torch.dtype) -> None:
+    x = attention_inputs(AttentionCase("", (20,), head_dim=32), dtype)
+    bad = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    for name in ("q", "k", "v"):
+        values = {"q": x.q, "k": x.k, "v": x.v}
+        values[name] = values[name].clone()
+        values[name].view(torch.int32)[3, 0, 5] = bad.view(torch.int32)
+        out, lse, *_ = _call(backend, AttentionCase("", (20,), head_dim=32), dtype, **values)
+        rows = slice(3, 4) if name == "q" else slice(None)
+        assert (lse[0, rows].isnan().all() or name == "v") and out[rows, 0].isnan().any(-1).all(), name
+
+
 @on(CPU, dtype=one_dtype)
 def test_bad_offsets_are_refused_as_by_the_reference(backend: Backend, dtype: torch.dtype) -> None:
     case = AttentionCase("", (20, 20), head_dim=32)

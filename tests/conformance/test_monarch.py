@@ -211,6 +211,30 @@ def test_bad_values_stay_in_their_row_and_block(backend: Backend) -> None:
 
 
 @on(*EVERY)
+def test_rows_that_are_expanded(backend: Backend, dtype: torch.dtype) -> None:
+    """A leading dimension without a stride, as the gradient of a sum over it has."""
+    torch.manual_seed(0)
+    w1, w2 = (torch.randn(4, 16, 16).to(backend.device, dtype) for _ in range(2))
+    for shape in ((3, 1, 64), (1, 5, 64)):
+        x, dout = (torch.randn(shape).to(backend.device, dtype).expand(3, 5, 64) for _ in range(2))
+        library, whole, dense = backend.library, x.contiguous(), dout.contiguous()
+        assert torch.equal(library.blockdiag_multiply(x, w1), library.blockdiag_multiply(whole, w1))
+        assert torch.equal(library.monarch_multiply(x, w1, w2), library.monarch_multiply(whole, w1, w2))
+        for one, other in zip(
+            (
+                *library.blockdiag_multiply_backward(dout, x, w1, True),
+                *library.monarch_multiply_backward(dout, x, w1, w2),
+            ),
+            (
+                *library.blockdiag_multiply_backward(dense, whole, w1, True),
+                *library.monarch_multiply_backward(dense, whole, w1, w2),
+            ),
+            strict=True,
+        ):
+            assert_close("gradient", one, other.double(), other, gradient=True)
+
+
+@on(*EVERY)
 def test_nothing_to_multiply(backend: Backend, dtype: torch.dtype) -> None:
     """Blocks without columns give the bias, or zeros."""
     library = backend.library

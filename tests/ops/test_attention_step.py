@@ -34,6 +34,7 @@ def _fresh_dynamo() -> Iterator[None]:
 @pytest.mark.parametrize("case", ring.STEP_CASES, ids=str)
 def test_cases_without_fused_attention(case: StepCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on devices other than a CPU."""
+    monkeypatch.setenv("WARPFORM_BACKEND", "reference")
     monkeypatch.setattr(attention_reference, "_flash", None)
     ring.check_attention_step(OPS, case, torch.float64)
     ring.check_attention_step(OPS, case, torch.float32)

@@ -13,6 +13,11 @@ from warpform.ops.reference import window as window_reference
 OPS = torch.ops.warpform
 
 
+@pytest.fixture(autouse=True)
+def _references_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WARPFORM_BACKEND", "reference")
+
+
 def dtype_id(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

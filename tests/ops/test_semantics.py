@@ -93,6 +93,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours(how: dict[str, object]) ->
 def test_thousands_of_short_sequences_are_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     from warpform.ops.reference import attention as reference
 
+    monkeypatch.setenv("WARPFORM_BACKEND", "reference")
     calls = []
     flash = reference._flash
     monkeypatch.setattr(reference, "_flash", lambda *args, **how: calls.append(args[0].shape) or flash(*args, **how))

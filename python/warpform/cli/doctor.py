@@ -198,8 +198,12 @@ def _backends(report: dict[str, Any]) -> list[dict[str, str]]:
         return [{"op": op, "backend": "none", "why": "the library is not loaded"} for op in ops]
     if _env.backend() == "reference":
         why = "WARPFORM_BACKEND=reference"
+    elif not gpus and binary.get("cpu_kernels"):
+        why = "has no CPU kernel"
     elif not gpus:
-        why = "CPU: torch is built without CUDA" if torch.get("cuda") is None else "CPU: torch sees no GPU"
+        why = binary.get("cpu_kernels_missing") or (
+            "CPU: torch is built without CUDA" if torch.get("cuda") is None else "CPU: torch sees no GPU"
+        )
     elif not binary.get("cuda"):
         why = "the library was built without nvcc"
     elif not _covers(binary.get("cuda_archs", ""), gpus[0]["capability"]):

@@ -140,7 +140,11 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, *, round_up: bool 
     onednn = _torch_private.onednn_linear() if takes_onednn() else None
     if onednn is None:
         return F.linear(x, weight, bias).to(dtype)
+    # oneDNN's op takes a bias as if it were contiguous.
+    bias = None if bias is None else bias.contiguous()
     extra = -rows % (16 if rows <= CPU_ROWS // 2 else 64) if round_up and rows <= CPU_ROWS else 0
+    if 8 * extra > rows:  # the result would keep that much memory for nothing
+        extra = 0
     if extra == 0:
         return onednn(x, weight, bias).to(dtype)
     return onednn(F.pad(x, (0, 0, 0, extra)), weight, bias).resize_(rows, weight.shape[0]).to(dtype)

@@ -59,7 +59,7 @@ def _gradient(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | Non
 def _validate(*inputs: Any, positions: Tensor | None, **how: Any) -> None:
     op = "disentangled_attention"
     q, *_, cu_seqlens, max_seqlen = inputs
-    if q.device.type != "cpu":  # on a CPU the reference checks
+    if q.device.type != "cpu":  # on a CPU the op checks them itself
         attention_reference.offsets_of(op, "cu_seqlens", cu_seqlens, q.size(0), max_seqlen)
     if positions is not None:
         _check_increasing(op, positions, cu_seqlens)
