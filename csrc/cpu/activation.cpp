@@ -57,7 +57,7 @@ WARPFORM_INLINE void backward_rows(const BiasGeluBackwardParams& p, const float*
       lanes.write(dx + r * p.cols + c, gradient);
       total += gradient;
     }
-    // Lanes past the last column hold what nobody reads.
+    // Lanes past the last column are never read.
     if (sum != nullptr) store(sum + c, load(sum + c) + total);
   });
 }

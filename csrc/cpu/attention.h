@@ -144,7 +144,7 @@ WARPFORM_INLINE void mask_scores(float* scores, int64_t rows, int64_t j, int64_t
   }
 }
 
-// exp(x) - 1 of x = y ln(2), y <= 0, within 2 ulp of it: exp2 of simd.h without the 1 that would hide small values.
+// 2^y - 1 for y <= 0, within 2 ulp: exp2 of simd.h without the 1, which would hide small values.
 WARPFORM_INLINE Vec exp2_minus_1(Vec y) {
   const Vec magic = broadcast(12582912.f);
   const Vec clamped = max(broadcast(-126.f), y);
@@ -177,13 +177,13 @@ WARPFORM_INLINE Vec log(Vec x) {
   return x == 0.f ? broadcast(kMinusInfinity) : x == broadcast(__builtin_inff()) ? x : positive;
 }
 
-// What is done to scores between q k^T and the mask: nothing.
+// Leaves scores as q k^T gives them.
 struct PlainScores {
   // kSlopes: `slopes` gets d score / d (softmax_scale q.k) of each score if has_slopes().
   static constexpr bool has_slopes() { return false; }
-  // What makes exponents of 2 of the scores.
+  // Scores times this are exponents of 2.
   static float factor(const ScoreScale& scale) { return scale.exponent; }
-  // And what makes numbers of the log-sum-exp of them.
+  // Scores times this are those of the log-sum-exp.
   static float unit(const ScoreScale& scale) { return scale.size; }
   template <bool kSlopes>
   WARPFORM_INLINE void change(float*, float*, int64_t, int64_t, int64_t, int64_t) const {}
@@ -359,7 +359,8 @@ void attend(const ForwardMemory& memory, const SequenceHeads<T>& x, int64_t firs
       if (rows == 0) continue;
       const HeadRows<T> q{x.q.row(i) + h * x.q_head_stride, x.q.stride};
       pack_rows(memory.q, q, rows, head, scale.sign);
-      Softmax softmax{.factor = change.factor(scale), .unit = change.unit(scale)};
+      Softmax softmax;
+      softmax.factor = change.factor(scale), softmax.unit = change.unit(scale);
       const int64_t first_key = keys.first[some.begin], last_key = keys.last[some.end - 1];
       bool first = true;
       for (int64_t j = first_key / kPanel * kPanel; j < last_key; j += kKeyBlock) {

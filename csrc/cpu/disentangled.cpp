@@ -81,7 +81,8 @@ Table<T> table_of(const HeadsView& view, const RelativeTables& tables, int64_t h
           tables.row_of_distance + tables.reach};
 }
 
-// kSide: of the distance of a column of pos_key the sign is the other one: keys go along rows of scores, from the first.
+// The table that a distance belongs to. Keys go along rows of scores from the first, so a column of pos_key has the
+// distance with the other sign.
 enum class Side : int64_t { kKey = -1, kQuery = 1 };
 
 // C [m, width] = A [m, depth] times packed columns [first, first + width), multiples of kGroup.
@@ -277,7 +278,7 @@ WARPFORM_INLINE void mask_end(float* scores, int64_t rows, int64_t keys) {
   for (int64_t r = 0; r < rows; ++r) mask_row(scores + r * kScoreStride, round_up(keys, kLanes), 0, keys);
 }
 
-// Both bounds of a block of scores are 16 elements that products may write.
+// Products may write the 16 elements before a block.
 WARPFORM_INLINE int64_t score_floats() { return kGroup + kQueryBlock * kScoreStride; }
 WARPFORM_INLINE int64_t term_floats() { return kGroup + kKeyBlock * kTermStride; }
 

@@ -28,9 +28,11 @@ void layer_norm_backward(const LayerNormBackwardParams& params, const Host& host
 // packing.cpp
 void packing_plan(const PackingPlanParams& params, const Host& host);
 void gather_rows(const GatherRowsParams& params, const Host& host);
+
 // window_forward.cpp, window_backward.cpp
 void window_attention(const WindowForwardParams& params, const Host& host);
 void window_attention_backward(const WindowBackwardParams& params, const Host& host);
+
 // monarch.cpp
 void blockdiag_multiply(const BlockProductParams& params, const Host& host);
 void blockdiag_multiply_backward(const BlockProductParams& params, const Host& host);

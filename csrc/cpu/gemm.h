@@ -12,7 +12,7 @@
 
 namespace warpform::cpu::WARPFORM_CPU_ISA {
 
-// What becomes of the C that was there.
+// How a product goes into C.
 enum class Into {
   kSet,     // C = A B
   kAdd,     // C = C + A B

@@ -1,4 +1,4 @@
-// What CPU kernels ask of the process that they run in: threads and memory. csrc/torch/cpu.cpp gives them torch's threads.
+// The threads and the memory that CPU kernels ask of the process that they run in. csrc/torch/cpu.cpp gives them torch's threads.
 #pragma once
 
 #include <cstddef>

@@ -135,7 +135,7 @@ WARPFORM_INLINE void backward_rows(const LayerNormBackwardParams& p, const float
       dweight += d * xhat;
       dln_bias += d;
     }
-    // Lanes past the last column hold what nobody reads.
+    // Lanes past the last column are never read.
     store(sums.dbias + c, load(sums.dbias + c) + dbias);
     store(sums.dweight + c, load(sums.dweight + c) + dweight);
     store(sums.dln_bias + c, load(sums.dln_bias + c) + dln_bias);

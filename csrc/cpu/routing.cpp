@@ -209,7 +209,6 @@ WARPFORM_INLINE const T* bias_of(const RoutedProductParams& p, int64_t token_cla
 
 // ---- many tokens ----
 
-// dots[t, g] = x[t, g] dot_with[t, g], 0 where the token does not use the group.
 template <class T>
 WARPFORM_INLINE float dot_of(const T* a, const T* b, int64_t n) {
   Vec sum{};
@@ -217,6 +216,7 @@ WARPFORM_INLINE float dot_of(const T* a, const T* b, int64_t n) {
   return sum_of_lanes(sum);
 }
 
+// dots[t, g] = x[t, g] dot_with[t, g], 0 where the token does not use the group.
 template <class T>
 void group_dots(const RoutedProductParams& p, const T* x, const Host& host) {
   const auto* const with = static_cast<const T*>(p.dot_with);

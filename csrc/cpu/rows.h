@@ -1,4 +1,4 @@
-// What the row-wise and elementwise kernels share: a row seen as vectors, the last of them cut short, and parameters.
+// The row-wise and elementwise kernels share this: a row seen as vectors, the last of them cut short, and parameters.
 #pragma once
 
 #include "simd.h"

@@ -88,7 +88,7 @@ void forward(const ShortConvParams& p, const Host& host) {
   });
 }
 
-// What is carried from one block of times to the next: the gradients of the convolutions at the last kTaps - 1 times.
+// State from one block of times to the next: the gradients of the convolutions at the last kTaps - 1 times, and sums.
 template <int kTaps>
 struct Carried {
   Vec slopes[3][kTaps];  // of times t - (kTaps - 1) to t

@@ -19,7 +19,7 @@
 #endif
 
 #define WARPFORM_INLINE inline __attribute__((always_inline))
-// GCC before 12 lacks the one, Clang the other.
+// GCC has __builtin_shufflevector from version 12 on, and Clang has no __builtin_shuffle.
 #if defined(__clang__) || __GNUC__ >= 12
 #define WARPFORM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -57,7 +57,7 @@ using Vec = float __attribute__((vector_size(4 * kLanes)));
 using IntVec = int32_t __attribute__((vector_size(4 * kLanes)));
 using UintVec = uint32_t __attribute__((vector_size(4 * kLanes)));
 using ShortVec = uint16_t __attribute__((vector_size(2 * kLanes)));
-// As they lie in memory: at any address of an element.
+// Vectors in memory, which begin at any address that an element may have.
 using LooseVec = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 using LooseIntVec = int32_t __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 using LooseShortVec = uint16_t __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));

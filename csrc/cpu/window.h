@@ -1,4 +1,4 @@
-// What forward and backward of window attention share: where the tokens of a window lie, copies of their rows, the bias
+// Forward and backward of window attention share this: where the tokens of a window lie, copies of their rows, the bias
 // of scores and the softmax. Scores are in powers of 2: exp(x) is exp2(x * kLog2e).
 //
 // Rows of a window are worked on in blocks of queries against all keys of the window, all heads of a window before the

@@ -2,6 +2,8 @@
 //
 // Probabilities are made again from q and k, with their own sums: the output and the log-sum-exp of the forward are not
 // read. Sums over windows are made in shares, which are added in order.
+//
+// Floor: 10 tokens^2 head_dim FLOPs a window and head, and the bytes of qkv, dout and dqkv.
 #include "families.h"
 #include "window.h"
 
