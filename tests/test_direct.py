@@ -313,7 +313,11 @@ def test_supported() -> None:
     assert "float32" in module.supported("varlen_attention", torch.float32)
     assert module.supported("varlen_attention", torch.float16, head_dim=257) is not None
     assert module.supported("varlen_attention", torch.float16, head_dim=60) is not None
-    assert "CPU" in module.supported("varlen_attention", torch.float16, "cpu")
+    assert (module.supported("varlen_attention", torch.float16, "cpu") is None) == bool(_library.cpu_isa())
+    assert module.supported("spectral_conv", torch.float32, "cpu") is not None
+    if _library.cpu_isa():
+        assert "float64" in module.supported("varlen_attention", torch.float64, "cpu")
+        assert "256" in module.supported("varlen_attention", torch.float32, "cpu", head_dim=257)
     if not torch.cuda.is_available():
         assert module.supported("varlen_attention", torch.float16, "cuda:0") is not None
     with pytest.raises(ValueError, match="no op nonsense"):
@@ -478,11 +482,11 @@ def test_the_smoke_suite_passes_with_it() -> None:
 @pytest.mark.simt
 @pytest.mark.parametrize("name", [name for name, op in ops().items() if op.differentiable])
 def test_gradients_without_the_dispatcher(simt: Simt, name: str) -> None:
-    """The forward is a direct call of kernels; the backward is the op's own, by its reference on a CPU."""
+    """The forward is a direct call of the emulator's kernels; the backward is the op's own on a CPU."""
     op = ops()[name]
     function = self_test._recorded_call(op, emulated(name))
     simt.configure(0)
-    problem = self_test._backward(op, torch.float16, "cpu", function)
+    problem = self_test._backward(op, torch.float16, "cpu", function, set())
     assert problem is None
     wanted = next(iter(op.calls(torch.float16)))
     assert all(g is not None for g in self_test._gradients(function, wanted)[:1])

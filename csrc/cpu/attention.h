@@ -284,8 +284,8 @@ struct Softmax {
     }
   }
 
-  // The log-sum-exp of each row; -inf where nothing was seen.
-  WARPFORM_INLINE void log_sum_exp(float* lse, int64_t rows) const {
+  // The log-sum-exp of each row; -inf where nothing was seen. It is not inlined, so that it rounds alike in all kernels.
+  __attribute__((noinline)) void log_sum_exp(float* lse, int64_t rows) const {
     for (int64_t r = 0; r < rows; r += kLanes) {
       const Vec total = load(sum + r);
       // The largest probability is 1, so a sum of 0 means that there is none.
