@@ -156,14 +156,14 @@ WARPFORM_INLINE Vec exp2_minus_1(Vec y) {
   p = p * rest + 5.550332548e-2f;
   p = p * rest + 2.402264791e-1f;
   p = p * rest + kLn2;
-  const Vec power = as_float((as_int(shifted) << 23) + 0x3f800000);
+  const Vec power = (Vec)(((UintVec)shifted << 23) + 0x3f800000u);
   return (power - 1.f) + power * (p * rest);
 }
 
 // log(x) for x > 0 within 2 ulp; -inf for 0, NaN for NaN. x is split into a power of 2 and a rest f in [sqrt(1/2), sqrt(2)),
 // whose logarithm is 2 artanh((f - 1) / (f + 1)).
 WARPFORM_INLINE Vec log(Vec x) {
-  const IntVec offset = as_int(x) - 0x3f3504f3;  // sqrt(1/2)
+  const IntVec offset = (IntVec)((UintVec)x - 0x3f3504f3u);  // sqrt(1/2); unsigned, as any bits may come
   const IntVec exponent = offset >> 23;
   const Vec f = as_float((offset & 0x7fffff) + 0x3f3504f3);
   const Vec t = (f - 1.f) / (f + 1.f), square = t * t;

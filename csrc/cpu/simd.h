@@ -284,7 +284,7 @@ WARPFORM_INLINE Vec exp2(Vec x) {
   p = p * rest + 6.931472028e-1f;
   p = p * rest + 1.0f;
   // A product, unlike a sum of exponents, keeps every NaN.
-  const Vec power = as_float((as_int(shifted) << 23) + 0x3f800000);
+  const Vec power = (Vec)(((UintVec)shifted << 23) + 0x3f800000u);
   return x < -126.f ? Vec{} : p * power;
 }
 

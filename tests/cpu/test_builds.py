@@ -105,7 +105,6 @@ def test_address_and_undefined_behaviour_sanitizer(isa: str, tmp_path: Path) -> 
         "WARPFORM_CPU_ISA": isa,
         "LD_PRELOAD": ":".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     # Without -s pytest would keep what goes to stderr, and lose it when a sanitizer ends the process.
     run_conformance(environment, "-s", "-k", "cpu and test_cases", folder=package.parent)
