@@ -54,13 +54,13 @@ Kernels = dict[tuple[str, str, str], dict[str, dict[str, Row]]]
 def newest(rows: Iterable[Row]) -> dict[str, Kernels]:
     """device -> (family, kernel, direction) -> workload -> provider -> row.
 
-    Of each workload the rows come from the run that measured warpform last. A peer that this run did not time comes
-    from the last one that timed both: its row has `own_us`, warpform's time in that run, as ratios are only made within
-    one run.
+    A device beside busy processes is one of its own. Of each workload the rows come from the run that measured warpform
+    last. A peer that this run did not time comes from the last one that timed both: its row has `own_us`, warpform's
+    time in that run, as ratios are only made within one run.
     """
     runs: dict[tuple[str, str], dict[str, dict[str, Row]]] = {}
     for row in rows:
-        key = row["device"], row["workload"]
+        key = row["device"] + (f", {beside(row)}" if beside(row) else ""), row["workload"]
         run = runs.setdefault(key, {}).setdefault(row["date"], {})
         # A run may measure a workload several times, each time beside other peers.
         if row["p50_us"] or not run.get(row["provider"], {}).get("p50_us"):
@@ -163,10 +163,11 @@ def markdown(found: dict[str, Kernels]) -> str:
             dates = sorted({row["date"] for row in rows})
             when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
             backends = sorted({row["backend"] for row in rows if row["backend"]})
+            where = f"{beside(one)}, " if beside(one) else ""
             lines += [f"## {kernel}, {direction}", ""]
             lines += [
                 f"Microseconds, median (warpform: 20th to 80th percentile; peers: times warpform's). {one['dtype']}, "
-                f"{one['threads']} host threads, {beside(one)}warpform {one['warpform']} at {one['commit']} "
+                f"{one['threads']} host threads, {where}warpform {one['warpform']} at {one['commit']} "
                 f"({', '.join(backends) or 'not timed'}), torch {one['torch']}, "
                 f"transformers {one['transformers'] or 'absent'}, {when}; {family}.csv."
             ]
@@ -177,9 +178,9 @@ def markdown(found: dict[str, Kernels]) -> str:
 
 
 def beside(row: Row) -> str:
-    """Says where a row was measured beside busy processes."""
-    count = row["kind"].partition(" beside ")[2]
-    return f"beside {count} processes, " if count else ""
+    """Says where a row was measured beside busy processes, empty elsewhere."""
+    count = row["kind"].partition(" beside ")[2].partition(" ")[0]
+    return f"beside {count} busy {'process' if count == '1' else 'processes'}" if count else ""
 
 
 def figures(device: str, kernels: Kernels) -> dict[str, plots.Figure]:
@@ -207,8 +208,9 @@ def figures(device: str, kernels: Kernels) -> dict[str, plots.Figure]:
 def machine(row: Row) -> str:
     """The device, by name and kind."""
     if row["kind"].startswith("cuda"):
-        return f"{row['device']} ({beside(row).rstrip(', ')})" if beside(row) else row["device"]
-    return f"{row['device']} (CPU, {beside(row)}{row['threads']} threads)"
+        return f"{row['device']} ({beside(row)})" if beside(row) else row["device"]
+    facts = ("CPU", beside(row), f"{row['threads']} threads")
+    return f"{row['device']} ({', '.join(filter(None, facts))})"
 
 
 def source(row: Row) -> str:

@@ -89,8 +89,8 @@ void forward(const AttentionForwardParams& params, const Host& host, const Score
         clear(end, p.total_q - end, 0, p.heads_q);
         continue;
       }
-      const int64_t sequence = order[(item - 1) / (p.heads_kv * parts)];
-      const int64_t key_head = (item - 1) % p.heads_kv, part = (item - 1) / p.heads_kv % parts;
+      const AttentionItem of(item, p.heads_kv, parts);
+      const int64_t sequence = order[of.at], key_head = of.key_head, part = of.part;
       const int64_t q_begin = packed.queries.begin(sequence), q_length = packed.queries.rows(sequence);
       const int64_t k_begin = packed.keys.begin(sequence), k_length = packed.keys.rows(sequence);
       const auto [first, last] = Part(q_length, part, parts, kQueryBlock);
@@ -183,6 +183,7 @@ void backward(const AttentionBackwardParams& params, const Host& host, const Sco
   const int64_t parts =
       parts_of(whole, smaller(order.most_keys() / kLeastPartKeys,
                               kMostPartialBytes / larger(1, partial * static_cast<int64_t>(sizeof(float)))));
+  const int64_t most_keys = round_up(ceil_div(order.most_keys(), larger(1, parts)), kPanel);  // of an item
   Scratch of_parts(host, Scratch::bytes_of<float>(parts > 1 ? parts * partial : 1));
   const QueryGradients<T> dq{static_cast<T*>(params.dq), parts > 1 ? of_parts.next<float>(parts * partial) : nullptr,
                              p.total_q, p.heads_q, head};
@@ -201,8 +202,8 @@ void backward(const AttentionBackwardParams& params, const Host& host, const Sco
   };
   // The first item has the rows of no sequence.
   over(host, 1 + whole * parts, [&](Items& items) {
-    Scratch scratch(host, BackwardMemory::bytes(order.most_keys(), head));
-    const BackwardMemory memory(scratch, order.most_keys(), head);
+    Scratch scratch(host, BackwardMemory::bytes(most_keys, head));
+    const BackwardMemory memory(scratch, most_keys, head);
     for (int64_t item; items.next(item);) {
       if (item == 0) {
         const int64_t begin = packed.queries.begin(0), end = packed.queries.begin(p.batch);
@@ -215,8 +216,8 @@ void backward(const AttentionBackwardParams& params, const Host& host, const Sco
         clear_keys(k_end, p.total_k - k_end, 0, p.heads_kv);
         continue;
       }
-      const int64_t sequence = order[(item - 1) / (p.heads_kv * parts)];
-      const int64_t key_head = (item - 1) % p.heads_kv, part = (item - 1) / p.heads_kv % parts;
+      const AttentionItem of(item, p.heads_kv, parts);
+      const int64_t sequence = order[of.at], key_head = of.key_head, part = of.part;
       const int64_t q_begin = packed.queries.begin(sequence), q_length = packed.queries.rows(sequence);
       const int64_t k_begin = packed.keys.begin(sequence), k_length = packed.keys.rows(sequence);
       const int64_t attending = smaller(q_length, p.max_seqlen_q), attended = smaller(k_length, p.max_seqlen_k);

@@ -144,20 +144,10 @@ WARPFORM_INLINE void mask_scores(float* scores, int64_t rows, int64_t j, int64_t
   }
 }
 
-// 2^y - 1 for y <= 0, within 2 ulp: exp2 of simd.h without the 1, which would hide small values.
+// 2^y - 1 for y <= 0, within 2 ulp: 1 is not added, which would hide small values.
 WARPFORM_INLINE Vec exp2_minus_1(Vec y) {
-  const Vec magic = broadcast(12582912.f);
-  const Vec clamped = max(broadcast(-126.f), y);
-  const Vec shifted = clamped + magic;
-  const Vec rest = clamped - (shifted - magic);
-  Vec p = broadcast(1.535336188e-4f);
-  p = p * rest + 1.339887440e-3f;
-  p = p * rest + 9.618437357e-3f;
-  p = p * rest + 5.550332548e-2f;
-  p = p * rest + 2.402264791e-1f;
-  p = p * rest + kLn2;
-  const Vec power = (Vec)(((UintVec)shifted << 23) + 0x3f800000u);
-  return (power - 1.f) + power * (p * rest);
+  const PowerOf2 found = power_of_2(y);
+  return (found.power - 1.f) + found.power * found.fraction;
 }
 
 // log(x) for x > 0 within 2 ulp; -inf for 0, NaN for NaN. x is split into a power of 2 and a rest f in [sqrt(1/2), sqrt(2)),
@@ -344,8 +334,13 @@ template <class T, class Seen, class ScoresOf, class Finish, class FinishUnseein
 void attend(const ForwardMemory& memory, const SequenceHeads<T>& x, int64_t first_row, int64_t last_row,
             const HeadDim& head, const ScoreScale& scale, const Seen& seen, const ScoresOf& scores_of,
             const Finish& finish, const FinishUnseeing& finish_unseeing) {
-  pack_key_columns(memory.k_columns, x.k, x.k_rows, head);
-  pack_row_panels(memory.v_panels, x.v, x.k_rows, head);
+  const auto pack_keys = [&](int64_t first, int64_t count) {
+    pack_key_columns(memory.k_columns, HeadRows<T>{x.k.row(first), x.k.stride}, count, head);
+    pack_row_panels(memory.v_panels, HeadRows<T>{x.v.row(first), x.v.stride}, count, head);
+  };
+  // Keys that one block of queries meets are packed a block at a time, which stays in cache; others once for all.
+  const bool once = x.heads == 1 && last_row - first_row <= kQueryBlock;
+  if (!once) pack_keys(0, x.k_rows);
   for (int64_t h = 0; h < x.heads; ++h) {
     const auto change = scores_of(h);
     for (int64_t i0 = first_row; i0 < last_row; i0 += kQueryBlock) {
@@ -365,18 +360,20 @@ void attend(const ForwardMemory& memory, const SequenceHeads<T>& x, int64_t firs
       bool first = true;
       for (int64_t j = first_key / kPanel * kPanel; j < last_key; j += kKeyBlock) {
         const int64_t count = smaller(kKeyBlock, last_key - j);
+        if (once) pack_keys(j, count);
+        const int64_t at = once ? 0 : j, packed = once ? count : x.k_rows;
         times_columns(rows, count, head.dim, memory.scores, kScoreStride, memory.q, head.padded, 1,
-                      memory.k_columns + j * head.padded);
+                      memory.k_columns + at * head.padded);
         change.template change<false>(memory.scores, nullptr, rows, i, j, count);
         mask_scores(memory.scores, rows, j, count, keys, some.begin);
         softmax.add(memory.scores, rows, count, first);
         const int64_t before = larger(first_key - j, 0);  // keys that no row sees
         if (first) {
           times_row_panels<Into::kSet>(rows, count - before, memory.out, memory.scores + before, kScoreStride, 1,
-                                       memory.v_panels, x.k_rows, j + before, head);
+                                       memory.v_panels, packed, at + before, head);
         } else {
           times_row_panels<Into::kScaled>(rows, count - before, memory.out, memory.scores + before, kScoreStride, 1,
-                                          memory.v_panels, x.k_rows, j + before, head, softmax.scale);
+                                          memory.v_panels, packed, at + before, head, softmax.scale);
         }
         first = false;
       }
@@ -566,6 +563,14 @@ struct Part {
     const int64_t each = round_up(ceil_div(rows, parts), step);
     first = smaller(part * each, rows), last = smaller(first + each, rows);
   }
+};
+
+// Item `item` of a call whose item 0 is something else: a sequence, of those in order, a key head and a part.
+struct AttentionItem {
+  int64_t at;  // of the sequence in the order
+  int64_t key_head, part;
+  AttentionItem(int64_t item, int64_t key_heads, int64_t parts)
+      : at((item - 1) / (key_heads * parts)), key_head((item - 1) % key_heads), part((item - 1) / key_heads % parts) {}
 };
 
 // The order in which a call takes its sequences: by work, the most first, to a factor of 2; else by their numbers. The last

@@ -96,8 +96,8 @@ void forward(const AttentionStepParams& params, const Host& host) {
         carry_rows({params.step, 0, end}, 0, p.total_q - end, 0, p.heads_q);
         continue;
       }
-      const int64_t sequence = order[(item - 1) / (p.heads_kv * parts)];
-      const int64_t key_head = (item - 1) % p.heads_kv, part = (item - 1) / p.heads_kv % parts;
+      const AttentionItem of(item, p.heads_kv, parts);
+      const int64_t sequence = order[of.at], key_head = of.key_head, part = of.part;
       const StepRows of_queries{params.step, sequence, queries.begin(sequence)};
       const StepRows of_keys{params.step, sequence, keys.begin(sequence)};
       const auto [first, last] = Part(queries.rows(sequence), part, parts, kQueryBlock);

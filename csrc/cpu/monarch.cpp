@@ -109,18 +109,29 @@ void blockdiag(const BlockProductParams& p, const Host& host) {
   pack<T>(host, f, true, panels, panel);
   const int64_t each = ceil_div(kItemWeights, larger(1, f.rows * f.cols)), chunks = ceil_div(p.rows, kBlockdiagRows);
   const int64_t in_room = row_room(f.cols), out_room = row_room(f.rows);
-  over(host, ceil_div(f.count, each) * chunks, [&](Items& items) {
+  const int64_t groups = ceil_div(f.count, each);
+  // All blocks of some rows follow each other, while the rows' pages are in cache.
+  over(host, groups * chunks, [&](Items& items) {
     Scratch own(
         host, Scratch::bytes_of<float>(kBlockdiagRows * in_room) + Scratch::bytes_of<float>(kBlockdiagRows * out_room));
     float* const in = own.next<float>(kBlockdiagRows * in_room);
     float* const result = own.next<float>(kBlockdiagRows * out_room);
     for (int64_t item; items.next(item);) {
-      const int64_t first = item % chunks * kBlockdiagRows, m = smaller(kBlockdiagRows, p.rows - first);
-      for (int64_t b = item / chunks * each; b < smaller(f.count, (item / chunks + 1) * each); ++b) {
-        load_rows(in, in_room, x + first * p.x_stride + b * f.cols, p.x_stride, m, f.cols);
+      const int64_t first = item / groups * kBlockdiagRows, m = smaller(kBlockdiagRows, p.rows - first);
+      const int64_t group = item % groups;
+      for (int64_t b = group * each; b < smaller(f.count, (group + 1) * each); ++b) {
+        const T* const from = x + first * p.x_stride + b * f.cols;
+        T* const to = out + first * width + b * f.rows;
+        if constexpr (sizeof(T) == sizeof(float)) {
+          // The product reads and writes whole rows where they lie, unless something is added behind it.
+          if (bias == nullptr && f.rows % kLanes == 0) {
+            product(m, f.rows, f.cols, to, width, from, p.x_stride, panels + b * panel);
+            continue;
+          }
+        }
+        load_rows(in, in_room, from, p.x_stride, m, f.cols);
         product(m, f.rows, f.cols, result, out_room, in, in_room, panels + b * panel);
-        store_rows(out + first * width + b * f.rows, width, result, out_room, m, f.rows,
-                   bias ? bias + b * f.rows : nullptr);
+        store_rows(to, width, result, out_room, m, f.rows, bias ? bias + b * f.rows : nullptr);
       }
     }
   });

@@ -53,8 +53,9 @@ WARPFORM_INLINE void each_vector(int64_t first, int64_t last, const F& f) {
   if (c < last) f(c, FirstLanes{last - c});
 }
 
-// Sums over the columns of rows: calls f(c, lanes, sum) for every vector, which adds to the kSums vectors of sum. kChains
-// sums are made side by side, since an addition waits for the one before it, and none of them has more than 256 terms.
+// Sums over the columns of rows: calls f(c, lanes, sum) for every vector, which adds to the kSums vectors of sum. An
+// addition waits for the addition before it, so kChains sums are made side by side. Each of them has at most 256 terms, which
+// bounds its rounding error.
 template <int kChains, int kSums, class F>
 WARPFORM_INLINE void sum_columns(float (&total)[kSums], int64_t cols, const F& f) {
   constexpr int64_t kStep = kChains * kLanes;

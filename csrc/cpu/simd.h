@@ -269,9 +269,13 @@ WARPFORM_INLINE void transpose(Vec (&rows)[kLanes]) {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// 2^x for x <= 127: 0 below -126, 1 at 0, NaN for NaN; within 0.94 ulp. x is split into a whole number, by adding a number
-// whose last bit is worth 1, and a rest within 0.5, whose power is a polynomial of degree 6 (2.6e-9 off).
-WARPFORM_INLINE Vec exp2(Vec x) {
+// 2^x for x in [-126, 127] as power * (1 + fraction), and for x below as for -126; NaN for NaN. x is split into a whole
+// number, by adding a number whose last bit is worth 1, and a rest within 0.5, whose power is a polynomial of degree 6
+// (2.6e-9 off).
+struct PowerOf2 {
+  Vec power, fraction;
+};
+WARPFORM_INLINE PowerOf2 power_of_2(Vec x) {
   const Vec magic = broadcast(12582912.f);  // 1.5 * 2^23
   const Vec clamped = max(broadcast(-126.f), x);
   const Vec shifted = clamped + magic;
@@ -281,11 +285,15 @@ WARPFORM_INLINE Vec exp2(Vec x) {
   p = p * rest + 9.618437357e-3f;
   p = p * rest + 5.550332548e-2f;
   p = p * rest + 2.402264791e-1f;
-  p = p * rest + 6.931472028e-1f;
-  p = p * rest + 1.0f;
+  p = p * rest + kLn2;
+  return {(Vec)(((UintVec)shifted << 23) + 0x3f800000u), p * rest};
+}
+
+// 2^x for x <= 127: 0 below -126, 1 at 0, NaN for NaN; within 0.94 ulp.
+WARPFORM_INLINE Vec exp2(Vec x) {
+  const PowerOf2 found = power_of_2(x);
   // A product, unlike a sum of exponents, keeps every NaN.
-  const Vec power = (Vec)(((UintVec)shifted << 23) + 0x3f800000u);
-  return x < -126.f ? Vec{} : p * power;
+  return x < -126.f ? Vec{} : (found.fraction + 1.f) * found.power;
 }
 
 // Reads elements of `type` as float32: calls f with a null pointer of the element's type.

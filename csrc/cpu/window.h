@@ -360,8 +360,17 @@ class WindowBias {
 
 // ---- softmax ----
 
-// What the softmax of a block adds to its products.
+// A softmax adds these to the products of a block of queries, from `first` on.
 struct Added {
+  Added(const WindowSizes& z, const float* bias_rows, int64_t stride, const float* window_parts, int64_t first,
+        float product_factor)
+      : factor(product_factor * kLog2e),
+        bias(bias_rows),
+        bias_stride(stride),
+        parts(window_parts),
+        own(window_parts == nullptr ? nullptr : window_parts + first),
+        mask(z.mask) {}
+
   float factor;  // of the products, in powers of 2
   const float* bias;
   int64_t bias_stride;
@@ -459,6 +468,13 @@ WARPFORM_INLINE void softmax(float* s, int64_t m, const WindowSizes& z, const Ad
   } else {
     softmax_block<0>(s, m, z.stride, z.columns, a, inverse, lse);
   }
+}
+
+// Scores of m queries q against all keys, kt, and their softmax without its normalization.
+WARPFORM_INLINE void probabilities(float* s, int64_t m, const WindowSizes& z, const float* q, const float* kt,
+                                   const Added& a, float* inverse, float* lse) {
+  times_columns(m, z.tokens, z.depth, s, z.stride, q, z.wide, 1, kt);
+  softmax(s, m, z, a, inverse, lse);
 }
 
 }  // namespace

@@ -184,24 +184,14 @@ void backward_head(const WindowBackwardParams& params, const WindowSizes& z, con
         if (row >= 0)
           prefetch_row<0>(static_cast<const T*>(params.dout) + row * p.width + next.head * z.depth, z.depth);
       }
-      float* const s = b.s + r * z.stride;
-      times_columns(some, z.tokens, z.depth, s, z.stride, b.q + at * z.wide, z.wide, 1, b.kt);
-      const Added added{.factor = factor * kLog2e,
-                        .bias = bias_rows + r * bias.stride(),
-                        .bias_stride = bias.stride(),
-                        .parts = parts,
-                        .own = parts + (parts == nullptr ? 0 : at),
-                        .mask = z.mask};
-      softmax(s, some, z, added, b.inverse + r, nullptr);
-    }
-    for (int64_t i = 0; i < m; ++i) {
-      if (b.inverse[i] != 0.f) continue;
-      // A query that sees no key has no gradients, whatever comes back and whatever values are: below its ds is cleared too.
-      for (int64_t d = 0; d < z.wide; d += kLanes) store(rows_dout + i * z.wide + d, Vec{});
+      const Added added(z, bias_rows + r * bias.stride(), bias.stride(), parts, at, factor);
+      probabilities(b.s + r * z.stride, some, z, b.q + at * z.wide, b.kt, added, b.inverse + r, nullptr);
     }
     times_columns(m, z.tokens, z.depth, b.ds, z.stride, rows_dout, z.wide, 1, b.vt);
     for (int64_t i = 0; i < m; ++i) {
       if (b.inverse[i] != 0.f) continue;
+      // A query that sees no key has no gradients, whatever its dout and the values are.
+      for (int64_t d = 0; d < z.wide; d += kLanes) store(rows_dout + i * z.wide + d, Vec{});
       for (int64_t j = 0; j < z.columns; j += kLanes) store(b.ds + i * z.stride + j, Vec{});
     }
     if (kRegisters == 32 && z.columns == kRowVectors * kLanes) {

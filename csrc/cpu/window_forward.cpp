@@ -59,15 +59,9 @@ void forward_head(const WindowForwardParams& params, const WindowSizes& z, const
       for (int64_t i = at; i < at + some; ++i) {
         if (rows[i] >= 0) prefetch_row<1>(out + rows[i] * p.width, z.depth);
       }
-      float* const s = b.s + r * z.stride;
-      times_columns(some, z.tokens, z.depth, s, z.stride, b.q + at * z.wide, z.wide, 1, b.kt);
-      const Added added{.factor = factor * kLog2e,
-                        .bias = bias_rows + r * bias.stride(),
-                        .bias_stride = bias.stride(),
-                        .parts = parts,
-                        .own = parts + (parts == nullptr ? 0 : at),
-                        .mask = z.mask};
-      softmax(s, some, z, added, b.inverse + r, lse == nullptr ? nullptr : lse + at);
+      const Added added(z, bias_rows + r * bias.stride(), bias.stride(), parts, at, factor);
+      probabilities(b.s + r * z.stride, some, z, b.q + at * z.wide, b.kt, added, b.inverse + r,
+                    lse == nullptr ? nullptr : lse + at);
     }
     times_rows(m, z.wide, z.tokens, b.o, z.wide, b.s, z.stride, 1, b.v, z.wide);
     for (int64_t i = 0; i < m; ++i) {

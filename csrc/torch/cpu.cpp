@@ -79,11 +79,6 @@ void run(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
   torch_check(torch_parallel_for(0, n, 1, body, context), "warpform");
 }
 
-bool reference_requested() {
-  const char* value = std::getenv("WARPFORM_BACKEND");
-  return value != nullptr && std::strcmp(value, "reference") == 0;
-}
-
 }  // namespace
 
 const cpu::Host& torch_host() {

@@ -279,12 +279,6 @@ Distances distances_of(const Arguments& a) {
   return found;
 }
 
-// Runs a kernel of cpu::Kernels.
-template <auto kKernel, class Params>
-void run_on_cpu(const Params& params) {
-  if constexpr (kHasCpuKernels) (cpu::kernels()->*kKernel)(params, torch_host());
-}
-
 cpu::RelativeTables tables_of(const Launch& launch, const Arguments& a, const Distances& distances) {
   const auto table = [&](const std::optional<Tensor>& t) { return t ? view(launch, *t) : HeadsView{nullptr, 0, 0}; };
   return {.pos_key = table(a.pos_key),
@@ -330,7 +324,7 @@ ForwardResult disentangled_attention(Tensor q, Tensor k, Tensor v, std::optional
   if (!a.has_terms()) {
     launch.run<&launch_varlen_attention, &cpu::Kernels::varlen_attention>(params);
   } else if (launch.on_cpu()) {
-    run_on_cpu<&cpu::Kernels::disentangled_attention>(
+    launch.run_on_cpu<&cpu::Kernels::disentangled_attention>(
         cpu::DisentangledParams{.attention = params, .tables = tables_of(launch, a, distances)});
   } else if constexpr (kHasKernels) {
     launch_disentangled_attention(params, launch.stream());
@@ -436,7 +430,7 @@ BackwardResult disentangled_attention_backward(Tensor dout, Tensor q, Tensor k, 
       return table ? empty(kOp, sizes_of(*table), q.scalar_type(), q) : empty(kOp, {0}, q.scalar_type(), q);
     };
     const Tensor dpos_key = gradient_of(pos_key), dpos_query = gradient_of(pos_query);
-    run_on_cpu<&cpu::Kernels::disentangled_attention_backward>(
+    launch.run_on_cpu<&cpu::Kernels::disentangled_attention_backward>(
         cpu::DisentangledBackwardParams{.attention = params,
                                         .tables = tables_of(launch, a, distances),
                                         .dpos_key = launch.out(dpos_key),

@@ -11,17 +11,20 @@
 #include "build_info.h"
 #include "kernels/common/device_facts.h"
 
+namespace warpform {
+
+bool reference_requested() {
+  const char* value = std::getenv("WARPFORM_BACKEND");
+  return value != nullptr && std::strcmp(value, "reference") == 0;
+}
+
+}  // namespace warpform
+
 #if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
 namespace warpform {
 namespace {
 
 constexpr int kOldestCapability = 80;  // cp.async, and mma of bfloat16
-
-// Read at each call, so that tests and users can switch.
-bool reference_requested() {
-  const char* value = std::getenv("WARPFORM_BACKEND");
-  return value != nullptr && std::strcmp(value, "reference") == 0;
-}
 
 std::string capability(int number) { return std::to_string(number / 10) + "." + std::to_string(number % 10); }
 

@@ -158,19 +158,7 @@ class Packing:
         if total is not None:
             # A slice would give each a size of its own where total is known only when a traced program runs.
             indices, position_ids = indices.narrow(0, 0, total), position_ids.narrow(0, 0, total)
-        if cls is not Packing or torch.compiler.is_compiling():
-            return cls(cu_seqlens, lengths, indices, position_ids, ranks, max_seqlen)
-        # What __init__ does, whose assignments one by one take a third of the time of a small plan.
-        made = object.__new__(cls)
-        made.__dict__.update(
-            cu_seqlens=cu_seqlens,
-            lengths=lengths,
-            indices=indices,
-            position_ids=position_ids,
-            ranks=ranks,
-            max_seqlen=max_seqlen,
-        )
-        return made
+        return cls(cu_seqlens, lengths, indices, position_ids, ranks, max_seqlen)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False, copy: bool = False) -> Packing:
         """The same packing with its tensors on `device`; itself where they are there already and copy is False.

@@ -27,6 +27,7 @@ from helpers.backends import (
 )
 from helpers.cases import ATTENTION_CASES, AttentionCase, attention_inputs, offsets
 from helpers.compare import assert_close
+from helpers.threads import assert_same_on_threads
 
 REFERENCE = reference()
 CPU = cpu(cases.KERNEL_DTYPES)
@@ -268,14 +269,7 @@ def test_cases_of_the_cpu(backend: Backend, case: AttentionCase, dtype: torch.dt
 
 @on(CPU, case=CPU_CASES[:7], dtype=one_dtype)
 def test_threads_change_no_bit(backend: Backend, case: AttentionCase, dtype: torch.dtype) -> None:
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(_call(backend, case, dtype))
-    finally:
-        torch.set_num_threads(before)
-    assert same(found[1], found[0]) and same(found[2], found[0])
+    assert_same_on_threads(lambda: _call(backend, case, dtype))
 
 
 @on(CPU)

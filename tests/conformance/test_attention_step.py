@@ -15,6 +15,7 @@ from helpers.backends import FEW_SMS, HALF, Backend, cpu, drawn_on, kernels, on,
 from helpers.cases import KERNEL_DTYPES, misaligned
 from helpers.compare import assert_close
 from helpers.ring import STEP_CASES, StepCase, StepInputs, check_attention_step, step_inputs
+from helpers.threads import assert_same_on_threads
 
 REFERENCE = reference(examples=150)
 CPU = cpu(KERNEL_DTYPES)
@@ -285,12 +286,9 @@ def test_cases_of_the_cpu(backend: Backend, case: StepCase, dtype: torch.dtype) 
 @on(CPU, case=CPU_CASES, dtype=one_dtype)
 def test_threads_change_no_bit(backend: Backend, case: StepCase, dtype: torch.dtype) -> None:
     x = step_inputs(case, dtype, backend.device)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            out, lse = backend.library.attention_step(x.q, x.k, x.v, x.out, x.lse, **x.options)
-            found.append((out, lse, *_gradients(backend, x, lse)))
-    finally:
-        torch.set_num_threads(before)
-    assert same(found[1], found[0]) and same(found[2], found[0])
+
+    def call() -> tuple[Tensor, ...]:
+        out, lse = backend.library.attention_step(x.q, x.k, x.v, x.out, x.lse, **x.options)
+        return out, lse, *_gradients(backend, x, lse)
+
+    assert_same_on_threads(call)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor
 from helpers import cases, checks
 from helpers.backends import HALF, MANY_SMS, Backend, cpu, drawn_on, kernels, on, one_dtype, reference, same
 from helpers.cases import DISENTANGLED_CASES, LOG_BUCKETS, DisentangledCase, disentangled_inputs, offsets
+from helpers.threads import assert_same_on_threads
 
 REFERENCE = reference()
 CPU = cpu(cases.KERNEL_DTYPES)
@@ -75,23 +75,10 @@ def test_results_repeat_bit_for_bit(backend: Backend, case: DisentangledCase, dt
     backend.assert_repeats(lambda: _call(backend, case, dtype), machines=[(0,), (1,), (2,)])
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Sets torch's threads back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
 @on(CPU, holes=(False, True))
 def test_threads_change_no_bit(backend: Backend, holes: bool, dtype: torch.dtype) -> None:
     case = DisentangledCase("", (300, 40, 0, 210, 120), heads=3, holes=holes, head_dim=16, **LOG_BUCKETS)
-    results = []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        results.append(_call(backend, case, dtype))
-    assert same(results[0], results[1]) and same(results[0], results[2])
+    assert_same_on_threads(lambda: _call(backend, case, dtype))
 
 
 # ---- meaning ----

@@ -7,9 +7,10 @@ import torch
 from hypothesis import strategies as st
 
 from helpers import cases, checks, oracle
-from helpers.backends import HALF, Backend, cpu, drawn_on, kernels, on, on_threads, reference, same
+from helpers.backends import HALF, Backend, cpu, drawn_on, kernels, on, reference, same
 from helpers.cases import LAYER_NORM_CASES, LayerNormCase
 from helpers.compare import assert_close
+from helpers.threads import assert_same_on_threads
 
 REFERENCE = reference()
 CPU = cpu(cases.KERNEL_DTYPES)
@@ -49,18 +50,17 @@ def test_many_rows_on_any_number_of_threads(
     case = LayerNormCase("", (rows, width), wide_parameters=wide)
     checks.check_layer_norm(backend.library, case, dtype, backend.device)
     x = cases.layer_norm_inputs(case, dtype, backend.device)
-    found = []
-    for threads in (1, 2, 5):
-        with on_threads(threads):
-            forward = backend.library.add_bias_residual_layer_norm(
-                x.x, x.bias, x.residual, x.weight, x.ln_bias, return_sum=True
-            )
-            _, total, mean, rstd = forward
-            backward = backend.library.add_bias_residual_layer_norm_backward(
-                x.dout, x.dsum, total, x.weight, mean, rstd
-            )
-            found.append((*forward, *backward))
-    assert same(found[0], found[1]) and same(found[0], found[2])
+
+    def call() -> tuple[torch.Tensor, ...]:
+        forward = backend.library.add_bias_residual_layer_norm(
+            x.x, x.bias, x.residual, x.weight, x.ln_bias, return_sum=True
+        )
+        _, total, mean, rstd = forward
+        return *forward, *backend.library.add_bias_residual_layer_norm_backward(
+            x.dout, x.dsum, total, x.weight, mean, rstd
+        )
+
+    assert_same_on_threads(call)
 
 
 @drawn_on(

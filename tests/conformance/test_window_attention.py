@@ -27,6 +27,7 @@ from helpers.backends import (
 )
 from helpers.cases import WINDOW_CASES, WindowCase, WindowInputs, window_inputs
 from helpers.compare import assert_close
+from helpers.threads import assert_same_on_threads
 
 REFERENCE = reference()
 CPU = cpu(cases.KERNEL_DTYPES)
@@ -81,15 +82,7 @@ THREADED = (
 @on(CPU, case=THREADED, dtype=(torch.float32,))
 def test_results_do_not_depend_on_the_number_of_threads(backend: Backend, case: WindowCase, dtype: torch.dtype) -> None:
     x = window_inputs(case, dtype, backend.device)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(_call(backend, x))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(same(found, results[0]) for found in results[1:])
+    assert_same_on_threads(lambda: _call(backend, x))
 
 
 # ---- which pairs meet, and what stays where ----

@@ -1,5 +1,6 @@
 // Runs CPU kernels on 1, 2, 3 and 7 threads of this program: their results must be the same bits, and ThreadSanitizer must
 // see no race. Torch's own threads come from an OpenMP runtime that it does not know.
+#include <algorithm>
 #include <barrier>
 #include <cstdio>
 #include <cstdlib>
@@ -263,6 +264,179 @@ std::vector<Floats> short_conv() {
   return {gated, gate, dx, dweight, dbias};
 }
 
+// A step on top of a state, and its gradients.
+std::vector<Floats> attention_step() {
+  constexpr int kRows = 300, kHeads = 2, kDim = 24, kSize = kRows * kHeads * kDim;
+  static const Floats q = drawn(kSize), k = drawn(kSize), v = drawn(kSize), dout = drawn(kSize), state = drawn(kSize);
+  static const Floats lse_before = drawn(kHeads * kRows), delta = drawn(kHeads * kRows);
+  const auto view = [](const Floats& t) { return HeadsView{t.data(), kHeads * kDim, kDim}; };
+  const StateView before{state.data(), kHeads * kDim, kDim, 0};
+  const AttentionProblem problem{.q = view(q),
+                                 .k = view(k),
+                                 .v = view(v),
+                                 .batch = 1,
+                                 .total_q = kRows,
+                                 .total_k = kRows,
+                                 .max_seqlen_q = kRows,
+                                 .max_seqlen_k = kRows,
+                                 .heads_q = kHeads,
+                                 .heads_kv = kHeads,
+                                 .head_dim = kDim,
+                                 .dtype = DType::kFloat32,
+                                 .softmax_scale = 0.2f};
+  StepLayout layout{};
+  layout.positions = {.q_stride = 1, .k_stride = 1, .first_key = -kRows, .last_key = 1};  // causal
+  layout.head_rows = kRows;
+  Floats out(kSize), lse(kHeads * kRows), dq(kSize), dk(kSize), dv(kSize);
+  kernels::attention_step({.problem = problem,
+                           .step = layout,
+                           .out_before = before,
+                           .lse_before = lse_before.data(),
+                           .out = out.data(),
+                           .lse = lse.data()},
+                          kHost);
+  kernels::attention_step_backward({.problem = problem,
+                                    .step = layout,
+                                    .dout = view(dout),
+                                    .lse = lse.data(),
+                                    .delta = delta.data(),
+                                    .dq_before = before,
+                                    .dk_before = before,
+                                    .dv_before = before,
+                                    .dq_accumulator = dq.data(),
+                                    .dk = dk.data(),
+                                    .dv = dv.data()},
+                                   kHost);
+  return {out, lse, dq, dk, dv};
+}
+
+// Sequences with both relative terms, whose tables have a row for each distance up to 8.
+std::vector<Floats> disentangled() {
+  static const std::vector<int32_t> cu = {0, 5, 5, 90, 300};
+  constexpr int kTokens = 300, kHeads = 2, kDim = 24, kReach = 8, kRows = 2 * kReach, kSize = kTokens * kHeads * kDim;
+  static const Floats q = drawn(kSize), k = drawn(kSize), v = drawn(kSize), dout = drawn(kSize);
+  static const Floats pos_key = drawn(kRows * kHeads * kDim), pos_query = drawn(kRows * kHeads * kDim);
+  static const std::vector<int32_t> rows = [] {
+    std::vector<int32_t> found;
+    for (int distance = -kReach; distance <= kReach; ++distance)
+      found.push_back(std::min(kReach + distance, kRows - 1));
+    return found;
+  }();
+  const auto view = [](const Floats& t) { return HeadsView{t.data(), kHeads * kDim, kDim}; };
+  const AttentionProblem problem{.q = view(q),
+                                 .k = view(k),
+                                 .v = view(v),
+                                 .cu_seqlens_q = cu.data(),
+                                 .cu_seqlens_k = cu.data(),
+                                 .batch = static_cast<int>(cu.size()) - 1,
+                                 .total_q = kTokens,
+                                 .total_k = kTokens,
+                                 .max_seqlen_q = kTokens,
+                                 .max_seqlen_k = kTokens,
+                                 .heads_q = kHeads,
+                                 .heads_kv = kHeads,
+                                 .head_dim = kDim,
+                                 .dtype = DType::kFloat32,
+                                 .softmax_scale = 0.1f,
+                                 .window_left = -1,
+                                 .window_right = -1};
+  const cpu::RelativeTables tables{.pos_key = view(pos_key),
+                                   .pos_query = view(pos_query),
+                                   .rows = kRows,
+                                   .row_of_distance = rows.data(),
+                                   .reach = kReach};
+  Floats out(kSize), lse(kHeads * kTokens), dq(kSize), dk(kSize), dv(kSize);
+  Floats dpos_key(pos_key.size()), dpos_query(pos_query.size());
+  kernels::disentangled_attention(
+      {.attention = {.problem = problem, .out = out.data(), .lse = lse.data()}, .tables = tables}, kHost);
+  kernels::disentangled_attention_backward({.attention = {.problem = problem,
+                                                          .out = view(out),
+                                                          .dout = view(dout),
+                                                          .lse = lse.data(),
+                                                          .dq = dq.data(),
+                                                          .dk = dk.data(),
+                                                          .dv = dv.data()},
+                                            .tables = tables,
+                                            .dpos_key = dpos_key.data(),
+                                            .dpos_query = dpos_query.data()},
+                                           kHost);
+  return {out, lse, dq, dk, dv, dpos_key, dpos_query};
+}
+
+// The gated MLP of two block-diagonal factors.
+std::vector<Floats> glu() {
+  constexpr int64_t kRows = 300, kBlocks = 2, kIn = 20, kInner = 36;
+  static const Floats x = drawn(kRows * kBlocks * kIn), dout = drawn(kRows * kBlocks * kIn);
+  static const Floats up = drawn(kBlocks * 2 * kInner * kIn), down = drawn(kBlocks * kIn * kInner);
+  Floats out(x.size()), dx(x.size()), dup(up.size()), ddown(down.size()), dbias(kBlocks * kIn);
+  const cpu::BlockProductParams params{
+      .first = {.w = up.data(), .dw = dup.data(), .count = kBlocks, .rows = 2 * kInner, .cols = kIn},
+      .second = {.w = down.data(), .dw = ddown.data(), .count = kBlocks, .rows = kIn, .cols = kInner},
+      .x = x.data(),
+      .dout = dout.data(),
+      .out = out.data(),
+      .dx = dx.data(),
+      .dbias = dbias.data(),
+      .rows = kRows,
+      .x_stride = kBlocks * kIn,
+      .dout_stride = kBlocks * kIn,
+      .dtype = DType::kFloat32};
+  kernels::blockdiag_glu(params, kHost);
+  kernels::blockdiag_glu_backward(params, kHost);
+  return {out, dx, dup, ddown, dbias};
+}
+
+// A plan of tokens with one to three of six groups, and products by it.
+std::vector<Floats> routing() {
+  constexpr int64_t kTokens = 500, kGroups = 6, kWidth = 20, kDense = 44, kTile = 128, kTiles = 4;
+  constexpr int64_t kRouted = kGroups * kWidth;
+  static const std::vector<int64_t> mask = [] {
+    std::vector<int64_t> found;
+    for (int64_t t = 0; t < kTokens; ++t) found.push_back(1 << t % kGroups | 1 << t * 7 % kGroups | 1 << t / 90);
+    return found;
+  }();
+  std::vector<int32_t> perm(kTiles * kTile), inverse(kTokens), tile_class(kTiles);
+  std::vector<int64_t> tile_mask(kTiles);
+  kernels::routing_plan({.group_mask = mask.data(),
+                         .perm = perm.data(),
+                         .inverse = inverse.data(),
+                         .tile_mask = tile_mask.data(),
+                         .tile_class = tile_class.data(),
+                         .tokens = kTokens,
+                         .tiles = kTiles,
+                         .tile = kTile,
+                         .num_groups = kGroups,
+                         .num_classes = 1},
+                        kHost);
+  static const Floats routed = drawn(kTokens * kRouted), dense = drawn(kTokens * kDense), w = drawn(kDense * kRouted);
+  static const Floats gates = drawn(kTokens * kGroups);
+  Floats gathered(kTokens * kDense), scattered(kTokens * kRouted), dw(kDense * kRouted);
+  cpu::RoutedProductParams params{.group_mask = mask.data(),
+                                  .perm = perm.data(),
+                                  .tile_class = tile_class.data(),
+                                  .tokens = kTokens,
+                                  .tiles = kTiles,
+                                  .tile = kTile,
+                                  .num_groups = kGroups,
+                                  .num_classes = 1,
+                                  .width = kWidth,
+                                  .num_out = 1,
+                                  .dense_width = kDense,
+                                  .w = w.data(),
+                                  .gates = gates.data(),
+                                  .dtype = DType::kFloat32};
+  params.x = routed.data(), params.x_stride = kRouted, params.out = gathered.data();
+  params.out_stride = kRouted, params.in_stride = 1;
+  kernels::hidden_gather(params, kHost);
+  params.x = dense.data(), params.x_stride = kDense, params.out = scattered.data();
+  params.out_stride = 1, params.in_stride = kRouted;  // the transpose
+  kernels::hidden_scatter(params, kHost);
+  params.dot_with = routed.data(), params.dot_stride = kRouted, params.out = dw.data();
+  params.w = nullptr;
+  kernels::hidden_weight_grad(params, kHost);
+  return {Floats(perm.begin(), perm.end()), gathered, scattered, dw};
+}
+
 const Case kCases[] = {
     {"bias_gelu", 2, gelu},
     {"layer_norm", 2, layer_norm},
@@ -273,6 +447,10 @@ const Case kCases[] = {
     {"windows of 144", 2, [] { return windows(12); }},
     {"monarch", 2, monarch},
     {"short_conv", 2, short_conv},
+    {"attention_step", 2, attention_step},
+    {"disentangled attention", 2, disentangled},
+    {"glu", 2, glu},
+    {"routing", 6, routing},  // a plan, and three products, of which two pack the weight first
 };
 
 }  // namespace

@@ -301,17 +301,6 @@ class Deterministic:
         return lambda *args, **options: op(*args, deterministic=True, **options)
 
 
-@contextlib.contextmanager
-def on_threads(count: int) -> Iterator[None]:
-    """Torch uses so many threads meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     """Whether all tensors are equal bit by bit."""
     return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))

@@ -88,9 +88,19 @@ def test_varlen_attention(changed: dict[str, Any], error: type[Exception], messa
         ops.varlen_attention(**{**ATTENTION, **changed})
 
 
+@pytest.mark.parametrize("backend", ("auto", "reference"))
 @pytest.mark.parametrize("values", ([0, 5, 4], [0, 3, 9], [-1, 3, 7], [0, 7, 7], [2, 3, 7], [0, -3, 4]), ids=str)
-def test_op_called_directly_checks_offsets(values: list[int]) -> None:
+def test_op_called_directly_checks_offsets(values: list[int], backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels and references say the same."""
+    monkeypatch.setenv("WARPFORM_BACKEND", backend)
     cu = torch.tensor(values, dtype=INT)
+    if values != [0, 7, 7]:  # a step takes sequences of any length
+        where = {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+        with pytest.raises(RuntimeError, match=r"^attention_step: cu_seqlens_q must"):
+            torch.ops.warpform.attention_step(Q, Q, Q, **where)
+        with pytest.raises(RuntimeError, match=r"^attention_step_backward: cu_seqlens_q must"):
+            lse = Q[:, :, 0].t().contiguous()
+            torch.ops.warpform.attention_step_backward(Q, lse, Q, Q, Q, lse, **where)
     with pytest.raises(RuntimeError, match=r"^varlen_attention: (cu_seqlens_q|max_seqlen_q) must"):
         torch.ops.warpform.varlen_attention(Q, Q, Q, cu, cu, 4, 4)
     with pytest.raises(RuntimeError, match=r"^varlen_attention_backward: (cu_seqlens_q|max_seqlen_q) must"):
