@@ -437,8 +437,8 @@ def test_rows_beside_busy_processes_are_set_apart(tmp_path: Path, capsys: pytest
     assert report.main(["--results", str(tmp_path)]) == 2
     capsys.readouterr()
     assert report.main(["--results", str(tmp_path), "--busy"]) == 0
-    assert "beside 1 busy processes, warpform" in capsys.readouterr().out
-    assert "CPU, beside 1 busy processes, " in report.machine(rows[0])
+    assert "beside 1 busy process, warpform" in capsys.readouterr().out
+    assert "CPU, beside 1 busy process, " in report.machine(rows[0])
 
 
 def test_torch_varlen_is_called_as_this_torch_has_it() -> None:

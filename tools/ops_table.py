@@ -24,7 +24,13 @@ HEADER = [
     "|---|---|---|---|---|---|---|",
 ]
 KERNEL, REFERENCE, SILENT = "kernel", "reference, with a warning", "reference"
-NAMES = {"block_sizes": "sizes of blocks", "max_taps": "taps", "max_cols": "columns", "num_groups": "groups"}
+NAMES = {
+    "block_sizes": "sizes of blocks",
+    "max_taps": "taps",
+    "max_cols": "columns",
+    "num_groups": "groups",
+    "window_tokens": "tokens of a window",
+}
 
 
 def table(ops: Iterable[Any], kernels: list[dict[str, Any]], cpu_kernels: list[dict[str, Any]]) -> list[str]:
