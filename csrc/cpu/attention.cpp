@@ -68,7 +68,7 @@ void forward(const AttentionForwardParams& params, const Host& host, const Score
   Scratch shared(host, LongestFirst::bytes(p.batch));
   const LongestFirst order(shared, packed.queries, packed.keys);
   const int64_t whole = static_cast<int64_t>(p.batch) * p.heads_kv;
-  const int64_t parts = parts_of(whole, order.most_queries() * group / kLeastPartQueries);
+  const int64_t parts = parts_of(whole, kForwardItems, order.most_queries() * group / kLeastPartQueries);
 
   const auto clear = [&](int64_t row, int64_t rows, int64_t first_head, int64_t heads) {
     for (int64_t h = first_head; h < first_head + heads; ++h) {
@@ -181,7 +181,7 @@ void backward(const AttentionBackwardParams& params, const Host& host, const Sco
   const int64_t whole = static_cast<int64_t>(p.batch) * p.heads_kv;
   const int64_t partial = static_cast<int64_t>(p.total_q) * p.heads_q * head.padded;
   const int64_t parts =
-      parts_of(whole, smaller(order.most_keys() / kLeastPartKeys,
+      parts_of(whole, kBackwardItems, smaller(order.most_keys() / kLeastPartKeys,
                               kMostPartialBytes / larger(1, partial * static_cast<int64_t>(sizeof(float)))));
   const int64_t most_keys = round_up(ceil_div(order.most_keys(), larger(1, parts)), kPanel);  // of an item
   Scratch of_parts(host, Scratch::bytes_of<float>(parts > 1 ? parts * partial : 1));

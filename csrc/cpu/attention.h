@@ -256,7 +256,7 @@ struct Softmax {
 
   // Scores become probabilities over the largest so far; `scale` and `sum` follow.
   WARPFORM_INLINE void add(float* scores, int64_t rows, int64_t keys, bool first) {
-    alignas(64) float before[kQueryBlock], part[kQueryBlock];
+    alignas(64) float before[kQueryBlock] = {}, part[kQueryBlock];
     const int64_t width = round_up(keys, kLanes);
     if (!first) std::memcpy(before, top, sizeof before);
     int64_t r = 0;
@@ -285,7 +285,7 @@ struct Softmax {
   }
 };
 
-// ---- an item, forward ----
+// ---- operands and memory ----
 
 // The heads of one sequence that share k and v.
 template <class T>
@@ -323,8 +323,126 @@ struct SeeingRows {
   }
 };
 
+// ---- few queries ----
+
+// Rows of queries, of all heads that share keys, up to which k and v are read where they lie: each element is used so few
+// times that packing it would cost more than the products.
+constexpr int64_t kFewRows = 4;
+
+// scores [rows][kScoreStride] = q [rows][padded] times the transpose of k [keys, dim]. Columns past the last key, up to a
+// whole vector, repeat its scores.
+template <class T>
+void scores_of_few(float* scores, const float* q, int64_t rows, const HeadRows<T>& k, int64_t keys,
+                   const HeadDim& head) {
+  for (int64_t j = 0; j < keys; j += kLanes) {
+    const T* key[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) key[i] = k.row(smaller(j + i, keys - 1));
+    for (int64_t r = 0; r < rows; ++r) {
+      Vec sum[kLanes] = {};
+      int64_t d = 0;
+      for (; d + kLanes <= head.dim; d += kLanes) {
+        const Vec x = load(q + r * head.padded + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) sum[i] += load(key[i] + d) * x;
+      }
+      if (d < head.dim) {
+        const Vec x = load(q + r * head.padded + d);
+        for (int i = 0; i < kLanes; ++i) sum[i] += load_first(key[i] + d, head.dim - d) * x;
+      }
+      transpose(sum);
+#pragma GCC unroll 4
+      for (int step = kLanes / 2; step > 0; step /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < step; ++i) sum[i] += sum[i + step];
+      store(scores + r * kScoreStride + j, sum[0]);
+    }
+  }
+}
+
+// out [padded] = p [keys] times v [keys, dim], plus out * kept if there is a `kept`; chains are cut at kChain.
+template <class T>
+void values_of_few(float* out, const float* kept, const float* p, const HeadRows<T>& v, int64_t keys, const HeadDim& head) {
+  constexpr int kVectors = 4;
+  for (int64_t d = 0; d < head.padded; d += kVectors * kLanes) {
+    Vec total[kVectors];
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t at = d + i * kLanes;
+      total[i] = kept != nullptr && at < head.padded ? load(out + at) * *kept : Vec{};
+    }
+    const int64_t left = head.dim - d;
+    for (int64_t j0 = 0; j0 < keys; j0 += kChain) {
+      Vec sum[kVectors] = {};
+      for (int64_t j = j0; j < smaller(j0 + kChain, keys); ++j) {
+        const T* const row = v.row(j) + d;
+        if (left >= kVectors * kLanes) {
+#pragma GCC unroll 4
+          for (int i = 0; i < kVectors; ++i) sum[i] += load(row + i * kLanes) * p[j];
+        } else {
+          for (int i = 0; i * kLanes < left; ++i) sum[i] += load_first(row + i * kLanes, left - i * kLanes) * p[j];
+        }
+      }
+      for (int i = 0; i < kVectors; ++i) total[i] += sum[i];
+    }
+    for (int i = 0; i < kVectors && d + i * kLanes < head.padded; ++i) store(out + d + i * kLanes, total[i]);
+  }
+}
+
+// attend for at most kFewRows rows of queries, of all heads together.
+template <class T, class Seen, class ScoresOf, class Finish, class FinishUnseeing>
+void attend_few(const ForwardMemory& memory, const SequenceHeads<T>& x, int64_t first_row, int64_t last_row,
+                const HeadDim& head, const ScoreScale& scale, const Seen& seen, const ScoresOf& scores_of,
+                const Finish& finish, const FinishUnseeing& finish_unseeing) {
+  struct Row {
+    int64_t h, i;
+    int32_t first, last;  // the keys that it sees
+  } row[kFewRows];
+  int64_t rows = 0, first_key = x.k_rows, last_key = 0;
+  for (int64_t h = 0; h < x.heads; ++h) {
+    for (int64_t i = first_row; i < last_row; ++i) {
+      Row& one = row[rows];
+      one.h = h, one.i = i;
+      seen(i, one.first, one.last);
+      if (one.first >= one.last) {
+        finish_unseeing(h, i, 1);
+        continue;
+      }
+      pack_rows(memory.q + rows * head.padded, HeadRows<T>{x.q.row(i) + h * x.q_head_stride, x.q.stride}, 1, head,
+                scale.sign);
+      first_key = smaller(first_key, one.first), last_key = larger(last_key, one.last);
+      ++rows;
+    }
+  }
+  if (rows == 0) return;
+  const auto first_change = scores_of(0);
+  Softmax softmax;
+  softmax.factor = first_change.factor(scale), softmax.unit = first_change.unit(scale);
+  for (int64_t j = first_key; j < last_key; j += kKeyBlock) {
+    const bool first = j == first_key;
+    const int64_t count = smaller(kKeyBlock, last_key - j), width = round_up(count, kLanes);
+    scores_of_few(memory.scores, memory.q, rows, HeadRows<T>{x.k.row(j), x.k.stride}, count, head);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* const scores = memory.scores + r * kScoreStride;
+      scores_of(row[r].h).template change<false>(scores, nullptr, 1, row[r].i, j, count);
+      mask_row(scores, width, row[r].first - j, row[r].last - j);
+    }
+    softmax.add(memory.scores, rows, count, first);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t begin = larger(row[r].first - j, 0), end = larger(smaller(row[r].last - j, count), begin);
+      values_of_few(memory.out + r * head.padded, first ? nullptr : softmax.scale + r,
+                    memory.scores + r * kScoreStride + begin, HeadRows<T>{x.v.row(j + begin), x.v.stride}, end - begin,
+                    head);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    softmax.top[0] = softmax.top[r], softmax.sum[0] = softmax.sum[r];
+    finish(row[r].h, row[r].i, 1, memory.out + r * head.padded, softmax);
+  }
+}
+
+// ---- an item, forward ----
+
 // Attention of the queries [first_row, last_row) of all heads of a sequence.
-//   seen(i, first, last)   the keys that query i sees
+//   seen(i, first, last)   the keys that query i sees; neither bound falls from query to query
 //   scores_of(head)        what is done to scores, e.g. PlainScores
 //   finish(head, i, rows, out, softmax)
 //                          takes the results of `rows` queries from i on: out [rows][padded], not yet divided by the sum
@@ -334,13 +452,27 @@ template <class T, class Seen, class ScoresOf, class Finish, class FinishUnseein
 void attend(const ForwardMemory& memory, const SequenceHeads<T>& x, int64_t first_row, int64_t last_row,
             const HeadDim& head, const ScoreScale& scale, const Seen& seen, const ScoresOf& scores_of,
             const Finish& finish, const FinishUnseeing& finish_unseeing) {
+  if (x.heads * (last_row - first_row) <= kFewRows) {
+    attend_few(memory, x, first_row, last_row, head, scale, seen, scores_of, finish, finish_unseeing);
+    return;
+  }
+  // The keys that are packed: [packed_from, packed_from + packed).
+  int64_t packed_from = 0, packed = 0;
   const auto pack_keys = [&](int64_t first, int64_t count) {
+    packed_from = first, packed = count;
     pack_key_columns(memory.k_columns, HeadRows<T>{x.k.row(first), x.k.stride}, count, head);
     pack_row_panels(memory.v_panels, HeadRows<T>{x.v.row(first), x.v.stride}, count, head);
   };
-  // Keys that one block of queries meets are packed a block at a time, which stays in cache; others once for all.
+  // Keys that one block of queries meets are packed a block at a time, which stays in cache; others, as far as the queries
+  // see them, once for all.
   const bool once = x.heads == 1 && last_row - first_row <= kQueryBlock;
-  if (!once) pack_keys(0, x.k_rows);
+  if (!once) {
+    int32_t first, last, unused;
+    seen(first_row, first, unused);
+    seen(last_row - 1, unused, last);
+    const int64_t from = first / kPanel * kPanel;
+    pack_keys(smaller(from, x.k_rows), larger(last - from, 0));
+  }
   for (int64_t h = 0; h < x.heads; ++h) {
     const auto change = scores_of(h);
     for (int64_t i0 = first_row; i0 < last_row; i0 += kQueryBlock) {
@@ -361,7 +493,7 @@ void attend(const ForwardMemory& memory, const SequenceHeads<T>& x, int64_t firs
       for (int64_t j = first_key / kPanel * kPanel; j < last_key; j += kKeyBlock) {
         const int64_t count = smaller(kKeyBlock, last_key - j);
         if (once) pack_keys(j, count);
-        const int64_t at = once ? 0 : j, packed = once ? count : x.k_rows;
+        const int64_t at = j - packed_from;
         times_columns(rows, count, head.dim, memory.scores, kScoreStride, memory.q, head.padded, 1,
                       memory.k_columns + at * head.padded);
         change.template change<false>(memory.scores, nullptr, rows, i, j, count);
@@ -547,9 +679,9 @@ struct Sequences {
 
 // Items of a call: a sequence, a key head, and a part of its queries or keys where there would be few items else. The cut
 // follows from the problem alone, so results do not depend on threads.
-constexpr int64_t kItems = 16;
-WARPFORM_INLINE int64_t parts_of(int64_t whole_items, int64_t most_parts) {
-  return whole_items == 0 ? 0 : larger(1, smaller(ceil_div(kItems, whole_items), most_parts));
+constexpr int64_t kForwardItems = 64, kBackwardItems = 32;  // backward adds the parts of dq up
+WARPFORM_INLINE int64_t parts_of(int64_t whole_items, int64_t items, int64_t most_parts) {
+  return whole_items == 0 ? 0 : larger(1, smaller(ceil_div(items, whole_items), most_parts));
 }
 // Queries times heads, and keys, of a part at least: it packs k and v, or q, again.
 constexpr int64_t kLeastPartQueries = 192, kLeastPartKeys = 512;

@@ -73,7 +73,7 @@ void forward(const AttentionStepParams& params, const Host& host) {
   Scratch shared(host, LongestFirst::bytes(p.batch));
   const LongestFirst order(shared, queries, keys);
   const int64_t whole = static_cast<int64_t>(p.batch) * p.heads_kv;
-  const int64_t parts = parts_of(whole, order.most_queries() * group / kLeastPartQueries);
+  const int64_t parts = parts_of(whole, kForwardItems, order.most_queries() * group / kLeastPartQueries);
 
   const auto carry_rows = [&](const StepRows& at, int64_t i, int64_t rows, int64_t first_head, int64_t heads) {
     for (int64_t h = first_head; h < first_head + heads; ++h) {

@@ -108,60 +108,64 @@ WARPFORM_INLINE IntVec first_lanes(int64_t n) {
 WARPFORM_INLINE Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
 WARPFORM_INLINE void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
 
-WARPFORM_INLINE Vec load(const BFloat16* p) {
-  const ShortVec bits = *reinterpret_cast<const LooseShortVec*>(p);
+WARPFORM_INLINE Vec widened(ShortVec bits, BFloat16) {
   return (Vec)(__builtin_convertvector(bits, UintVec) << 16);
 }
+WARPFORM_INLINE Vec widened(ShortVec bits, Float16) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps((__m256i)bits);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtph_ps((__m128i)bits);
+#else
+  using Halves = __fp16 __attribute__((vector_size(2 * kLanes)));
+  return __builtin_convertvector((Halves)bits, Vec);
+#endif
+}
 // To the nearest, ties to even; NaN becomes the NaN whose bits are all set.
-WARPFORM_INLINE void store(BFloat16* p, Vec v) {
+WARPFORM_INLINE ShortVec narrowed(Vec v, BFloat16) {
   const UintVec bits = (UintVec)v;
   const UintVec kept = ((bits + (0x7fff + ((bits >> 16) & 1))) | (UintVec)(v != v)) >> 16;
 #if defined(__AVX2__) && !defined(__AVX512F__)
   // Compilers make five shuffles of the conversion.
   const __m256i packed = _mm256_packus_epi32((__m256i)kept, (__m256i)kept);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+  return (ShortVec)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 #else
-  *reinterpret_cast<LooseShortVec*>(p) = __builtin_convertvector(kept, ShortVec);
+  return __builtin_convertvector(kept, ShortVec);
 #endif
 }
-
-WARPFORM_INLINE Vec load(const Float16* p) {
+WARPFORM_INLINE ShortVec narrowed(Vec v, Float16) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (ShortVec)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0);
 #elif defined(__AVX2__)
-  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (ShortVec)_mm256_cvtps_ph((__m256)v, 0);
 #else
   using Halves = __fp16 __attribute__((vector_size(2 * kLanes)));
-  Halves halves;
-  std::memcpy(&halves, p, sizeof halves);
-  return __builtin_convertvector(halves, Vec);
+  return (ShortVec)__builtin_convertvector(v, Halves);
 #endif
 }
-WARPFORM_INLINE void store(Float16* p, Vec v) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0));
-#elif defined(__AVX2__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, 0));
-#else
-  using Halves = __fp16 __attribute__((vector_size(2 * kLanes)));
-  const Halves halves = __builtin_convertvector(v, Halves);
-  std::memcpy(p, &halves, sizeof halves);
-#endif
+template <class T>
+WARPFORM_INLINE Vec load(const T* p) {
+  return widened(*reinterpret_cast<const LooseShortVec*>(p), T{});
+}
+template <class T>
+WARPFORM_INLINE void store(T* p, Vec v) {
+  *reinterpret_cast<LooseShortVec*>(p) = narrowed(v, T{});
 }
 
 // The first n elements, 0 <= n; `fill` in the lanes past them. Reads no element past the n-th.
 template <class T>
 WARPFORM_INLINE Vec load_first(const T* p, int64_t n, float fill = 0.f) {
   if (n >= kLanes) return load(p);
+  Vec found;
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    const auto mask = static_cast<__mmask16>((1u << n) - 1);
-    return (Vec)_mm512_mask_loadu_ps((__m512)broadcast(fill), mask, p);
-  }
-#endif
+  const auto mask = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (sizeof(T) == 4) return (Vec)_mm512_mask_loadu_ps((__m512)broadcast(fill), mask, p);
+  if constexpr (sizeof(T) == 2) found = widened((ShortVec)_mm256_maskz_loadu_epi16(mask, p), T{});
+#else
   T some[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) some[i] = p[i];
-  const Vec found = load(some);
+  found = load(some);
+#endif
   return fill == 0.f ? found : first_lanes(n) ? found : broadcast(fill);
 }
 template <class T>
@@ -171,14 +175,14 @@ WARPFORM_INLINE void store_first(T* p, Vec v, int64_t n) {
     return;
   }
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
-    return;
-  }
-#endif
+  const auto mask = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, mask, (__m512)v);
+  if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, mask, (__m256i)narrowed(v, T{}));
+#else
   T some[kLanes];
   store(some, v);
   for (int64_t i = 0; i < n; ++i) p[i] = some[i];
+#endif
 }
 
 template <class T>
