@@ -35,14 +35,15 @@ WARPFORM_INLINE void gemm_tile(float* c, int64_t c_stride, const float* a, int64
     }
 }
 
-// kVectors vectors of columns and any number of rows.
+// kVectors vectors of columns and any number of rows. A tile of one row waits for its own sums, so what is left after full
+// tiles is two that are nearly even: 7 rows are 4 and 3, not 6 and 1.
 template <int kRows, int kVectors, Into kInto>
 __attribute__((noinline)) void gemm_rows(int64_t m, float* c, int64_t c_stride, const float* a, int64_t a_row,
                                          int64_t a_column, const float* b, int64_t b_stride, int64_t inner,
                                          const float* scale) {
   int64_t i = 0;
   const auto scale_at = [&](int64_t row) { return kInto == Into::kScaled ? scale + row : nullptr; };
-  for (; i + kRows <= m; i += kRows) {
+  for (; m - i == kRows || m - i >= 2 * kRows - 1; i += kRows) {
     gemm_tile<kRows, kVectors, kInto>(c + i * c_stride, c_stride, a + i * a_row, a_row, a_column, b, b_stride, inner,
                                       scale_at(i));
   }

@@ -48,6 +48,9 @@ struct WindowSizes {
     mask = p.mask_value == kMinusInfinity ? scaled : scaled < -FLT_MAX ? -FLT_MAX : scaled > FLT_MAX ? FLT_MAX : scaled;
   }
 
+  // Of `left` queries of a block those whose scores are made next: no few are left over.
+  int64_t scored_at_once(int64_t left) const { return left < score_rows + 6 ? left : score_rows; }
+
   const WindowProblem& problem;
   bool whole;           // one block of queries holds the window, and no log-sum-exp is kept
   int64_t tokens;       // of a window

@@ -176,8 +176,9 @@ void backward_head(const WindowBackwardParams& params, const WindowSizes& z, con
     const int64_t m = smaller(z.queries, z.tokens - first);
     float *const rows_q = b.q + first * z.wide, *const rows_dout = b.dout + first * z.wide;
     const float* const bias_rows = bias.rows(head, first, m, b.bias);
-    for (int64_t r = 0; r < m; r += z.score_rows) {
-      const int64_t some = smaller(z.score_rows, m - r), at = first + r;
+    for (int64_t r = 0, some; r < m; r += some) {
+      some = z.scored_at_once(m - r);
+      const int64_t at = first + r;
       prefetch_parts<T>(next, z, at, some);
       for (int64_t i = at; next.rows != nullptr && i < at + some; ++i) {
         const int64_t row = next.rows[i];

@@ -53,8 +53,9 @@ void forward_head(const WindowForwardParams& params, const WindowSizes& z, const
   for (int64_t first = 0; first < z.tokens; first += z.queries) {
     const int64_t m = smaller(z.queries, z.tokens - first);
     const float* const bias_rows = bias.rows(head, first, m, b.bias);
-    for (int64_t r = 0; r < m; r += z.score_rows) {
-      const int64_t some = smaller(z.score_rows, m - r), at = first + r;
+    for (int64_t r = 0, some; r < m; r += some) {
+      some = z.scored_at_once(m - r);
+      const int64_t at = first + r;
       prefetch_parts<T>(next, z, at, some);
       for (int64_t i = at; i < at + some; ++i) {
         if (rows[i] >= 0) prefetch_row<1>(out + rows[i] * p.width, z.depth);
