@@ -19,9 +19,9 @@ namespace warpform::cpu::WARPFORM_CPU_ISA {
 namespace {
 
 // Rows that are taken at a time: what belongs to them stays in L2.
-constexpr int64_t kBlockdiagRows = 96;
-constexpr int64_t monarch_rows(int64_t between) { return between <= 1024 ? 96 : 48; }
-constexpr int64_t kGluRows = 96;
+constexpr int64_t kBlockdiagRows = 64;
+constexpr int64_t monarch_rows(int64_t between) { return between <= 1024 ? 64 : 48; }
+constexpr int64_t kGluRows = 64;
 constexpr int64_t kGradientRows = 192;
 // Weights of an item, at least.
 constexpr int64_t kItemWeights = 1 << 14;
@@ -56,18 +56,20 @@ void pack(const Host& host, const BlockFactor& f, bool transposed, float* panels
 
 // ---- shares of the rows ----
 
-// Gradients of weights are sums over `count` shares of `rows` rows each.
+// Gradients of weights are sums over `count` shares of `rows` rows each, the last one's perhaps fewer, of which `step` are
+// taken at a time.
 struct Shares {
   int64_t count;
   int64_t rows;
+  int64_t step;
 
-  // For sums of `size` elements each.
+  // For sums of `size` elements each. Shares are as even as they can be: threads wait for the longest.
   static Shares of(int64_t rows, int64_t size) {
     constexpr int64_t kLeast = 256, kMost = 16, kRoom = 1 << 23;
     const int64_t wanted = smaller(kMost, ceil_div(rows, kLeast));
     const int64_t count = larger(1, smaller(wanted, kRoom / larger(size, 1)));
-    const int64_t each = larger(kGradientRows, round_up(ceil_div(rows, count), kGradientRows));
-    return {ceil_div(rows, each), each};
+    const int64_t each = larger(1, ceil_div(rows, count));
+    return {ceil_div(rows, each), each, ceil_div(each, ceil_div(each, kGradientRows))};
   }
   int64_t first(int64_t share) const { return share * rows; }
 };
@@ -167,8 +169,8 @@ void blockdiag_gradient(const BlockProductParams& p, const Host& host) {
         float* const dw = sums + share * dw_all + b * dw_block;
         float* const dbias = bias_sums + share * bias_all + b * out_room;
         std::memset(dbias, 0, static_cast<size_t>(out_room) * sizeof(float));
-        for (int64_t row = begin; row < end; row += kGradientRows) {
-          const int64_t m = smaller(kGradientRows, end - row);
+        for (int64_t row = begin; row < end; row += shares.step) {
+          const int64_t m = smaller(shares.step, end - row);
           load_rows(result, out_room, dout + row * p.dout_stride + b * f.rows, p.dout_stride, m, f.rows);
           load_rows(in, in_room, x + row * p.x_stride + b * f.cols, p.x_stride, m, f.cols);
           transposed_product(row > begin, f.rows, f.cols, m, dw, in_room, result, out_room, in, in_room);
@@ -377,8 +379,8 @@ void monarch_gradient(const BlockProductParams& p, const Host& host) {
     for (int64_t share; items.next(share);) {
       float *const dw1 = sums + share * dw_all, *const dw2 = dw1 + dw1_all;
       const int64_t begin = shares.first(share), end = smaller(p.rows, begin + shares.rows);
-      for (int64_t row = begin; row < end; row += kRows) {
-        const int64_t m = smaller(kRows, end - row);
+      for (int64_t row = begin; row < end; row += shares.step) {
+        const int64_t m = smaller(shares.step, end - row);
         const bool add = row > begin;
         for (int64_t b = 0; b < f.count; ++b) {
           float* const block = in + b * m * in_room;
@@ -583,8 +585,8 @@ void glu_gradient(const BlockProductParams& p, const Host& host) {
       float *const dw_up = sums + share * dw_all, *const dbias = dw_up + up_all + count * down_tile;
       std::memset(dbias, 0, static_cast<size_t>(bias_all) * sizeof(float));
       const int64_t begin = shares.first(share), end = smaller(p.rows, begin + shares.rows);
-      for (int64_t row = begin; row < end; row += kRows) {
-        const int64_t m = smaller(kRows, end - row);
+      for (int64_t row = begin; row < end; row += shares.step) {
+        const int64_t m = smaller(shares.step, end - row);
         const bool add = row > begin;
         for (int64_t b = 0; b < up.count; ++b) {
           load_rows(in + b * m * in_room, in_room, x + row * p.x_stride + b * up.cols, p.x_stride, m, up.cols);
