@@ -17,14 +17,14 @@ from torch import Tensor
 
 from .._dtypes import accumulation_dtype
 
-# Points that are transformed at one time on a CPU.
-_POINTS_AT_A_TIME = 1 << 18
+# Points that are transformed at one time on a CPU, and the rows at least: threads share whole rows.
+_POINTS_AT_A_TIME, _LEAST_ROWS = 1 << 19, 16
 
 
 def _blocks(u: Tensor, points: int) -> Iterator[tuple[slice, slice]]:
     """Batches and channels: blocks of about as many points as should be transformed at one time."""
     batch, channels, _ = u.shape
-    rows = max(1, _POINTS_AT_A_TIME // points) if u.device.type == "cpu" else max(1, batch * channels)
+    rows = max(_LEAST_ROWS, _POINTS_AT_A_TIME // points) if u.device.type == "cpu" else max(1, batch * channels)
     channel_step = max(1, min(channels, rows))
     batch_step = max(1, min(batch, rows // channel_step))
     for channel in range(0, channels, channel_step):
