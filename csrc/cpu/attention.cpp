@@ -180,9 +180,9 @@ void backward(const AttentionBackwardParams& params, const Host& host, const Sco
   const LongestFirst order(shared, packed.queries, packed.keys);
   const int64_t whole = static_cast<int64_t>(p.batch) * p.heads_kv;
   const int64_t partial = static_cast<int64_t>(p.total_q) * p.heads_q * head.padded;
-  const int64_t parts =
-      parts_of(whole, kBackwardItems, smaller(order.most_keys() / kLeastPartKeys,
-                              kMostPartialBytes / larger(1, partial * static_cast<int64_t>(sizeof(float)))));
+  const int64_t parts = parts_of(whole, kBackwardItems,
+                                 smaller(order.most_keys() / kLeastPartKeys,
+                                         kMostPartialBytes / larger(1, partial * static_cast<int64_t>(sizeof(float)))));
   const int64_t most_keys = round_up(ceil_div(order.most_keys(), larger(1, parts)), kPanel);  // of an item
   Scratch of_parts(host, Scratch::bytes_of<float>(parts > 1 ? parts * partial : 1));
   const QueryGradients<T> dq{static_cast<T*>(params.dq), parts > 1 ? of_parts.next<float>(parts * partial) : nullptr,

@@ -361,7 +361,8 @@ void scores_of_few(float* scores, const float* q, int64_t rows, const HeadRows<T
 
 // out [padded] = p [keys] times v [keys, dim], plus out * kept if there is a `kept`; chains are cut at kChain.
 template <class T>
-void values_of_few(float* out, const float* kept, const float* p, const HeadRows<T>& v, int64_t keys, const HeadDim& head) {
+void values_of_few(float* out, const float* kept, const float* p, const HeadRows<T>& v, int64_t keys,
+                   const HeadDim& head) {
   constexpr int kVectors = 4;
   for (int64_t d = 0; d < head.padded; d += kVectors * kLanes) {
     Vec total[kVectors];

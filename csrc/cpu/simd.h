@@ -108,9 +108,7 @@ WARPFORM_INLINE IntVec first_lanes(int64_t n) {
 WARPFORM_INLINE Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
 WARPFORM_INLINE void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
 
-WARPFORM_INLINE Vec widened(ShortVec bits, BFloat16) {
-  return (Vec)(__builtin_convertvector(bits, UintVec) << 16);
-}
+WARPFORM_INLINE Vec widened(ShortVec bits, BFloat16) { return (Vec)(__builtin_convertvector(bits, UintVec) << 16); }
 WARPFORM_INLINE Vec widened(ShortVec bits, Float16) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_cvtph_ps((__m256i)bits);
@@ -140,7 +138,7 @@ WARPFORM_INLINE ShortVec narrowed(Vec v, Float16) {
   return (ShortVec)_mm256_cvtps_ph((__m256)v, 0);
 #else
   using Halves = __fp16 __attribute__((vector_size(2 * kLanes)));
-  return (ShortVec)__builtin_convertvector(v, Halves);
+  return (ShortVec) __builtin_convertvector(v, Halves);
 #endif
 }
 template <class T>

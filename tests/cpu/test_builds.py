@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from warpform import _library
 
@@ -122,3 +123,20 @@ def test_threads(isa: str, tmp_path: Path) -> None:
     command = [*words, *flags, "-o", str(program), str(Path(__file__).with_name("threads.cpp")), *sources]
     run(command, cwd=build_folder())
     run([str(program)], timeout=300)
+
+
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64-static")),
+    reason="needs a compiler and an emulator for aarch64",
+)
+def test_aarch64_computes_the_same(isa: str, tmp_path: Path) -> None:
+    """Every kernel in an emulator of that processor, against this one: they differ by roundings alone."""
+    sources = [words[-1] for words in compile_commands(build_folder(), isa)]
+    common = ["-O2", "-std=c++20", "-Icsrc", "-Icsrc/kernels", "-pthread", "-static", "tests/cpu/threads.cpp", *sources]
+    native = ["g++", f"-DWARPFORM_CPU_ISA={isa}", *([] if isa == "neon" else ["-march=x86-64-v3"])]
+    run([*native, *common, "-o", str(tmp_path / "native")], cwd=ROOT)
+    run(["aarch64-linux-gnu-g++", "-DWARPFORM_CPU_ISA=neon", *common, "-o", str(tmp_path / "other")], cwd=ROOT)
+    run([str(tmp_path / "native"), str(tmp_path / "native.bin")])
+    run(["qemu-aarch64-static", str(tmp_path / "other"), str(tmp_path / "other.bin")])
+    here, there = (torch.from_file(str(path), size=path.stat().st_size // 4) for path in sorted(tmp_path.glob("*.bin")))
+    torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-4)
