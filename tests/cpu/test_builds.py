@@ -86,7 +86,7 @@ def isa() -> str:
 def test_address_and_undefined_behaviour_sanitizer(isa: str, tmp_path: Path) -> None:
     """Kernels compiled with both: an element read past a tensor, or a shift too far, ends the process."""
     folder = build_folder()
-    # Without expensive optimizations GCC contracts no product and sum into one instruction, and roundings would be others.
+    # Without expensive optimizations GCC fuses no product with a sum, and roundings would be others.
     flags = ["-O1", "-fexpensive-optimizations", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     objects = {}
     for words in compile_commands(folder, isa):

@@ -441,8 +441,10 @@ def _summed(name: str, inputs: Inputs, dtype: torch.dtype) -> float:
 
 
 def _terms_of_glu(inputs: Inputs, dtype: torch.dtype) -> float:
-    """The size of what a GLU's second product adds up. Its terms have errors of their own, those of the gates, and a few of
-    them may cancel where the eager sum happens to be exact."""
+    """The size of what a GLU's second product adds up.
+
+    Its terms have errors of their own, those of the gates, and a few may cancel where the eager sum happens to be exact.
+    """
     if inputs.dout.numel() == 0:
         return 0.0
     x, w_up, w_down = (t.detach().double() for t in (inputs.x, *inputs.weights))
