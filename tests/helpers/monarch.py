@@ -443,7 +443,7 @@ def _summed(name: str, inputs: Inputs, dtype: torch.dtype) -> float:
 def _terms_of_glu(inputs: Inputs, dtype: torch.dtype) -> float:
     """The size of what a GLU's second product adds up.
 
-    Its terms have errors of their own, those of the gates, and a few may cancel where the eager sum happens to be exact.
+    Its terms have errors of their own, those of the gates; a few may cancel where the eager sum happens to be exact.
     """
     if inputs.dout.numel() == 0:
         return 0.0
