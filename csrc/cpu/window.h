@@ -28,6 +28,8 @@ constexpr int kSoftmaxRows = 4;
 constexpr int64_t kScoreRows = 12;
 // Work that an item should have at least, in operations of products: some 20 microseconds.
 constexpr int64_t kItemWork = int64_t{1} << 20;
+// Items that a call should have if they have that work: enough for machines with many cores.
+constexpr int64_t kItems = 64;
 
 struct WindowSizes {
   explicit WindowSizes(const WindowProblem& p) : problem(p) {
@@ -74,7 +76,7 @@ struct WindowItems {
     share = larger(larger(least_windows, ceil_div(kItemWork, work)), ceil_div(z.windows, most_shares));
     shares = ceil_div(z.windows, share);
     // Few shares: heads are cut too.
-    const int64_t wanted = smaller(ceil_div(16, larger(1, shares)), ceil_div(share * work, kItemWork));
+    const int64_t wanted = smaller(ceil_div(kItems, larger(1, shares)), ceil_div(share * work, kItemWork));
     heads_each = ceil_div(z.heads, smaller(z.heads, larger(1, wanted)));
     head_parts = ceil_div(z.heads, heads_each);
   }
