@@ -199,8 +199,8 @@ def demo(path: Path, where: str) -> list[str]:
 def benchmarks(device: str, kernels: Kernels, plots: dict[str, str], results: str) -> list[str]:
     """Writes the lines on the rows' source, the plots, and each kernel and direction."""
     rows = [row for workloads in kernels.values() for providers in workloads.values() for row in providers.values()]
-    timed = [row for row in rows if row["p50_us"]]
-    one = timed[0]
+    timed = sorted((row for row in rows if row["p50_us"]), key=lambda row: row["date"])
+    one = timed[-1]
     kind = f"{device}, CPU, {one['threads']} threads" if one["kind"] == "cpu" else device
     # The text after a comma is about single rows: the number of processes, the ops that went to the reference.
     backends = " and ".join(sorted({row["backend"].partition(",")[0] for row in timed if row["backend"]}))

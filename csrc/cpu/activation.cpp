@@ -4,7 +4,8 @@
 // 12 bytes. With data in a cache the arithmetic is the larger part: some 25 operations and a division for a vector of the
 // erf form, 40 for its slope.
 // Measured on one thread of an Intel Skylake-SP beside other work, 100 rows of 3072 columns of float32 without a bias:
-// erf 0.27 ms with AVX-512 and 0.36 with AVX2, 9 and 7 GB/s, where a copy reaches 20; torch takes 0.37 and 0.31.
+// erf 0.27 ms with AVX-512 and 0.36 with AVX2, 9 and 7 GB/s, where a copy reaches 20; torch takes 0.37 and 0.31. Two threads
+// of an AMD EPYC with AVX2, 1358 rows: 1.4 ms forward and 2.5 backward, 91 and 75 % of a copy's bandwidth.
 #include "families.h"
 #include "gelu.h"
 #include "rows.h"

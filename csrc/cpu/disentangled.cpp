@@ -22,6 +22,7 @@
 //            4 x 256 tokens 31 ms forward, 52 of the 84 GFLOP/s of MKL's products, and 97 ms backward, 46 GFLOP/s; 4 of up
 //            to 347 tokens 42 ms, 50 GFLOP/s, and 137 ms, 41 GFLOP/s; 8 of up to 126 tokens 14 ms and 39 ms, 26 GFLOP/s:
 //            their groups meet many columns beside their pairs, and the tables are laid out for few products.
+//            Two threads of an AMD EPYC with AVX2: 86 to 97 % of MKL's speed forward, 77 to 95 % backward.
 #include "attention.h"
 #include "families.h"
 

@@ -55,7 +55,8 @@ WARPFORM_INLINE void gemm(int64_t m, int64_t vectors, float* c, int64_t c_stride
 
 // `rows` rows of `depth` elements become the columns of panels [ceil(rows / kPanel)][depth rounded up to kLanes][kPanel]:
 // B of a product with the transpose. Columns past the last row are zeros up to the next multiple of kLanes, and so are a
-// panel's rows from depth on; further columns of the last panel are not set. row(i) gives the address of row i; what lies `ahead` elements after it is fetched for later.
+// panel's rows from depth on; further columns of the last panel are not set. row(i) gives the address of row i; what lies
+// `ahead` elements after it is fetched for later.
 template <class T, class Row>
 WARPFORM_INLINE void pack_columns(float* panels, int64_t rows, int64_t depth, const Row& row, int64_t ahead = 0) {
   const int64_t panel_rows = round_up(depth, kLanes);

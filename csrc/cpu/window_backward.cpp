@@ -3,7 +3,9 @@
 // Probabilities are made again from q and k, with their own sums: the output and the log-sum-exp of the forward are not
 // read. Sums over windows are made in shares, which are added in order.
 //
-// Floor: 10 tokens^2 head_dim FLOPs a window and head, and the bytes of qkv, dout and dqkv.
+// Floor     10 tokens^2 head_dim FLOPs a window and head, and the bytes of qkv, dout and dqkv.
+// Measured  As in window_forward.cpp, both ways together: windows of 49 tokens 47 to 80 GFLOP/s, of 64 tokens 84, of 144 and
+//           more 100 to 108.
 #include "families.h"
 #include "window.h"
 
