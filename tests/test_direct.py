@@ -104,7 +104,8 @@ def test_nothing_leaks(simt: Simt) -> None:
         with pytest.raises(ValueError, match="softcap"):
             direct(*arguments, softcap=-1.0)
     gc.collect()
-    assert all(abs(a - b) <= 2 for a, b in zip(counts(), before, strict=True))
+    # A leak of one reference a call would be 100; other threads hold None and True for a while.
+    assert all(abs(a - b) < 50 for a, b in zip(counts(), before, strict=True))
     assert len(gc.get_objects()) - objects < 50
 
 

@@ -5,7 +5,7 @@
 // Measured  One thread of a Skylake-SP server with AVX-512, whose MKL runs products at 84 GFLOP/s; float32, heads of 64.
 //           2048 tokens: forward 88 GFLOP/s, backward 91; causal 78 and 83. Lengths of 51 to 256: 67 and 67. Lengths of
 //           16 to 64: 25 and 25, where the time goes into reading and packing rows that lie far apart.
-//           Two threads of an AMD EPYC with AVX2, whose MKL runs 135 GFLOP/s: 97 to 115 % of that at 2048 tokens, 65 and 82 %
+//           Two threads of an AMD EPYC with AVX2, whose MKL runs 128 GFLOP/s: 95 to 115 % of that at 2048 tokens, 65 and 82 %
 //           at 51 to 256, 32 and 37 % at 16 to 64.
 // Threads   Backward makes dq within an item, so the keys of a few long sequences are cut into parts whose dq are added
 //           in order. There are no atomics, and results are the same bits in every run, whatever the threads are.

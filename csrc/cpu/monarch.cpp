@@ -7,8 +7,8 @@
 // Measured in float32 on one thread of a Skylake-SP beside other processes, AVX-512: 2.1 times as fast as two batched
 // products of torch at blocks of 32 x 32, 1.4 times at 64 x 64 (3.9 and 5 times with the backward), and as fast at blocks
 // of 192 to 256 columns; the gated MLP 1.2 times. Larger float32 blocks are torch's (csrc/torch/monarch.cpp has the rule).
-// Two threads of an AMD EPYC with AVX2: 3.6 times at 32 x 32, 2.6 at 64 x 64 and 1.1 to 1.3 at 192 to 256 columns forward,
-// 3.8, 3.5 and 0.8 to 1.1 with the backward, which multiplies by the first factor once more than autograd does.
+// Two threads of an AMD EPYC with AVX2, the faster of eager and compiled batched products: 3.6 times at 32 x 32, 2.5 at
+// 64 x 64 and 1.1 to 1.3 at 192 to 256 columns forward, 3.8, 3.5 and 0.8 to 1.1 with the backward, which multiplies by the first factor once more than autograd does.
 //
 // Gradients of weights are sums over shares of the rows, cut by the sizes alone and added in order.
 #include "families.h"

@@ -5,7 +5,7 @@
 // at a time, and a group is multiplied for those strips of rows that have a token of it. The gradient of the weight goes
 // group by group over the tokens that use the group, so that every element is summed in one order.
 //
-// Measured on two threads of an AMD EPYC with AVX2, float32, whose MKL runs products at 135 GFLOP/s, 6 of 16 groups: 2048
+// Measured on two threads of an AMD EPYC with AVX2, float32, whose MKL runs products at 128 GFLOP/s, 8 of 16 groups: 2048
 // tokens and d = 1024 95 % of that where groups are read, and as fast where they are written, forward and backward; 8192
 // tokens and d = 2048 91 to 104 %. One token and d = 2048: 0.2 ms, faster than a copy of the weights that it reads.
 #include "families.h"

@@ -4,8 +4,8 @@
 // read. Sums over windows are made in shares, which are added in order.
 //
 // Floor     10 tokens^2 head_dim FLOPs a window and head, and the bytes of qkv, dout and dqkv.
-// Measured  As in window_forward.cpp, both ways together: windows of 49 tokens 47 to 80 GFLOP/s, of 64 tokens 84, of 144 and
-//           more 100 to 108.
+// Measured  As in window_forward.cpp, both ways together: windows of 49 tokens 45 to 76 GFLOP/s, of 64 tokens 80, of 144 and
+//           more 95 to 103.
 #include "families.h"
 #include "window.h"
 
@@ -139,14 +139,14 @@ __attribute__((noinline)) void add_to_line(float* line, const float* ds, int64_t
 
 // Gradients of unit vectors times `factor` become those of the vectors themselves: what lies along a unit vector changes
 // nothing and is subtracted. Returns the sum of what lies along. Rows of `unit` are those of x.
-WARPFORM_INLINE float through_unit(float* x, const float* unit, const float* inverse, int64_t m, float factor,
-                                   const WindowSizes& z) {
-  float sum = 0;
+WARPFORM_INLINE double through_unit(float* x, const float* unit, const float* inverse, int64_t m, float factor,
+                                    const WindowSizes& z) {
+  double sum = 0;  // its terms cancel
   for (int64_t i = 0; i < m; ++i, x += z.wide, unit += z.wide) {
     Vec products{};
     for (int64_t d = 0; d < z.wide; d += kLanes) products += load(x + d) * load(unit + d);
     const float along = sum_of_lanes(products);
-    sum += along * factor;
+    sum += static_cast<double>(along) * factor;
     for (int64_t d = 0; d < z.wide; d += kLanes) {
       store(x + d, (load(x + d) - load(unit + d) * along) * (factor * inverse[i]));
     }

@@ -2,8 +2,8 @@
 //
 // Floor     4 tokens^2 head_dim FLOPs a window and head, and the bytes of qkv and out. Rows of scores are whole vectors: with
 //           AVX-512 49 of 64 columns count.
-// Measured  Two threads of an AMD EPYC with AVX2, whose MKL runs products at 135 GFLOP/s; float32, heads of 32. Windows of
-//           49 tokens: 45 to 69 GFLOP/s, the less, the larger the image. 64 tokens 73, 144 and more 90 to 110. With data in
+// Measured  Two threads of an AMD EPYC with AVX2, whose MKL runs products at 128 GFLOP/s; float32, heads of 32. Windows of
+//           49 tokens: 43 to 65 GFLOP/s, the less, the larger the image. 64 tokens 69, 144 and more 86 to 104. With data in
 //           cache half of the time of 49 tokens goes into products, a fifth into the softmax and a fifth into copies of
 //           rows of 128 bytes; images that do not fit it add another fifth, which waits for those rows.
 #include "families.h"

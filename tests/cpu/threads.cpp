@@ -181,6 +181,37 @@ std::vector<Floats> attention(bool causal) {
   return {out, lse, dq, dk, dv};
 }
 
+// A few queries, which read many keys where they lie.
+std::vector<Floats> few_queries() {
+  static const std::vector<int32_t> cu_q = {0, 1, 3}, cu_k = {0, 700, 741};
+  constexpr int kQueries = 3, kKeys = 741, kHeads = 4, kKeyHeads = 2, kDim = 40;
+  static const Floats q = drawn(kQueries * kHeads * kDim);
+  static const Floats k = drawn(kKeys * kKeyHeads * kDim), v = drawn(kKeys * kKeyHeads * kDim);
+  const auto view = [](const Floats& t, int64_t heads) { return HeadsView{t.data(), heads * kDim, kDim}; };
+  Floats out(q.size()), lse(kHeads * kQueries);
+  kernels::varlen_attention({.problem = {.q = view(q, kHeads),
+                                         .k = view(k, kKeyHeads),
+                                         .v = view(v, kKeyHeads),
+                                         .cu_seqlens_q = cu_q.data(),
+                                         .cu_seqlens_k = cu_k.data(),
+                                         .batch = 2,
+                                         .total_q = kQueries,
+                                         .total_k = kKeys,
+                                         .max_seqlen_q = 2,
+                                         .max_seqlen_k = 700,
+                                         .heads_q = kHeads,
+                                         .heads_kv = kKeyHeads,
+                                         .head_dim = kDim,
+                                         .dtype = DType::kFloat32,
+                                         .softmax_scale = 0.2f,
+                                         .window_left = 650,
+                                         .window_right = 0},
+                             .out = out.data(),
+                             .lse = lse.data()},
+                            kHost);
+  return {out, lse};
+}
+
 // Shifted windows over grids that are no multiple of them: of 49 tokens, whose scores are worked on whole, and of 144.
 std::vector<Floats> windows(int window) {
   constexpr int kBatch = 2, kHeight = 25, kWidth = 31, kHeads = 3, kDim = 24, kTokens = kBatch * kHeight * kWidth;
@@ -443,6 +474,7 @@ const Case kCases[] = {
     {"packing", 2, packing},
     {"attention", 2, [] { return attention(false); }},
     {"causal attention", 2, [] { return attention(true); }},
+    {"few queries", 1, few_queries},
     {"windows of 49", 2, [] { return windows(7); }},
     {"windows of 144", 2, [] { return windows(12); }},
     {"monarch", 2, monarch},

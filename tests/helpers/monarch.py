@@ -441,16 +441,16 @@ def _summed(name: str, inputs: Inputs, dtype: torch.dtype) -> float:
 
 
 def _terms_of_glu(inputs: Inputs, dtype: torch.dtype) -> float:
-    """The size of what a GLU's second product adds up.
+    """Twice the size of what a GLU's second product adds up.
 
-    Its terms have errors of their own, those of the gates; a few may cancel where the eager sum happens to be exact.
+    Its terms have errors of their own: of both halves, the gate and their product. A few may cancel in the eager sum.
     """
     if inputs.dout.numel() == 0:
         return 0.0
     x, w_up, w_down = (t.detach().double() for t in (inputs.x, *inputs.weights))
     gate, right = (x @ dense_blockdiag(w_up).t()).chunk(2, dim=-1)
     terms = (torch.nn.functional.gelu(gate) * right).abs() @ dense_blockdiag(w_down).abs().t()
-    return _in_units(terms, dtype)
+    return 2 * _in_units(terms, dtype)
 
 
 def _in_units(terms: Tensor, dtype: torch.dtype) -> float:

@@ -3,8 +3,9 @@
 doctor runs all of it; the GPU check runs one family a process, and the emulator's ops (`library`) in its dry run.
 
 A result passes by the rule of docs/numerics.md for largest errors: at most twice the error of the reference in the same
-dtype (three times for gradients) plus one unit, eps(dtype) times the largest exact value of that output; exact is the
-reference in float64, on the same inputs.
+dtype (three times for gradients) plus one unit, eps(dtype) times the largest exact value of that output, and sixteen
+units of float32, as its examples are too small for luck to even out; exact is the reference in float64, on the same
+inputs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from .. import _direct, _env, _library
 # Examples of ops without a kernel for a floating-point dtype (plans, say) need one to be drawn in.
 _ANY = ("float32",)
 _FLOATING = ("float16", "bfloat16", "float32")
+# Units of float32 that a result may be off by whatever the reference is.
+_CANCELLED = 16
 
 Row = dict[str, Any]
 
@@ -345,5 +348,7 @@ def _difference(ours: Any, same: Any, exact: Any, dtype: Any, factor: int) -> st
     if not exact.numel():
         return None
     error = (ours - exact).abs().max().item()
+    # Of few sums whose terms cancel, the reference may have rounded none by much.
+    eps += _CANCELLED * torch.finfo(torch.float32).eps if dtype != torch.float64 else 0
     allowed = factor * (same - exact).abs().max().item() + eps * exact.abs().max().item()
     return None if error <= allowed else f"is off by {error:.3g}, allowed are {allowed:.3g}"
