@@ -40,11 +40,19 @@ def busy(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
                 process.stdin.close()
 
 
-def kind(device: str, count: int) -> str:
-    """The column `kind` of rows measured beside `count` such processes: "cpu beside 1 busy", and "cpu" for none."""
-    return f"{device} beside {count} busy" if count else device
+def kind(device: str, count: int, dtype: str = "") -> str:
+    """The column `kind` of rows: "cpu", and "cpu beside 1 busy" beside `count` such processes.
+
+    dtype: that of the inputs, if it is not the device's own: "cpu in bfloat16".
+    """
+    return device + (f" in {dtype}" if dtype else "") + (f" beside {count} busy" if count else "")
 
 
 def is_quiet(kind: str) -> bool:
     """Tells by the column `kind` whether a row was measured beside no such process."""
     return not kind.endswith(" busy")
+
+
+def in_own_dtype(kind: str) -> bool:
+    """Tells by the column `kind` whether a row was measured in the dtype that its device has by default."""
+    return " in " not in kind

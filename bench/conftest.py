@@ -41,6 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="beside N processes that keep a core busy",
     )
+    group.addoption(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU"
+    )
     group.addoption("--progress", action="store_true", help="a progress bar instead of a line for each file")
 
 
@@ -55,6 +58,9 @@ def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no GPU")
+    dtype = config.getoption("--dtype") or ""
+    if dtype == ("bfloat16" if device == "cuda" else "float32"):
+        dtype = ""
     results = config.getoption("--results") or (None if tiny else harness.RESULTS)
     config.stash[SESSION] = harness.Session(
         device=device,
@@ -62,6 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
         everything=config.getoption("--everything"),
         results=None if config.getoption("--no-results") else results,
         budget=config.getoption("--budget"),
+        dtype_name=dtype,
         busy=config.getoption("--busy"),
     )
     # The suite has a summary of its own.

@@ -441,6 +441,22 @@ def test_rows_beside_busy_processes_are_set_apart(tmp_path: Path, capsys: pytest
     assert "CPU, beside 1 busy process, " in report.machine(rows[0])
 
 
+def test_rows_in_another_dtype_are_set_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "pytest", "suites/encoder.py", "-k", "bias_gelu and forward", "--tiny"]
+    command += ["--results", str(tmp_path), "--device", "cpu", "--dtype", "bfloat16"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "WARPFORM_COMMIT": "0123456789ab"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=BENCH, env=environment)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert report.read(tmp_path) == [] and report.read(tmp_path, dtype="float16") == []
+    rows = report.read(tmp_path, dtype="bfloat16")
+    assert {(row["kind"], row["dtype"]) for row in rows} == {("cpu in bfloat16", "bfloat16")}
+    assert not any(map(report.readme.quotable, rows))
+    assert report.main(["--results", str(tmp_path)]) == 2
+    assert report.main(["--results", str(tmp_path), "--dtype", "bfloat16"]) == 0
+    assert ". bfloat16, " in capsys.readouterr().out
+
+
 def test_torch_varlen_is_called_as_this_torch_has_it() -> None:
     gqa = {"enable_gqa": True}
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from busy import is_quiet
+from busy import in_own_dtype, is_quiet
 from suites import FAMILIES
 
 from . import plots, readme
@@ -29,10 +29,11 @@ RESULTS = ROOT / "bench" / "results"
 Row = dict[str, str]
 
 
-def read(folder: Path, *, busy: bool = False) -> list[Row]:
+def read(folder: Path, *, busy: bool = False, dtype: str = "") -> list[Row]:
     """All rows of a folder of results, oldest first.
 
     busy: those that were measured beside busy processes (`bench --busy`), instead of all others.
+    dtype: those that were measured in this dtype (`bench --dtype`), instead of in their device's own.
 
     Raises:
         FileNotFoundError: there is no results file in it.
@@ -44,7 +45,8 @@ def read(folder: Path, *, busy: bool = False) -> list[Row]:
     for path in files:
         with path.open(newline="", encoding="utf-8") as file:
             rows += csv.DictReader(file)
-    return [row for row in rows if is_quiet(row["kind"]) != busy]
+    rows = [row for row in rows if is_quiet(row["kind"]) != busy]
+    return [row for row in rows if (row["dtype"] == dtype if dtype else in_own_dtype(row["kind"]))]
 
 
 # The rows of a device: (family, kernel, direction) -> workload -> provider -> row.
@@ -243,6 +245,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="a folder of results (default bench/results)")
     parser.add_argument("--device", default="", help="only devices whose name has this in it")
     parser.add_argument("--busy", action="store_true", help="the rows of bench --busy alone")
+    parser.add_argument("--dtype", default="", help="the rows of bench --dtype in this one alone")
     parser.add_argument("--markdown", type=Path, help="write the tables there; default: standard output")
     parser.add_argument("--plots", type=Path, help="write a plot for each device and family into this folder")
     parser.add_argument(
@@ -256,7 +259,7 @@ def main(arguments: list[str]) -> int:
     if given.busy and given.readme is not None:
         parser.error("--readme writes what was measured on a quiet machine")
     try:
-        rows = read(given.results, busy=given.busy)
+        rows = read(given.results, busy=given.busy, dtype=given.dtype)
         found = newest(rows if given.readme is None else filter(readme.quotable, rows))
         found = {device: kernels for device, kernels in found.items() if given.device.lower() in device.lower()}
         if not found:

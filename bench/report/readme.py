@@ -13,7 +13,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from busy import is_quiet
+from busy import in_own_dtype, is_quiet
 
 from .plots import duration
 
@@ -48,7 +48,7 @@ ORDERS = {"arrival": "in order of arrival", "sorted": "sorted by length"}
 def quotable(row: Row) -> bool:
     """Tells whether a row names the code that it belongs to, and was measured beside no busy process."""
     named = row["commit"] not in ("", "unknown") and not row["commit"].endswith("(changed)")
-    return named and is_quiet(row["kind"])
+    return named and is_quiet(row["kind"]) and in_own_dtype(row["kind"])
 
 
 def replace(text: str, name: str, lines: list[str]) -> str:

@@ -14,6 +14,7 @@ HELP = """usage: python -m warpform bench [options of pytest and of the benchmar
   --tiny            every benchmark once, at a tiny size; nothing is recorded
   --everything      all sizes, not only those of the default run
   --device DEVICE   cpu or cuda
+  --dtype DTYPE     of the inputs, bfloat16 on a GPU and float32 on a CPU by default; reports set other rows apart
   --budget SECONDS  what the run may take, some 6 minutes by default; 0 is no limit
   --results FOLDER  where rows are appended, bench/results by default; --no-results appends none
   --busy [N]        beside N processes, 1 by default, that keep a core busy each; reports set such rows apart
