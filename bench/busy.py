@@ -38,21 +38,3 @@ def busy(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
             process.wait()
             if process.stdin is not None:
                 process.stdin.close()
-
-
-def kind(device: str, count: int, dtype: str = "") -> str:
-    """The column `kind` of rows: "cpu", and "cpu beside 1 busy" beside `count` such processes.
-
-    dtype: that of the inputs, if it is not the device's own: "cpu in bfloat16".
-    """
-    return device + (f" in {dtype}" if dtype else "") + (f" beside {count} busy" if count else "")
-
-
-def is_quiet(kind: str) -> bool:
-    """Tells by the column `kind` whether a row was measured beside no such process."""
-    return not kind.endswith(" busy")
-
-
-def in_own_dtype(kind: str) -> bool:
-    """Tells by the column `kind` whether a row was measured in the dtype that its device has by default."""
-    return " in " not in kind

@@ -58,9 +58,6 @@ def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no GPU")
-    dtype = config.getoption("--dtype") or ""
-    if dtype == ("bfloat16" if device == "cuda" else "float32"):
-        dtype = ""
     results = config.getoption("--results") or (None if tiny else harness.RESULTS)
     config.stash[SESSION] = harness.Session(
         device=device,
@@ -68,7 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
         everything=config.getoption("--everything"),
         results=None if config.getoption("--no-results") else results,
         budget=config.getoption("--budget"),
-        dtype_name=dtype,
+        dtype_name=config.getoption("--dtype") or "",
         busy=config.getoption("--busy"),
     )
     # The suite has a summary of its own.

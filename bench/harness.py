@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import busy
+import kinds
 import plans
 import suites
 import torch
@@ -376,7 +376,7 @@ class Session:
     seconds: float | None = None  # that a row is timed for; None: 0.1 on a GPU and 0.4 on a CPU
     stop_at: float | None = None  # of time.monotonic(); takes the place of the budget and its deadlines
     date: str = ""  # of the rows; "": now
-    dtype_name: str = ""  # of the inputs; "": bfloat16 on a GPU, float32 on a CPU. Others are in `kind`
+    dtype_name: str = ""  # of the inputs; "": the device's own. The rows say another one in `kind`
     busy: int = 0  # processes beside this one that keep a core busy each; the rows say so in `kind`
     rows: list[dict[str, Any]] = field(default_factory=list)
     _group: list[dict[str, Any]] = field(default_factory=list)
@@ -387,13 +387,13 @@ class Session:
 
     @property
     def dtype(self) -> torch.dtype:
-        own = "bfloat16" if self.device == "cuda" else "float32"
-        found: torch.dtype = getattr(torch, self.dtype_name or own)
+        found: torch.dtype = getattr(torch, self.dtype_name or kinds.OWN_DTYPES[self.device])
         return found
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
-        facts = {**machine(self.device), "kind": busy.kind(self.device, self.busy, self.dtype_name)}
+        dtype = str(self.dtype).removeprefix("torch.")
+        facts = {**machine(self.device), "kind": kinds.kind(self.device, dtype, self.busy)}
         return {**facts, **({"date": self.date} if self.date else {})}
 
     def need_gpu(self) -> None:

@@ -442,17 +442,18 @@ def test_rows_beside_busy_processes_are_set_apart(tmp_path: Path, capsys: pytest
 
 
 def test_rows_in_another_dtype_are_set_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [sys.executable, "-m", "pytest", "suites/encoder.py", "-k", "bias_gelu and forward", "--tiny"]
-    command += ["--results", str(tmp_path), "--device", "cpu", "--dtype", "bfloat16"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "WARPFORM_COMMIT": "0123456789ab"}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=BENCH, env=environment)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert report.read(tmp_path) == [] and report.read(tmp_path, dtype="float16") == []
-    rows = report.read(tmp_path, dtype="bfloat16")
-    assert {(row["kind"], row["dtype"]) for row in rows} == {("cpu in bfloat16", "bfloat16")}
-    assert not any(map(report.readme.quotable, rows))
-    assert report.main(["--results", str(tmp_path)]) == 2
+    for dtype, kind in (("", "cpu"), ("float32", "cpu"), ("bfloat16", "cpu in bfloat16")):
+        session = harness.Session(device="cpu", tiny=True, results=tmp_path, date=dtype or "own", dtype_name=dtype)
+        spec = next(
+            spec for spec in importlib.import_module("suites.encoder").specs(session) if spec.kernel == "bias_gelu"
+        )
+        row, error = session.measure(spec, "warpform")
+        session.flush()
+        assert error is None and (row["kind"], row["dtype"]) == (kind, dtype or "float32")
+    assert [row["date"] for row in report.read(tmp_path)] == ["own", "float32"]
+    assert [row["date"] for row in report.read(tmp_path, dtype="bfloat16")] == ["bfloat16"]
+    assert report.read(tmp_path, dtype="float16") == []
+    assert not any(map(report.readme.quotable, report.read(tmp_path, dtype="bfloat16")))
     assert report.main(["--results", str(tmp_path), "--dtype", "bfloat16"]) == 0
     assert ". bfloat16, " in capsys.readouterr().out
 

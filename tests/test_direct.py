@@ -97,16 +97,21 @@ def test_nothing_leaks(simt: Simt) -> None:
         return [sys.getrefcount(x) for x in (q, cu, None, True, direct)]
 
     direct(*arguments, causal=True)
-    gc.collect()
-    before, objects = counts(), len(gc.get_objects())
-    for _ in range(100):
-        direct(*arguments, causal=True)
-        with pytest.raises(ValueError, match="softcap"):
-            direct(*arguments, softcap=-1.0)
-    gc.collect()
-    # A leak of one reference a call would be 100; other threads hold None and True for a while.
-    assert all(abs(a - b) < 50 for a, b in zip(counts(), before, strict=True))
-    assert len(gc.get_objects()) - objects < 50
+    seen = []
+    # What other tests left may be freed meanwhile, in any thread; a leak would show every time.
+    for _ in range(3):
+        gc.collect()
+        before, objects = counts(), len(gc.get_objects())
+        for _ in range(100):
+            direct(*arguments, causal=True)
+            with pytest.raises(ValueError, match="softcap"):
+                direct(*arguments, softcap=-1.0)
+        gc.collect()
+        changes = [after - one for one, after in zip(before, counts(), strict=True)]
+        seen.append((changes, len(gc.get_objects()) - objects))
+        if all(abs(change) <= 2 for change in changes) and seen[-1][1] < 50:
+            return
+    pytest.fail(f"references and objects: {seen}")
 
 
 # ---- when the way is open ----

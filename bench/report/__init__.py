@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from busy import in_own_dtype, is_quiet
+from kinds import in_own_dtype, is_quiet
 from suites import FAMILIES
 
 from . import plots, readme
@@ -256,8 +256,8 @@ def main(arguments: list[str]) -> int:
         help="write numbers into it and into docs/benchmarks.md, and plots (docs/plots)",
     )
     given = parser.parse_args(arguments)
-    if given.busy and given.readme is not None:
-        parser.error("--readme writes what was measured on a quiet machine")
+    if (given.busy or given.dtype) and given.readme is not None:
+        parser.error("--readme writes what was measured on a quiet machine, in each device's own dtype")
     try:
         rows = read(given.results, busy=given.busy, dtype=given.dtype)
         found = newest(rows if given.readme is None else filter(readme.quotable, rows))

@@ -13,7 +13,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from busy import in_own_dtype, is_quiet
+from kinds import in_own_dtype, is_quiet
 
 from .plots import duration
 
@@ -46,7 +46,7 @@ ORDERS = {"arrival": "in order of arrival", "sorted": "sorted by length"}
 
 
 def quotable(row: Row) -> bool:
-    """Tells whether a row names the code that it belongs to, and was measured beside no busy process."""
+    """Tells whether a row names the code that it belongs to, and was measured as pages quote it (kinds.py)."""
     named = row["commit"] not in ("", "unknown") and not row["commit"].endswith("(changed)")
     return named and is_quiet(row["kind"]) and in_own_dtype(row["kind"])
 

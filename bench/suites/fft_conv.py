@@ -174,7 +174,11 @@ class ConvCase(Case):
 
     @property
     def chain(self) -> float:
-        """Peers may add the terms in one chain, whose rounding grows as the root of its length."""
+        """A factor of `terms` for peers, which may add n of them in one chain.
+
+        Such a chain is off by some sqrt(n / 24) eps of the root of the sum of squares. `assert_near` allows 4 eps of
+        the scale, which is thus 2.4 times as much.
+        """
         batch, _, seqlen = self.spec.shape
         return max(1.0, math.sqrt(batch * seqlen) / 8)
 

@@ -144,35 +144,47 @@ std::vector<Floats> packing() {
           floats(position_ids), floats(summary), packed};
 }
 
+HeadsView heads_of(const Floats& t, int heads, int dim) { return {t.data(), heads * dim, dim}; }
+
+// q, k and v of some tokens each, [tokens, heads, dim].
+AttentionProblem problem_of(const Floats& q, const Floats& k, const Floats& v, int heads, int key_heads, int dim) {
+  const int total_q = static_cast<int>(q.size()) / (heads * dim),
+            total_k = static_cast<int>(k.size()) / (key_heads * dim);
+  return {.q = heads_of(q, heads, dim),
+          .k = heads_of(k, key_heads, dim),
+          .v = heads_of(v, key_heads, dim),
+          .batch = 1,
+          .total_q = total_q,
+          .total_k = total_k,
+          .max_seqlen_q = total_q,
+          .max_seqlen_k = total_k,
+          .heads_q = heads,
+          .heads_kv = key_heads,
+          .head_dim = dim,
+          .dtype = DType::kFloat32,
+          .softmax_scale = 0.2f,
+          .window_left = -1,
+          .window_right = -1};
+}
+void cut(AttentionProblem& problem, const std::vector<int32_t>& cu_q, const std::vector<int32_t>& cu_k) {
+  problem.cu_seqlens_q = cu_q.data(), problem.cu_seqlens_k = cu_k.data();
+  problem.batch = static_cast<int>(cu_q.size()) - 1;
+}
+
 // Sequences of all kinds of lengths, two query heads for each key head.
 std::vector<Floats> attention(bool causal) {
   static const std::vector<int32_t> cu = {0, 5, 5, 90, 153, 154, 700};
   constexpr int kTokens = 700, kHeads = 4, kKeyHeads = 2, kDim = 40;
   static const Floats q = drawn(kTokens * kHeads * kDim), dout = drawn(kTokens * kHeads * kDim);
   static const Floats k = drawn(kTokens * kKeyHeads * kDim), v = drawn(kTokens * kKeyHeads * kDim);
-  const auto view = [](const Floats& t, int64_t heads) { return HeadsView{t.data(), heads * kDim, kDim}; };
-  const AttentionProblem problem{.q = view(q, kHeads),
-                                 .k = view(k, kKeyHeads),
-                                 .v = view(v, kKeyHeads),
-                                 .cu_seqlens_q = cu.data(),
-                                 .cu_seqlens_k = cu.data(),
-                                 .batch = static_cast<int>(cu.size()) - 1,
-                                 .total_q = kTokens,
-                                 .total_k = kTokens,
-                                 .max_seqlen_q = kTokens,
-                                 .max_seqlen_k = kTokens,
-                                 .heads_q = kHeads,
-                                 .heads_kv = kKeyHeads,
-                                 .head_dim = kDim,
-                                 .dtype = DType::kFloat32,
-                                 .softmax_scale = 0.2f,
-                                 .window_left = -1,
-                                 .window_right = causal ? 0 : -1};
+  AttentionProblem problem = problem_of(q, k, v, kHeads, kKeyHeads, kDim);
+  cut(problem, cu, cu);
+  if (causal) problem.window_right = 0;
   Floats out(q.size()), lse(kHeads * kTokens), dq(q.size()), dk(k.size()), dv(v.size());
   kernels::varlen_attention({.problem = problem, .out = out.data(), .lse = lse.data()}, kHost);
   kernels::varlen_attention_backward({.problem = problem,
-                                      .out = view(out, kHeads),
-                                      .dout = view(dout, kHeads),
+                                      .out = heads_of(out, kHeads, kDim),
+                                      .dout = heads_of(dout, kHeads, kDim),
                                       .lse = lse.data(),
                                       .dq = dq.data(),
                                       .dk = dk.data(),
@@ -187,28 +199,11 @@ std::vector<Floats> few_queries() {
   constexpr int kQueries = 3, kKeys = 741, kHeads = 4, kKeyHeads = 2, kDim = 40;
   static const Floats q = drawn(kQueries * kHeads * kDim);
   static const Floats k = drawn(kKeys * kKeyHeads * kDim), v = drawn(kKeys * kKeyHeads * kDim);
-  const auto view = [](const Floats& t, int64_t heads) { return HeadsView{t.data(), heads * kDim, kDim}; };
+  AttentionProblem problem = problem_of(q, k, v, kHeads, kKeyHeads, kDim);
+  cut(problem, cu_q, cu_k);
+  problem.window_left = 650, problem.window_right = 0;
   Floats out(q.size()), lse(kHeads * kQueries);
-  kernels::varlen_attention({.problem = {.q = view(q, kHeads),
-                                         .k = view(k, kKeyHeads),
-                                         .v = view(v, kKeyHeads),
-                                         .cu_seqlens_q = cu_q.data(),
-                                         .cu_seqlens_k = cu_k.data(),
-                                         .batch = 2,
-                                         .total_q = kQueries,
-                                         .total_k = kKeys,
-                                         .max_seqlen_q = 2,
-                                         .max_seqlen_k = 700,
-                                         .heads_q = kHeads,
-                                         .heads_kv = kKeyHeads,
-                                         .head_dim = kDim,
-                                         .dtype = DType::kFloat32,
-                                         .softmax_scale = 0.2f,
-                                         .window_left = 650,
-                                         .window_right = 0},
-                             .out = out.data(),
-                             .lse = lse.data()},
-                            kHost);
+  kernels::varlen_attention({.problem = problem, .out = out.data(), .lse = lse.data()}, kHost);
   return {out, lse};
 }
 
@@ -300,21 +295,8 @@ std::vector<Floats> attention_step() {
   constexpr int kRows = 300, kHeads = 2, kDim = 24, kSize = kRows * kHeads * kDim;
   static const Floats q = drawn(kSize), k = drawn(kSize), v = drawn(kSize), dout = drawn(kSize), state = drawn(kSize);
   static const Floats lse_before = drawn(kHeads * kRows), delta = drawn(kHeads * kRows);
-  const auto view = [](const Floats& t) { return HeadsView{t.data(), kHeads * kDim, kDim}; };
   const StateView before{state.data(), kHeads * kDim, kDim, 0};
-  const AttentionProblem problem{.q = view(q),
-                                 .k = view(k),
-                                 .v = view(v),
-                                 .batch = 1,
-                                 .total_q = kRows,
-                                 .total_k = kRows,
-                                 .max_seqlen_q = kRows,
-                                 .max_seqlen_k = kRows,
-                                 .heads_q = kHeads,
-                                 .heads_kv = kHeads,
-                                 .head_dim = kDim,
-                                 .dtype = DType::kFloat32,
-                                 .softmax_scale = 0.2f};
+  const AttentionProblem problem = problem_of(q, k, v, kHeads, kHeads, kDim);
   StepLayout layout{};
   layout.positions = {.q_stride = 1, .k_stride = 1, .first_key = -kRows, .last_key = 1};  // causal
   layout.head_rows = kRows;
@@ -328,7 +310,7 @@ std::vector<Floats> attention_step() {
                           kHost);
   kernels::attention_step_backward({.problem = problem,
                                     .step = layout,
-                                    .dout = view(dout),
+                                    .dout = heads_of(dout, kHeads, kDim),
                                     .lse = lse.data(),
                                     .delta = delta.data(),
                                     .dq_before = before,
@@ -353,26 +335,10 @@ std::vector<Floats> disentangled() {
       found.push_back(std::min(kReach + distance, kRows - 1));
     return found;
   }();
-  const auto view = [](const Floats& t) { return HeadsView{t.data(), kHeads * kDim, kDim}; };
-  const AttentionProblem problem{.q = view(q),
-                                 .k = view(k),
-                                 .v = view(v),
-                                 .cu_seqlens_q = cu.data(),
-                                 .cu_seqlens_k = cu.data(),
-                                 .batch = static_cast<int>(cu.size()) - 1,
-                                 .total_q = kTokens,
-                                 .total_k = kTokens,
-                                 .max_seqlen_q = kTokens,
-                                 .max_seqlen_k = kTokens,
-                                 .heads_q = kHeads,
-                                 .heads_kv = kHeads,
-                                 .head_dim = kDim,
-                                 .dtype = DType::kFloat32,
-                                 .softmax_scale = 0.1f,
-                                 .window_left = -1,
-                                 .window_right = -1};
-  const cpu::RelativeTables tables{.pos_key = view(pos_key),
-                                   .pos_query = view(pos_query),
+  AttentionProblem problem = problem_of(q, k, v, kHeads, kHeads, kDim);
+  cut(problem, cu, cu);
+  const cpu::RelativeTables tables{.pos_key = heads_of(pos_key, kHeads, kDim),
+                                   .pos_query = heads_of(pos_query, kHeads, kDim),
                                    .rows = kRows,
                                    .row_of_distance = rows.data(),
                                    .reach = kReach};
@@ -381,8 +347,8 @@ std::vector<Floats> disentangled() {
   kernels::disentangled_attention(
       {.attention = {.problem = problem, .out = out.data(), .lse = lse.data()}, .tables = tables}, kHost);
   kernels::disentangled_attention_backward({.attention = {.problem = problem,
-                                                          .out = view(out),
-                                                          .dout = view(dout),
+                                                          .out = heads_of(out, kHeads, kDim),
+                                                          .dout = heads_of(dout, kHeads, kDim),
                                                           .lse = lse.data(),
                                                           .dq = dq.data(),
                                                           .dk = dk.data(),

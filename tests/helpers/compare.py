@@ -51,6 +51,11 @@ def assert_close(
     assert mean <= most_mean, f"{name}: mean error {mean:.3e}, allowed {most_mean:.3e} (one unit {unit:.3e})"
 
 
+def farthest(truth: Tensor, *others: Tensor) -> Tensor:
+    """Of results by other ways, the one with the largest error: a yardstick where one of them may be exact by luck."""
+    return max(others, key=lambda t: float((t.double() - truth).abs().max()) if t.numel() else 0.0)
+
+
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Memory that torch allocates without setting it holds NaN (or the largest integer) inside."""

@@ -14,6 +14,16 @@ from torch.utils import _pytree as pytree
 from ._dtypes import accumulation_dtype
 
 
+def nudged(t: Tensor, generator: torch.Generator) -> Tensor:
+    """t in float64, each value changed by up to one unit of float32.
+
+    What that changes in an exact result is an error that any computation in float32 may have. It stands beside the
+    error of a reference, which may be nothing by luck where few sums cancel.
+    """
+    change = 2 * torch.rand(t.shape, generator=generator, dtype=torch.float64) - 1
+    return t.double() * (1 + torch.finfo(torch.float32).eps * change.to(t.device))
+
+
 @dataclass(frozen=True)
 class Call:
     """The arguments of one call of an op, as its schema has them.
@@ -32,6 +42,11 @@ class Call:
     def double(self) -> Call:
         """The same values with every floating-point tensor in float64."""
         return self._map(lambda t: t.double() if t.is_floating_point() else t)
+
+    def nudged(self) -> Call:
+        """`double` with every floating-point tensor `nudged`."""
+        generator = torch.Generator().manual_seed(zlib.crc32(self.label.encode()))
+        return self._map(lambda t: nudged(t, generator) if t.is_floating_point() else t)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Call:
         args, kwargs = pytree.tree_map_only(Tensor, function, (self.args, self.kwargs))
