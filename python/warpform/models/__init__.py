@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .common.outputs import HeadOutput as HeadOutput
     from .common.outputs import ImageClassifierOutput as ImageClassifierOutput
     from .deberta import *
+    from .decoder import *
     from .distilbert import *
     from .dit3d import *
     from .mohd import *

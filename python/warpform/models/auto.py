@@ -17,7 +17,7 @@ from .common.convertible import ConvertibleModel
 from .common.outputs import derive_from_model_output
 from .common.pretrained import PretrainedModel, read_config
 from .common.saving import teach_save_pretrained
-from .families import FAMILIES, MODEL_TYPES, PLACES, is_model
+from .families import COUNTERPARTS, FAMILIES, MODEL_TYPES, PLACES, is_model
 
 __all__ = ["from_pretrained", "from_transformers", "list_models"]
 
@@ -28,7 +28,8 @@ _CONVERTIBLE = ("albert", "bert", "deberta", "distilbert", "swin")
 def from_transformers(hf_model: nn.Module, **overrides: Any) -> ConvertibleModel:
     """The padding-free counterpart of a transformers model: same call, same outputs at real tokens, 0 at padded ones.
 
-    Query, key and value weights are concatenated, which copies them; other Parameter objects are shared, so training
+    `LlamaForCausalLM`, `MistralForCausalLM` and `Qwen2ForCausalLM` become a `DecoderForCausalLM`, others the class of
+    their name. Query, key and value weights are concatenated, which copies them; other Parameter objects are shared, so training
     one model trains the other. `to_transformers()` on the result writes everything back and returns `hf_model`.
 
     Args:
@@ -48,7 +49,7 @@ def from_transformers(hf_model: nn.Module, **overrides: Any) -> ConvertibleModel
         if isinstance(inner, nn.Module) and _convertible(type(inner).__name__) is not None:
             prefix = hf_model.base_model_prefix
             hint = f"; replace its encoder: model.{prefix} = warpform.models.from_transformers(model.{prefix})"
-        known = [other for family in _CONVERTIBLE for other in FAMILIES[family] if is_model(other)]
+        known = [other for family in _CONVERTIBLE for other in FAMILIES[family] if is_model(other)] + [*COUNTERPARTS]
         raise TypeError(
             f"from_transformers: hf_model must be one of {', '.join(known)} of transformers, "
             f"got {type(hf_model).__module__}.{name}{hint}"
@@ -116,7 +117,10 @@ def _model_class(name: str) -> type[PretrainedModel]:
 
 
 def _convertible(name: str) -> type[ConvertibleModel] | None:
-    """The class of this name, where transformers has one of the same name."""
+    """The class that is the counterpart of transformers' class of this name, if any."""
+    if name in COUNTERPARTS:
+        counterpart = _model_class(COUNTERPARTS[name])
+        return counterpart if issubclass(counterpart, ConvertibleModel) else None
     if PLACES.get(name) not in _CONVERTIBLE or not is_model(name):
         return None
     found = _model_class(name)

@@ -20,6 +20,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "BertForTokenClassification",
         "BertModel",
     ),
+    "decoder": ("DecoderConfig", "DecoderForCausalLM"),
     "deberta": (
         "DebertaConfig",
         "DebertaForMaskedLM",
@@ -85,6 +86,9 @@ MODEL_TYPES: dict[str, str] = {
     "deberta": "DebertaModel",
     "deberta-v2": "DebertaV2Model",
     "distilbert": "DistilBertModel",
+    "llama": "DecoderForCausalLM",
+    "mistral": "DecoderForCausalLM",
+    "qwen2": "DecoderForCausalLM",
     "dit3d": "DiT3DModel",
     "m2_bert": "M2BertModel",
     "m2_gpt": "M2GPTForCausalLM",
@@ -93,6 +97,13 @@ MODEL_TYPES: dict[str, str] = {
     "sequence_parallel_transformer": "SequenceParallelTransformer",
     "swin": "SwinModel",
     "swinv2": "Swinv2Model",
+}
+
+# Classes of transformers whose counterpart here has another name.
+COUNTERPARTS: dict[str, str] = {
+    "LlamaForCausalLM": "DecoderForCausalLM",
+    "MistralForCausalLM": "DecoderForCausalLM",
+    "Qwen2ForCausalLM": "DecoderForCausalLM",
 }
 
 # The module of each public name.

@@ -4,6 +4,7 @@ from .activations import ACTIVATIONS, BiasActivation
 from .attention import SelfAttention
 from .causal_monarch import CausalMonarchConvolution, CausalMonarchMixer, MixerState, TriangularMonarch
 from .convolution import TokenConvolution
+from .cores import Activation, AttentionCore, GatedActivation
 from .disentangled import DisentangledEncoder, DisentangledSelfAttention, FusedDisentangledSelfAttention
 from .embeddings import Embeddings
 from .encoder import Encoder, EncoderLayer
@@ -15,13 +16,17 @@ from .monarch import BlockdiagLinear, MonarchLinear, MonarchMixerMLP
 from .norm import AddBiasResidualLayerNorm
 from .patch_embedding import PatchEmbedding
 from .pooling import FirstTokenPooler, first_tokens, last_tokens, max_pool, mean_pool
+from .stack import Branch, Stack, Step
 from .window import CosineWindowAttention, DropPath, PatchMerging, SwinBlock, SwinV2Block, WindowAttention
 
 __all__ = [
     "ACTIVATIONS",
+    "Activation",
     "AddBiasResidualLayerNorm",
+    "AttentionCore",
     "BiasActivation",
     "BlockdiagLinear",
+    "Branch",
     "CausalMonarchConvolution",
     "CausalMonarchMixer",
     "CosineWindowAttention",
@@ -34,6 +39,7 @@ __all__ = [
     "FeedForward",
     "FirstTokenPooler",
     "FusedDisentangledSelfAttention",
+    "GatedActivation",
     "GroupFusion",
     "HiddenLinear",
     "HiddenRouter",
@@ -46,6 +52,8 @@ __all__ = [
     "PatchEmbedding",
     "PatchMerging",
     "SelfAttention",
+    "Stack",
+    "Step",
     "SwinBlock",
     "SwinV2Block",
     "TokenConvolution",

@@ -48,13 +48,24 @@ def norm_of_sum(norm: nn.Module, x: Tensor, bias: Tensor | None, residual: Tenso
     """What a block that normalises first needs: the normalised sum, and the sum, which the next block adds to.
 
     Args:
-        norm: `nn.LayerNorm`, which is fused with the sum, or a module that takes its place and is called on the sum.
+        norm: `nn.LayerNorm` or `nn.RMSNorm`, which are fused with the sum, or a module that takes their place and is
+            called on the sum.
         x, residual: [..., N].
         bias: [N].
 
     Returns:
         norm(x + bias + residual) and x + bias + residual, each [..., N]; None adds nothing.
     """
+    if is_plain(norm, nn.RMSNorm) and cast("nn.RMSNorm", norm).weight is not None:
+        rms = cast("nn.RMSNorm", norm)
+        x = x if bias is None else x + bias
+        # torch's own eps, where none is given, is that of the dtype.
+        eps = torch.finfo(x.dtype).eps if rms.eps is None else rms.eps
+        if residual is None:
+            return cast("Tensor", ops.add_residual_rms_norm(x, None, rms.weight, eps)), x
+        return cast(
+            "tuple[Tensor, Tensor]", ops.add_residual_rms_norm(x, residual, rms.weight, eps, return_sum=True)
+        )
     if bias is None and residual is None:
         return norm(x), x
     if not is_plain(norm, nn.LayerNorm):
@@ -64,3 +75,8 @@ def norm_of_sum(norm: nn.Module, x: Tensor, bias: Tensor | None, residual: Tenso
     plain = cast("nn.LayerNorm", norm)
     out = ops.add_bias_residual_layer_norm(x, bias, residual, plain.weight, plain.bias, plain.eps, return_sum=True)
     return cast("tuple[Tensor, Tensor]", out)
+
+
+def is_fused_norm(norm: nn.Module) -> bool:
+    """Tells whether `norm_of_sum` makes one pass of the sum and this norm."""
+    return is_plain(norm, nn.LayerNorm) or (is_plain(norm, nn.RMSNorm) and cast("nn.RMSNorm", norm).weight is not None)

@@ -36,6 +36,7 @@ class ModelConfig:
 
     Attributes:
         model_type: as in config.json of transformers, or a name of our own for a model that transformers lacks.
+        other_model_types: what model_type may be in a config.json beside it.
         positive: fields that are at least 1.
         divides: pairs (a, b) of fields: a is at least 1 and divides b. None for a is allowed.
         choices: for each of some fields the values that it may have, None among them where it is allowed.
@@ -44,6 +45,7 @@ class ModelConfig:
     """
 
     model_type: ClassVar[str] = ""
+    other_model_types: ClassVar[tuple[str, ...]] = ()
     positive: ClassVar[tuple[str, ...]] = ()
     divides: ClassVar[tuple[tuple[str, str], ...]] = ()
     choices: ClassVar[Mapping[str, Collection[str | None]]] = {}

@@ -11,7 +11,15 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .pretrained import PretrainedModel, check_names, check_weight, has_optional, named_weights, set_weight
+from .pretrained import (
+    PretrainedModel,
+    check_names,
+    check_weight,
+    has_optional,
+    named_weights,
+    set_weight,
+    tied_names,
+)
 from .weights import rename
 
 Self = TypeVar("Self", bound="ConvertibleModel")
@@ -49,6 +57,9 @@ class ConvertibleModel(PretrainedModel):
         super().__init__()
         self._origin = []
         self._register_load_state_dict_pre_hook(_take_their_names, with_module=True)
+
+    def architecture_name(self) -> str:
+        return self.transformers_class
 
     @classmethod
     def build(cls, config: Any, *, with_optional: bool = True) -> ConvertibleModel:
@@ -94,13 +105,14 @@ class ConvertibleModel(PretrainedModel):
         with torch.device("meta"):
             model = cls.build(config, with_optional=has_optional(cls, theirs))
         assert isinstance(model, cls)
-        names, state = model.weight_names(), model.state_dict(keep_vars=True)
+        names, state, tied = model.weight_names(), model.state_dict(keep_vars=True), tied_names(model)
         used = {part for parts in names.values() for part in parts}
         given = [n for n, weight in theirs.items() if n in used or isinstance(weight, nn.Parameter)]
         check_names(names, given, f"from_transformers: the parameters of this {type(hf_model).__name__}")
         for ours, parts in names.items():
             sources = [theirs[part] for part in parts]
-            check_weight(state[ours], parts, sources, "from_transformers")
+            rows = model.weight_rows(ours) if len(parts) > 1 else None
+            check_weight(state[ours], parts, sources, "from_transformers", rows)
             if len(sources) == 1:
                 set_weight(model, ours, sources[0])
                 continue
@@ -112,7 +124,9 @@ class ConvertibleModel(PretrainedModel):
                 )
             joined = torch.cat([source.detach() for source in sources])
             set_weight(model, ours, nn.Parameter(joined, requires_grad=trained.pop()))
-        if "layer_norm_eps" not in overrides:
+        for name, first in tied.items():
+            set_weight(model, name, model.get_parameter(first))
+        if not {"layer_norm_eps", "rms_norm_eps"} & set(overrides):
             _adopt_eps(model, names, hf_model)
         model.adopt(hf_model)
         model.restore_buffers()
@@ -135,7 +149,7 @@ class ConvertibleModel(PretrainedModel):
         ours = named_weights(self)
         with torch.no_grad():
             for name, parts in self.weight_names().items():
-                chunks = ours[name].chunk(len(parts), dim=0) if len(parts) > 1 else (ours[name],)
+                chunks = self.split_weight(name, ours[name]) if len(parts) > 1 else (ours[name],)
                 for part, chunk in zip(parts, chunks, strict=True):
                     if theirs[part] is not ours[name]:
                         theirs[part].data = chunk.detach().clone(memory_format=torch.contiguous_format)
@@ -170,6 +184,12 @@ def _take_their_names(model: Any, weights: dict[str, Any], prefix: str, *rest: A
         weights[prefix + name] = found[0] if len(found) == 1 else torch.cat(found)
         for part in parts:
             del weights[theirs[part]]
+    for name, first in tied_names(model).items():  # their files may hold a tied weight twice, or once
+        if prefix + first in weights:
+            weights.setdefault(prefix + name, weights[prefix + first])
+            for spare in model.spare_weights:
+                for unread in [n for n in weights if n.startswith(prefix + spare)]:
+                    del weights[unread]
 
 
 def _live_weights(hf_model: nn.Module) -> dict[str, Tensor]:
@@ -180,7 +200,7 @@ def _live_weights(hf_model: nn.Module) -> dict[str, Tensor]:
 
 
 def _adopt_eps(model: ConvertibleModel, names: dict[str, tuple[str, ...]], hf_model: nn.Module) -> None:
-    """Gives each LayerNorm the eps of the live module that its weight is of: it may differ from the config's."""
+    """Gives each norm the eps of the live module that its weight is of: it may differ from the config's."""
     live = {model.file_name(name): name for name, _ in hf_model.named_parameters()}
     for ours, module in model.named_modules():
         if getattr(module, "eps", None) is None or f"{ours}.weight" not in names:
@@ -188,10 +208,11 @@ def _adopt_eps(model: ConvertibleModel, names: dict[str, tuple[str, ...]], hf_mo
         place = live[names[f"{ours}.weight"][0]].removesuffix(".weight")
         theirs: Any = hf_model.get_submodule(place)
         kind = type(theirs)
-        plain = isinstance(theirs, nn.LayerNorm) and kind.forward is nn.LayerNorm.forward
-        if not plain and not (kind.__module__.startswith("transformers.") and kind.__name__.endswith("LayerNorm")):
+        wanted, plain = ("RMSNorm", nn.RMSNorm) if isinstance(module, nn.RMSNorm) else ("LayerNorm", nn.LayerNorm)
+        is_plain = isinstance(theirs, plain) and kind.forward is plain.forward
+        if not is_plain and not (kind.__module__.startswith("transformers.") and kind.__name__.endswith(wanted)):
             raise ValueError(
-                f"from_transformers: {place} must be a LayerNorm, got {kind.__module__}.{kind.__qualname__}"
+                f"from_transformers: {place} must be a {wanted}, got {kind.__module__}.{kind.__qualname__}"
             )
         module.eps = float(theirs.eps if hasattr(theirs, "eps") else theirs.variance_epsilon)
 

@@ -8,7 +8,7 @@ file: parameters and persistent buffers by name, tied ones once. Buffers that ar
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -79,7 +79,7 @@ class PretrainedModel(Model):
         folder = Path(folder)
         fields = read_config(folder)
         wanted = cls.config_class.model_type
-        if fields.get("model_type") != wanted:
+        if fields.get("model_type") not in (wanted, *cls.config_class.other_model_types):
             raise ValueError(
                 f"from_pretrained: model_type in {folder / 'config.json'} must be {wanted} for a "
                 f"{cls.__name__}, got {fields.get('model_type')!r}"
@@ -109,10 +109,14 @@ class PretrainedModel(Model):
             raise NotADirectoryError(f"save_pretrained: {folder} is not a folder")
         state = file_weights(self, self.state_dict() if state_dict is None else state_dict)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {**self.config.to_dict(), "architectures": [type(self).__name__]}
+        config = {**self.config.to_dict(), "architectures": [self.architecture_name()]}
         config["dtype"] = str(self.dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         write_weights(folder, state)
+
+    def architecture_name(self) -> str:
+        """The class that config.json names."""
+        return type(self).__name__
 
     def weight_names(self) -> dict[str, tuple[str, ...]]:
         """For each weight of this model the names in files whose tensors, joined on dim 0, it holds.
@@ -120,6 +124,16 @@ class PretrainedModel(Model):
         Weights are the parameters, tied ones once, and the persistent buffers.
         """
         return {name: (name,) for name in named_weights(self)}
+
+    def weight_rows(self, name: str) -> Sequence[int] | None:
+        """The rows of each of the tensors in files that the weight `name` joins; None: the same number for all."""
+        return None
+
+    def split_weight(self, name: str, weight: Tensor) -> Sequence[Tensor]:
+        """The parts of a weight that `weight_names` names, views of it."""
+        count = len(self.weight_names()[name])
+        rows = self.weight_rows(name) if count > 1 else None
+        return weight.chunk(count, 0) if rows is None else weight.split(list(rows), 0)
 
     @classmethod
     def own_weights(cls, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -189,7 +203,7 @@ def file_weights(model: PretrainedModel, weights: Mapping[str, Tensor], prefix: 
     renamed: dict[str, Tensor] = {}
     for name, parts in names.items():
         weight = weights[prefix + name]
-        chunks = [weight] if len(parts) == 1 else [chunk.clone() for chunk in weight.chunk(len(parts), dim=0)]
+        chunks = [weight] if len(parts) == 1 else [chunk.clone() for chunk in model.split_weight(name, weight)]
         for part, chunk in zip(parts, chunks, strict=True):
             renamed[prefix + model.file_prefix + part] = chunk
     return renamed
@@ -262,7 +276,7 @@ def fill(model: PretrainedModel, weights: Mapping[str, Tensor], what: str, dtype
     state = model.state_dict(keep_vars=True)
     for ours, parts in names.items():
         sources = [weights[part] for part in parts]
-        check_weight(state[ours], parts, sources, what)
+        check_weight(state[ours], parts, sources, what, model.weight_rows(ours) if len(parts) > 1 else None)
         joined = sources[0] if len(sources) == 1 else torch.cat(sources)
         set_weight(model, ours, nn.Parameter(joined) if isinstance(state[ours], nn.Parameter) else joined)
     for name, first in tied.items():
@@ -284,13 +298,18 @@ def check_names(names: Mapping[str, tuple[str, ...]], given: Iterable[str], what
             raise ValueError(f"{what} {problem} {', '.join(found[:5])}{more}")
 
 
-def check_weight(own: Tensor, parts: tuple[str, ...], sources: list[Any], what: str) -> None:
-    """Raises ValueError where the tensors of a file do not make up the weight `own` of the model."""
-    shape = list(own.shape)
-    if len(parts) > 1:
-        shape[0] //= len(parts)
+def check_weight(
+    own: Tensor, parts: tuple[str, ...], sources: list[Any], what: str, rows: Sequence[int] | None = None
+) -> None:
+    """Raises ValueError where the tensors of a file do not make up the weight `own` of the model.
+
+    rows: of each of the tensors, where there are several; None: the same number.
+    """
     floating = own.is_floating_point()
-    for part, source in zip(parts, sources, strict=True):
+    for i, (part, source) in enumerate(zip(parts, sources, strict=True)):
+        shape = list(own.shape)
+        if len(parts) > 1:
+            shape[0] = shape[0] // len(parts) if rows is None else rows[i]
         if list(source.shape) != shape or source.is_floating_point() != floating:
             raise ValueError(
                 f"{what}: {part} must be {'floating point' if floating else own.dtype} of shape {shape}, as the config "

@@ -1,0 +1,281 @@
+"""The structure of a decoder: branches that read and write a residual stream, in a flat list.
+
+A branch is a norm, one product inwards, what stands between (the core), and one product outwards. A LLaMA layer is two
+branches. The architectures on it differ in the parts of a branch, and in when what a branch writes is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import RoutingPlan
+from ..packing import Packing
+from ._checkpoint import CheckpointedLayers
+from ._product import CPU_ROWS, apply_linear, in_blocks, is_plain
+from .cache import CachePlaces, Caches
+from .norm import is_fused_norm, norm_of_sum
+from .rotary import Rotary
+
+PLACEMENTS = ("before", "output", "sum")
+
+
+@dataclass
+class Step:
+    """What every branch needs in one call of a stack: where tokens stand, what was kept, and the choices of a system.
+
+    Attributes:
+        positions: int64 [T]: the place of each token in its sequence, for rotary positions.
+        cu_seqlens: int32 [B + 1]: sequence b has rows cu_seqlens[b] to cu_seqlens[b + 1].
+        max_seqlen: at least the longest sequence.
+        caches: what branches kept of earlier tokens, of `Stack.caches`; None: there are none.
+        places: where in the caches the tokens of this call are.
+        key_ranges: int32 [T, 2]: token t sees the keys first to last - 1 of its sequence, in place of what the cores
+            say. Neither decreases within a sequence.
+        plan: the routing of tokens, for products that are routed.
+        width: how much of nested products is in use.
+        chains: how many of the chains are in use; None: all.
+        losses: what branches add to the loss of the model, such as balance losses; scalars.
+    """
+
+    positions: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    caches: Caches | None = None
+    places: CachePlaces | None = None
+    key_ranges: Tensor | None = None
+    plan: RoutingPlan | None = None
+    width: Any = None
+    chains: int | None = None
+    losses: list[Tensor] = field(default_factory=list)
+    _tables: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, packing: Packing, **options: Any) -> Step:
+        """The step of whole sequences. A token's position is its place in its padded row, as in transformers.
+
+        Args:
+            packing: of the tokens.
+            **options: other attributes.
+        """
+        return cls(packing.position_ids, packing.cu_seqlens, packing.max_seqlen, **options)
+
+    @classmethod
+    def after(cls, caches: Caches, counts: Sequence[int], rows: Sequence[int], **options: Any) -> Step:
+        """The step of new tokens behind those that caches hold: counts[i] of them in sequence rows[i]."""
+        positions, offsets, places = caches.advance(counts, rows)
+        return cls(positions, offsets, max(counts, default=0), caches, places, **options)
+
+    def rotary(self, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [T, rotary.dim / 2] at the positions, computed once for all branches."""
+        key = (rotary.key, dtype)
+        tables = self._tables.get(key)
+        if tables is None:
+            tables = self._tables[key] = rotary.tables(self.positions, dtype)
+        return tables
+
+
+def at_step(module: nn.Module, x: Tensor, step: Step) -> Tensor:
+    """module(x), or module.at_step(x, step) for a module whose result depends on the step: a width, a plan, chains."""
+    own = getattr(module, "at_step", None)
+    if own is not None:
+        return cast("Tensor", own(x, step))
+    return apply_linear(x, module)
+
+
+def normalise(norm: nn.Module, x: Tensor, step: Step) -> Tensor:
+    """norm(x), or norm.at_step(x, step) for a norm whose result depends on the step."""
+    own = getattr(norm, "at_step", None)
+    return norm_of_sum(norm, x, None, None)[0] if own is None else cast("Tensor", own(x, step))
+
+
+class Branch(nn.Module):
+    """x -> what is added to the stream: outwards(core(inwards(norm(x)))).
+
+    Modules whose result depends on the step, such as products with a weight for each class, have a method
+    `at_step(x, step)`, which is called in place of `forward`.
+
+    Args:
+        norm: [T, hidden] -> [T, hidden].
+        inwards: one product for all that the core reads.
+        core: called with the product, the step and its own cache; returns [T, ...].
+        outwards: [T, ...] -> [T, hidden].
+        placement: where the norm stands: "before" adds f(norm(x)), as LLaMA does, "output" adds norm(f(x)), and "sum"
+            makes norm(x + f(x)) of the stream.
+
+    Raises:
+        ValueError: another placement.
+    """
+
+    def __init__(
+        self, norm: nn.Module, inwards: nn.Module, core: nn.Module, outwards: nn.Module, *, placement: str = "before"
+    ) -> None:
+        super().__init__()
+        if placement not in PLACEMENTS:
+            raise ValueError(f"Branch: placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
+        self.norm = norm
+        self.inwards = inwards
+        self.core = core
+        self.outwards = outwards
+        self.placement = placement
+
+    def forward(self, x: Tensor, step: Step, cache: Any = None) -> Any:
+        """x: [T, hidden] -> [T, hidden], what `join` adds; or that and scalars that are added to the loss.
+
+        cache: what the core keeps, if anything.
+        """
+        if self.placement == "before":
+            return self.body(normalise(self.norm, x, step), step, cache)
+        out = self.body(x, step, cache)
+        return normalise(self.norm, out, step) if self.placement == "output" else out
+
+    def body(self, x: Tensor, step: Step, cache: Any = None) -> Any:
+        """What is between the norm and the stream: outwards(core(inwards(x))), x [T, hidden]."""
+        if self._takes_blocks(x):
+            return torch.cat([self._body(rows, step, cache) for rows in x.split(CPU_ROWS)])
+        return self._body(x, step, cache)
+
+    def _body(self, x: Tensor, step: Step, cache: Any) -> Tensor:
+        return at_step(self.outwards, self.core(at_step(self.inwards, x, step), step, cache), step)
+
+    def _takes_blocks(self, x: Tensor) -> bool:
+        """Tells whether rows may be taken some at a time, for a CPU's cache: where nothing mixes or watches them."""
+        return (
+            getattr(self.core, "rowwise", False)
+            and in_blocks(x)
+            and is_plain(self.inwards, nn.Linear)
+            and is_plain(self.outwards, nn.Linear)
+        )
+
+    def after_sum(self, x: Tensor, added: Tensor, step: Step, cache: Any = None) -> tuple[Any, Tensor]:
+        """forward(x + added) and x + added, with the sum and the norm in one pass over memory.
+
+        Only where `fuses()`.
+        """
+        normed, x = norm_of_sum(self.norm, added, None, x)
+        return self.body(normed, step, cache), x
+
+    def fuses(self) -> bool:
+        """Tells whether `after_sum` may be called in place of `forward`: there must be no one who watches the call."""
+        return self.placement == "before" and is_fused_norm(self.norm) and is_plain(self, type(self))
+
+    def join(self, x: Tensor, out: Tensor, step: Step) -> Tensor:
+        """The stream [T, hidden] after what this branch made of it."""
+        x = x + out
+        return normalise(self.norm, x, step) if self.placement == "sum" else x
+
+    def cache(self, batch: int, capacity: int, device: Any = None, dtype: torch.dtype | None = None) -> Any:
+        """What the core keeps of earlier tokens; None where it keeps nothing."""
+        make = getattr(self.core, "cache", None)
+        return None if make is None else make(batch, capacity, device, dtype)
+
+    def extra_repr(self) -> str:
+        return f"placement={self.placement!r}"
+
+
+class Stack(CheckpointedLayers):
+    """Branches, one after the other, on one residual stream.
+
+    What a branch with lag n reads lacks the results of the n branches before it; they are added later. Lag 0 everywhere
+    is the usual decoder. Lag 1 everywhere is ladder residual (arXiv 2501.06589), where a branch can run while the result
+    of the one before is still summed over GPUs. Lags 0, 1, 0, 1, ... are parallel attention and feed-forward.
+
+    With gradient checkpointing each branch is computed again in the backward pass.
+
+    Args:
+        branches: in order. A branch may stand in several places, and then has the same weights in all of them.
+        lags: for each place; None: 0.
+
+    Raises:
+        ValueError: another number of lags, or a negative one.
+    """
+
+    def __init__(self, branches: Iterable[nn.Module], lags: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+        self.lags = [0] * len(self.branches) if lags is None else list(lags)
+        if len(self.lags) != len(self.branches) or min(self.lags, default=0) < 0:
+            raise ValueError(
+                f"Stack: lags must be {len(self.branches)} numbers of at least 0, one for each branch, got {self.lags}"
+            )
+
+    def slice(self, first: int, last: int) -> Stack:
+        """A stack of the branches first to last - 1, the same modules. Its end adds all that was still to be added."""
+        return Stack(list(self.branches)[first:last], self.lags[first:last])
+
+    def insert(self, place: int, branch: nn.Module, lag: int = 0) -> None:
+        """Puts a branch before the one that is at `place`."""
+        self.branches.insert(place, branch)
+        self.lags.insert(place, lag)
+
+    def caches(
+        self, batch: int, capacity: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Caches:
+        """Empty caches for `batch` sequences of at most `capacity` tokens, one for each place.
+
+        Args:
+            batch, capacity: the sizes.
+            device, dtype: None: those of the parameters.
+        """
+        weight = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        device, dtype = device or weight.device, dtype or weight.dtype
+        parts = [branch.cache(batch, capacity, device, dtype) for branch in self._places()]
+        return Caches(parts, batch, capacity, device)
+
+    def _places(self) -> list[Branch]:
+        return cast("list[Branch]", list(self.branches))
+
+    def forward(self, x: Tensor, step: Step, norm: nn.Module | None = None) -> Tensor:
+        """x: [T, hidden] -> the stream after all branches, [T, hidden].
+
+        Args:
+            x: packed rows.
+            step: of these rows. What branches give besides, such as balance losses, is appended to its losses.
+            norm: normalises the result, in one pass with the last sum.
+
+        Raises:
+            ValueError: the step has the caches of another stack.
+        """
+        branches = self._places()
+        parts: Sequence[Any] = [None] * len(branches)
+        if step.caches is not None:
+            parts = step.caches.parts
+            if len(parts) != len(branches):
+                raise ValueError(
+                    f"Stack: the step must have caches that this stack made, for {len(branches)} branches, got those "
+                    f"of {len(parts)}"
+                )
+        again = self.gradient_checkpointing and self.training
+        waiting: list[tuple[Branch, Any]] = []  # branches whose results are still to be added
+        for branch, lag, cache in zip(branches, self.lags, parts, strict=True):
+            due, waiting = waiting[: max(0, len(waiting) - lag)], waiting[max(0, len(waiting) - lag) :]
+            added = None
+            if due and not again and due[-1][0].placement != "sum" and branch.fuses():
+                added = settle(due.pop()[1])
+            for other, out in due:
+                x = other.join(x, settle(out), step)
+            if added is None:
+                result = self.run_layer(branch, x, step, cache)
+            else:
+                result, x = branch.after_sum(x, added, step, cache)
+            if isinstance(result, tuple):
+                result, *losses = result
+                step.losses += losses
+            waiting.append((branch, result))
+        last = None
+        if norm is not None and waiting and waiting[-1][0].placement != "sum" and is_fused_norm(norm):
+            last = settle(waiting.pop()[1])
+        for other, out in waiting:
+            x = other.join(x, settle(out), step)
+        if last is not None:
+            return norm_of_sum(cast("nn.Module", norm), last, None, x)[0]
+        return x if norm is None else normalise(norm, x, step)
+
+
+def settle(out: Any) -> Tensor:
+    """A tensor as it is, or what a pending result gives when it is waited for."""
+    return out if isinstance(out, Tensor) else cast("Tensor", out.wait())
