@@ -12,8 +12,7 @@ namespace {
 void check_arguments(const char* op, const Tensor& x, const std::optional<Tensor>& bias,
                      const std::string& approximate) {
   check_floating(op, "x", x);
-  check(approximate == "none" || approximate == "tanh", op, ": approximate must be \"none\" or \"tanh\", got '",
-        approximate, "'");
+  check_gelu_form(op, approximate);
   if (!bias) return;
   check(x.dim() > 0, op, ": bias must be of shape [width], and x of shape [..., width], got ", Got{*bias});
   check_parameter(op, "bias", *bias, x.size(-1), "x", x);

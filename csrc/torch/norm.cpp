@@ -1,4 +1,4 @@
-// Bindings of add_bias_residual_layer_norm: checks, allocation, launch.
+// Bindings of LayerNorm, RMSNorm and RMSNorm with GELU: checks, allocation, launch.
 #include "kernels/norm/launch.h"
 
 #include <optional>
@@ -9,10 +9,22 @@
 namespace warpform {
 namespace {
 
-void check_forward(const char* op, const Tensor& x, const std::optional<Tensor>& bias,
-                   const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& ln_bias, double eps) {
-  check(x.dim() > 0, op, ": x must be of shape [..., width], got ", Got{x});
-  check_floating(op, "x", x);
+void check_rows(const char* op, const char* name, const Tensor& x) {
+  check(x.dim() > 0, op, ": ", name, " must be of shape [..., width], got ", Got{x});
+  check_floating(op, name, x);
+}
+
+void check_residual(const char* op, const std::optional<Tensor>& residual, const Tensor& x) {
+  if (!residual) return;
+  check(same_sizes(*residual, x), op, ": residual must be of shape ", Shape{x}, ", got ", Got{*residual});
+  check_type(residual->scalar_type() == x.scalar_type(), op, ": residual must be ", dtype_name(x.scalar_type()),
+             " as x is, got ", Got{*residual});
+  check_same_device(op, "residual", *residual, "x", x);
+}
+
+void check_layer_norm(const char* op, const Tensor& x, const std::optional<Tensor>& bias,
+                      const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& ln_bias, double eps) {
+  check_rows(op, "x", x);
   const int64_t width = x.size(-1);
   const ScalarType dtype = weight.scalar_type();
   const auto check_one = [&](const char* name, const Tensor& t) {
@@ -25,14 +37,8 @@ void check_forward(const char* op, const Tensor& x, const std::optional<Tensor>&
   if (bias) check_one("bias", *bias);
   check_one("weight", weight);
   check_one("ln_bias", ln_bias);
-  if (residual) {
-    check(same_sizes(*residual, x), op, ": residual must be of shape ", Shape{x}, ", got ", Got{*residual});
-    check_type(residual->scalar_type() == x.scalar_type(), op, ": residual must be ", dtype_name(x.scalar_type()),
-               " as x is, got ", Got{*residual});
-    check_same_device(op, "residual", *residual, "x", x);
-  }
-  check_finite(op, "eps", eps);
-  check(eps >= 0, op, ": eps must not be negative, got ", Number{eps});
+  check_residual(op, residual, x);
+  check_eps(op, eps);
 }
 
 // mean or rstd: one element for each row of `sum`.
@@ -43,16 +49,29 @@ void check_statistics(const char* op, const char* name, const Tensor& t, int64_t
   check_same_device(op, name, t, "sum", sum);
 }
 
+// What the backward of LayerNorm and that of RMSNorm take.
 void check_backward(const char* op, const Tensor& dout, const std::optional<Tensor>& dsum, const Tensor& sum,
-                    const Tensor& weight, const Tensor& mean, const Tensor& rstd) {
-  check(sum.dim() > 0, op, ": sum must be of shape [..., width], got ", Got{sum});
-  check_floating(op, "sum", sum);
-  const auto [rows, cols] = rows_of(sum);
+                    const Tensor& weight) {
+  check_rows(op, "sum", sum);
   check_like(op, "dout", dout, "sum", sum);
   if (dsum) check_like(op, "dsum", *dsum, "sum", sum);
-  check_parameter(op, "weight", weight, cols, "sum", sum);
-  check_statistics(op, "mean", mean, rows, sum);
-  check_statistics(op, "rstd", rstd, rows, sum);
+  check_parameter(op, "weight", weight, sum.size(-1), "sum", sum);
+}
+
+void check_rms_norm(const char* op, const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
+                    double eps) {
+  check_rows(op, "x", x);
+  check_parameter(op, "weight", weight, x.size(-1), "x", x);
+  check_residual(op, residual, x);
+  check_eps(op, eps);
+}
+
+void check_rms_norm_gelu(const char* op, const Tensor& x, std::optional<double> scale, double eps,
+                         const std::string& approximate) {
+  check_rows(op, "x", x);
+  check_finite(op, "scale", scale.value_or(1));
+  check_eps(op, eps);
+  check_gelu_form(op, approximate);
 }
 
 // Why no LayerNorm kernel takes x, or nothing.
@@ -71,7 +90,7 @@ using Quadruple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Quadruple add_bias_residual_layer_norm(Tensor x, std::optional<Tensor> bias, std::optional<Tensor> residual,
                                        Tensor weight, Tensor ln_bias, double eps, bool return_sum) {
   constexpr const char* kOp = "add_bias_residual_layer_norm";
-  check_forward(kOp, x, bias, residual, weight, ln_bias, eps);
+  check_layer_norm(kOp, x, bias, residual, weight, ln_bias, eps);
   const auto [rows, cols] = rows_of(x);
   const Launch launch(kOp, x);
   if (const std::string reason = layer_norm_unsupported(launch, x, cols); !reason.empty()) {
@@ -107,8 +126,10 @@ Quadruple add_bias_residual_layer_norm(Tensor x, std::optional<Tensor> bias, std
 Quadruple add_bias_residual_layer_norm_backward(Tensor dout, std::optional<Tensor> dsum, Tensor sum, Tensor weight,
                                                 Tensor mean, Tensor rstd) {
   constexpr const char* kOp = "add_bias_residual_layer_norm_backward";
-  check_backward(kOp, dout, dsum, sum, weight, mean, rstd);
+  check_backward(kOp, dout, dsum, sum, weight);
   const auto [rows, cols] = rows_of(sum);
+  check_statistics(kOp, "mean", mean, rows, sum);
+  check_statistics(kOp, "rstd", rstd, rows, sum);
   const Launch launch(kOp, sum);
   if (const std::string reason = layer_norm_unsupported(launch, sum, cols); !reason.empty()) {
     return UseReference(reason);
@@ -149,12 +170,44 @@ Quadruple add_bias_residual_layer_norm_backward(Tensor dout, std::optional<Tenso
   return {dx, dbias, dweight, dln_bias};
 }
 
+std::tuple<Tensor, Tensor, Tensor> add_residual_rms_norm(Tensor x, std::optional<Tensor> residual, Tensor weight,
+                                                         double eps, bool return_sum) {
+  constexpr const char* kOp = "add_residual_rms_norm";
+  check_rms_norm(kOp, x, residual, weight, eps);
+  return UseReference("there is no kernel yet");
+}
+
+std::tuple<Tensor, Tensor> add_residual_rms_norm_backward(Tensor dout, std::optional<Tensor> dsum, Tensor sum,
+                                                          Tensor weight, Tensor rstd) {
+  constexpr const char* kOp = "add_residual_rms_norm_backward";
+  check_backward(kOp, dout, dsum, sum, weight);
+  check_statistics(kOp, "rstd", rstd, rows_of(sum).rows, sum);
+  return UseReference("there is no kernel yet");
+}
+
+Tensor rms_norm_gelu(Tensor x, std::optional<double> scale, double eps, std::string approximate) {
+  constexpr const char* kOp = "rms_norm_gelu";
+  check_rms_norm_gelu(kOp, x, scale, eps, approximate);
+  return UseReference("there is no kernel yet");
+}
+
+Tensor rms_norm_gelu_backward(Tensor dout, Tensor x, std::optional<double> scale, double eps, std::string approximate) {
+  constexpr const char* kOp = "rms_norm_gelu_backward";
+  check_rms_norm_gelu(kOp, x, scale, eps, approximate);
+  check_like(kOp, "dout", dout, "x", x);
+  return UseReference("there is no kernel yet");
+}
+
 }  // namespace
 
 std::span<const Body> norm_ops() {
   static constexpr Body kOps[] = {
       body<"add_bias_residual_layer_norm", &add_bias_residual_layer_norm>(),
-      body<"add_bias_residual_layer_norm_backward", &add_bias_residual_layer_norm_backward>()};
+      body<"add_bias_residual_layer_norm_backward", &add_bias_residual_layer_norm_backward>(),
+      body<"add_residual_rms_norm", &add_residual_rms_norm>(),
+      body<"add_residual_rms_norm_backward", &add_residual_rms_norm_backward>(),
+      body<"rms_norm_gelu", &rms_norm_gelu>(),
+      body<"rms_norm_gelu_backward", &rms_norm_gelu_backward>()};
   return kOps;
 }
 

@@ -94,6 +94,19 @@ std::vector<Schema> schemas() {
        "Tensor dout, Tensor? dsum, Tensor sum, Tensor weight, Tensor mean, Tensor rstd",
        "(Tensor dx, Tensor dbias, Tensor dweight, Tensor dln_bias)"},
 
+      // RMSNorm(x + residual); also the sum (empty unless return_sum) and 1/sqrt(mean square) of each row.
+      {"add_residual_rms_norm", "Tensor x, Tensor? residual, Tensor weight, float eps=1e-6, *, bool return_sum=False",
+       "(Tensor out, Tensor sum, Tensor rstd)"},
+      // dx is the gradient of x and of residual; dweight is a sum over rows in a fixed order.
+      {"add_residual_rms_norm_backward", "Tensor dout, Tensor? dsum, Tensor sum, Tensor weight, Tensor rstd",
+       "(Tensor dx, Tensor dweight)"},
+
+      // GELU of rows brought to the length `scale` (None: the root of the width), approximate "none" (erf) or "tanh".
+      {"rms_norm_gelu", "Tensor x, float? scale=None, float eps=0.0, str approximate=\"none\"", "Tensor"},
+      // Makes the lengths of the rows again.
+      {"rms_norm_gelu_backward",
+       "Tensor dout, Tensor x, float? scale=None, float eps=0.0, str approximate=\"none\"", "Tensor"},
+
       // GELU(x + bias), approximate "none" (erf) or "tanh".
       {"bias_gelu", "Tensor x, Tensor? bias, str approximate=\"none\"", "Tensor"},
       // dbias is empty without a bias.

@@ -32,4 +32,14 @@ inline void check_parameter(const char* op, const char* name, const Tensor& t, i
   check_same_device(op, name, t, x_name, x);
 }
 
+inline void check_gelu_form(const char* op, const std::string& approximate) {
+  check(approximate == "none" || approximate == "tanh", op, ": approximate must be \"none\" or \"tanh\", got '",
+        approximate, "'");
+}
+
+inline void check_eps(const char* op, double eps) {
+  check_finite(op, "eps", eps);
+  check(eps >= 0, op, ": eps must not be negative, got ", Number{eps});
+}
+
 }  // namespace warpform

@@ -391,6 +391,20 @@ def add_bias_residual_layer_norm(
     return centred / torch.sqrt(variance + eps) * weight.to(x.dtype) + ln_bias.to(x.dtype), total
 
 
+def add_residual_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """out and sum."""
+    total = x if residual is None else x + residual
+    length = torch.sqrt((total * total).mean(-1, keepdim=True) + eps)
+    return total / length * weight.to(x.dtype), total
+
+
+def rms_norm_gelu(x: Tensor, scale: float | None, eps: float, approximate: str) -> Tensor:
+    """GELU of each row divided by its length and times `scale`."""
+    tau = math.sqrt(x.size(-1)) if scale is None else scale
+    length = torch.sqrt((x * x).sum(-1, keepdim=True) + eps)
+    return bias_gelu(x / length * tau, None, approximate)
+
+
 def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """GELU of x + bias."""
     s = x if bias is None else x + bias.to(x.dtype)

@@ -7,6 +7,7 @@ from .encoder import add_bias_residual_layer_norm, bias_gelu, pack, packing_plan
 from .fft_conv import fft_conv, fft_conv_spectrum
 from .hidden import hidden_gather_linear, hidden_scatter_linear, hidden_weight_grad
 from .monarch import blockdiag_glu, blockdiag_multiply, monarch_multiply
+from .norm import add_residual_rms_norm, rms_norm_gelu
 from .projection import project_to_blockdiag, project_to_monarch
 from .routing import RoutingPlan
 from .short_conv import short_conv_gate
@@ -15,6 +16,7 @@ from .window import window_attention
 __all__ = [
     "RoutingPlan",
     "add_bias_residual_layer_norm",
+    "add_residual_rms_norm",
     "attention_step",
     "attention_step_backward",
     "bias_gelu",
@@ -31,6 +33,7 @@ __all__ = [
     "packing_plan",
     "project_to_blockdiag",
     "project_to_monarch",
+    "rms_norm_gelu",
     "short_conv_gate",
     "unpack",
     "varlen_attention",

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dtypes import accumulation_dtype
 from ._register import register_op
+from ._rows import statistics_like
 from .examples import encoder as examples
 from .reference import encoder as reference
 
@@ -139,14 +139,8 @@ def _layer_norm_fake(
     *,
     return_sum: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    cols, rows = x.shape[-1], 1
-    for size in x.shape[:-1]:
-        rows = rows * size
-    if isinstance(cols, int) and cols == 0:
-        rows = 0  # rows without columns have no statistics
-    statistics = x.new_empty(rows, dtype=accumulation_dtype(x.dtype))
     total = x.new_empty(x.shape if return_sum else (0,))
-    return x.new_empty(x.shape), total, statistics, torch.empty_like(statistics)
+    return x.new_empty(x.shape), total, statistics_like(x), statistics_like(x)
 
 
 def _layer_norm_backward_fake(
