@@ -171,6 +171,8 @@ class DecoderConfig(TransformersConfig):
         rope = {"rope_type": "default", **(self.rope_scaling or {})}
         rope.setdefault("rope_theta", self.rope_theta)
         fields["rope_parameters"] = rope
+        # A copy, as transformers adds to it.
+        fields["rope_scaling"] = None if self.rope_scaling is None else dict(self.rope_scaling)
         if self.head_dim is None:  # some classes take None for a number
             del fields["head_dim"]
         window, types = fields.pop("sliding_window"), fields.pop("layer_types")
