@@ -1,6 +1,6 @@
 """The table of families: which folder has which public names. Nothing is imported to read it.
 
-A new architecture is a folder with its own `__all__`, and a line here.
+A new architecture is a folder, or a file where it is short, with its own `__all__`, and a line here.
 """
 
 from __future__ import annotations
