@@ -170,9 +170,12 @@ class GatedActivation(nn.Module):
     def forward(self, product: Tensor, step: Step | None = None, cache: None = None) -> Tensor:
         """product: [..., 2 f] -> [..., f]."""
         gate, up = product.chunk(2, -1)
-        gate = F.silu(gate) if self.activation is None else self.activation(gate, None)
+        if self.activation is not None:
+            return self.activation(gate, None) * up
+        gate = F.silu(gate)
         # In place where no gradient needs the factors.
-        return gate.mul_(up) if torch.is_inference(gate) and not torch.compiler.is_compiling() else gate * up
+        in_place = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+        return gate.mul_(up) if in_place else gate * up
 
 
 class Activation(nn.Module):

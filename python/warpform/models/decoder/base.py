@@ -34,7 +34,7 @@ class CausalLM(PretrainedModel):
         super().__init__()
         self.config = config
         self.tokens = self.make_tokens()
-        self.stack = self.make_stack()
+        self.set_stack()
         self.norm = self.make_norm()
         self.head = self.make_head()
         self.apply(self.init_weights)
@@ -46,6 +46,10 @@ class CausalLM(PretrainedModel):
     def make_tokens(self) -> nn.Module:
         """The embeddings of tokens."""
         return nn.Embedding(self.config.vocab_size, self.config.hidden_size)
+
+    def set_stack(self) -> None:
+        """Sets `stack`."""
+        self.stack = self.make_stack()
 
     def make_stack(self) -> Stack:
         """The stack."""
@@ -69,9 +73,12 @@ class CausalLM(PretrainedModel):
 
     def loss(self, logits: Tensor, inputs: Inputs, step: Step) -> Tensor:
         """The mean cross-entropy of the next token, and what branches add to it."""
+        return sum(step.losses, self.token_loss(logits, inputs))
+
+    def token_loss(self, logits: Tensor, inputs: Inputs) -> Tensor:
+        """The mean cross-entropy of the next token, a scalar."""
         assert inputs.labels is not None
-        loss = next_token_loss(logits, inputs.labels, inputs.packing.cu_seqlens)
-        return sum(step.losses, loss)
+        return next_token_loss(logits, inputs.labels, inputs.packing.cu_seqlens)
 
     # ---- whole sequences ----
 
