@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...nn._product import apply_linear
+from ...nn._product import apply_linear, in_blocks
 from ...nn.cache import Caches
 from ...nn.stack import Stack, Step
 from ...packing import Packing
@@ -19,6 +19,9 @@ from ..common.pretrained import PretrainedModel
 from .branches import layer_branches
 from .config import DecoderConfig
 from .inputs import Inputs, read_inputs
+
+# Of logits that are made at a time on a CPU: as much as the allocator of the C library gives again without new pages.
+_BLOCK_BYTES = 24 << 20
 
 
 class CausalLM(PretrainedModel):
@@ -138,9 +141,25 @@ class CausalLM(PretrainedModel):
 
     def run(self, inputs: Inputs, step: Step) -> HeadOutput:
         """The output for inputs in one step."""
-        logits = self.logits(self.stack(self.embed(inputs), step, self.norm), step)
+        hidden = self.stack(self.embed(inputs), step, self.norm)
+        if inputs.labels is None and inputs.padded and not inputs.whole and in_blocks(hidden):
+            return HeadOutput(None, self._padded_logits(hidden, inputs.packing, step))
+        logits = self.logits(hidden, step)
         loss = None if inputs.labels is None else self.loss(logits, inputs, step)
         return HeadOutput(loss, inputs.restore(logits))
+
+    def _padded_logits(self, hidden: Tensor, packing: Packing, step: Step) -> Tensor:
+        """The logits [B, S, vocab] of hidden [total, hidden], 0 where there is padding; without a gradient, on a CPU.
+
+        Some rows at a time: all logits at once would be written to fresh pages of memory, and then once more, padded.
+        """
+        vocab = self.config.vocab_size
+        out = hidden.new_empty(packing.batch_size * packing.seqlen, vocab)
+        out[packing.ranks.flatten() < 0] = 0
+        count = max(64, _BLOCK_BYTES // (vocab * hidden.element_size()))
+        for rows, places in zip(hidden.split(count), packing.indices.split(count), strict=True):
+            out.index_copy_(0, places, self.logits(rows, step).to(out.dtype))
+        return out.view(packing.batch_size, packing.seqlen, vocab)
 
     # ---- generation ----
 

@@ -17,6 +17,7 @@ class Inputs:
     """Attributes:
     packing: of the batch.
     padded: whether the caller's tensors are [B, S, ...], and the results are to be; else they are packed.
+    whole: whether a padded batch has no padding.
     ids: int64 [total], or None where embeddings were given.
     embeds: [total, hidden], or None.
     labels: int64 [total], or None.
@@ -25,6 +26,7 @@ class Inputs:
 
     packing: Packing
     padded: bool
+    whole: bool
     ids: Tensor | None
     embeds: Tensor | None
     labels: Tensor | None
@@ -44,6 +46,8 @@ class Inputs:
 
     def restore(self, rows: Tensor) -> Tensor:
         """Results [total, ...] as the caller's tensors are: [B, S, ...], 0 where there is padding, or packed."""
+        if self.whole:
+            return rows.unflatten(0, (self.packing.batch_size, self.packing.seqlen))
         return self.packing.unpack(rows) if self.padded else rows
 
 
@@ -68,7 +72,7 @@ def read_inputs(
     name, given = ("input_ids", input_ids) if input_ids is not None else ("inputs_embeds", inputs_embeds)
     assert given is not None
     more = () if input_ids is not None else (config.hidden_size,)
-    padded = packing is None
+    padded, whole = packing is None, False
     if packing is None:
         if given.dim() != 2 + len(more):
             wanted = ", ".join(["batch", "seqlen", *map(str, more)])
@@ -76,7 +80,7 @@ def read_inputs(
         if attention_mask is None:
             # Nothing to find out: with every token real, the capacity is the total and the host reads nothing.
             mask = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
-            packing = Packing.from_mask(mask, capacity=given.shape[0] * given.shape[1])
+            packing, whole = Packing.from_mask(mask, capacity=given.shape[0] * given.shape[1]), True
         else:
             if attention_mask.shape != given.shape[:2]:
                 raise ValueError(
@@ -103,4 +107,4 @@ def read_inputs(
             f"{model}: sequences must have at most max_position_embeddings, {limit}, tokens, got {longest}"
         )
     ids, embeds = (given, None) if input_ids is not None else (None, given)
-    return Inputs(packing, padded, ids, embeds, labels, model)
+    return Inputs(packing, padded, whole, ids, embeds, labels, model)
