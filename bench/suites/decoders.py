@@ -74,9 +74,7 @@ SYSTEMS = {
     "colm_4": System(_chains(4, False), decodes=True),
     "colm_4_first_of": System(_chains(4, False), lambda ids: {"chains": 1}, lambda model: model.submodel(1)),
     "colm_air_2": System(_chains(2, True), decodes=True),
-    "mot_2": System(
-        lambda fields: models.MoTForCausalLM(models.MoTConfig(**fields, num_classes=2)), _halves
-    ),
+    "mot_2": System(lambda fields: models.MoTForCausalLM(models.MoTConfig(**fields, num_classes=2)), _halves),
     "ladder": System(lambda fields: models.LadderForCausalLM(models.LadderConfig(**fields)), decodes=True),
 }
 
@@ -322,8 +320,8 @@ class DecoderCase(Case):
         """What the system should compute: the dense decoder that it is, by transformers; else itself in float64."""
         if self.system is None or self.system.dense is None or self.training or self.decoding:
             return self._exact(self.ours)
-        twin = self.system.dense(self.ours)
-        twin = getattr(twin, "to_transformers")().double().eval()
+        twin: Any = self.system.dense(self.ours)
+        twin = twin.to_transformers().double().eval()
         options = {"attention_mask": self.mask} if self.padded else {}
         with torch.inference_mode():
             return (self.real(twin(self.ids, **options, use_cache=False).logits),)
@@ -343,5 +341,3 @@ class DecoderCase(Case):
 
 def test_decoders(spec: Spec, provider: str, measure: Callable[[harness.Spec, str], None]) -> None:
     measure(spec, provider)
-
-

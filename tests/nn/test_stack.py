@@ -125,13 +125,11 @@ def test_placements(placement: str, kind: str) -> None:
     parts = [feed_forward(placement, lambda: getattr(nn, kind)(HIDDEN)).double() for _ in range(2)]
     x = expected = rows()
     for part in parts:
-        norm = part.norm
-        body = lambda y, part=part: part.outwards(part.core(part.inwards(y)))  # noqa: E731
-        expected = {
-            "before": lambda y: y + body(norm(y)),
-            "output": lambda y: y + norm(body(y)),
-            "sum": lambda y: norm(y + body(y)),
-        }[placement](expected)
+        norm, kept = part.norm, expected
+        inner = norm(kept) if placement == "before" else kept
+        out = part.outwards(part.core(part.inwards(inner)))
+        out = norm(out) if placement == "output" else out
+        expected = norm(kept + out) if placement == "sum" else kept + out
     assert close(Stack(parts)(x, step()), expected)
 
 
@@ -282,13 +280,10 @@ def test_key_ranges() -> None:
     blocks, none = step(), 0
     ends = [torch.tensor([[0, 0], *([[0, 3]] * 2), *([[1, n]] * (n - 3))])[:n] for n in LENGTHS]
     blocks.key_ranges = torch.cat(ends).int()
-    ranges = {n: one for n, one in zip(LENGTHS, ends, strict=True)}
     expected = torch.cat(
         [
-            plain_attention(
-                core, rows_, (len(rows_),), lambda i, j, r=ranges[len(rows_)]: (j >= r[:, :1]) & (j < r[:, 1:])
-            )
-            for rows_ in product.split(LENGTHS)
+            plain_attention(core, rows_, (len(rows_),), lambda i, j, r=run: (j >= r[:, :1]) & (j < r[:, 1:]))
+            for rows_, run in zip(product.split(LENGTHS), ends, strict=True)
         ]
     )
     found = core(product, blocks)

@@ -29,11 +29,11 @@ def from_transformers(hf_model: nn.Module, **overrides: Any) -> ConvertibleModel
     """The padding-free counterpart of a transformers model: same call, same outputs at real tokens, 0 at padded ones.
 
     `LlamaForCausalLM`, `MistralForCausalLM` and `Qwen2ForCausalLM` become a `DecoderForCausalLM`, others the class of
-    their name. Query, key and value weights are concatenated, which copies them; other Parameter objects are shared, so training
-    one model trains the other. `to_transformers()` on the result writes everything back and returns `hf_model`.
+    their name. Query, key and value weights are concatenated, as are gate and up, which copies them; other Parameter
+    objects are shared, so training one model trains the other. `to_transformers()` on the result writes everything back and returns `hf_model`.
 
     Args:
-        hf_model: a `transformers.BertModel`, or another that `warpform.models` has a class of the same name for.
+        hf_model: a `transformers.BertModel`, or another that `warpform.models` has a counterpart of.
         **overrides: fields of the config to change, for instance attention_probs_dropout_prob=0.0 for training.
 
     Raises:

@@ -142,7 +142,9 @@ class AttentionCore(nn.Module):
                 f"got {held}"
             )
         if cache.keys.device != key.device:
-            raise ValueError(f"AttentionCore: the cache must be on {key.device} as the keys are, got {cache.keys.device}")
+            raise ValueError(
+                f"AttentionCore: the cache must be on {key.device} as the keys are, got {cache.keys.device}"
+            )
 
     def extra_repr(self) -> str:
         return (

@@ -63,9 +63,7 @@ def norm_of_sum(norm: nn.Module, x: Tensor, bias: Tensor | None, residual: Tenso
         eps = torch.finfo(x.dtype).eps if rms.eps is None else rms.eps
         if residual is None:
             return cast("Tensor", ops.add_residual_rms_norm(x, None, rms.weight, eps)), x
-        return cast(
-            "tuple[Tensor, Tensor]", ops.add_residual_rms_norm(x, residual, rms.weight, eps, return_sum=True)
-        )
+        return cast("tuple[Tensor, Tensor]", ops.add_residual_rms_norm(x, residual, rms.weight, eps, return_sum=True))
     if bias is None and residual is None:
         return norm(x), x
     if not is_plain(norm, nn.LayerNorm):

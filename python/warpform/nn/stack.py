@@ -181,8 +181,8 @@ class Stack(CheckpointedLayers):
     """Branches, one after the other, on one residual stream.
 
     What a branch with lag n reads lacks the results of the n branches before it; they are added later. Lag 0 everywhere
-    is the usual decoder. Lag 1 everywhere is ladder residual (arXiv 2501.06589), where a branch can run while the result
-    of the one before is still summed over GPUs. Lags 0, 1, 0, 1, ... are parallel attention and feed-forward.
+    is the usual decoder. Lag 1 everywhere is ladder residual (arXiv 2501.06589), where a branch can run while the
+    result of the one before is still summed over GPUs. Lags 0, 1, 0, 1, ... are parallel attention and feed-forward.
 
     With gradient checkpointing each branch is computed again in the backward pass.
 

@@ -128,9 +128,7 @@ class CausalLM(PretrainedModel):
         inputs_embeds: Tensor | None = None,
     ) -> Inputs:
         """The arguments of `forward`, checked and packed."""
-        return read_inputs(
-            type(self).__name__, self.config, input_ids, attention_mask, labels, packing, inputs_embeds
-        )
+        return read_inputs(type(self).__name__, self.config, input_ids, attention_mask, labels, packing, inputs_embeds)
 
     def embed(self, inputs: Inputs) -> Tensor:
         """What the stack reads, [total, hidden]."""
