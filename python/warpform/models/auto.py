@@ -30,7 +30,8 @@ def from_transformers(hf_model: nn.Module, **overrides: Any) -> ConvertibleModel
 
     `LlamaForCausalLM`, `MistralForCausalLM` and `Qwen2ForCausalLM` become a `DecoderForCausalLM`, others the class of
     their name. Query, key and value weights are concatenated, as are gate and up, which copies them; other Parameter
-    objects are shared, so training one model trains the other. `to_transformers()` on the result writes everything back and returns `hf_model`.
+    objects are shared, so training one model trains the other. `to_transformers()` on the result writes everything
+    back and returns `hf_model`.
 
     Args:
         hf_model: a `transformers.BertModel`, or another that `warpform.models` has a counterpart of.
