@@ -163,6 +163,17 @@ def test_both_ways_and_through_files(kind: str, tmp_path: Path) -> None:
     assert DecoderForCausalLM.from_pretrained(tmp_path / "theirs").config == ours.config
 
 
+def test_positions_and_numbers_of_items_are_those_of_transformers() -> None:
+    eager = theirs("llama")
+    oracle, ours = in_double(eager), models.from_transformers(eager)
+    ids = torch.randint(VOCABULARY, (2, 9))
+    given = {"position_ids": torch.arange(3, 12)[None], "labels": ids, "use_cache": False}
+    results = [m(ids, attention_mask=torch.ones_like(ids), **given) for m in (ours, oracle, eager)]
+    assert_close("logits", *(out.logits for out in results))
+    parts = [m(ids, labels=ids, num_items_in_batch=torch.tensor(5)).loss[None] for m in (ours, oracle, eager)]
+    assert_close("loss", *parts)
+
+
 def test_training_one_trains_the_other() -> None:
     hf = theirs("llama")
     ours, (ids, mask) = models.from_transformers(hf).train(), batch()
@@ -296,6 +307,8 @@ def test_bad_arguments() -> None:
     model, (ids, mask) = model_of(), batch()
     for call, text in (
         (lambda: model(), "exactly one of input_ids and inputs_embeds"),
+        (lambda: model(ids, use_cache=True), "use_cache is not supported"),
+        (lambda: model(ids, position_ids=ids[:, 1:]), r"position_ids must have shape \[4, 13\], got \[4, 12\]"),
         (lambda: model(ids[0]), r"input_ids must be of shape \[batch, seqlen\], got \[13\]"),
         (lambda: model(ids, mask[:2]), r"attention_mask must be of shape \[4, 13\] as input_ids is, got \[2, 13\]"),
         (lambda: model(ids, labels=ids[:, 1:]), r"labels must have shape \[4, 13\], got \[4, 12\]"),

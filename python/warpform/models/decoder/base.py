@@ -12,6 +12,7 @@ from ...nn._product import apply_linear, in_blocks
 from ...nn.cache import Caches
 from ...nn.stack import Stack, Step
 from ...packing import Packing
+from ..common.checks import refuse_arguments
 from ..common.generation import check_sampling, continue_texts
 from ..common.losses import next_token_loss
 from ..common.outputs import HeadOutput
@@ -81,7 +82,7 @@ class CausalLM(PretrainedModel):
     def token_loss(self, logits: Tensor, inputs: Inputs) -> Tensor:
         """The mean cross-entropy of the next token, a scalar."""
         assert inputs.labels is not None
-        return next_token_loss(logits, inputs.labels, inputs.packing.cu_seqlens)
+        return next_token_loss(logits, inputs.labels, inputs.packing.cu_seqlens, inputs.items)
 
     # ---- whole sequences ----
 
@@ -97,6 +98,9 @@ class CausalLM(PretrainedModel):
         labels: Tensor | None = None,
         packing: Packing | None = None,
         inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **unsupported: Any,
     ) -> HeadOutput:
         """Padded: ids [B, S] and a mask of any pattern. Packed: ids [total] and their packing.
 
@@ -106,6 +110,9 @@ class CausalLM(PretrainedModel):
             labels: like input_ids: the tokens themselves (shifted here), -100 where none is asked for.
             packing: says that ids, embeddings and labels are packed; then logits are too.
             inputs_embeds: [B, S, hidden] or [total, hidden], in place of input_ids.
+            position_ids: int64 like input_ids, or [1, S]; None = a token's place in its padded row, as in transformers.
+            num_items_in_batch: what the sum of the losses is divided by, in place of the number of labels.
+            **unsupported: other arguments of transformers' models, accepted when None or False, as use_cache=False.
 
         Returns:
             HeadOutput: loss, where labels were given, in float32 at least, 0 where no label counts; logits
@@ -113,11 +120,12 @@ class CausalLM(PretrainedModel):
 
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds, shapes that do not match, a mask with `packing`,
-                more tokens than max_position_embeddings (a RuntimeError in a compiled or exported model, which learns
-                it from the mask as it runs).
+                an argument that is not supported, by name; more tokens than max_position_embeddings (a RuntimeError in
+                a compiled or exported model, which learns it from the mask as it runs).
         """
-        inputs = self.read(input_ids, attention_mask, labels, packing, inputs_embeds)
-        return self.run(inputs, Step.of(inputs.packing))
+        refuse_arguments(type(self).__name__, unsupported)
+        inputs = self.read(input_ids, attention_mask, labels, packing, inputs_embeds, position_ids, num_items_in_batch)
+        return self.run(inputs, inputs.step())
 
     def read(
         self,
@@ -126,9 +134,12 @@ class CausalLM(PretrainedModel):
         labels: Tensor | None,
         packing: Packing | None,
         inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        items: Tensor | int | None = None,
     ) -> Inputs:
         """The arguments of `forward`, checked and packed."""
-        return read_inputs(type(self).__name__, self.config, input_ids, attention_mask, labels, packing, inputs_embeds)
+        given = (input_ids, attention_mask, labels, packing, inputs_embeds, position_ids, items)
+        return read_inputs(type(self).__name__, self.config, *given)
 
     def embed(self, inputs: Inputs) -> Tensor:
         """What the stack reads, [total, hidden]."""

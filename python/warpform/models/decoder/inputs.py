@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...nn.stack import Step
 from ...packing import Packing
 from ..common.checks import check_shape
 
@@ -21,6 +22,8 @@ class Inputs:
     ids: int64 [total], or None where embeddings were given.
     embeds: [total, hidden], or None.
     labels: int64 [total], or None.
+    positions: int64 [total], or None for a token's place in its padded row.
+    items: what the sum of the losses is divided by; None: the number of labels.
     model: the name of the model, for errors.
     """
 
@@ -30,7 +33,15 @@ class Inputs:
     ids: Tensor | None
     embeds: Tensor | None
     labels: Tensor | None
+    positions: Tensor | None
+    items: Tensor | int | None
     model: str
+
+    def step(self, **options: Any) -> Step:
+        """The step of these tokens; options are other attributes of it."""
+        if self.positions is None:
+            return Step.of(self.packing, **options)
+        return Step(self.positions, self.packing.cu_seqlens, self.packing.max_seqlen, **options)
 
     def of_tokens(self, name: str, value: Tensor | None) -> Tensor | None:
         """An argument that has a number for each token, [B, S] or [total], packed.
@@ -58,7 +69,9 @@ def read_inputs(
     attention_mask: Tensor | None,
     labels: Tensor | None,
     packing: Packing | None,
-    inputs_embeds: Tensor | None,
+    inputs_embeds: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    items: Tensor | int | None = None,
 ) -> Inputs:
     """Checks the arguments of a decoder's forward, and packs them.
 
@@ -95,9 +108,13 @@ def read_inputs(
         shape = (packing.total,)
     check_shape(model, name, given, (*shape, *more))
     check_shape(model, "labels", labels, shape)
+    if position_ids is not None and padded and position_ids.dim() == 2 and position_ids.shape[0] == 1:
+        position_ids = position_ids.expand(shape)
+    check_shape(model, "position_ids", position_ids, shape)
     if padded:
         given = packing.pack(given)
         labels = None if labels is None else packing.pack(labels)
+        position_ids = None if position_ids is None else packing.pack(position_ids)
     longest, limit = packing.max_seqlen, config.max_position_embeddings
     if torch.compiler.is_compiling():
         # The mask may say it only when the program runs, which then raises RuntimeError.
@@ -107,4 +124,4 @@ def read_inputs(
             f"{model}: sequences must have at most max_position_embeddings, {limit}, tokens, got {longest}"
         )
     ids, embeds = (given, None) if input_ids is not None else (None, given)
-    return Inputs(packing, padded, whole, ids, embeds, labels, model)
+    return Inputs(packing, padded, whole, ids, embeds, labels, position_ids, items, model)
