@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..ops import RoutingPlan
 from ..packing import Packing
 from ._checkpoint import CheckpointedLayers
-from ._product import CPU_ROWS, apply_linear, in_blocks, is_plain
+from ._product import CPU_ROWS, apply_linear, even_blocks, in_blocks, is_plain
 from .cache import CachePlaces, Caches
 from .norm import is_fused_norm, norm_of_sum
 from .rotary import Rotary
@@ -136,7 +136,7 @@ class Branch(nn.Module):
     def body(self, x: Tensor, step: Step, cache: Any = None) -> Any:
         """What is between the norm and the stream: outwards(core(inwards(x))), x [T, hidden]."""
         if self._takes_blocks(x):
-            return torch.cat([self._body(rows, step, cache) for rows in x.split(CPU_ROWS)])
+            return torch.cat([self._body(rows, step, cache) for rows in even_blocks(x, CPU_ROWS)])
         return self._body(x, step, cache)
 
     def _body(self, x: Tensor, step: Step, cache: Any) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...nn._product import apply_linear, in_blocks
+from ...nn._product import apply_linear, even_blocks, in_blocks
 from ...nn.cache import Caches
 from ...nn.stack import Stack, Step
 from ...packing import Packing
@@ -166,7 +166,7 @@ class CausalLM(PretrainedModel):
         out = hidden.new_empty(packing.batch_size * packing.seqlen, vocab)
         out[packing.ranks.flatten() < 0] = 0
         count = max(64, _BLOCK_BYTES // (vocab * hidden.element_size()))
-        for rows, places in zip(hidden.split(count), packing.indices.split(count), strict=True):
+        for rows, places in zip(even_blocks(hidden, count), even_blocks(packing.indices, count), strict=True):
             out.index_copy_(0, places, self.logits(rows, step).to(out.dtype))
         return out.view(packing.batch_size, packing.seqlen, vocab)
 
