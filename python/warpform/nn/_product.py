@@ -230,7 +230,7 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def even_blocks(x: Tensor, most: int) -> tuple[Tensor, ...]:
-    """The rows of x in as few parts of at most `most` as there can be, all of about one size: few rows multiply slowly."""
+    """The rows of x in as few parts of at most `most` as can be, all of about one size: few rows multiply slowly."""
     parts = -(-x.shape[0] // most)
     return x.split(-(-x.shape[0] // parts)) if parts > 1 else (x,)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.compare import assert_close
-from helpers.parity import check_gradients, make_mask, randomise
+from helpers.parity import check_gradients, check_losses, make_mask, randomise
 from helpers.training import train
 from warpform import Packing, models
 from warpform.models import DecoderConfig, DecoderForCausalLM
@@ -52,7 +52,7 @@ def theirs(kind: str, **fields: Any) -> nn.Module:
     name, options = KINDS[kind]
     sizes = {**TINY, **options, **fields}
     config = getattr(transformers, f"{name}Config")(**sizes, attn_implementation="eager", pad_token_id=None)
-    return randomise(getattr(transformers, f"{name}ForCausalLM")(config), std=0.2)
+    return randomise(getattr(transformers, f"{name}ForCausalLM")(config))
 
 
 class ExactRotary(nn.Module):
@@ -124,15 +124,13 @@ def test_the_same_call_gives_the_same_result() -> None:
     """With padding on the right, and labels that leave it out, the loss is theirs too."""
     eager = theirs("llama")
     oracle, ours = in_double(eager), models.from_transformers(eager)
-    ids, mask = (t[:2] for t in batch())
-    labels = ids.masked_fill(mask == 0, -100)
-    results = [
-        model(ids, attention_mask=mask, labels=labels, use_cache=False) if model is not ours else
-        model(ids, attention_mask=mask, labels=labels)
-        for model in (ours, oracle, eager)
-    ]  # fmt: skip
-    assert_close("logits", *(out.logits[mask.bool()] for out in results))
-    assert_close("loss", *(out.loss[None] for out in results))
+    batches = []
+    for _ in range(6):
+        ids, mask = (t[:2] for t in batch())
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+    check_losses(ours, eager, oracle, batches)
+    outputs = [model(**batches[0], use_cache=False).logits[mask.bool()] for model in (ours, oracle, eager)]
+    assert_close("logits", *outputs)
     assert_close("unmasked", *(m(ids).logits for m in (ours, oracle, eager)))
 
 
@@ -167,11 +165,13 @@ def test_positions_and_numbers_of_items_are_those_of_transformers() -> None:
     eager = theirs("llama")
     oracle, ours = in_double(eager), models.from_transformers(eager)
     ids = torch.randint(VOCABULARY, (2, 9))
-    given = {"position_ids": torch.arange(3, 12)[None], "labels": ids, "use_cache": False}
+    given = {"position_ids": torch.arange(3, 12)[None], "use_cache": False}
     results = [m(ids, attention_mask=torch.ones_like(ids), **given) for m in (ours, oracle, eager)]
     assert_close("logits", *(out.logits for out in results))
-    parts = [m(ids, labels=ids, num_items_in_batch=torch.tensor(5)).loss[None] for m in (ours, oracle, eager)]
-    assert_close("loss", *parts)
+    texts = [torch.randint(VOCABULARY, (2, 9)) for _ in range(6)]
+    check_losses(
+        ours, eager, oracle, [{"input_ids": t, "labels": t, "num_items_in_batch": torch.tensor(5)} for t in texts]
+    )
 
 
 def test_training_one_trains_the_other() -> None:
@@ -186,7 +186,7 @@ def test_training_one_trains_the_other() -> None:
 
 def model_of(**fields: Any) -> DecoderForCausalLM:
     model = DecoderForCausalLM(DecoderConfig(**{**TINY, **fields})).double().eval()
-    randomise(model, std=0.2)
+    randomise(model)
     return model
 
 
