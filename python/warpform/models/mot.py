@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..nn.cache import Caches
 from ..nn.classes import ClassLayerNorm, ClassLinear, ClassRMSNorm
 from ..nn.cores import GatedActivation
-from ..nn.stack import Branch, Stack, Step
+from ..nn.stack import Branch, Stack
 from ..ops import RoutingPlan
 from ..packing import Packing
-from .common.checks import check_shape
+from .common.checks import check_shape, refuse_arguments
 from .common.outputs import HeadOutput
 from .common.pretrained import check_names, load_weights
 from .decoder.base import CausalLM
@@ -88,7 +88,7 @@ class MoTForCausalLM(CausalLM):
     """A decoder whose layers have weights for each modality, which are called classes of tokens here.
 
     With c the class of token i: h_i = x_i + Norm_c(O_c a_i), y_i = h_i + Norm_c(FFN_c(h_i)), where a is attention over
-    all tokens before i, of any class, with q_i = Q_c x_i and so on. All weights but the embeddings and the head are by
+    all tokens up to i, of any class, with q_i = Q_c x_i and so on. All weights but the embeddings and the head are by
     class, the norm before the head too.
 
     A token's class says which weights read it, not what comes next: the head gives logits over the whole vocabulary.
@@ -146,13 +146,17 @@ class MoTForCausalLM(CausalLM):
         labels: Tensor | None = None,
         packing: Packing | None = None,
         inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **unsupported: Any,
     ) -> HeadOutput:
         """As `CausalLM.forward`, with the class of each token.
 
         Args:
-            input_ids, attention_mask, labels, packing, inputs_embeds: as of `CausalLM.forward`.
             classes: integers from 0 to num_classes - 1, [B, S] or [total] as input_ids is; of padding, anything. None:
                 all tokens are of class 0.
+            input_ids, attention_mask, labels, packing, inputs_embeds: as of `CausalLM.forward`.
+            position_ids, num_items_in_batch, **unsupported: as of `CausalLM.forward`.
 
         Returns:
             HeadOutput: loss, where labels were given; logits [B, S, vocab], 0 at padded tokens, or [total, vocab].
@@ -162,11 +166,12 @@ class MoTForCausalLM(CausalLM):
             ValueError: classes of another shape; a class that there is not, which is seen on a CPU and with
                 WARPFORM_VALIDATE=1, and elsewhere counts as the nearest; as `CausalLM.forward`.
         """
-        inputs = self.read(input_ids, attention_mask, labels, packing, inputs_embeds)
+        refuse_arguments(type(self).__name__, unsupported)
+        inputs = self.read(input_ids, attention_mask, labels, packing, inputs_embeds, position_ids, num_items_in_batch)
         packed = inputs.of_tokens("classes", classes)
         if packed is not None and not packed.is_floating_point():
             packed = packed.masked_fill(inputs.packing.indices < 0, 0)
-        return self.run(inputs, Step.of(inputs.packing, plan=self.plan(packed, inputs.packing.position_ids)))
+        return self.run(inputs, inputs.step(plan=self.plan(packed, inputs.packing.position_ids)))
 
     def plan(self, classes: Tensor | None, tokens: Tensor) -> RoutingPlan | None:
         """The plan of classes, integer [T]; None: class 0 for all. tokens: any tensor [T] on the device."""
@@ -223,8 +228,11 @@ class MoTForCausalLM(CausalLM):
             TypeError, ValueError: classes as of `forward`, new_classes that is no class; as `CausalLM.generate`.
         """
         name, number = f"{type(self).__name__}.generate", self.config.num_classes
-        texts, theirs = ([t] if isinstance(t, Tensor) and t.dim() == 1 else t for t in (prompts, classes))
-        given = [torch.zeros_like(text) for text in texts] if theirs is None else list(theirs)
+        texts = [prompts] if isinstance(prompts, Tensor) and prompts.dim() == 1 else list(prompts)
+        if classes is None:
+            given = [torch.zeros_like(text) for text in texts]
+        else:
+            given = [classes] if isinstance(classes, Tensor) and classes.dim() == 1 else list(classes)
         shapes = [[list(t.shape) for t in tensors] for tensors in (texts, given)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"{name}: classes must be of the prompts' shapes {shapes[0]}, got {shapes[1]}")

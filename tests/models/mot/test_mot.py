@@ -351,6 +351,12 @@ def test_packed_padded_and_embeddings_agree(checkpointing: bool) -> None:
     assert_same(model(roomy.pack(ids), classes=wild, packing=roomy).logits[: packing.total], packed.logits)
     embedded = model(inputs_embeds=model.tokens(ids), attention_mask=mask, classes=classes, labels=ids)
     assert torch.equal(embedded.logits, padded.logits) and torch.equal(embedded.loss, padded.loss)
+    with_positions = model(ids, mask, classes=classes, position_ids=torch.arange(13)[None])
+    assert torch.equal(with_positions.logits, padded.logits)
+    halved = model(ids, mask, classes=classes, labels=ids, num_items_in_batch=2 * (packing.total - 4)).loss
+    assert_same(2 * halved, padded.loss)
+    with pytest.raises(ValueError, match=r"^MoTForCausalLM: output_attentions is not supported$"):
+        model(ids, mask, classes=classes, output_attentions=True)
 
 
 # ---- generation ----
