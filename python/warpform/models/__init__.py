@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .dit3d import *
     from .mohd import *
     from .monarch_mixer import *
+    from .mot import *
     from .sentence_encoder import *
     from .sequence_parallel_transformer import *
     from .swin import *

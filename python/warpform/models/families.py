@@ -54,6 +54,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "M2ViTForImageClassification",
         "SentenceOutput",
     ),
+    "mot": ("MoTConfig", "MoTForCausalLM"),
     "sequence_parallel_transformer": (
         "SequenceParallelOutput",
         "SequenceParallelTransformer",
@@ -94,6 +95,7 @@ MODEL_TYPES: dict[str, str] = {
     "m2_gpt": "M2GPTForCausalLM",
     "m2_vit": "M2ViTForImageClassification",
     "mohd": "MoHDForCausalLM",
+    "mot": "MoTForCausalLM",
     "sequence_parallel_transformer": "SequenceParallelTransformer",
     "swin": "SwinModel",
     "swinv2": "Swinv2Model",

@@ -3,6 +3,7 @@
 from .activations import ACTIVATIONS, BiasActivation
 from .attention import SelfAttention
 from .causal_monarch import CausalMonarchConvolution, CausalMonarchMixer, MixerState, TriangularMonarch
+from .classes import ClassLayerNorm, ClassLinear, ClassRMSNorm
 from .convolution import TokenConvolution
 from .cores import Activation, AttentionCore, GatedActivation
 from .disentangled import DisentangledEncoder, DisentangledSelfAttention, FusedDisentangledSelfAttention
@@ -29,6 +30,9 @@ __all__ = [
     "Branch",
     "CausalMonarchConvolution",
     "CausalMonarchMixer",
+    "ClassLayerNorm",
+    "ClassLinear",
+    "ClassRMSNorm",
     "CosineWindowAttention",
     "DisentangledEncoder",
     "DisentangledSelfAttention",

@@ -45,6 +45,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "deberta-v2": lambda: swapped("DebertaV2", **TINY, **RELATIVE, position_buckets=4, conv_kernel_size=3),
     "decoder": lambda: swapped("Mistral", "ForCausalLM", **TINY, num_key_value_heads=1, sliding_window=4),
     "mohd": mohd,
+    "mot": lambda: warpform.models.MoTForCausalLM(warpform.models.MoTConfig(**TINY, qk_norm="rms")),
 }
 COMPILED = [pytest.param(name, marks=() if name == "bert" else pytest.mark.slow) for name in MODELS]
 # Batch, sequence length, share of real tokens: no token at all too.

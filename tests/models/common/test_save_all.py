@@ -38,6 +38,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "DiT3D": {"input_size": 4, "patch_size": 2, "hidden_size": 12, "depth": 2, "num_heads": 2, "window_size": 1},
     "MoHD": {**WIDTH, "num_groups": 4, "num_shared": 1, "top_k": 1, "tie_word_embeddings": True},
+    "MoT": {**WIDTH, "num_key_value_heads": 1, "num_classes": 3, "qk_norm": "layer", "attention_bias": True},
     "M2Bert": {**FILTER, "monarch_mlp_nblocks": 2, "hyena_filter_order": 8},
     "M2GPT": {**FILTER, "filter_order": 8},
     "M2ViT": {

@@ -39,7 +39,7 @@ class DecoderConfig(TransformersConfig):
     """
 
     model_type = "llama"
-    positive = (
+    positive: ClassVar[tuple[str, ...]] = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "max_position_embeddings",
     )  # fmt: skip
