@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helpers.compare import assert_close
 from warpform import Packing
 from warpform.nn import Activation, AttentionCore, Branch, GatedActivation, Stack, Step
 from warpform.nn.cache import KeyValueCache
+from warpform.nn.norm import norm_of_sum
 from warpform.nn.rotary import apply_rotary, rotary_tables
 
 HIDDEN, HEADS, KV, DIM = 24, 4, 2, 8
@@ -99,13 +102,18 @@ def parallel(parts: list[Branch], x: Tensor) -> Tensor:
     ),
     ids=("usual", "ladder", "hybrid", "parallel"),
 )
-def test_lags_are_the_published_orders(lags: list[int] | None, order: Callable[..., Tensor]) -> None:
+def test_lags_are_the_published_orders(lags: list[int] | None, order: Callable[..., Tensor], monkeypatch: Any) -> None:
     parts, x = branches(), rows().requires_grad_()
     expected = order(parts, x)
     weights = [p for part in parts for p in part.parameters()]
     grads = torch.autograd.grad(expected.square().sum(), [x, *weights])
-    for stack in (Stack(parts, lags), watched(Stack(parts, lags))):  # with sums and norms in one pass, and apart
-        found = stack(x, step())
+    stack, fused = Stack(parts, lags), []
+    after_sum = Branch.after_sum
+    monkeypatch.setattr(Branch, "after_sum", lambda *call: fused.append(call) or after_sum(*call))
+    for watching in (False, True):  # with sums and norms in one pass, and, where the branches are watched, apart
+        fused.clear()
+        found = (watched(stack) if watching else stack)(x, step())
+        assert bool(fused) != watching
         assert close(found, expected)
         for one, other in zip(torch.autograd.grad(found.square().sum(), [x, *weights]), grads, strict=True):
             assert close(one, other)
@@ -131,6 +139,101 @@ def test_placements(placement: str, kind: str) -> None:
         out = norm(out) if placement == "output" else out
         expected = norm(kept + out) if placement == "sum" else kept + out
     assert close(Stack(parts)(x, step()), expected)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize(
+    "make",
+    (
+        lambda: nn.RMSNorm(HIDDEN),
+        lambda: nn.RMSNorm(HIDDEN, 1e-3),
+        lambda: nn.RMSNorm(HIDDEN, elementwise_affine=False),
+        lambda: nn.LayerNorm(HIDDEN),
+        lambda: nn.LayerNorm(HIDDEN, bias=False),
+        lambda: nn.LayerNorm(HIDDEN, elementwise_affine=False),
+    ),
+    ids=("rms", "eps", "plain rms", "layer", "no bias", "plain layer"),
+)
+def test_norms_are_those_of_torch(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+    """Small rows, where an eps that was taken for another shows."""
+    norm, x, residual = make().to(dtype), 0.02 * torch.randn(7, HIDDEN), 0.02 * torch.randn(7, HIDDEN)
+    x, residual = x.to(dtype), residual.to(dtype)
+    exact, total = norm.double(), x.double() + residual.double()
+    truth = exact(total)
+    if getattr(norm, "eps", 0) is None:
+        truth = total * (total.square().mean(1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()
+    norm.to(dtype)
+    normed, added = norm_of_sum(norm, x, None, residual)
+    assert_close("norm", normed, truth, norm(x + residual))
+    assert_close("sum", added, total, x + residual)
+
+
+def test_norms_in_float32_of_a_stack_in_bfloat16() -> None:
+    stack = Stack(branches()).bfloat16()
+    for branch in stack.branches:
+        branch.norm.float()
+    exact = copy.deepcopy(stack).double()
+    x = rows().bfloat16()
+    assert_close("stream", stack(x, step()), exact(x.double(), step()), watched(copy.deepcopy(stack))(x, step()))
+    assert stack.caches(1, 4).parts[0].keys.dtype == torch.bfloat16
+
+
+def test_a_stream_in_float32_stays_so_under_autocast() -> None:
+    stack, x = Stack(branches()).float(), rows().float()
+    truth = copy.deepcopy(stack).double()(x.double(), step())
+    with torch.autocast("cpu", torch.bfloat16):
+        out, apart = stack(x, step()), watched(copy.deepcopy(stack))(x, step())
+    assert out.dtype == torch.float32
+    # Products are rounded to bfloat16 in both.
+    assert_close("stream", out, truth, apart)
+
+
+class Doubled(Branch):
+    def forward(self, x: Tensor, step: Step, cache: Any = None) -> Any:
+        return 2 * super().forward(x, step, cache)
+
+
+class Wrapper(nn.Module):
+    """What wraps a module as FSDP and checkpoints do: it is called, and has the attributes of what is within."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, *call: Any) -> Any:
+        self.calls += 1
+        return self.inner(*call)
+
+
+def test_branches_with_a_forward_of_their_own_are_called() -> None:
+    parts, x = branches(), rows()
+    expected = one_after_the_other(parts, x)
+    wrapped = Stack([Wrapper(part) for part in parts])
+    assert close(wrapped(x, step()), expected)
+    assert [branch.calls for branch in wrapped.branches] == [1] * len(parts)
+    with torch.no_grad():
+        cached = wrapped(x, Step.after(wrapped.caches(1, 20), [len(x)], [0]))
+    assert close(cached, Stack(parts)(x, one_text(len(x))))
+    parts[3].__class__ = Doubled
+    assert close(Stack(parts)(x, step()), one_after_the_other(parts, x))
+
+
+def one_text(length: int) -> Step:
+    return Step.of(Packing.from_lengths([length]))
+
+
+def test_a_hook_on_a_core_sees_all_rows() -> None:
+    part, seen = feed_forward().double(), []
+    part.core.register_forward_hook(lambda module, given, out: seen.append(len(out)))
+    with torch.inference_mode():
+        part(torch.randn(1100, HIDDEN, dtype=torch.float64), one_text(1100))
+    assert seen == [1100]
 
 
 def test_slices_are_the_whole() -> None:
@@ -307,6 +410,7 @@ def test_tokens_one_by_one_are_all_at_once() -> None:
     caches = stack.caches(3, max(LENGTHS), dtype=torch.float64)
     found: list[list[Tensor]] = [[], [], []]
 
+    @torch.no_grad()
     def feed(counts: dict[int, int]) -> None:
         taken = [texts[row][caches.lengths[row] :][:count] for row, count in counts.items()]
         now = Step.after(caches, list(counts.values()), list(counts))
@@ -324,6 +428,17 @@ def test_tokens_one_by_one_are_all_at_once() -> None:
         assert close(torch.cat(found[row]), expected)
     with pytest.raises(ValueError, match=r"a sequence may have at most 9 tokens, got 10"):
         Step.after(caches, [1], [2])
+    for counts, given, text in (
+        ([1, 1], [1, 0], r"rows must be some of 0 to 2, increasing, got \[1, 0\]"),
+        ([1, 1], [0, 0], r"rows must be some of 0 to 2, increasing, got \[0, 0\]"),
+        ([1], [-1], r"rows must be some of 0 to 2, increasing, got \[-1\]"),
+        ([1], [3], r"rows must be some of 0 to 2, increasing, got \[3\]"),
+        ([], [], r"rows must be some of 0 to 2, increasing, got \[\]"),
+        ([0], [0], r"each of the 1 rows must get at least one token, got \[0\]"),
+        ([1, 1], [0], r"each of the 1 rows must get at least one token, got \[1, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            Step.after(caches, counts, given)
     with pytest.raises(ValueError, match=r"length must be from 0 to the 9 tokens there are, got 10"):
         caches.rewind(2, 10)
 
@@ -331,12 +446,18 @@ def test_tokens_one_by_one_are_all_at_once() -> None:
 def test_caches_of_another_stack_are_refused() -> None:
     stack, other = Stack(branches()), Stack(branches(1))
     x = torch.randn(1, HIDDEN, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"gradients do not go through a cache; decode under torch.no_grad\(\)"):
+        stack(x, Step.after(stack.caches(1, 4), [1], [0]))
+    stack.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"the cache must hold torch.float64 as the keys are, got torch.float32"):
+        stack(x, Step.after(stack.caches(1, 4, dtype=torch.float32), [1], [0]))
     with pytest.raises(ValueError, match=r"caches that this stack made, for 6 branches, got those of 2"):
         stack(x, Step.after(other.caches(1, 4), [1], [0]))
     caches = stack.caches(1, 4)
     caches.parts[0] = KeyValueCache(1, 4, KV + 1, DIM, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"keys of \[heads, head_dim\] \[2, 8\], .* got \[3, 8\]"):
         stack(x, Step.after(caches, [1], [0]))
+    assert caches.lengths == [0]  # after an error there is nothing new
     state = stack.caches(1, 4)
     state.parts[0] = object()
     with pytest.raises(ValueError, match=r"a object cannot be taken back"):
@@ -379,6 +500,15 @@ def test_bad_arguments() -> None:
         AttentionCore(4, window=0)
     with pytest.raises(ValueError, match=r"even number of dimensions, got 7"):
         AttentionCore(4, head_dim=7)
+    with pytest.raises(ValueError, match=r"rotary_share must be from 0 to 1, got 1.5"):
+        AttentionCore(4, rotary_share=1.5)
+    stack = Stack(branches(1))
+    for place, lag in ((-1, 0), (3, 0), (1, -1)):
+        with pytest.raises(ValueError, match=rf"place must be from 0 to 2 and lag at least 0, got {place} and {lag}"):
+            stack.insert(place, feed_forward(), lag)
+    stack.branches.append(feed_forward())
+    with pytest.raises(ValueError, match=r"a lag for each of the 3 branches, got 2; put a branch in by Stack.insert"):
+        stack(rows(), step())
     part = attention().double()
     with pytest.raises(ValueError, match=r"a cache needs the places of new tokens; make the step by Step.after"):
         part(rows(), step(), part.cache(3, 9, dtype=torch.float64))

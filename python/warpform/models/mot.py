@@ -15,7 +15,7 @@ from ..nn.cores import GatedActivation
 from ..nn.stack import Branch, Stack
 from ..ops import RoutingPlan
 from ..packing import Packing
-from .common.checks import check_shape, refuse_arguments
+from .common.checks import check_shape
 from .common.outputs import HeadOutput
 from .common.pretrained import check_names, load_weights
 from .decoder.base import CausalLM
@@ -166,7 +166,7 @@ class MoTForCausalLM(CausalLM):
             ValueError: classes of another shape; a class that there is not, which is seen on a CPU and with
                 WARPFORM_VALIDATE=1, and elsewhere counts as the nearest; as `CausalLM.forward`.
         """
-        refuse_arguments(type(self).__name__, unsupported)
+        self.refuse(unsupported)
         inputs = self.read(input_ids, attention_mask, labels, packing, inputs_embeds, position_ids, num_items_in_batch)
         packed = inputs.of_tokens("classes", classes)
         if packed is not None and not packed.is_floating_point():

@@ -174,6 +174,83 @@ def test_positions_and_numbers_of_items_are_those_of_transformers() -> None:
     )
 
 
+def test_texts_that_begin_again_within_a_row() -> None:
+    """Positions that restart, without a mask: several texts in a row, as transformers' collator without padding has."""
+    eager = theirs("llama")
+    oracle, ours = in_double(eager), models.from_transformers(eager)
+    ids = torch.randint(VOCABULARY, (2, 9))
+    positions = torch.cat([torch.arange(n) for n in (4, 5, 2, 3, 4)]).view(2, 9)
+    results = [m(ids, position_ids=positions, use_cache=False).logits for m in (ours, oracle, eager)]
+    assert_close("logits", *results)
+    whole = ours(ids, position_ids=torch.arange(9)[None]).logits
+    assert torch.equal(whole, ours(ids).logits) and not torch.equal(whole, results[0])
+
+
+def test_logits_in_blocks_have_the_dtype_and_width_of_the_head() -> None:
+    """A CPU makes the logits of many padded rows in blocks; a head in float32 of more rows than the config names."""
+    model = model_of().bfloat16()
+    model.head = nn.Sequential(nn.Linear(48, 70, bias=False).bfloat16(), Widened())
+    ids = torch.randint(VOCABULARY, (30, 40))
+    mask = (torch.arange(40) < torch.arange(11, 41).unsqueeze(1)).long()
+    with torch.inference_mode():
+        few, many = model(ids[:3], mask[:3]).logits, model(ids, mask).logits
+    assert few.dtype == many.dtype == torch.float32 and many.shape == (30, 40, 70)
+    assert not many[mask == 0].any() and torch.equal(many, model(ids, mask).logits)
+
+
+class Widened(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
+def test_a_stack_that_was_changed_is_not_written_over_a_transformers_model() -> None:
+    hf = theirs("llama")
+    before = {name: w.clone() for name, w in hf.state_dict().items()}
+    for change in (
+        lambda m: m.stack.insert(2, copy.deepcopy(m.stack.branches[0])),
+        lambda m: m.stack.insert(4, copy.deepcopy(m.stack.branches[1])),
+        lambda m: m.stack.lags.__setitem__(3, 1),
+        lambda m: setattr(m, "head", nn.Linear(48, 70, bias=False)),
+    ):
+        ours = models.from_transformers(hf)
+        change(ours)
+        with pytest.raises(ValueError, match="to_transformers: "):
+            ours.to_transformers()
+        assert all(torch.equal(w, before[name]) for name, w in hf.state_dict().items())
+    ours = models.from_transformers(hf)
+    ours.stack.lags[3] = 1
+    with pytest.raises(ValueError, match="save_pretrained: the lags of the stack must be 0"):
+        ours.save_pretrained("nowhere")
+
+
+def test_losses_of_branches_are_shared_out_over_batches() -> None:
+    """Gradients added up over batches with a number of items: as one batch, also for what is no sum over labels."""
+
+    class Costly(Branch):
+        def body(self, x: Tensor, step: Any, cache: Any = None) -> Any:
+            out = super().body(x, step, cache)
+            return out, torch.ones((), dtype=x.dtype)
+
+    model, ids = model_of(), torch.randint(VOCABULARY, (4, 6))
+    plain = model(ids, labels=ids).loss
+    model.stack.branches[1].__class__ = Costly
+    parts = [model(one, labels=one, num_items_in_batch=20).loss for one in ids.split(2)]
+    assert float((sum(parts) - plain - 1).abs().detach()) < 1e-12
+    assert float((model(ids, labels=ids).loss - plain - 1).abs().detach()) < 1e-12
+
+
+def test_adapters_of_peft() -> None:
+    peft = pytest.importorskip("peft")
+    model, ids = model_of().float(), torch.randint(VOCABULARY, (2, 6))
+    before = model(ids).logits
+    config = peft.LoraConfig(r=2, target_modules=["inwards", "outwards"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config)
+    assert torch.equal(adapted(input_ids=ids).logits, before)
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    trained = [name for name, p in adapted.named_parameters() if p.grad is not None]
+    assert trained and all("lora" in name for name in trained)
+
+
 def test_training_one_trains_the_other() -> None:
     hf = theirs("llama")
     ours, (ids, mask) = models.from_transformers(hf).train(), batch()
@@ -299,6 +376,8 @@ def test_bad_arguments() -> None:
         ({"layer_types": ("full_attention",)}, "layer_types must be 2 of full_attention, sliding_attention"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type must be one of default, linear, llama3, got 'yarn'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_type linear needs factor"),
+        ({"head_dim": 0}, "head_dim must be None or at least 1, got 0"),
+        ({"rope_theta": 0.0}, "rope_theta must be above 0, got 0.0"),
         ({"head_dim": 7}, "rotary positions need an even head_dim, got 7"),
         ({"architecture": "gpt"}, "architecture must be one of llama, mistral, qwen2, got 'gpt'"),
     ):
@@ -318,6 +397,16 @@ def test_bad_arguments() -> None:
         (lambda: model(torch.zeros(1, 65, dtype=torch.int64)), "at most max_position_embeddings, 64, tokens, got 65"),
         (lambda: model.generate(ids, 60), "at most max_position_embeddings, 64, got 73"),
         (lambda: model.generate([ids[0, :0]], 3), "prompts must be tensors of at least one token"),
+        (
+            lambda: model.generate(torch.tensor(3), 3),
+            r"integer tensors of shape \[length\], got torch.int64 of shape \[\]",
+        ),
+        (lambda: model.generate([ids], 3), r"integer tensors of shape \[length\], got torch.int64 of shape \[4, 13\]"),
+        (lambda: model.generate([[1, 2]], 3), r"integer tensors of shape \[length\], got \[1, 2\]"),
+        (lambda: model.generate([ids[0].float()], 3), r"integer tensors of shape \[length\], got torch.float32"),
+        (lambda: model.generate([], 3), "prompts must be tensors of at least one token"),
+        (lambda: model.caches(1, 65), "capacity must be at most max_position_embeddings, 64, got 65"),
+        (lambda: model.decode([ids[0, :0]], model.caches(1, 9)), "each of the 1 rows must get at least one token"),
         (lambda: model.generate(ids, 3, temperature=-1), "temperature must be at least 0"),
         (lambda: model.decode([ids[0]], model_of(num_hidden_layers=1).caches(1, 20)), "for 4 branches, got those of 2"),
         (lambda: model.decode([ids[0]], model_of(num_key_value_heads=4).caches(1, 20)), r"\[2, 12\], .* got \[4, 12\]"),
@@ -326,6 +415,23 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=text):
             call()
+
+
+def test_what_a_file_does_not_say_is_as_in_transformers() -> None:
+    """And what only transformers reads comes along."""
+    for kind, window in (("llama", None), ("mistral", 4096), ("qwen2", None)):
+        sizes = {name: size for name, size in TINY.items() if name != "num_key_value_heads"}
+        config = DecoderConfig.from_fields({**sizes, "num_attention_heads": 32, "head_dim": 2, "model_type": kind})
+        name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[kind]
+        expected = getattr(transformers, f"{name}Config")(**sizes)
+        assert config.sliding_window == window
+        assert config.kv_heads == (8 if kind == "mistral" else 32)
+        del expected
+    config = DecoderConfig.from_transformers({**TINY, "eos_token_id": [7, 9], "bos_token_id": 5})
+    assert config.eos_token_id == (7, 9) and config.bos_token_id == 5
+    assert transformers.LlamaConfig(**config.to_transformers()).eos_token_id == [7, 9]
+    with pytest.raises(TypeError, match="max_new_tokens must be an int, got 2.0"):
+        model_of().generate(torch.ones(1, 2, dtype=torch.int64), 2.0)
 
 
 def test_configs_that_one_side_lacks() -> None:

@@ -19,7 +19,9 @@ Step = Callable[[Sequence[Tensor], Sequence[int]], Tensor]
 
 
 def check_sampling(name: str, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
-    """Raises ValueError, which begins with `name`, for numbers that no generation can follow."""
+    """Raises ValueError, or TypeError, which begins with `name`, for numbers that no generation can follow."""
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+        raise TypeError(f"{name}: max_new_tokens must be an int, got {max_new_tokens!r}")
     if max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
         raise ValueError(
             f"{name}: max_new_tokens and temperature must be at least 0 and top_k at least 1, "

@@ -77,7 +77,8 @@ class CausalLM(PretrainedModel):
 
     def loss(self, logits: Tensor, inputs: Inputs, step: Step) -> Tensor:
         """The mean cross-entropy of the next token, and what branches add to it."""
-        return sum(step.losses, self.token_loss(logits, inputs))
+        loss = self.token_loss(logits, inputs)
+        return loss + inputs.share * torch.stack(step.losses).sum() if step.losses else loss
 
     def token_loss(self, logits: Tensor, inputs: Inputs) -> Tensor:
         """The mean cross-entropy of the next token, a scalar."""
@@ -111,6 +112,8 @@ class CausalLM(PretrainedModel):
             packing: says that ids, embeddings and labels are packed; then logits are too.
             inputs_embeds: [B, S, hidden] or [total, hidden], in place of input_ids.
             position_ids: int64 like input_ids, or [1, S]; None = a token's place in its padded row, as in transformers.
+                In a batch without a mask a position that is not the next one begins another text, as there too (not
+                in a compiled model).
             num_items_in_batch: what the sum of the losses is divided by, in place of the number of labels.
             **unsupported: other arguments of transformers' models, accepted when None or False, as use_cache=False.
 
@@ -123,9 +126,23 @@ class CausalLM(PretrainedModel):
                 an argument that is not supported, by name; more tokens than max_position_embeddings (a RuntimeError in
                 a compiled or exported model, which learns it from the mask as it runs).
         """
-        refuse_arguments(type(self).__name__, unsupported)
+        self.refuse(unsupported)
         inputs = self.read(input_ids, attention_mask, labels, packing, inputs_embeds, position_ids, num_items_in_batch)
         return self.run(inputs, inputs.step())
+
+    def refuse(self, unsupported: dict[str, Any]) -> None:
+        """Raises ValueError for an argument of transformers' models that is not supported and asks for something."""
+        defaults = {"return_dict": True, "logits_to_keep": 0}
+        given = {name: v for name, v in unsupported.items() if name not in defaults or v != defaults[name]}
+        refuse_arguments(type(self).__name__, given)
+
+    def prepare_inputs_for_generation(self, *inputs: Any, **named: Any) -> dict[str, Any]:
+        """peft looks for this method of transformers' models; `generate` makes its inputs itself.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.generate makes its inputs itself")
 
     def read(
         self,
@@ -151,7 +168,7 @@ class CausalLM(PretrainedModel):
     def run(self, inputs: Inputs, step: Step) -> HeadOutput:
         """The output for inputs in one step."""
         hidden = self.stack(self.embed(inputs), step, self.norm)
-        if inputs.labels is None and inputs.padded and not inputs.whole and in_blocks(hidden):
+        if inputs.labels is None and inputs.padded and inputs.shape is None and in_blocks(hidden):
             return HeadOutput(None, self._padded_logits(hidden, inputs.packing, step))
         logits = self.logits(hidden, step)
         loss = None if inputs.labels is None else self.loss(logits, inputs, step)
@@ -162,24 +179,39 @@ class CausalLM(PretrainedModel):
 
         Some rows at a time: all logits at once would be written to fresh pages of memory, and then once more, padded.
         """
-        vocab = self.config.vocab_size
-        out = hidden.new_empty(packing.batch_size * packing.seqlen, vocab)
-        out[packing.ranks.flatten() < 0] = 0
-        count = max(64, _BLOCK_BYTES // (vocab * hidden.element_size()))
+        count = max(64, _BLOCK_BYTES // (self.config.vocab_size * hidden.element_size()))
+        out: Tensor | None = None
         for rows, places in zip(even_blocks(hidden, count), even_blocks(packing.indices, count), strict=True):
-            out.index_copy_(0, places, self.logits(rows, step).to(out.dtype))
-        return out.view(packing.batch_size, packing.seqlen, vocab)
+            logits = self.logits(rows, step)
+            if out is None:
+                out = logits.new_empty(packing.batch_size * packing.seqlen, logits.shape[1])
+                out[packing.ranks.flatten() < 0] = 0
+            out.index_copy_(0, places, logits)
+        assert out is not None  # there are more rows than a block has
+        return out.view(packing.batch_size, packing.seqlen, -1)
 
     # ---- generation ----
 
     def caches(self, batch: int, capacity: int) -> Caches:
-        """Empty caches for `batch` sequences of at most `capacity` tokens, for `decode`."""
+        """Empty caches for `batch` sequences of at most `capacity` tokens, for `decode`.
+
+        Raises:
+            ValueError: a capacity above max_position_embeddings.
+        """
+        if capacity > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{type(self).__name__}.caches: capacity must be at most max_position_embeddings, "
+                f"{self.config.max_position_embeddings}, got {capacity}"
+            )
         return self.stack.caches(batch, capacity, self.device, self.dtype)
 
+    @torch.no_grad()
     def decode(
         self, tokens: Sequence[Tensor], caches: Caches, rows: Sequence[int] | None = None, **options: Any
     ) -> Tensor:
         """The logits after new tokens behind those that the caches hold, which then hold the new ones too.
+
+        There are no gradients. Caches that were made in inference mode are used in inference mode.
 
         Args:
             tokens: int64 tensors of at least one token, for each of the sequences `rows`.
@@ -191,7 +223,8 @@ class CausalLM(PretrainedModel):
             [len(tokens), vocab]: after the last token of each.
 
         Raises:
-            ValueError: caches of another model or without room; another number of tokens than of rows.
+            ValueError: caches of another model or without room; another number of tokens than of rows, or none for a
+                row; rows that do not increase.
         """
         rows = range(len(caches.lengths)) if rows is None else rows
         if len(tokens) != len(rows):
@@ -254,8 +287,12 @@ class CausalLM(PretrainedModel):
         name = f"{type(self).__name__}.generate"
         check_sampling(name, max_new_tokens, temperature, top_k)
         if isinstance(prompts, Tensor):
-            prompts = [prompts] if prompts.dim() == 1 else list(prompts)
-        if not prompts or min(map(len, prompts)) == 0:
+            prompts = list(prompts) if prompts.dim() == 2 else [prompts]
+        for prompt in prompts:
+            if not isinstance(prompt, Tensor) or prompt.dim() != 1 or prompt.is_floating_point():
+                got = f"{prompt.dtype} of shape {list(prompt.shape)}" if isinstance(prompt, Tensor) else repr(prompt)
+                raise ValueError(f"{name}: prompts must be integer tensors of shape [length], got {got}")
+        if not len(prompts) or min(map(len, prompts)) == 0:
             raise ValueError(f"{name}: prompts must be tensors of at least one token each")
         longest = max(map(len, prompts)) + max_new_tokens
         if longest > self.config.max_position_embeddings:

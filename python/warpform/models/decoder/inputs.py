@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ...nn.stack import Step
+from ...ops import _check
 from ...packing import Packing
 from ..common.checks import check_shape
+from ..common.losses import IGNORED, next_tokens
 
 
 @dataclass
@@ -18,7 +20,7 @@ class Inputs:
     """Attributes:
     packing: of the batch.
     padded: whether the caller's tensors are [B, S, ...], and the results are to be; else they are packed.
-    whole: whether a padded batch has no padding.
+    shape: [B, S] of a batch without padding, whose rows may hold several sequences; None: the packing says it.
     ids: int64 [total], or None where embeddings were given.
     embeds: [total, hidden], or None.
     labels: int64 [total], or None.
@@ -29,7 +31,7 @@ class Inputs:
 
     packing: Packing
     padded: bool
-    whole: bool
+    shape: tuple[int, int] | None
     ids: Tensor | None
     embeds: Tensor | None
     labels: Tensor | None
@@ -51,14 +53,28 @@ class Inputs:
         """
         if value is None:
             return None
-        shape = (self.packing.batch_size, self.packing.seqlen) if self.padded else (self.packing.total,)
+        shape: tuple[int, ...] = (self.packing.total,)
+        if self.padded:
+            shape = self.shape or (self.packing.batch_size, self.packing.seqlen)
         check_shape(self.model, name, value, shape)
+        if self.shape is not None:
+            return value.flatten()
         return self.packing.pack(value) if self.padded else value
+
+    @property
+    def share(self) -> Tensor | float:
+        """The part of a step's labels that this batch has, for losses that are not a sum over labels; 1 by default.
+
+        A Trainer that adds gradients up over several batches gives the number of items of all of them.
+        """
+        if self.items is None or self.labels is None:
+            return 1.0
+        return (next_tokens(self.labels, self.packing.cu_seqlens) != IGNORED).sum() / self.items
 
     def restore(self, rows: Tensor) -> Tensor:
         """Results [total, ...] as the caller's tensors are: [B, S, ...], 0 where there is padding, or packed."""
-        if self.whole:
-            return rows.unflatten(0, (self.packing.batch_size, self.packing.seqlen))
+        if self.shape is not None:
+            return rows.unflatten(0, self.shape)
         return self.packing.unpack(rows) if self.padded else rows
 
 
@@ -85,15 +101,16 @@ def read_inputs(
     name, given = ("input_ids", input_ids) if input_ids is not None else ("inputs_embeds", inputs_embeds)
     assert given is not None
     more = () if input_ids is not None else (config.hidden_size,)
-    padded, whole = packing is None, False
+    padded, whole = packing is None, None
     if packing is None:
         if given.dim() != 2 + len(more):
             wanted = ", ".join(["batch", "seqlen", *map(str, more)])
             raise ValueError(f"{model}: {name} must be of shape [{wanted}], got {list(given.shape)}")
         if attention_mask is None:
             # Nothing to find out: with every token real, the capacity is the total and the host reads nothing.
-            mask = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
-            packing, whole = Packing.from_mask(mask, capacity=given.shape[0] * given.shape[1]), True
+            whole = (given.shape[0], given.shape[1])
+            mask = torch.ones(whole, dtype=torch.bool, device=given.device)
+            packing = Packing.from_mask(mask, capacity=given.shape[0] * given.shape[1])
         else:
             if attention_mask.shape != given.shape[:2]:
                 raise ValueError(
@@ -112,9 +129,13 @@ def read_inputs(
         position_ids = position_ids.expand(shape)
     check_shape(model, "position_ids", position_ids, shape)
     if padded:
-        given = packing.pack(given)
-        labels = None if labels is None else packing.pack(labels)
-        position_ids = None if position_ids is None else packing.pack(position_ids)
+        pack = packing.pack if whole is None else (lambda t: t.flatten(0, 1))
+        given = pack(given)
+        labels = None if labels is None else pack(labels)
+        if position_ids is not None:
+            if whole is not None and packing.seqlen > 1:
+                packing = _restarting(position_ids, packing)
+            position_ids = pack(position_ids)
     longest, limit = packing.max_seqlen, config.max_position_embeddings
     if torch.compiler.is_compiling():
         # The mask may say it only when the program runs, which then raises RuntimeError.
@@ -125,3 +146,19 @@ def read_inputs(
         )
     ids, embeds = (given, None) if input_ids is not None else (None, given)
     return Inputs(packing, padded, whole, ids, embeds, labels, position_ids, items, model)
+
+
+def _restarting(position_ids: Tensor, packing: Packing) -> Packing:
+    """The packing of rows [B, S] without padding in which several texts stand, each with positions that go up by one.
+
+    As in transformers, a position that is not the next one begins another text, where there is no mask.
+    """
+    if torch.compiler.is_compiling() or not _check.has_values(position_ids):
+        return packing
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids.diff(dim=1) != 1
+    starts = begins.flatten().nonzero().flatten()
+    if len(starts) == len(position_ids):
+        return packing
+    ends = torch.cat([starts[1:], starts.new_tensor([begins.numel()])])
+    return Packing.from_lengths(ends - starts)

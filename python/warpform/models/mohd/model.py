@@ -72,7 +72,9 @@ class MoHDForCausalLM(CausalLM):
 
     def loss(self, logits: Tensor, inputs: Inputs, step: Step) -> Tensor:
         loss = self.token_loss(logits, inputs)
-        return loss + self.config.balance_loss_weight * torch.stack(step.losses).mean() if step.losses else loss
+        if not step.losses:
+            return loss
+        return loss + inputs.share * self.config.balance_loss_weight * torch.stack(step.losses).mean()
 
     def run(self, inputs: Inputs, step: Step) -> Any:
         """MoHDOutput: what `CausalLM.run` gives, and the balance loss."""
