@@ -142,7 +142,9 @@ class AttentionCore(nn.Module):
                 f"got {held}"
             )
         if cache.keys.device != key.device:
-            raise ValueError(f"AttentionCore: the cache must be on {key.device} as the keys are, got {cache.keys.device}")
+            raise ValueError(
+                f"AttentionCore: the cache must be on {key.device} as the keys are, got {cache.keys.device}"
+            )
 
     def extra_repr(self) -> str:
         return (
@@ -169,10 +171,16 @@ class GatedActivation(nn.Module):
 
     def forward(self, product: Tensor, step: Step | None = None, cache: None = None) -> Tensor:
         """product: [..., 2 f] -> [..., f]."""
-        gate, up = product.chunk(2, -1)
-        gate = F.silu(gate) if self.activation is None else self.activation(gate, None)
+        return self.gated(*product.chunk(2, -1))
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """act(gate) * up, [..., f], where the two are not side by side."""
+        if self.activation is not None:
+            return self.activation(gate, None) * up
+        gate = F.silu(gate)
         # In place where no gradient needs the factors.
-        return gate.mul_(up) if torch.is_inference(gate) and not torch.compiler.is_compiling() else gate * up
+        in_place = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+        return gate.mul_(up) if in_place else gate * up
 
 
 class Activation(nn.Module):
