@@ -88,10 +88,11 @@ def check_against(
     assert_same(out.loss, loss, "loss")
     theirs = dict(hf.named_parameters())
     truths = dict(zip(theirs, torch.autograd.grad(loss, list(theirs.values())), strict=True))
-    names = dense_of(model).weight_names()
+    dense = dense_of(model)
+    names = dense.weight_names()
     grads = dict(zip(names, torch.autograd.grad(out.loss, [model.get_parameter(n) for n in names]), strict=True))
     for name, parts in names.items():
-        chunks = dense_of(model).split_weight(name, grads[name]) if len(parts) > 1 else (grads[name],)
+        chunks = dense.split_weight(name, grads[name]) if len(parts) > 1 else (grads[name],)
         for part, chunk in zip(parts, chunks, strict=True):
             padded = torch.zeros_like(chunk)
             padded[tuple(slice(n) for n in truths[part].shape)] = truths[part]
@@ -213,15 +214,15 @@ def test_generation_with_caches_and_drafts_is_generation_without(granularity: An
     model = model_of()
     texts, expected = [torch.randint(61, (n,)) for n in (3, 9, 1)], []
     for text in texts:
-        for _ in range(9):
+        for _ in range(7):
             text = torch.cat((text, model(text[None], granularity=granularity).logits[0, -1:].argmax(1)))
         expected.append(text)
     how = {"granularity": granularity, "draft": draft}
     for options in ({"draft_length": 1}, {"draft_length": 6}) if draft is not None else ({},):
-        found = model.generate(texts, 9, **how, **options)
+        found = model.generate(texts, 7, **how, **options)
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     end = int(expected[0][3 + 2])
-    for text, whole, n in zip(model.generate(texts, 9, eos_token_id=end, **how), expected, (3, 9, 1), strict=True):
+    for text, whole, n in zip(model.generate(texts, 7, eos_token_id=end, **how), expected, (3, 9, 1), strict=True):
         after = whole[n:].tolist()
         assert torch.equal(text, whole[: n + after.index(end) + 1 if end in after else len(whole)])
     assert all(torch.equal(one, text) for one, text in zip(model.generate(texts, 0, **how), texts, strict=True))
@@ -251,6 +252,8 @@ def test_an_extracted_model_is_a_llama(tmp_path: Path) -> None:
         cut = cut_at(exact_llama(dense_of(model)), (width,) * 3).state_dict()
         found = small.to_transformers().state_dict()
         assert found.keys() == cut.keys() and all(torch.equal(found[name], cut[name]) for name in cut)
+        if g not in (0, 2):
+            continue
         small.float().save_pretrained(tmp_path / str(g))
         read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(g))
         assert type(read).__name__ == "LlamaForCausalLM" and read.config.intermediate_size == width
