@@ -253,7 +253,7 @@ class DecoderCase(Case):
     def _decoding(self) -> dict[str, Any]:
         """What of the options `decode` takes: the attribute of the step that says the same."""
         given = self.options(self.ours)
-        return {"width": self.ours.width(given["granularity"])} if "granularity" in given else {}
+        return {"width": self.ours.layer_widths(given["granularity"])} if "granularity" in given else {}
 
     def decode_theirs(self, model: Any) -> Callable[[], tuple[Tensor, ...]]:
         from transformers import DynamicCache

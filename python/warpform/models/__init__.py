@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .decoder import *
     from .distilbert import *
     from .dit3d import *
+    from .ladder import *
+    from .matformer import *
     from .mohd import *
     from .monarch_mixer import *
     from .mot import *

@@ -14,6 +14,7 @@ from .hidden import GroupFusion, HiddenLinear, HiddenRouter
 from .long_convolution import ImplicitFilter, MonarchMixerSequenceMixer
 from .masked_lm import MaskedLMHead
 from .monarch import BlockdiagLinear, MonarchLinear, MonarchMixerMLP
+from .nested import NestedFeedForward, TokenWidths
 from .norm import AddBiasResidualLayerNorm
 from .patch_embedding import PatchEmbedding
 from .pooling import FirstTokenPooler, first_tokens, last_tokens, max_pool, mean_pool
@@ -53,6 +54,7 @@ __all__ = [
     "MonarchLinear",
     "MonarchMixerMLP",
     "MonarchMixerSequenceMixer",
+    "NestedFeedForward",
     "PatchEmbedding",
     "PatchMerging",
     "SelfAttention",
@@ -61,6 +63,7 @@ __all__ = [
     "SwinBlock",
     "SwinV2Block",
     "TokenConvolution",
+    "TokenWidths",
     "TriangularMonarch",
     "WindowAttention",
     "first_tokens",

@@ -175,7 +175,10 @@ class GatedActivation(nn.Module):
 
     def forward(self, product: Tensor, step: Step | None = None, cache: None = None) -> Tensor:
         """product: [..., 2 f] -> [..., f]."""
-        gate, up = product.chunk(2, -1)
+        return self.gated(*product.chunk(2, -1))
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """act(gate) * up, [..., f], where the two are not side by side."""
         if self.activation is not None:
             return self.activation(gate, None) * up
         gate = F.silu(gate)

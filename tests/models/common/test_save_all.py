@@ -37,6 +37,8 @@ TINY: dict[str, dict[str, Any]] = {
         "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "vocab_size": 30, "max_position_embeddings": 16,
     },
     "DiT3D": {"input_size": 4, "patch_size": 2, "hidden_size": 12, "depth": 2, "num_heads": 2, "window_size": 1},
+    "Ladder": {**WIDTH, "num_key_value_heads": 1, "ladder_layers": (1,)},
+    "MatFormer": {**WIDTH, "granularities": (6, 12, 24), "layer_sizes": (24, 12), "gated": False, "hidden_act": "gelu"},
     "MoHD": {**WIDTH, "num_groups": 4, "num_shared": 1, "top_k": 1, "tie_word_embeddings": True},
     "MoT": {**WIDTH, "num_key_value_heads": 1, "num_classes": 3, "qk_norm": "layer", "attention_bias": True},
     "M2Bert": {**FILTER, "monarch_mlp_nblocks": 2, "hyena_filter_order": 8},

@@ -226,14 +226,28 @@ class CausalLM(PretrainedModel):
             ValueError: caches of another model or without room; another number of tokens than of rows, or none for a
                 row; rows that do not increase.
         """
+        hidden, step = self._after(tokens, caches, rows, options)
+        return self.logits(hidden[step.cu_seqlens[1:] - 1], step)
+
+    @torch.no_grad()
+    def decode_all(
+        self, tokens: Sequence[Tensor], caches: Caches, rows: Sequence[int] | None = None, **options: Any
+    ) -> Tensor:
+        """`decode`, with the logits after each of the new tokens: [total, vocab], sequence after sequence."""
+        hidden, step = self._after(tokens, caches, rows, options)
+        return self.logits(hidden, step)
+
+    def _after(
+        self, tokens: Sequence[Tensor], caches: Caches, rows: Sequence[int] | None, options: dict[str, Any]
+    ) -> tuple[Tensor, Step]:
+        """The normalised stream of new tokens, [total, hidden], and their step."""
         rows = range(len(caches.lengths)) if rows is None else rows
         if len(tokens) != len(rows):
             raise ValueError(
                 f"{type(self).__name__}.decode: tokens must be {len(rows)} tensors, one for each row, got {len(tokens)}"
             )
         step = Step.after(caches, [len(new) for new in tokens], rows, **options)
-        hidden = self.stack(self.tokens(torch.cat(list(tokens))), step, self.norm)
-        return self.logits(hidden[step.cu_seqlens[1:] - 1], step)
+        return self.stack(self.tokens(torch.cat(list(tokens))), step, self.norm), step
 
     @torch.inference_mode()
     def generate(
@@ -284,8 +298,22 @@ class CausalLM(PretrainedModel):
         **options: Any,
     ) -> list[Tensor]:
         """`generate`, with attributes of the `Step` as further options."""
+        check_sampling(f"{type(self).__name__}.generate", max_new_tokens, temperature, top_k)
+        prompts = self.read_prompts(prompts, max_new_tokens)
+        caches = self.caches(len(prompts), max(map(len, prompts)) + max_new_tokens)
+        return continue_texts(
+            lambda new, rows: self.decode(new, caches, rows, **options),
+            prompts,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            eos_token_id=eos_token_id,
+            generator=generator,
+        )
+
+    def read_prompts(self, prompts: Tensor | Sequence[Tensor], max_new_tokens: int) -> list[Tensor]:
+        """The prompts of `generate`, checked, one tensor for each, on the device of the model."""
         name = f"{type(self).__name__}.generate"
-        check_sampling(name, max_new_tokens, temperature, top_k)
         if isinstance(prompts, Tensor):
             prompts = list(prompts) if prompts.dim() == 2 else [prompts]
         for prompt in prompts:
@@ -300,14 +328,4 @@ class CausalLM(PretrainedModel):
                 f"{name}: prompts and max_new_tokens must come to at most max_position_embeddings, "
                 f"{self.config.max_position_embeddings}, got {longest}"
             )
-        device = self.device
-        caches = self.caches(len(prompts), longest)
-        return continue_texts(
-            lambda new, rows: self.decode(new, caches, rows, **options),
-            [prompt.to(device) for prompt in prompts],
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            eos_token_id=eos_token_id,
-            generator=generator,
-        )
+        return [prompt.to(self.device) for prompt in prompts]
