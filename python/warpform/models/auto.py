@@ -72,8 +72,9 @@ def from_pretrained(
 
     Nothing that is pickled is read. Of an architecture that transformers lacks it is the model that was saved. Of one
     that transformers has it is the encoder, or the decoder with its head. Weights of heads (`cls.`, `classifier.`,
-    `qa_outputs.`, and where the encoder is under `bert.` whatever is not) are ignored: those of
-    `BertForMaskedLM.from_pretrained` and the like. A checkpoint without a pooler gives a model without one. The model comes in eval mode.
+    `qa_outputs.`, and where the encoder is under `bert.` whatever is not) are ignored: `BertForMaskedLM` and the like
+    have a `from_pretrained` that reads them. A checkpoint without a pooler gives a model without one. The model comes
+    in eval mode.
 
     Args:
         folder: with `config.json` and `model.safetensors`, or `model.safetensors.index.json` and its shards.

@@ -129,8 +129,9 @@ class PretrainedModel(Model):
         """The rows of each of the tensors in files that the weight `name` joins; None: the same number for all."""
         return None
 
-    def split_weight(self, name: str, weight: Tensor, count: int) -> Sequence[Tensor]:
-        """The parts of a weight that `weight_names` gives `count` names, views of it."""
+    def split_weight(self, name: str, weight: Tensor, count: int | None = None) -> Sequence[Tensor]:
+        """The parts of a weight that has `count` names in `weight_names`, views of it; None: count them."""
+        count = len(self.weight_names()[name]) if count is None else count
         rows = self.weight_rows(name) if count > 1 else None
         return weight.chunk(count, 0) if rows is None else weight.split(list(rows), 0)
 
