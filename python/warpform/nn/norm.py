@@ -66,13 +66,15 @@ def norm_of_sum(norm: nn.Module, x: Tensor, bias: Tensor | None, residual: Tenso
         return cast(
             "tuple[Tensor, Tensor]", ops.add_residual_rms_norm(x, residual, rms.weight, eps, return_sum=True)
         )
-    if bias is None and residual is None:
-        return norm(x), x
     if not is_plain(norm, nn.LayerNorm):
         for term in (bias, residual):
             x = x if term is None else x + term
         return norm(x), x
     plain = cast("nn.LayerNorm", norm)
+    if bias is None and residual is None:
+        # By the same operation as with a sum, so that it does not matter to the last bit who made the sum.
+        out = ops.add_bias_residual_layer_norm(x, None, None, plain.weight, plain.bias, plain.eps)
+        return cast("Tensor", out), x
     out = ops.add_bias_residual_layer_norm(x, bias, residual, plain.weight, plain.bias, plain.eps, return_sum=True)
     return cast("tuple[Tensor, Tensor]", out)
 
