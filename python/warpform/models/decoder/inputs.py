@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...packing import Packing
 from ..common.checks import check_shape
+from ..common.inputs import read_rows
 
 
 @dataclass
@@ -68,39 +68,9 @@ def read_inputs(
     name, given = ("input_ids", input_ids) if input_ids is not None else ("inputs_embeds", inputs_embeds)
     assert given is not None
     more = () if input_ids is not None else (config.hidden_size,)
-    padded = packing is None
-    if packing is None:
-        if given.dim() != 2 + len(more):
-            wanted = ", ".join(["batch", "seqlen", *map(str, more)])
-            raise ValueError(f"{model}: {name} must be of shape [{wanted}], got {list(given.shape)}")
-        if attention_mask is None:
-            # Nothing to find out: with every token real, the capacity is the total and the host reads nothing.
-            mask = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
-            packing = Packing.from_mask(mask, capacity=given.shape[0] * given.shape[1])
-        else:
-            if attention_mask.shape != given.shape[:2]:
-                raise ValueError(
-                    f"{model}: attention_mask must be of shape {list(given.shape[:2])} as {name} is, "
-                    f"got {list(attention_mask.shape)}"
-                )
-            packing = Packing.from_mask(attention_mask)
-        shape: tuple[int, ...] = (packing.batch_size, packing.seqlen)
-    elif attention_mask is not None:
-        raise ValueError(f"{model}: attention_mask must be None with packing, which says the same")
-    else:
-        shape = (packing.total,)
-    check_shape(model, name, given, (*shape, *more))
-    check_shape(model, "labels", labels, shape)
-    if padded:
-        given = packing.pack(given)
-        labels = None if labels is None else packing.pack(labels)
-    longest, limit = packing.max_seqlen, config.max_position_embeddings
-    if torch.compiler.is_compiling():
-        # The mask may say it only when the program runs, which then raises RuntimeError.
-        torch._check(longest <= limit, lambda: "sequences must have at most max_position_embeddings tokens")
-    elif longest > limit:
-        raise ValueError(
-            f"{model}: sequences must have at most max_position_embeddings, {limit}, tokens, got {longest}"
-        )
-    ids, embeds = (given, None) if input_ids is not None else (None, given)
+    packing, padded, rows = read_rows(model, name, given, more, attention_mask, packing, config.max_position_embeddings)
+    check_shape(model, "labels", labels, (packing.batch_size, packing.seqlen) if padded else (packing.total,))
+    if padded and labels is not None:
+        labels = packing.pack(labels)
+    ids, embeds = (rows, None) if input_ids is not None else (None, rows)
     return Inputs(packing, padded, ids, embeds, labels, model)
