@@ -13,6 +13,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "AlbertForTokenClassification",
         "AlbertModel",
     ),
+    "algoformer": ("AlgoFormer", "AlgoFormerConfig"),
     "bert": (
         "BertConfig",
         "BertForMaskedLM",
@@ -41,6 +42,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "DistilBertModel",
     ),
     "dit3d": ("DiT3DConfig", "DiT3DModel"),
+    "minimal": ("MinimalTransformerConfig", "MinimalTransformerForImageClassification"),
     "mohd": ("MoHDConfig", "MoHDForCausalLM"),
     "monarch_mixer": (
         "M2BertConfig",
@@ -69,6 +71,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "Swinv2ForImageClassification",
         "Swinv2Model",
     ),
+    "wide": ("WideConfig", "WideForSequenceClassification"),
 }
 
 # Public names that belong to no family, by the module that has them.
@@ -82,6 +85,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
 # transformers has the architecture, else what the file names, or this where it names nothing.
 MODEL_TYPES: dict[str, str] = {
     "albert": "AlbertModel",
+    "algoformer": "AlgoFormer",
     "bert": "BertModel",
     "deberta": "DebertaModel",
     "deberta-v2": "DebertaV2Model",
@@ -93,10 +97,12 @@ MODEL_TYPES: dict[str, str] = {
     "m2_bert": "M2BertModel",
     "m2_gpt": "M2GPTForCausalLM",
     "m2_vit": "M2ViTForImageClassification",
+    "minimal_transformer": "MinimalTransformerForImageClassification",
     "mohd": "MoHDForCausalLM",
     "sequence_parallel_transformer": "SequenceParallelTransformer",
     "swin": "SwinModel",
     "swinv2": "Swinv2Model",
+    "wide": "WideForSequenceClassification",
 }
 
 # Classes of transformers whose counterpart here has another name.
