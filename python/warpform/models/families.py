@@ -13,6 +13,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "AlbertForTokenClassification",
         "AlbertModel",
     ),
+    "algoformer": ("AlgoFormer", "AlgoFormerConfig"),
     "bert": (
         "BertConfig",
         "BertForMaskedLM",
@@ -43,6 +44,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "dit3d": ("DiT3DConfig", "DiT3DModel"),
     "ladder": ("LadderConfig", "LadderForCausalLM"),
     "matformer": ("MatFormerConfig", "MatFormerForCausalLM"),
+    "minimal": ("MinimalTransformerConfig", "MinimalTransformerForImageClassification"),
     "mohd": ("MoHDConfig", "MoHDForCausalLM"),
     "monarch_mixer": (
         "M2BertConfig",
@@ -72,6 +74,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "Swinv2ForImageClassification",
         "Swinv2Model",
     ),
+    "wide": ("WideConfig", "WideForSequenceClassification"),
 }
 
 # Public names that belong to no family, by the module that has them.
@@ -85,6 +88,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
 # transformers has the architecture, else what the file names, or this where it names nothing.
 MODEL_TYPES: dict[str, str] = {
     "albert": "AlbertModel",
+    "algoformer": "AlgoFormer",
     "bert": "BertModel",
     "deberta": "DebertaModel",
     "deberta-v2": "DebertaV2Model",
@@ -98,11 +102,13 @@ MODEL_TYPES: dict[str, str] = {
     "m2_gpt": "M2GPTForCausalLM",
     "m2_vit": "M2ViTForImageClassification",
     "matformer": "MatFormerForCausalLM",
+    "minimal_transformer": "MinimalTransformerForImageClassification",
     "mohd": "MoHDForCausalLM",
     "mot": "MoTForCausalLM",
     "sequence_parallel_transformer": "SequenceParallelTransformer",
     "swin": "SwinModel",
     "swinv2": "Swinv2Model",
+    "wide": "WideForSequenceClassification",
 }
 
 # Classes of transformers whose counterpart here has another name.

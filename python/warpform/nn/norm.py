@@ -57,7 +57,7 @@ def norm_of_sum(norm: nn.Module, x: Tensor, bias: Tensor | None, residual: Tenso
     Returns:
         norm(x + bias + residual) and x + bias + residual, each [..., N]; None adds nothing.
     """
-    if not is_fused_norm(norm) or (bias is None and residual is None and not isinstance(norm, nn.RMSNorm)):
+    if not is_fused_norm(norm):
         for term in (bias, residual):
             x = x if term is None else x + term
         return norm(x), x
@@ -69,6 +69,10 @@ def norm_of_sum(norm: nn.Module, x: Tensor, bias: Tensor | None, residual: Tenso
             return cast("Tensor", ops.add_residual_rms_norm(x, None, norm.weight, eps)), x
         return cast("tuple[Tensor, Tensor]", ops.add_residual_rms_norm(x, residual, norm.weight, eps, return_sum=True))
     plain = cast("nn.LayerNorm", norm)
+    if bias is None and residual is None:
+        # By the same operation as with a sum, so that it does not matter to the last bit who made the sum.
+        out = ops.add_bias_residual_layer_norm(x, None, None, plain.weight, plain.bias, plain.eps)
+        return cast("Tensor", out), x
     out = ops.add_bias_residual_layer_norm(x, bias, residual, plain.weight, plain.bias, plain.eps, return_sum=True)
     return cast("tuple[Tensor, Tensor]", out)
 

@@ -196,8 +196,11 @@ class Branch(nn.Module):
 
     def join(self, x: Tensor, out: Tensor, step: Step) -> Tensor:
         """The stream [T, hidden] after what this branch made of it."""
-        x = x + out
-        return normalise(self.norm, x, step) if self.placement == "sum" else x
+        if self.placement != "sum":
+            return x + out
+        if getattr(self.norm, "at_step", None) is not None:
+            return normalise(self.norm, x + out, step)
+        return norm_of_sum(self.norm, out, None, x)[0]
 
     def cache(self, batch: int, capacity: int, device: Any = None, dtype: torch.dtype | None = None) -> Any:
         """What the core keeps of earlier tokens; None where it keeps nothing."""

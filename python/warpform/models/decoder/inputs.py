@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...nn.stack import Step
 from ...ops import _check
 from ...packing import Packing
 from ..common.checks import check_shape
+from ..common.inputs import check_longest, read_rows
 from ..common.losses import IGNORED, next_tokens
 
 
@@ -101,50 +101,22 @@ def read_inputs(
     name, given = ("input_ids", input_ids) if input_ids is not None else ("inputs_embeds", inputs_embeds)
     assert given is not None
     more = () if input_ids is not None else (config.hidden_size,)
-    padded, whole = packing is None, None
-    if packing is None:
-        if given.dim() != 2 + len(more):
-            wanted = ", ".join(["batch", "seqlen", *map(str, more)])
-            raise ValueError(f"{model}: {name} must be of shape [{wanted}], got {list(given.shape)}")
-        if attention_mask is None:
-            # Nothing to find out: with every token real, the capacity is the total and the host reads nothing.
-            whole = (given.shape[0], given.shape[1])
-            mask = torch.ones(whole, dtype=torch.bool, device=given.device)
-            packing = Packing.from_mask(mask, capacity=given.shape[0] * given.shape[1])
-        else:
-            if attention_mask.shape != given.shape[:2]:
-                raise ValueError(
-                    f"{model}: attention_mask must be of shape {list(given.shape[:2])} as {name} is, "
-                    f"got {list(attention_mask.shape)}"
-                )
-            packing = Packing.from_mask(attention_mask)
-        shape: tuple[int, ...] = (packing.batch_size, packing.seqlen)
-    elif attention_mask is not None:
-        raise ValueError(f"{model}: attention_mask must be None with packing, which says the same")
-    else:
-        shape = (packing.total,)
-    check_shape(model, name, given, (*shape, *more))
+    packing, padded, rows = read_rows(model, name, given, more, attention_mask, packing, None)
+    whole = (packing.batch_size, packing.seqlen) if padded and attention_mask is None else None
+    shape: tuple[int, ...] = (packing.batch_size, packing.seqlen) if padded else (packing.total,)
     check_shape(model, "labels", labels, shape)
     if position_ids is not None and padded and position_ids.dim() == 2 and position_ids.shape[0] == 1:
         position_ids = position_ids.expand(shape)
     check_shape(model, "position_ids", position_ids, shape)
     if padded:
-        pack = packing.pack if whole is None else (lambda t: t.flatten(0, 1))
-        given = pack(given)
-        labels = None if labels is None else pack(labels)
-        if position_ids is not None:
-            if whole is not None and packing.seqlen > 1:
-                packing = _restarting(position_ids, packing)
-            position_ids = pack(position_ids)
-    longest, limit = packing.max_seqlen, config.max_position_embeddings
-    if torch.compiler.is_compiling():
-        # The mask may say it only when the program runs, which then raises RuntimeError.
-        torch._check(longest <= limit, lambda: "sequences must have at most max_position_embeddings tokens")
-    elif longest > limit:
-        raise ValueError(
-            f"{model}: sequences must have at most max_position_embeddings, {limit}, tokens, got {longest}"
-        )
-    ids, embeds = (given, None) if input_ids is not None else (None, given)
+        labels = None if labels is None else packing.pack(labels)
+    if padded and position_ids is not None:
+        restarting = position_ids
+        position_ids = packing.pack(position_ids)
+        if whole is not None and whole[1] > 1:
+            packing = _restarting(restarting, packing)
+    check_longest(model, packing, config.max_position_embeddings)
+    ids, embeds = (rows, None) if input_ids is not None else (None, rows)
     return Inputs(packing, padded, whole, ids, embeds, labels, position_ids, items, model)
 
 
