@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...nn._product import apply_linear
 from ...nn.cache import Caches
-from ...nn.stack import Stack, Step
+from ...nn.stack import Stack, Step, at_step
 from ...packing import Packing
 from ..common.generation import check_sampling, continue_texts
 from ..common.losses import next_token_loss
@@ -65,7 +64,7 @@ class CausalLM(PretrainedModel):
 
     def logits(self, hidden: Tensor, step: Step) -> Tensor:
         """hidden [rows, hidden], normalised -> [rows, vocab]."""
-        return apply_linear(hidden, self.head)
+        return at_step(self.head, hidden, step)
 
     def loss(self, logits: Tensor, inputs: Inputs, step: Step) -> Tensor:
         """The mean cross-entropy of the next token, and what branches add to it."""
@@ -164,7 +163,7 @@ class CausalLM(PretrainedModel):
                 f"{type(self).__name__}.decode: tokens must be {len(rows)} tensors, one for each row, got {len(tokens)}"
             )
         step = Step.after(caches, [len(new) for new in tokens], rows, **options)
-        hidden = self.stack(self.tokens(torch.cat(list(tokens))), step, self.norm)
+        hidden = self.stack(at_step(self.tokens, torch.cat(list(tokens)), step), step, self.norm)
         return self.logits(hidden[step.cu_seqlens[1:] - 1], step)
 
     @torch.inference_mode()
