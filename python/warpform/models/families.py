@@ -20,6 +20,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "BertForTokenClassification",
         "BertModel",
     ),
+    "colm": ("CoLMConfig", "CoLMForCausalLM"),
     "decoder": ("DecoderConfig", "DecoderForCausalLM"),
     "deberta": (
         "DebertaConfig",
@@ -83,6 +84,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
 MODEL_TYPES: dict[str, str] = {
     "albert": "AlbertModel",
     "bert": "BertModel",
+    "colm": "CoLMForCausalLM",
     "deberta": "DebertaModel",
     "deberta-v2": "DebertaV2Model",
     "distilbert": "DistilBertModel",

@@ -3,6 +3,7 @@
 from .activations import ACTIVATIONS, BiasActivation
 from .attention import SelfAttention
 from .causal_monarch import CausalMonarchConvolution, CausalMonarchMixer, MixerState, TriangularMonarch
+from .chain import ChainAttentionCore, ChainEmbedding, ChainGatedActivation, ChainHead, ChainLinear, ChainRMSNorm
 from .convolution import TokenConvolution
 from .cores import Activation, AttentionCore, GatedActivation
 from .disentangled import DisentangledEncoder, DisentangledSelfAttention, FusedDisentangledSelfAttention
@@ -29,6 +30,12 @@ __all__ = [
     "Branch",
     "CausalMonarchConvolution",
     "CausalMonarchMixer",
+    "ChainAttentionCore",
+    "ChainEmbedding",
+    "ChainGatedActivation",
+    "ChainHead",
+    "ChainLinear",
+    "ChainRMSNorm",
     "CosineWindowAttention",
     "DisentangledEncoder",
     "DisentangledSelfAttention",
