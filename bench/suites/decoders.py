@@ -44,8 +44,11 @@ class System:
 
 def _chains(count: int, shared: bool) -> Callable[[dict[str, Any]], nn.Module]:
     def build(fields: dict[str, Any]) -> nn.Module:
-        chains = (fields["num_attention_heads"] // count,) * count
-        return models.CoLMForCausalLM(models.CoLMConfig(**fields, chains=chains, share_kv=shared))
+        each = fields["num_attention_heads"] // count
+        # With shared keys there are as many of them as heads in a chain.
+        keys = each if shared else None
+        config = models.CoLMConfig(**fields, num_key_value_heads=keys, chains=(each,) * count, share_kv=shared)
+        return models.CoLMForCausalLM(config)
 
     return build
 
@@ -122,7 +125,7 @@ def specs(session: Session) -> list[Spec]:
         width = like["hidden"]
         columns = {
             "batch": batch, "seqlen": seqlen, "tokens": batch if direction == "decode" else sum(lengths),
-            "heads": width // 64 or 1, "head_dim": 64, "hidden": width, "causal": True,
+            "heads": _heads(width), "head_dim": width // _heads(width), "hidden": width, "causal": True,
         }  # fmt: skip
         providers = LLAMA_PROVIDERS if kernel == "llama" else SYSTEM_PROVIDERS
         rest = (lengths, seqlen, like["layers"], width, sizes["vocabulary"])
@@ -158,13 +161,18 @@ def dense_pair(
     return theirs, models.from_transformers(theirs).eval()
 
 
+def _heads(width: int) -> int:
+    """Heads of 64, or four where the width has fewer, as chains need them."""
+    return max(width // 64, 4)
+
+
 def _fields(layers: int, width: int, vocabulary: int, seqlen: int) -> dict[str, Any]:
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": width * 11 // 4,
         "num_hidden_layers": layers,
-        "num_attention_heads": width // 64 or 1,
+        "num_attention_heads": _heads(width),
         "max_position_embeddings": max(2048, 2 * seqlen),
     }
 

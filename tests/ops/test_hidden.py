@@ -72,6 +72,34 @@ def test_constructors_say_the_same_in_their_words() -> None:
     assert triangular.out_mask.tolist() == [1, 3, 7] and triangular.selected.all()
     assert RoutingPlan.lower_triangular(4, 2, 4).out_mask.tolist() == [1, 1, 3, 3]
     assert RoutingPlan.lower_triangular(4, 4, 2).out_mask.tolist() == [3, 15]
+    unequal = RoutingPlan.chains(4, (8, 24))
+    assert unequal.out_mask.tolist() == [1, 15, 15, 15] and unequal.num_groups == 4 and unequal.selected.all()
+    assert RoutingPlan.chains(4, (512, 512, 1024)).out_mask.tolist() == [1, 3, 15, 15]
+    assert RoutingPlan.chains(2, [1] * 64).out_mask.tolist() == [2 ** (i + 1) - 1 for i in range(63)] + [-1]
+    same = RoutingPlan.lower_triangular(5, 3, 3)
+    for one, other in zip(RoutingPlan.chains(5, (7, 7, 7)).arguments(), same.arguments(), strict=True):
+        assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
+
+
+@by_direction
+@pytest.mark.parametrize("sizes", ((2, 6), (4, 2, 2), (3,), (1, 2, 3)), ids=str)
+def test_chains_are_a_block_triangular_weight(sizes: tuple[int, ...], routed_out: bool) -> None:
+    """Outputs of twice the width of inputs; in scatter the weight is transposed; NaN above the blocks is never read."""
+    total = sum(sizes)
+    chain = torch.tensor([i for i, size in enumerate(sizes) for _ in range(size)])
+    below = chain.unsqueeze(1) >= chain
+    blocks = below.repeat_interleave(3, 1).repeat_interleave(6, 0)  # inputs of width 3 a unit, outputs of 6
+    x, w = leaf(5, 6 * total if routed_out else 3 * total), torch.randn(6 * total, 3 * total, dtype=torch.float64)
+    plain = w.masked_fill(~blocks, 0).requires_grad_()
+    poisoned = w.masked_fill(~blocks, torch.nan).requires_grad_()
+    truth = x @ (plain if routed_out else plain.t())
+    found = layer(routed_out)(x, poisoned.t() if routed_out else poisoned, RoutingPlan.chains(5, sizes))
+    dout = torch.randn_like(truth)
+    expected = (truth, *torch.autograd.grad(truth, (x, plain), dout))
+    results = (found, *torch.autograd.grad(found, (x, poisoned), dout))
+    for name, one, other in zip(("out", "dx", "dw"), results, expected, strict=True):
+        other = other.masked_fill(~blocks, 0) if name == "dw" else other
+        assert float((one - other).detach().abs().max()) <= 1e-12, name
 
 
 def test_tiles_that_gain_nothing_are_dense() -> None:
@@ -324,6 +352,12 @@ BAD_PLANS: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str
     ("lower_triangular", (3, 4, 0), {}, ValueError, "num_out must be at least 1, got 0"),
     ("lower_triangular", (-1, 4, 2), {}, ValueError, "tokens must be at least 0, got -1"),
     ("lower_triangular", (3, 4, 2), {"tile": 0}, ValueError, "tile must be at least 1, got 0"),
+    ("chains", (3, ()), {}, ValueError, r"sizes must be at least one number of at least 1, got \[\]"),
+    ("chains", (3, (4, 0)), {}, ValueError, r"sizes must be at least one number of at least 1, got \[4, 0\]"),
+    ("chains", (3, (4, 1.0)), {}, TypeError, r"sizes must be an int, got 1.0 \(float\)"),
+    ("chains", (-1, (4, 4)), {}, ValueError, "tokens must be at least 0, got -1"),
+    ("chains", (3, (1, 64)), {}, ValueError, r"sizes must come to at most 64 of their .* got \[1, 64\]"),
+    ("chains", (3, (4, 4)), {"tile": 0}, ValueError, "tile must be at least 1, got 0"),
 ]
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .algoformer import *
     from .auto import *
     from .bert import *
+    from .colm import *
     from .common.outputs import EncoderOutput as EncoderOutput
     from .common.outputs import HeadOutput as HeadOutput
     from .common.outputs import ImageClassifierOutput as ImageClassifierOutput

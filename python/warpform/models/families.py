@@ -21,6 +21,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "BertForTokenClassification",
         "BertModel",
     ),
+    "colm": ("CoLMConfig", "CoLMForCausalLM"),
     "decoder": ("DecoderConfig", "DecoderForCausalLM"),
     "deberta": (
         "DebertaConfig",
@@ -90,6 +91,7 @@ MODEL_TYPES: dict[str, str] = {
     "albert": "AlbertModel",
     "algoformer": "AlgoFormer",
     "bert": "BertModel",
+    "colm": "CoLMForCausalLM",
     "deberta": "DebertaModel",
     "deberta-v2": "DebertaV2Model",
     "distilbert": "DistilBertModel",

@@ -3,6 +3,7 @@
 from .activations import ACTIVATIONS, BiasActivation
 from .attention import SelfAttention
 from .causal_monarch import CausalMonarchConvolution, CausalMonarchMixer, MixerState, TriangularMonarch
+from .chain import ChainLinear, ChainRMSNorm
 from .classes import ClassLayerNorm, ClassLinear, ClassRMSNorm
 from .convolution import TokenConvolution
 from .cores import Activation, AttentionCore, GatedActivation
@@ -31,6 +32,8 @@ __all__ = [
     "Branch",
     "CausalMonarchConvolution",
     "CausalMonarchMixer",
+    "ChainLinear",
+    "ChainRMSNorm",
     "ClassLayerNorm",
     "ClassLinear",
     "ClassRMSNorm",

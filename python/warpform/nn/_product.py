@@ -170,6 +170,14 @@ class _Linear(torch.autograd.Function):
         )
 
 
+def add_linear_(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """out += linear(x, weight), in place: out [rows, out], which may be strided, x [rows, in], weight [out, in]."""
+    if x.device.type == "cpu" and _is_ours(x, weight, None):
+        out += linear(x, weight)
+    else:
+        out.addmm_(x, weight.t())
+
+
 def apply_linear(x: Tensor, module: nn.Module) -> Tensor:
     """module(x), which on a CPU is the product that is fastest there."""
     if x.device.type == "cpu" and is_plain(module, nn.Linear):

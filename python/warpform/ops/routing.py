@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -158,9 +160,43 @@ class RoutingPlan:
             if value < least:
                 raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
         g, o = torch.arange(num_in, device=device), torch.arange(num_out, device=device).unsqueeze(1)
-        out_mask = reference.pack_bits(g * num_out < (o + 1) * num_in)
-        mask = torch.full((tokens,), -1 if num_in == 64 else 2**num_in - 1, dtype=torch.int64, device=device)
-        return cls._of_mask(op, mask, num_in, tile, out_mask=out_mask)
+        return cls._of_parts(op, tokens, g * num_out < (o + 1) * num_in, tile)
+
+    @classmethod
+    def chains(
+        cls, tokens: int, sizes: Sequence[int], *, tile: int = 128, device: torch.device | str | None = None
+    ) -> RoutingPlan:
+        """Block lower-triangular weights of unequal parts: chain i sees the chains up to i (arXiv 2505.11820).
+
+        Both dimensions of the weight come in chains whose widths are in the proportion of `sizes`, so that sizes may be
+        the widths themselves. A group, and a part of the other dimension, has the width of the greatest common divisor
+        of the sizes: num_groups is the sum of the sizes over it. For equal sizes it is
+        `lower_triangular(tokens, len(sizes), len(sizes))`.
+
+        Every token uses all groups. `hidden_gather_linear` with the plan is `nn.ChainLinear` from its dense weight; in
+        `hidden_scatter_linear` the plan means the transposed weight, as that of `lower_triangular` does: chain i of the
+        output sees the chains from i on.
+
+        Raises:
+            TypeError: a number is not an int.
+            ValueError: there are no sizes, one is below 1, they come to more than 64 of their greatest common divisor,
+                or tokens is negative.
+        """
+        op = "RoutingPlan.chains"
+        _check.integer(op, "tokens", tokens)
+        if tokens < 0:
+            raise ValueError(f"{op}: tokens must be at least 0, got {tokens}")
+        for size in sizes:
+            _check.integer(op, "sizes", size)
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"{op}: sizes must be at least one number of at least 1, got {list(sizes)}")
+        counts = [size // math.gcd(*sizes) for size in sizes]
+        if sum(counts) > MAX_GROUPS:
+            raise ValueError(
+                f"{op}: sizes must come to at most {MAX_GROUPS} of their greatest common divisor, got {list(sizes)}"
+            )
+        chain = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], device=device)
+        return cls._of_parts(op, tokens, chain <= chain.unsqueeze(1), tile)
 
     @classmethod
     def by_class(
@@ -192,6 +228,13 @@ class RoutingPlan:
         plan = cls._of_mask(op, reference.pack_bits(mask), mask.size(1), tile, token_class, num_classes)
         _check_values(op, "token_class", token_class, num_classes)
         return plan
+
+    @classmethod
+    def _of_parts(cls, function: str, tokens: int, sees: Tensor, tile: int) -> RoutingPlan:
+        """Every token uses all groups; sees, bool [num_out, num_in], says which of them each part sees."""
+        num_in = sees.size(1)
+        mask = torch.full((tokens,), -1 if num_in == 64 else 2**num_in - 1, dtype=torch.int64, device=sees.device)
+        return cls._of_mask(function, mask, num_in, tile, out_mask=reference.pack_bits(sees))
 
     @classmethod
     def _of_mask(

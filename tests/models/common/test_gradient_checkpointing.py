@@ -90,6 +90,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], Loss]] = {
     "M2ViT": ("M2ViTForImageClassification", "M2ViTConfig", VIT, images),
     "M2GPT": ("M2GPTForCausalLM", "M2GPTConfig", GPT, lambda m: m(IDS, labels=IDS).loss),
     "DiT3D": ("DiT3DModel", "DiT3DConfig", DIT, voxels),
+    "CoLM": ("CoLMForCausalLM", "CoLMConfig", {**WIDTH, "chains": (1, 1)}, tokens),
     "MoT": ("MoTForCausalLM", "MoTConfig", {**WIDTH, "qk_norm": "rms"}, tokens),
     "MoHD": ("MoHDForCausalLM", "MoHDConfig", {**WIDTH, "num_groups": 4, "num_shared": 1, "top_k": 1}, tokens),
     "Minimal": ("MinimalTransformerForImageClassification", "MinimalTransformerConfig", MINIMAL, images),

@@ -31,6 +31,7 @@ TINY: dict[str, dict[str, Any]] = {
     "Albert": {**WIDTH, "embedding_size": 8},
     "AlgoFormer": {"hidden_size": 16, "num_attention_heads": 2, "loop_layers": 2, "max_position_embeddings": 16},
     "Bert": WIDTH,
+    "CoLM": {**WIDTH, "chains": (1, 1), "qkv_bias": True, "tie_word_embeddings": True},
     "DebertaV2": {**WIDTH, **POSITIONS, "position_buckets": 8},
     "Deberta": {**WIDTH, **POSITIONS},
     "Decoder": {**WIDTH, "num_key_value_heads": 1, "sliding_window": 7, "architecture": "mistral"},

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...nn._product import apply_linear, even_blocks, in_blocks
+from ...nn._product import even_blocks, in_blocks
 from ...nn.cache import Caches
-from ...nn.stack import Stack, Step
+from ...nn.stack import Stack, Step, at_step
 from ...packing import Packing
 from ..common.checks import refuse_arguments
 from ..common.generation import check_sampling, continue_texts
@@ -73,7 +73,7 @@ class CausalLM(PretrainedModel):
 
     def logits(self, hidden: Tensor, step: Step) -> Tensor:
         """hidden [rows, hidden], normalised -> [rows, vocab]."""
-        return apply_linear(hidden, self.head)
+        return at_step(self.head, hidden, step)
 
     def loss(self, logits: Tensor, inputs: Inputs, step: Step) -> Tensor:
         """The mean cross-entropy of the next token, and what branches add to it."""
@@ -158,16 +158,16 @@ class CausalLM(PretrainedModel):
         given = (input_ids, attention_mask, labels, packing, inputs_embeds, position_ids, items)
         return read_inputs(type(self).__name__, self.config, *given)
 
-    def embed(self, inputs: Inputs) -> Tensor:
+    def embed(self, inputs: Inputs, step: Step) -> Tensor:
         """What the stack reads, [total, hidden]."""
         if inputs.embeds is not None:
             return inputs.embeds
-        embedded: Tensor = self.tokens(inputs.ids)
-        return embedded
+        assert inputs.ids is not None
+        return at_step(self.tokens, inputs.ids, step)
 
     def run(self, inputs: Inputs, step: Step) -> HeadOutput:
         """The output for inputs in one step."""
-        hidden = self.stack(self.embed(inputs), step, self.norm)
+        hidden = self.stack(self.embed(inputs, step), step, self.norm)
         if inputs.labels is None and inputs.padded and inputs.shape is None and in_blocks(hidden):
             return HeadOutput(None, self._padded_logits(hidden, inputs.packing, step))
         logits = self.logits(hidden, step)
@@ -247,7 +247,8 @@ class CausalLM(PretrainedModel):
                 f"{type(self).__name__}.decode: tokens must be {len(rows)} tensors, one for each row, got {len(tokens)}"
             )
         step = Step.after(caches, [len(new) for new in tokens], rows, **options)
-        return self.stack(self.tokens(torch.cat(list(tokens))), step, self.norm), step
+        hidden = self.stack(at_step(self.tokens, torch.cat(list(tokens)), step), step, self.norm)
+        return hidden, step
 
     @torch.inference_mode()
     def generate(
