@@ -113,6 +113,11 @@ def _norm() -> Iterator[Call]:
             x, weight, row = _empty(4096, width, dtype=dtype), _empty(width, dtype=dtype), _floats(4096)
             yield "add_bias_residual_layer_norm", (x, weight, x, weight, weight), {}
             yield "add_bias_residual_layer_norm_backward", (x, None, x, weight, row, row), {}
+            yield "add_residual_rms_norm", (x, x, weight), {}
+            yield "add_residual_rms_norm_backward", (x, None, x, weight, row), {}
+            for approximate in ("none", "tanh"):
+                yield "rms_norm_gelu", (x, None, 0.0, approximate), {}
+                yield "rms_norm_gelu_backward", (x, x, None, 0.0, approximate), {}
 
 
 def _monarch() -> Iterator[Call]:

@@ -81,7 +81,10 @@ STACK: tuple[StackRule, ...] = (
 ATTENTION = r"(varlen|window)_attention_(forward|backward_(keys|queries|short|bias))<"
 MONARCH = r"(block_gemm|block_weight_gradient|monarch_forward|glu_(forward|gradient))<"
 STEPS = r"varlen_attention_(forward|backward_(keys|queries))<.*\bAttentionStep>"
-VECTORS = r"(gather_(long|short)_rows<uint4,|(bias_gelu|layer_norm)(_backward)?_kernel<(float, 4|\w+, 8),)"
+VECTORS = (
+    r"(gather_(long|short)_rows<uint4,|bias_gelu(_backward)?_kernel<(float, 4|\w+, 8),"
+    r"|row_norm(_backward)?_kernel<.+, (float, 4|\w+, 8), \d+, \d+>)"
+)
 SHORT_CONV = r"short_conv_gate(_backward)?_kernel<"
 HIDDEN = r"hidden_(gather|scatter|weight_grad)<"
 FFT_CONV = r"fft_conv_(gradient_)?kernel<"

@@ -29,7 +29,8 @@ from gpu_check import ncu  # noqa: E402
 Row = dict[str, str]
 # Families of kernels; those of models and of the host's calls have no floor of one kernel.
 FAMILIES = (
-    "attention", "disentangled_attention", "encoder", "fft_conv", "hidden", "monarch", "ring", "short_conv", "window",
+    "attention", "disentangled_attention", "encoder", "fft_conv", "hidden", "monarch", "norm", "ring", "short_conv",
+    "window",
 )  # fmt: skip
 # The ops behind what bench/ calls a kernel, where the name is another one.
 OPS = {

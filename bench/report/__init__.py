@@ -89,7 +89,8 @@ def number(value: float) -> str:
 def sizes(row: Row) -> str:
     """The sizes that a row has, in words."""
     batch = f"{row['batch']} x " if row["batch"] else ""
-    parts = [f"{batch}{row['grid'] or row['seqlen']}, {row['tokens']} tokens"]
+    grid = row["grid"] or row["seqlen"]
+    parts = [f"{batch}{grid}, {row['tokens']} tokens" if grid else f"{row['tokens']} tokens"]
     if row["window"]:
         shift = f" shifted {row['shift']}" if row["shift"].strip("0x") else ""
         parts.append(f"windows {row['window']}{shift}")

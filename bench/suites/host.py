@@ -31,6 +31,8 @@ OPS = (
     "disentangled_attention",
     "add_bias_residual_layer_norm",
     "bias_gelu",
+    "add_residual_rms_norm",
+    "rms_norm_gelu",
     "window_attention",
     "blockdiag_multiply",
     "monarch_multiply",
@@ -166,6 +168,16 @@ class HostCase(Case):
                 lambda x, b: warpform.ops.bias_gelu(x, b),
                 lambda x, b: F.gelu(x + b),
                 (rows, bias),
+            ),
+            "add_residual_rms_norm": (
+                warpform.ops.add_residual_rms_norm,
+                lambda x, r, w: F.rms_norm(x + r, (128,), w, 1e-6),
+                (rows, residual, weight),
+            ),
+            "rms_norm_gelu": (
+                lambda x: warpform.ops.rms_norm_gelu(x),
+                lambda x: F.gelu(F.rms_norm(x, (128,), eps=0.0)),
+                (rows,),
             ),
             "window_attention": (
                 lambda qkv, t: warpform.ops.window_attention(qkv, t, window_size=(1, 3)),

@@ -71,16 +71,10 @@ void backward(const BiasGeluBackwardParams& p, const Host& host) {
   Scratch memory(host, Scratch::bytes_of<float>(wide) + (has_bias ? Scratch::bytes_of<float>(shares * wide) : 0));
   const float* const bias = as_floats(p.bias, bias_type, p.cols, memory.next<float>(wide));
   float* const sums = has_bias ? memory.next<float>(shares * wide) : nullptr;
-  over(host, shares, [&](Items& items) {
-    for (int64_t share; items.next(share);) {
-      float* const sum = has_bias ? sums + share * wide : nullptr;
-      if (has_bias) std::memset(sum, 0, static_cast<size_t>(wide) * sizeof(float));
-      int64_t r = share * each;
-      const int64_t last = smaller(p.rows, r + each);
-      for (; r + 2 <= last; r += 2) backward_rows<kTanh, 2, T>(p, bias, r, sum);
-      if (r < last) backward_rows<kTanh, 1, T>(p, bias, r, sum);
-    }
-  });
+  over_shares<2>(
+      host, p.rows, each, sums, has_bias ? wide : 0,
+      [&](int64_t r, float* sum) { backward_rows<kTanh, 2, T>(p, bias, r, has_bias ? sum : nullptr); },
+      [&](int64_t r, float* sum) { backward_rows<kTanh, 1, T>(p, bias, r, has_bias ? sum : nullptr); });
   if (has_bias) add_shares(p.dbias, bias_type, sums, shares, wide, p.cols);
 }
 

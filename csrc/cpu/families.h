@@ -24,6 +24,12 @@ void bias_gelu_backward(const BiasGeluBackwardParams& params, const Host& host);
 // norm.cpp
 void layer_norm(const LayerNormParams& params, const Host& host);
 void layer_norm_backward(const LayerNormBackwardParams& params, const Host& host);
+void rms_norm(const RmsNormParams& params, const Host& host);
+void rms_norm_backward(const RmsNormBackwardParams& params, const Host& host);
+
+// norm_gelu.cpp
+void rms_norm_gelu(const RmsNormGeluParams& params, const Host& host);
+void rms_norm_gelu_backward(const RmsNormGeluBackwardParams& params, const Host& host);
 
 // packing.cpp
 void packing_plan(const PackingPlanParams& params, const Host& host);

@@ -119,6 +119,10 @@ struct Kernels {
   Kernel<BiasGeluBackwardParams> bias_gelu_backward;
   Kernel<LayerNormParams> layer_norm;
   Kernel<LayerNormBackwardParams> layer_norm_backward;
+  Kernel<RmsNormParams> rms_norm;
+  Kernel<RmsNormBackwardParams> rms_norm_backward;
+  Kernel<RmsNormGeluParams> rms_norm_gelu;
+  Kernel<RmsNormGeluBackwardParams> rms_norm_gelu_backward;
   Kernel<PackingPlanParams> packing_plan;
   Kernel<GatherRowsParams> gather_rows;
   Kernel<WindowForwardParams> window_attention;

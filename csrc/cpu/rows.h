@@ -54,14 +54,15 @@ WARPFORM_INLINE void each_vector(int64_t first, int64_t last, const F& f) {
 }
 
 // Sums over the columns of rows: calls f(c, lanes, sum) for every vector, which adds to the kSums vectors of sum. An
-// addition waits for the addition before it, so kChains sums are made side by side. Each of them has at most 256 terms, which
-// bounds its rounding error.
+// addition waits for the addition before it, so kChains sums are made side by side. Each of them has at most 64 terms,
+// which bounds its rounding error. Squares of few bits need that: of the bits that a sum drops theirs are more often small
+// than large, so that rounding takes off more than it adds.
 template <int kChains, int kSums, class F>
 WARPFORM_INLINE void sum_columns(float (&total)[kSums], int64_t cols, const F& f) {
   constexpr int64_t kStep = kChains * kLanes;
-  for (int k = 0; k < kSums; ++k) total[k] = 0.f;
-  for (int64_t first = 0; first < cols; first += 256 * kStep) {
-    const int64_t last = smaller(cols, first + 256 * kStep);
+  Vec totals[kSums] = {};
+  for (int64_t first = 0; first < cols; first += 64 * kStep) {
+    const int64_t last = smaller(cols, first + 64 * kStep);
     Vec sum[kChains][kSums] = {};
     int64_t c = first;
     for (; c + kStep <= last; c += kStep) {
@@ -74,9 +75,45 @@ WARPFORM_INLINE void sum_columns(float (&total)[kSums], int64_t cols, const F& f
       Vec of_chains = sum[0][k];
 #pragma GCC unroll 8
       for (int i = 1; i < kChains; ++i) of_chains += sum[i][k];
-      total[k] += sum_of_lanes(of_chains);
+      totals[k] += of_chains;
     }
   }
+  for (int k = 0; k < kSums; ++k) total[k] = sum_of_lanes(totals[k]);
+}
+
+// 1 / sqrt(squares), and 0 for 0: a row of zeros stays one.
+inline float inverse_root(float squares) { return squares == 0.f ? 0.f : 1.f / __builtin_sqrtf(squares); }
+
+// Calls work(row, line) for every row, in threads; `line` is room of the thread for `cols` float32 numbers, rounded up to
+// kLanes, or null if it is not asked for.
+template <class Work>
+void over_rows(const Host& host, int64_t rows, int64_t cols, bool needs_line, const Work& work) {
+  const int64_t rows_each = larger(1, kItemElements / cols), wide = round_up(cols, kLanes);
+  over(host, ceil_div(rows, rows_each), [&](Items& items) {
+    Scratch own(host, Scratch::bytes_of<float>(needs_line ? wide : 0));
+    float* const line = needs_line ? own.next<float>(wide) : nullptr;
+    for (int64_t item; items.next(item);) {
+      for (int64_t r = item * rows_each; r < smaller(rows, (item + 1) * rows_each); ++r) work(r, line);
+    }
+  });
+}
+
+// Goes over shares of rows whose column sums are added up apart: calls several(r, sums) for kAtOnce rows from r on while
+// there are as many, and one(r, sums) for the rest of a share. `sums` is the share's own part of `all`, `floats` numbers
+// that begin as 0.
+template <int kAtOnce, class Several, class One>
+void over_shares(const Host& host, int64_t rows, int64_t rows_each, float* all, int64_t floats, const Several& several,
+                 const One& one) {
+  over(host, ceil_div(rows, rows_each), [&](Items& items) {
+    for (int64_t share; items.next(share);) {
+      float* const sums = all + share * floats;
+      if (floats > 0) std::memset(sums, 0, static_cast<size_t>(floats) * sizeof(float));
+      int64_t r = share * rows_each;
+      const int64_t last = smaller(rows, r + rows_each);
+      for (; r + kAtOnce <= last; r += kAtOnce) several(r, sums);
+      for (; r < last; ++r) one(r, sums);
+    }
+  });
 }
 
 // A parameter [cols] as float32, or null: itself, or a copy in `room`, which has place for cols rounded up to kLanes.

@@ -106,7 +106,7 @@ std::string row_json(const SupportedConfig& config, const char* dtype) {
 
 using Tables = std::span<const std::span<const SupportedConfig>>;
 
-constexpr std::span<const SupportedConfig> kCudaTables[] = {kAttentionConfigs, kPackingConfigs,   kLayerNormConfigs,
+constexpr std::span<const SupportedConfig> kCudaTables[] = {kAttentionConfigs, kPackingConfigs,   kNormConfigs,
                                                             kGeluConfigs,      kFftConvConfigs,   kRoutingConfigs,
                                                             kMonarchConfigs,   kShortConvConfigs, kWindowConfigs};
 constexpr std::span<const SupportedConfig> kCpuTables[] = {cpu::kConfigs};

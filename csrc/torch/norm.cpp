@@ -1,6 +1,8 @@
 // Bindings of LayerNorm, RMSNorm and RMSNorm with GELU: checks, allocation, launch.
 #include "kernels/norm/launch.h"
 
+#include <algorithm>
+#include <cmath>
 #include <optional>
 
 #include "binding.h"
@@ -74,13 +76,12 @@ void check_rms_norm_gelu(const char* op, const Tensor& x, std::optional<double> 
   check_gelu_form(op, approximate);
 }
 
-// Why no LayerNorm kernel takes x, or nothing.
-std::string layer_norm_unsupported(const Launch& launch, const Tensor& x, int64_t cols) {
+// Why no kernel takes x, or nothing.
+std::string no_kernel(const Launch& launch, const Tensor& x, int64_t cols) {
   if (const char* reason = launch.unusable_anywhere()) return reason;
   if (const char* reason = kFloatTypes.why_not(dtype_name(x.scalar_type()))) return reason;
-  if (!launch.on_cpu() && !kLayerNormCols.allows(cols)) {
-    return "rows of " + std::to_string(cols) + " elements; the kernels take up to " +
-           std::to_string(kLayerNormCols.max);
+  if (!launch.on_cpu() && !kRowNormCols.allows(cols)) {
+    return "rows of " + std::to_string(cols) + " elements; the kernels take up to " + std::to_string(kRowNormCols.max);
   }
   return "";
 }
@@ -93,7 +94,7 @@ Quadruple add_bias_residual_layer_norm(Tensor x, std::optional<Tensor> bias, std
   check_layer_norm(kOp, x, bias, residual, weight, ln_bias, eps);
   const auto [rows, cols] = rows_of(x);
   const Launch launch(kOp, x);
-  if (const std::string reason = layer_norm_unsupported(launch, x, cols); !reason.empty()) {
+  if (const std::string reason = no_kernel(launch, x, cols); !reason.empty()) {
     return UseReference(reason);
   }
   x = contiguous(x);
@@ -131,7 +132,7 @@ Quadruple add_bias_residual_layer_norm_backward(Tensor dout, std::optional<Tenso
   check_statistics(kOp, "mean", mean, rows, sum);
   check_statistics(kOp, "rstd", rstd, rows, sum);
   const Launch launch(kOp, sum);
-  if (const std::string reason = layer_norm_unsupported(launch, sum, cols); !reason.empty()) {
+  if (const std::string reason = no_kernel(launch, sum, cols); !reason.empty()) {
     return UseReference(reason);
   }
   dout = contiguous(dout);
@@ -174,28 +175,123 @@ std::tuple<Tensor, Tensor, Tensor> add_residual_rms_norm(Tensor x, std::optional
                                                          double eps, bool return_sum) {
   constexpr const char* kOp = "add_residual_rms_norm";
   check_rms_norm(kOp, x, residual, weight, eps);
-  return UseReference("there is no kernel yet");
+  const auto [rows, cols] = rows_of(x);
+  const Launch launch(kOp, x);
+  if (const std::string reason = no_kernel(launch, x, cols); !reason.empty()) return UseReference(reason);
+  x = contiguous(x);
+  residual = contiguous(residual);
+  weight = contiguous(weight);
+  Tensor out = empty(kOp, sizes_of(x), x.scalar_type(), x);
+  Tensor sum = empty(kOp, return_sum ? sizes_of(x) : std::vector<int64_t>{0}, x.scalar_type(), x);
+  Tensor rstd = empty(kOp, {rows}, ScalarType::Float, x);
+  const RmsNormParams params{.x = launch.in(x),
+                             .residual = launch.in_or_null(residual),
+                             .weight = launch.in(weight),
+                             .out = launch.out(out),
+                             .sum = return_sum ? launch.out(sum) : nullptr,
+                             .rstd = launch.out<float>(rstd),
+                             .rows = rows,
+                             .cols = cols,
+                             .eps = static_cast<float>(eps),
+                             .dtype = element_type(x),
+                             .float_parameters = weight.scalar_type() == ScalarType::Float};
+  launch.run<&launch_rms_norm, &cpu::Kernels::rms_norm>(params);
+  return {out, sum, rstd};
 }
 
 std::tuple<Tensor, Tensor> add_residual_rms_norm_backward(Tensor dout, std::optional<Tensor> dsum, Tensor sum,
                                                           Tensor weight, Tensor rstd) {
   constexpr const char* kOp = "add_residual_rms_norm_backward";
   check_backward(kOp, dout, dsum, sum, weight);
-  check_statistics(kOp, "rstd", rstd, rows_of(sum).rows, sum);
-  return UseReference("there is no kernel yet");
+  const auto [rows, cols] = rows_of(sum);
+  check_statistics(kOp, "rstd", rstd, rows, sum);
+  const Launch launch(kOp, sum);
+  if (const std::string reason = no_kernel(launch, sum, cols); !reason.empty()) return UseReference(reason);
+  dout = contiguous(dout);
+  dsum = contiguous(dsum);
+  sum = contiguous(sum);
+  weight = contiguous(weight);
+  rstd = contiguous(rstd);
+  Tensor dx = empty(kOp, sizes_of(sum), sum.scalar_type(), sum);
+  Tensor dweight = empty(kOp, {cols}, weight.scalar_type(), sum);
+  RmsNormBackwardParams params{.dout = launch.in(dout),
+                               .dsum = launch.in_or_null(dsum),
+                               .sum = launch.in(sum),
+                               .weight = launch.in(weight),
+                               .rstd = launch.in<float>(rstd),
+                               .dx = launch.out(dx),
+                               .dweight = launch.out(dweight),
+                               .partials = nullptr,
+                               .groups = 0,
+                               .rows = rows,
+                               .cols = cols,
+                               .dtype = element_type(sum),
+                               .float_parameters = weight.scalar_type() == ScalarType::Float};
+  std::optional<Tensor> partials;
+  if (!launch.on_cpu()) {
+    params.groups = launch.ask<&rms_norm_backward_groups>(params);
+    partials = empty(kOp, {params.groups, cols}, ScalarType::Float, sum);
+    params.partials = launch.out<float>(*partials);
+  }
+  launch.run<&launch_rms_norm_backward, &cpu::Kernels::rms_norm_backward>(params);
+  return {dx, dweight};
 }
+
+// Rows brought to the length `scale` are normalised by their root mean square and multiplied by this; and what is added
+// to the sum of squares, to the mean.
+struct Normalisation {
+  float gain;
+  float eps;
+  Normalisation(std::optional<double> scale, double eps_of_sum, int64_t cols) {
+    const double count = static_cast<double>(std::max<int64_t>(cols, 1));
+    gain = scale ? static_cast<float>(*scale / std::sqrt(count)) : 1.0f;
+    eps = static_cast<float>(eps_of_sum / count);
+  }
+};
 
 Tensor rms_norm_gelu(Tensor x, std::optional<double> scale, double eps, std::string approximate) {
   constexpr const char* kOp = "rms_norm_gelu";
   check_rms_norm_gelu(kOp, x, scale, eps, approximate);
-  return UseReference("there is no kernel yet");
+  const auto [rows, cols] = rows_of(x);
+  const Launch launch(kOp, x);
+  if (const std::string reason = no_kernel(launch, x, cols); !reason.empty()) return UseReference(reason);
+  x = contiguous(x);
+  const Normalisation norm(scale, eps, cols);
+  Tensor out = empty(kOp, sizes_of(x), x.scalar_type(), x);
+  const RmsNormGeluParams params{.x = launch.in(x),
+                                 .out = launch.out(out),
+                                 .rows = rows,
+                                 .cols = cols,
+                                 .gain = norm.gain,
+                                 .eps = norm.eps,
+                                 .dtype = element_type(x),
+                                 .tanh = approximate == "tanh"};
+  launch.run<&launch_rms_norm_gelu, &cpu::Kernels::rms_norm_gelu>(params);
+  return out;
 }
 
 Tensor rms_norm_gelu_backward(Tensor dout, Tensor x, std::optional<double> scale, double eps, std::string approximate) {
   constexpr const char* kOp = "rms_norm_gelu_backward";
   check_rms_norm_gelu(kOp, x, scale, eps, approximate);
   check_like(kOp, "dout", dout, "x", x);
-  return UseReference("there is no kernel yet");
+  const auto [rows, cols] = rows_of(x);
+  const Launch launch(kOp, x);
+  if (const std::string reason = no_kernel(launch, x, cols); !reason.empty()) return UseReference(reason);
+  dout = contiguous(dout);
+  x = contiguous(x);
+  const Normalisation norm(scale, eps, cols);
+  Tensor dx = empty(kOp, sizes_of(x), x.scalar_type(), x);
+  const RmsNormGeluBackwardParams params{.dout = launch.in(dout),
+                                         .x = launch.in(x),
+                                         .dx = launch.out(dx),
+                                         .rows = rows,
+                                         .cols = cols,
+                                         .gain = norm.gain,
+                                         .eps = norm.eps,
+                                         .dtype = element_type(x),
+                                         .tanh = approximate == "tanh"};
+  launch.run<&launch_rms_norm_gelu_backward, &cpu::Kernels::rms_norm_gelu_backward>(params);
+  return dx;
 }
 
 }  // namespace

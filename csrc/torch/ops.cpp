@@ -104,8 +104,8 @@ std::vector<Schema> schemas() {
       // GELU of rows brought to the length `scale` (None: the root of the width), approximate "none" (erf) or "tanh".
       {"rms_norm_gelu", "Tensor x, float? scale=None, float eps=0.0, str approximate=\"none\"", "Tensor"},
       // Makes the lengths of the rows again.
-      {"rms_norm_gelu_backward",
-       "Tensor dout, Tensor x, float? scale=None, float eps=0.0, str approximate=\"none\"", "Tensor"},
+      {"rms_norm_gelu_backward", "Tensor dout, Tensor x, float? scale=None, float eps=0.0, str approximate=\"none\"",
+       "Tensor"},
 
       // GELU(x + bias), approximate "none" (erf) or "tanh".
       {"bias_gelu", "Tensor x, Tensor? bias, str approximate=\"none\"", "Tensor"},

@@ -107,6 +107,44 @@ std::vector<Floats> layer_norm() {
   return {out, sum, mean, rstd, dx, dbias, dweight, dln_bias};
 }
 
+std::vector<Floats> rms_norm() {
+  constexpr int64_t kRows = 3001, kCols = 77;
+  static const Floats x = drawn(kRows * kCols), residual = drawn(kRows * kCols), dout = drawn(kRows * kCols);
+  static const Floats weight = drawn(kCols);
+  Floats out(kRows * kCols), sum(kRows * kCols), rstd(kRows), dx(kRows * kCols), dweight(kCols);
+  kernels::rms_norm({.x = x.data(),
+                     .residual = residual.data(),
+                     .weight = weight.data(),
+                     .out = out.data(),
+                     .sum = sum.data(),
+                     .rstd = rstd.data(),
+                     .rows = kRows,
+                     .cols = kCols,
+                     .eps = 1e-6f},
+                    kHost);
+  kernels::rms_norm_backward({.dout = dout.data(),
+                              .dsum = residual.data(),
+                              .sum = sum.data(),
+                              .weight = weight.data(),
+                              .rstd = rstd.data(),
+                              .dx = dx.data(),
+                              .dweight = dweight.data(),
+                              .rows = kRows,
+                              .cols = kCols},
+                             kHost);
+  return {out, sum, rstd, dx, dweight};
+}
+
+std::vector<Floats> rms_norm_gelu() {
+  constexpr int64_t kRows = 3001, kCols = 77;
+  static const Floats x = drawn(kRows * kCols), dout = drawn(kRows * kCols);
+  Floats out(kRows * kCols), dx(kRows * kCols);
+  kernels::rms_norm_gelu({.x = x.data(), .out = out.data(), .rows = kRows, .cols = kCols, .gain = 1.f}, kHost);
+  kernels::rms_norm_gelu_backward(
+      {.dout = dout.data(), .x = x.data(), .dx = dx.data(), .rows = kRows, .cols = kCols, .gain = 1.f}, kHost);
+  return {out, dx};
+}
+
 // A plan of a mask with holes, and rows packed by it. Integers go through float, which all of them fit into.
 std::vector<Floats> packing() {
   constexpr int64_t kBatch = 301, kSeqlen = 257, kCapacity = 60001, kWidth = 5;
@@ -437,6 +475,8 @@ std::vector<Floats> routing() {
 const Case kCases[] = {
     {"bias_gelu", 2, gelu},
     {"layer_norm", 2, layer_norm},
+    {"rms_norm", 2, rms_norm},
+    {"rms_norm_gelu", 2, rms_norm_gelu},
     {"packing", 2, packing},
     {"attention", 2, [] { return attention(false); }},
     {"causal attention", 2, [] { return attention(true); }},

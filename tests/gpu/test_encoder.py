@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import warpform
-from helpers import cases, checks
+from helpers import cases, checks, norm
 from warpform import _library
 
 pytestmark = pytest.mark.gpu
@@ -72,6 +72,50 @@ def test_layer_norm_of_more_elements_than_32_bits_count() -> None:
     assert torch.equal(dx[-7:], alone[0])
 
 
+# ---- RMSNorm ----
+
+LONG_ROWS = ((20000, 24), (9001, 384), (9001, 333), (4099, 768), (2050, 3072), (700, 16384), (333, 16383))
+
+
+@by_dtype
+@pytest.mark.parametrize("wide", (False, True))
+@pytest.mark.parametrize("shape", LONG_ROWS, ids=str)
+def test_long_rms_norm(shape: tuple[int, int], wide: bool, dtype: torch.dtype) -> None:
+    norm.check_rms_norm(OPS, norm.RmsNormCase("", shape, wide_weight=wide), dtype, "cuda")
+
+
+@by_dtype
+@pytest.mark.parametrize("approximate", ("none", "tanh"))
+@pytest.mark.parametrize("shape", LONG_ROWS, ids=str)
+def test_long_rms_norm_gelu(shape: tuple[int, int], approximate: str, dtype: torch.dtype) -> None:
+    norm.check_rms_norm_gelu(OPS, norm.RmsNormGeluCase("", shape, approximate=approximate), dtype, "cuda")
+
+
+@by_dtype
+@pytest.mark.parametrize("width", (333, 768, 3072, 16384))
+def test_rms_norm_gradients_repeat_bit_for_bit(width: int, dtype: torch.dtype) -> None:
+    x, dout = (cases.random(1500, width, dtype=dtype, device="cuda") for _ in range(2))
+    weight = torch.ones(width, dtype=dtype, device="cuda")
+    _, total, rstd = OPS.add_residual_rms_norm(x, None, weight, return_sum=True)
+    runs = [OPS.add_residual_rms_norm_backward(dout, None, total, weight, rstd) for _ in range(5)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.huge(gigabytes=26)
+def test_rms_norm_of_more_elements_than_32_bits_count() -> None:
+    rows, width = 2**31 // 1024 + 5, 1024
+    x = torch.empty(rows, width, dtype=torch.float16, device="cuda").normal_()
+    weight = torch.ones(width, dtype=torch.float16, device="cuda")
+    out, _, rstd = OPS.add_residual_rms_norm(x, None, weight)
+    alone = OPS.add_residual_rms_norm(x[-7:], None, weight)
+    assert torch.equal(out[-7:], alone[0]) and torch.equal(rstd[-7:], alone[2])
+    dx = OPS.add_residual_rms_norm_backward(out, None, x, weight, rstd)[0]
+    assert torch.equal(dx[-7:], OPS.add_residual_rms_norm_backward(out[-7:], None, x[-7:], weight, rstd[-7:])[0])
+    del dx
+    assert torch.equal(OPS.rms_norm_gelu(x)[-7:], OPS.rms_norm_gelu(x[-7:]))
+    assert torch.equal(OPS.rms_norm_gelu_backward(out, x)[-7:], OPS.rms_norm_gelu_backward(out[-7:], x[-7:]))
+
+
 # ---- GELU ----
 
 LONG_GELUS = tuple(
@@ -111,7 +155,8 @@ def test_gelu_of_more_elements_than_32_bits_count(with_bias: bool) -> None:
 def test_every_configuration_of_the_table_has_a_kernel() -> None:
     """Under WARPFORM_STRICT an op that went to its reference would raise."""
     # Rows of other families hold other fields; some have no dtype.
-    family = ("packing_plan", "pack", "unpack", "add_bias_residual_layer_norm", "bias_gelu")
+    floating = ("add_bias_residual_layer_norm", "bias_gelu", "add_residual_rms_norm", "rms_norm_gelu")
+    family = ("packing_plan", "pack", "unpack", *floating)
     table = [entry for entry in _library.kernel_table() if entry["op"].removesuffix("_backward") in family]
     seen = set()
     for entry in table:
@@ -124,6 +169,17 @@ def test_every_configuration_of_the_table_has_a_kernel() -> None:
                 weight = torch.ones(entry["max_cols"], dtype=getattr(torch, parameters), device="cuda")
                 _, total, mean, rstd = OPS.add_bias_residual_layer_norm(x, weight, x, weight, weight, return_sum=True)
                 OPS.add_bias_residual_layer_norm_backward(x, x, total, weight, mean, rstd)
+        elif entry["op"].startswith("add_residual_rms_norm"):
+            for parameters in entry["parameter_dtypes"]:
+                x = torch.ones(2, entry["max_cols"], dtype=getattr(torch, entry["dtype"]), device="cuda")
+                weight = torch.ones(entry["max_cols"], dtype=getattr(torch, parameters), device="cuda")
+                _, total, rstd = OPS.add_residual_rms_norm(x, x, weight, return_sum=True)
+                OPS.add_residual_rms_norm_backward(x, x, total, weight, rstd)
+        elif entry["op"].startswith("rms_norm_gelu"):
+            x = torch.ones(2, entry["max_cols"], dtype=getattr(torch, entry["dtype"]), device="cuda")
+            for approximate in entry["approximate"]:
+                OPS.rms_norm_gelu(x, None, 0.0, approximate)
+                OPS.rms_norm_gelu_backward(x, x, None, 0.0, approximate)
         elif entry["op"].startswith("bias_gelu"):
             x = torch.ones(2, 24, dtype=getattr(torch, entry["dtype"]), device="cuda")
             for parameters in entry["parameter_dtypes"]:
@@ -131,8 +187,7 @@ def test_every_configuration_of_the_table_has_a_kernel() -> None:
                 for approximate in entry["approximate"]:
                     OPS.bias_gelu(x, bias, approximate)
                     OPS.bias_gelu_backward(x, x, bias, approximate)
-    ops = ("add_bias_residual_layer_norm", "bias_gelu")
-    for name in (*ops, *(f"{op}_backward" for op in ops)):
+    for name in (*floating, *(f"{op}_backward" for op in floating)):
         assert {(name, dtype) for dtype in ("float32", "float16", "bfloat16")} <= seen
     assert {("pack", "any"), ("unpack", "any"), ("packing_plan", "bool")} <= seen
 
@@ -144,9 +199,15 @@ def test_what_has_no_kernel_is_refused_under_strict() -> None:
         OPS.add_bias_residual_layer_norm(x, None, None, weight, weight)
     with pytest.raises(RuntimeError, match="float64"):
         OPS.bias_gelu(x, None)
+    with pytest.raises(RuntimeError, match="float64"):
+        OPS.add_residual_rms_norm(x, None, weight)
+    with pytest.raises(RuntimeError, match="float64"):
+        OPS.rms_norm_gelu(x)
     wide, weight = torch.randn(2, 16385, device="cuda"), torch.ones(16385, device="cuda")
     with pytest.raises(RuntimeError, match="rows of 16385 elements"):
         OPS.add_bias_residual_layer_norm(wide, None, None, weight, weight)
+    with pytest.raises(RuntimeError, match="rows of 16385 elements"):
+        OPS.rms_norm_gelu(wide)
 
 
 def test_tensors_of_two_devices_are_refused() -> None:
@@ -168,8 +229,11 @@ def test_a_captured_graph_replays_all_ops() -> None:
         _, _, indices, _, ranks, _ = OPS.packing_plan(mask, batch * seqlen)
         packed, gradient = OPS.pack(x, indices, ranks), OPS.pack(dout, indices, ranks)
         out, total, mean, rstd = OPS.add_bias_residual_layer_norm(packed, bias, packed, weight, bias, return_sum=True)
-        gradients = OPS.add_bias_residual_layer_norm_backward(gradient, None, total, weight, mean, rstd)
+        gradients = [*OPS.add_bias_residual_layer_norm_backward(gradient, None, total, weight, mean, rstd)]
         activated = OPS.bias_gelu(out, bias, "none")
+        normal, total, rstd = OPS.add_residual_rms_norm(out, total, weight, return_sum=True)
+        gradients += OPS.add_residual_rms_norm_backward(gradient, None, total, weight, rstd)
+        gradients += [OPS.rms_norm_gelu(normal), OPS.rms_norm_gelu_backward(gradient, normal)]
         return [OPS.unpack(activated, indices, ranks), *gradients, *OPS.bias_gelu_backward(gradient, out, bias, "none")]
 
     with torch.inference_mode():

@@ -69,7 +69,7 @@ def check_gradients(
     assert set(names) == set(found)
     assert {part for parts in names.values() for part in parts} == set(grads["oracle"])
     for name, parts in names.items():
-        chunks = list(zip(parts, found[name].chunk(len(parts)), strict=True))
+        chunks = list(zip(parts, ours.split_weight(name, found[name], len(parts)), strict=True))
         if name.endswith("qkv.bias"):
             # A softmax does not see a constant added to a row, so the gradient of the key bias is 0 but for rounding,
             # which has no scale of its own; it is judged beside the other two.

@@ -10,10 +10,22 @@ import torch
 from torch import Tensor, nn
 
 
-def train(model: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float, weight_decay: float = 0.01) -> None:
-    """`steps` steps of AdamW on the loss of a batch that `loss` draws; the learning rate peaks at `rate`."""
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+def train(
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    steps: int,
+    rate: float,
+    weight_decay: float = 0.01,
+    *,
+    constant: bool = False,
+) -> None:
+    """`steps` steps of AdamW on the loss of a batch that `loss` draws; the learning rate peaks at `rate`, or is it."""
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=weight_decay)
+    schedule = (
+        torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        if constant
+        else torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    )
     for _ in range(steps):
         optimizer.zero_grad()
         loss().backward()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from helpers.compare import assert_close
 from warpform import ops
-from warpform.nn import ChainAttentionCore, ChainEmbedding, ChainHead, ChainLinear, ChainRMSNorm
+from warpform.nn import ChainLinear, ChainRMSNorm
+from warpform.nn.chain import ChainAttentionCore, ChainEmbedding, ChainHead
 from warpform.ops import RoutingPlan
 
 IN, OUT = (3, 5, 4), (2, 6, 7)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from warpform.models import SequenceParallelTransformer, SequenceParallelTransformerConfig
-from warpform.nn.rotary import apply_rotary, rotary_tables
+from warpform.nn.rotary import Rotary, apply_rotary, rotary_tables
 
 POSITIONS = torch.tensor([0, 1, 5, 1000, 2**20 + 1])
 
@@ -58,3 +58,33 @@ def test_far_positions_in_bfloat16() -> None:
     with torch.inference_mode():
         near, far = (model(ids, position_ids=torch.arange(12) + begin).logits.float() for begin in (0, 30_000))
     assert (near - far).abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * near.abs().max()
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    (
+        None,
+        {"rope_type": "linear", "factor": 3.0},
+        {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 512,
+        },
+    ),
+    ids=("default", "linear", "llama3"),
+)  # fmt: skip
+def test_frequencies_are_those_of_transformers(scaling: dict[str, object] | None) -> None:
+    """Theirs are float32: each may differ by the roundings of a few operations."""
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    config = llama.LlamaConfig(
+        hidden_size=64, num_attention_heads=1, rope_theta=500.0, rope_scaling=scaling, max_position_embeddings=4096
+    )
+    expected = llama.LlamaRotaryEmbedding(config).inv_freq.double()
+    found = Rotary(64, 500.0, scaling).frequencies()
+    assert ((found - expected) / expected).abs().max() < 16 * torch.finfo(torch.float32).eps
+
+
+def test_the_rest_of_a_head_stays() -> None:
+    x = torch.randn(5, 3, 8)
+    tables = rotary_tables(POSITIONS, 4)
+    out = apply_rotary(x, *tables)
+    assert torch.equal(out[..., :4], apply_rotary(x[..., :4], *tables)) and torch.equal(out[..., 4:], x[..., 4:])

@@ -143,6 +143,40 @@ def test_gradients_of_layer_norm_add_up_where_residual_goes_on() -> None:
     assert torch.autograd.gradcheck(function, (x, residual))
 
 
+@pytest.mark.parametrize("return_sum", (False, True))
+@pytest.mark.parametrize("with_residual", (False, True))
+def test_gradcheck_of_rms_norm(return_sum: bool, with_residual: bool) -> None:
+    x, residual = (torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    inputs = (x, residual if with_residual else None, torch.randn(5, dtype=torch.float64, requires_grad=True))
+    function = ops.add_residual_rms_norm
+    assert torch.autograd.gradcheck(lambda *t: function(*t, 1e-3, return_sum=return_sum), inputs)
+
+
+def test_rms_norm_recomputes_a_sum_that_was_not_kept() -> None:
+    inputs = (*(torch.randn(3, 5, requires_grad=True) for _ in range(2)), torch.randn(5, requires_grad=True))
+    kept = ops.add_residual_rms_norm(*inputs)
+    again = torch.ops.warpform.add_residual_rms_norm(*inputs)[0]
+    dout = torch.randn(3, 5)
+    for one, other in zip(*(torch.autograd.grad(out, inputs, dout) for out in (kept, again)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_sum_alone_has_a_gradient() -> None:
+    """Of a pre-norm layer whose normalised output is not used: the gradient of the sum is that of both terms."""
+    x, residual = (torch.randn(3, 5, requires_grad=True) for _ in range(2))
+    _, total = ops.add_residual_rms_norm(x, residual, torch.randn(5), return_sum=True)
+    dsum = torch.randn(3, 5)
+    for g in torch.autograd.grad(total, (x, residual), dsum):
+        assert torch.equal(g, dsum)
+
+
+@pytest.mark.parametrize("approximate", ("none", "tanh"))
+@pytest.mark.parametrize(("scale", "eps"), ((None, 0.0), (2.0, 0.3), (-1.5, 0.0), (0.0, 0.0)))
+def test_gradcheck_of_rms_norm_gelu(approximate: str, scale: float | None, eps: float) -> None:
+    x = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: ops.rms_norm_gelu(x, scale, eps, approximate), x)
+
+
 @pytest.mark.parametrize("approximate", ("none", "tanh"))
 @pytest.mark.parametrize("with_bias", (False, True))
 def test_gradcheck_of_gelu(approximate: str, with_bias: bool) -> None:
@@ -175,6 +209,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "varlen_attention": lambda q: attend(q, q, q)[0],
     "disentangled_attention": lambda q: attend_disentangled(q, q, q, q[:6], q[:6])[0],
     "add_bias_residual_layer_norm": lambda x: ops.add_bias_residual_layer_norm(x, None, x, x[0, 0], x[0, 0]),
+    "add_residual_rms_norm": lambda x: ops.add_residual_rms_norm(x, x, x[0, 0]),
+    "rms_norm_gelu": ops.rms_norm_gelu,
     "bias_gelu": lambda x: ops.bias_gelu(x, None),
 }
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
@@ -253,6 +289,8 @@ def test_autocast(dtype: torch.dtype) -> None:
         out, lse = attend(q, q, q, alibi_slopes=SLOPES)
         normal = ops.add_bias_residual_layer_norm(x, bias, residual, weight, weight)
         gelu = ops.bias_gelu(x, bias)
+        rms = ops.add_residual_rms_norm(x, residual, weight)
+        rms_gelu = ops.rms_norm_gelu(x)
         apart, apart_lse = attend_disentangled(q, q, q.to(dtype), q[:6], q[:6])
         assert attend(*(t.double() for t in (q, q, q)))[0].dtype == torch.float64
         mixed, _ = attend(q, q.to(dtype), q)
@@ -263,5 +301,8 @@ def test_autocast(dtype: torch.dtype) -> None:
     half = attend(*(t.to(dtype) for t in (q, q, q)), alibi_slopes=SLOPES)[0]
     assert torch.equal(out, half)
     assert torch.equal(gelu, ops.bias_gelu(x.to(dtype), bias))
+    assert rms.dtype == rms_gelu.dtype == dtype
+    assert torch.equal(rms, ops.add_residual_rms_norm(x.to(dtype), residual, weight))
+    assert torch.equal(rms_gelu, ops.rms_norm_gelu(x.to(dtype)))
     sum(t.float().sum() for t in (out, normal, gelu, apart)).backward()
     assert q.grad.dtype == weight.grad.dtype == bias.grad.dtype == torch.float32

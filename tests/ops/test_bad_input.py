@@ -230,6 +230,49 @@ def test_add_bias_residual_layer_norm(changed: dict[str, Any], error: type[Excep
         ops.add_bias_residual_layer_norm(**arguments)
 
 
+BAD_RMS_NORM: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"x": None}, TypeError, r"x must be a tensor, got None \(NoneType\)"),
+    ({"x": torch.tensor(1.0)}, ValueError, r"x must be of shape \[..., width\], got float32 of shape \[\]"),
+    ({"x": X.long()}, TypeError, r"x must be float16, bfloat16, float32 or float64, got int64 of shape \[2, 3, 8\]"),
+    ({"weight": None}, TypeError, r"weight must be a tensor, got None \(NoneType\)"),
+    ({"weight": W[:4]}, ValueError, r"weight must be of shape \[8\], got float32 of shape \[4\]"),
+    ({"weight": W.half()}, TypeError, r"weight must be float32 as x is, or float32, got float16 of shape \[8\]"),
+    ({"weight": W.to("meta")}, ValueError, r"weight must be on cpu as x is, got meta"),
+    ({"residual": 1}, TypeError, r"residual must be a tensor, got 1 \(int\)"),
+    ({"residual": X[:, :2]}, ValueError, r"residual must be of shape \[2, 3, 8\], got float32 of shape \[2, 2, 8\]"),
+    ({"residual": X.double()}, TypeError, r"residual must be float32 as x is, got float64 of shape \[2, 3, 8\]"),
+    ({"residual": X.to("meta")}, ValueError, r"residual must be on cpu as x is, got meta"),
+    ({"eps": float("nan")}, ValueError, r"eps must be finite, got nan"),
+    ({"eps": -0.5}, ValueError, r"eps must not be negative, got -0.5"),
+    ({"eps": "small"}, TypeError, r"eps must be a number, got 'small' \(str\)"),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), BAD_RMS_NORM, ids=[m for _, _, m in BAD_RMS_NORM])
+def test_add_residual_rms_norm(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^add_residual_rms_norm: {message}"):
+        ops.add_residual_rms_norm(**{"x": X, "residual": X, "weight": W, **changed})
+
+
+BAD_RMS_NORM_GELU: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"x": None}, TypeError, r"x must be a tensor, got None \(NoneType\)"),
+    ({"x": torch.tensor(1.0)}, ValueError, r"x must be of shape \[..., width\], got float32 of shape \[\]"),
+    ({"x": X.long()}, TypeError, r"x must be float16, bfloat16, float32 or float64, got int64 of shape \[2, 3, 8\]"),
+    ({"scale": "root"}, TypeError, r"scale must be a number, got 'root' \(str\)"),
+    ({"scale": float("inf")}, ValueError, r"scale must be finite, got inf"),
+    ({"eps": float("inf")}, ValueError, r"eps must be finite, got inf"),
+    ({"eps": -1.0}, ValueError, r"eps must not be negative, got -1"),
+    ({"approximate": "fast"}, ValueError, r"approximate must be \"none\" or \"tanh\", got 'fast'"),
+    ({"approximate": 3}, TypeError, r"approximate must be a string, got 3 \(int\)"),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), BAD_RMS_NORM_GELU, ids=[m for _, _, m in BAD_RMS_NORM_GELU])
+def test_rms_norm_gelu(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^rms_norm_gelu: {message}"):
+        ops.rms_norm_gelu(**{"x": X, **changed})
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     (
@@ -267,6 +310,14 @@ BAD_BACKWARD: list[tuple[str, dict[str, Any], str]] = [
     ("layer_norm", {"weight": W.half()}, r"weight must be float32 as sum is, or float32, got float16"),
     ("layer_norm", {"mean": STATISTICS[:5]}, r"mean must be float32 of shape \[6\], got float32 of shape \[5\]"),
     ("layer_norm", {"rstd": STATISTICS.double()}, r"rstd must be float32 of shape \[6\], got float64"),
+    ("rms_norm", {"sum": torch.tensor(1.0)}, r"sum must be of shape \[..., width\], got float32 of shape \[\]"),
+    ("rms_norm", {"dout": X[0]}, r"dout must be float32 of shape \[2, 3, 8\] as sum is, got .* \[3, 8\]"),
+    ("rms_norm", {"dsum": X.half()}, r"dsum must be float32 of shape \[2, 3, 8\] as sum is, got float16"),
+    ("rms_norm", {"weight": W.half()}, r"weight must be float32 as sum is, or float32, got float16"),
+    ("rms_norm", {"rstd": STATISTICS[:5]}, r"rstd must be float32 of shape \[6\], got float32 of shape \[5\]"),
+    ("rms_norm_gelu", {"dout": X.half()}, r"dout must be float32 of shape \[2, 3, 8\] as x is, got float16"),
+    ("rms_norm_gelu", {"x": X.int()}, r"x must be float16, bfloat16, float32 or float64, got int32"),
+    ("rms_norm_gelu", {"scale": float("nan")}, r"scale must be finite, got nan"),
     ("gelu", {"x": X.int()}, r"x must be float16, bfloat16, float32 or float64, got int32"),
     ("gelu", {"dout": X.half()}, r"dout must be float32 of shape \[2, 3, 8\] as x is, got float16"),
     ("gelu", {"bias": W[:3]}, r"bias must be of shape \[8\], got float32 of shape \[3\]"),
@@ -282,6 +333,11 @@ def test_backward_of_the_encoder_called_directly(name: str, changed: dict[str, A
             "add_bias_residual_layer_norm_backward",
             {"dout": X, "dsum": X, "sum": X, "weight": W, "mean": STATISTICS, "rstd": STATISTICS},
         ),
+        "rms_norm": (
+            "add_residual_rms_norm_backward",
+            {"dout": X, "dsum": X, "sum": X, "weight": W, "rstd": STATISTICS},
+        ),
+        "rms_norm_gelu": ("rms_norm_gelu_backward", {"dout": X, "x": X}),
         "gelu": ("bias_gelu_backward", {"dout": X, "x": X, "bias": W}),
     }[name]
     with pytest.raises(RuntimeError, match=f"^{op}: {message}"):
@@ -421,6 +477,10 @@ def test_every_op_has_a_reference_op(monkeypatch: pytest.MonkeyPatch) -> None:
         "add_bias_residual_layer_norm",
         "add_bias_residual_layer_norm_backward",
         "bias_gelu_backward",
+        "add_residual_rms_norm",
+        "add_residual_rms_norm_backward",
+        "rms_norm_gelu",
+        "rms_norm_gelu_backward",
     ):
         op, reference = getattr(library, name).default._schema, getattr(library, f"{name}_reference").default._schema
         assert [a.name for a in reference.arguments] == ["reason", *(a.name for a in op.arguments)]

@@ -45,7 +45,8 @@ def encode(x: Tensor, weight: Tensor, packing: Packing) -> Tensor:
     )
     lse = torch.where(lse.isfinite(), lse, 0).mean(0)
     hidden, total = ops.add_bias_residual_layer_norm(out.flatten(1), weight, hidden, weight, weight, return_sum=True)
-    return packing.unpack(hidden + total + lse.unsqueeze(1))
+    hidden, total = ops.add_residual_rms_norm(hidden + lse.unsqueeze(1), total, weight, return_sum=True)
+    return packing.unpack(ops.rms_norm_gelu(hidden) + total)
 
 
 def inputs_of(lengths: list[int], seqlen: int, capacity: int | None = None) -> tuple[Tensor, Tensor, Packing]:

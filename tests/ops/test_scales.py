@@ -166,6 +166,15 @@ def _layer_norm(**how: Any) -> Any:
     return ops.add_bias_residual_layer_norm(x, None, None, x[0], x[1], **how)
 
 
+def _rms_norm(**how: Any) -> Any:
+    x = torch.randn(2, 8)
+    return ops.add_residual_rms_norm(x, None, x[0], **how)
+
+
+def _rms_norm_gelu(**how: Any) -> Any:
+    return ops.rms_norm_gelu(torch.randn(2, 8), **how)
+
+
 @pytest.mark.parametrize(
     ("call", "name", "value", "expected"),
     [
@@ -179,6 +188,9 @@ def _layer_norm(**how: Any) -> Any:
                 (_disentangled, "softmax_scale"),
                 (_window, "scale"),
                 (_layer_norm, "eps"),
+                (_rms_norm, "eps"),
+                (_rms_norm_gelu, "eps"),
+                (_rms_norm_gelu, "scale"),
             )
             for value in (math.nan, math.inf, -math.inf)
         ),
@@ -186,6 +198,8 @@ def _layer_norm(**how: Any) -> Any:
         (_window, "mask_value", math.inf, "finite"),
         (_attention, "softcap", -1.0, "negative"),
         (_layer_norm, "eps", -1e-5, "negative"),
+        (_rms_norm, "eps", -1e-5, "negative"),
+        (_rms_norm_gelu, "eps", -1e-5, "negative"),
     ],
 )
 def test_what_is_not_legal_is_refused(call: Callable[..., Any], name: str, value: float, expected: str) -> None:

@@ -174,6 +174,21 @@ def test_fake_tensors_have_the_shapes_of_a_layer_norm_of_nothing(shape: tuple[in
     assert fake == shapes()
 
 
+@pytest.mark.parametrize("shape", ((5, 0), (0,), (0, 48), (3, 0, 7), (2, 3, 8)), ids=str)
+@pytest.mark.parametrize("return_sum", (False, True))
+def test_fake_tensors_have_the_shapes_of_an_rms_norm(shape: tuple[int, ...], return_sum: bool) -> None:
+    def shapes() -> list[torch.Size]:
+        x, weight = torch.zeros(shape), torch.ones(shape[-1])
+        out, total, rstd = torch.ops.warpform.add_residual_rms_norm(x, x, weight, return_sum=return_sum)
+        gradients = torch.ops.warpform.add_residual_rms_norm_backward(x, None, x, weight, rstd)
+        gelu = torch.ops.warpform.rms_norm_gelu(x), torch.ops.warpform.rms_norm_gelu_backward(x, x)
+        return [t.shape for t in (out, total, rstd, *gradients, *gelu)]
+
+    with FakeTensorMode():
+        fake = shapes()
+    assert fake == shapes()
+
+
 def test_outputs_do_not_alias_inputs() -> None:
     x = torch.randn(4, 8)
     weight = torch.ones(8)
@@ -183,6 +198,7 @@ def test_outputs_do_not_alias_inputs() -> None:
             x, bias, residual, weight, weight, 1e-5, return_sum=True
         )
         gelu = ops.bias_gelu(x, bias)
-        for result in (out, total, gelu):
+        rms, rms_total, _ = torch.ops.warpform.add_residual_rms_norm(x, residual, weight, return_sum=True)
+        for result in (out, total, gelu, rms, rms_total, ops.rms_norm_gelu(x)):
             assert result.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
         assert torch.equal(x, before)

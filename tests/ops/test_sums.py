@@ -102,6 +102,11 @@ def _layer_norm() -> tuple[Tensor, tuple[Tensor, ...]]:
     return ops.add_bias_residual_layer_norm(x, None, None, weight, bias, 0.0), (bias,)
 
 
+def _rms_norm() -> tuple[Tensor, tuple[Tensor, ...]]:
+    weight = full(8).requires_grad_()
+    return ops.add_residual_rms_norm(full(ROWS, 8), None, weight, 0.0), (weight,)
+
+
 def _gelu() -> tuple[Tensor, tuple[Tensor, ...]]:
     bias = full(8, value=64.0).requires_grad_()  # where the derivative is 1
     return ops.bias_gelu(full(ROWS, 8), bias), (bias,)
@@ -132,6 +137,7 @@ def _hidden(function: Callable[..., Tensor]) -> tuple[Tensor, tuple[Tensor, ...]
     "call",
     (
         _layer_norm,
+        _rms_norm,
         _gelu,
         _blockdiag,
         _monarch,
@@ -139,7 +145,7 @@ def _hidden(function: Callable[..., Tensor]) -> tuple[Tensor, tuple[Tensor, ...]
         lambda: _hidden(ops.hidden_gather_linear),
         lambda: _hidden(ops.hidden_scatter_linear),
     ),
-    ids=("layer_norm", "gelu", "blockdiag", "monarch", "glu", "hidden_gather", "hidden_scatter"),
+    ids=("layer_norm", "rms_norm", "gelu", "blockdiag", "monarch", "glu", "hidden_gather", "hidden_scatter"),
 )
 def test_parameters(call: Callable[[], tuple[Tensor, tuple[Tensor, ...]]]) -> None:
     """Every row adds a tenth to every gradient."""

@@ -41,6 +41,10 @@ def _calls(simt: Any) -> dict[str, tuple[Any, ...]]:
         "unpack": (x, indices, ranks),
         "add_bias_residual_layer_norm": (x, None, None, vector, vector),
         "add_bias_residual_layer_norm_backward": (x, None, x, vector, rows, rows),
+        "add_residual_rms_norm": (x, None, vector),
+        "add_residual_rms_norm_backward": (x, None, x, vector, rows),
+        "rms_norm_gelu": (x,),
+        "rms_norm_gelu_backward": (x, x),
         "bias_gelu": (x, vector),
         "bias_gelu_backward": (x, x, vector),
     }

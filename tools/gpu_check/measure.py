@@ -63,6 +63,12 @@ PROFILED: dict[str, tuple[str, ...]] = {
         "bias_gelu-backward-batch16-seqlen1024-tokens9531-hidden3072",
         "unpack-forward-batch16-seqlen1024-tokens9531-hidden768",
     ),
+    "norm": (
+        "add_residual_rms_norm-forward-tokens9531-hidden768",
+        "add_residual_rms_norm-backward-tokens9531-hidden768",
+        "rms_norm_gelu-forward-tokens9531-hidden3072",
+        "rms_norm_gelu-backward-tokens9531-hidden3072",
+    ),
     "ring": (
         "attention_step-forward-batch1-seqlen8192-tokens8192-heads16-kv_heads4-head_dim128",
         "attention_step_backward-backward-batch1-seqlen8192-tokens8192-heads16-kv_heads4-head_dim128",

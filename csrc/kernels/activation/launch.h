@@ -40,8 +40,6 @@ void launch_bias_gelu_backward(const BiasGeluBackwardParams& params, void* strea
 
 // ---- supported configurations ----
 
-inline constexpr SupportedOption kGeluForms{"approximate", {"none", "tanh"}};
-
 inline constexpr SupportedConfig kGeluConfigs[] = {
     {.op = "bias_gelu", .dtypes = kFloatTypes, .float_parameters = true, .option = kGeluForms},
     {.op = "bias_gelu_backward", .dtypes = kFloatTypes, .float_parameters = true, .option = kGeluForms},

@@ -48,6 +48,8 @@ struct SupportedOption {
   const char* values[2] = {};
 };
 
+inline constexpr SupportedOption kGeluForms{"approximate", {"none", "tanh"}};
+
 // An op with kernels: a row of the table of kernels for each of its dtypes, or one row if it names none.
 struct SupportedConfig {
   const char* op;

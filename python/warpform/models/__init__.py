@@ -14,6 +14,7 @@ from .families import PLACES as _PLACES
 
 if TYPE_CHECKING:
     from .albert import *
+    from .algoformer import *
     from .auto import *
     from .bert import *
     from .colm import *
@@ -24,11 +25,16 @@ if TYPE_CHECKING:
     from .decoder import *
     from .distilbert import *
     from .dit3d import *
+    from .ladder import *
+    from .matformer import *
+    from .minimal import *
     from .mohd import *
     from .monarch_mixer import *
+    from .mot import *
     from .sentence_encoder import *
     from .sequence_parallel_transformer import *
     from .swin import *
+    from .wide import *
 
 __all__ = sorted(_PLACES)
 

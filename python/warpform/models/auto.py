@@ -29,17 +29,18 @@ def from_transformers(hf_model: nn.Module, **overrides: Any) -> ConvertibleModel
     """The padding-free counterpart of a transformers model: same call, same outputs at real tokens, 0 at padded ones.
 
     `LlamaForCausalLM`, `MistralForCausalLM` and `Qwen2ForCausalLM` become a `DecoderForCausalLM`, others the class of
-    their name. Query, key and value weights are concatenated, which copies them; other Parameter objects are shared, so training
-    one model trains the other. `to_transformers()` on the result writes everything back and returns `hf_model`.
+    their name. Query, key and value weights are concatenated, as are gate and up, which copies them; other Parameter
+    objects are shared, so training one model trains the other. `to_transformers()` on the result writes everything
+    back and returns `hf_model`.
 
     Args:
-        hf_model: a `transformers.BertModel`, or another that `warpform.models` has a class of the same name for.
+        hf_model: a `transformers.BertModel`, or another that `warpform.models` has a counterpart of.
         **overrides: fields of the config to change, for instance attention_probs_dropout_prob=0.0 for training.
 
     Raises:
         TypeError: a class that warpform has no counterpart for, or an override that is no field of the config.
         ValueError: an option of the model's config that is not supported, by name; weights that differ from the
-            architecture's (quantised or with adapters), by name; a LayerNorm that another module took the place of.
+            architecture's (quantised or with adapters), by name; a norm that another module took the place of.
     """
     name = type(hf_model).__name__
     model_class = _convertible(name)
@@ -70,9 +71,10 @@ def from_pretrained(
     """Reads a model from a folder as transformers or `save_pretrained` saves it: `config.json` and safetensors.
 
     Nothing that is pickled is read. Of an architecture that transformers lacks it is the model that was saved. Of one
-    that transformers has it is the encoder. Weights of heads (`cls.`, `classifier.`, `qa_outputs.`, and where the
-    encoder is under `bert.` whatever is not) are ignored: `BertForMaskedLM.from_pretrained` and the like read them. A
-    checkpoint without a pooler gives a model without one. The model comes in eval mode.
+    that transformers has it is the encoder, or the decoder with its head. Weights of heads (`cls.`, `classifier.`,
+    `qa_outputs.`, and where the encoder is under `bert.` whatever is not) are ignored: `BertForMaskedLM` and the like
+    have a `from_pretrained` that reads them. A checkpoint without a pooler gives a model without one. The model comes
+    in eval mode.
 
     Args:
         folder: with `config.json` and `model.safetensors`, or `model.safetensors.index.json` and its shards.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from ..packing import Packing
 from .common.outputs import HeadOutput
 from .decoder.base import CausalLM
 from .decoder.config import DecoderConfig
+from .decoder.inputs import Inputs
 from .decoder.model import DecoderForCausalLM
 
 __all__ = ["CoLMConfig", "CoLMForCausalLM"]
@@ -50,7 +51,7 @@ class CoLMConfig(DecoderConfig):
     """
 
     model_type = "colm"
-    other_model_types = ()
+    other_model_types: ClassVar[tuple[str, ...]] = ()
     presets = {
         "1B": {
             "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
@@ -195,17 +196,21 @@ class CoLMForCausalLM(CausalLM):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        chains: int | None = None,
+        all_chains: bool = False,
         labels: Tensor | None = None,
         packing: Packing | None = None,
         inputs_embeds: Tensor | None = None,
-        chains: int | None = None,
-        all_chains: bool = False,
+        position_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **unsupported: Any,
     ) -> CoLMOutput:
-        """As `CausalLM.forward`, with two more arguments.
+        """As of `DecoderForCausalLM`, with the first chains or with the results of each.
 
         Args:
-            input_ids, attention_mask, labels, packing: as there.
+            input_ids, attention_mask, labels, packing: as of `DecoderForCausalLM`.
             inputs_embeds: of all chains, [B, S, hidden] or [total, hidden], in place of input_ids.
+            position_ids, num_items_in_batch, **unsupported: as of `DecoderForCausalLM`.
             chains: runs so many of the first chains and nothing of the others. None: all.
             all_chains: gives the logits, and where there are labels the losses, of every chain in use, in one pass; the
                 loss is the mean of them.
@@ -214,29 +219,29 @@ class CoLMForCausalLM(CausalLM):
             CoLMOutput.
 
         Raises:
-            ValueError: chains that there are not, and as there.
+            ValueError: chains that there are not, and as of `DecoderForCausalLM`.
         """
+        self.refuse(unsupported)
         checked_chains(type(self).__name__, chains, len(self.config.chains))
-        inputs = self.read(input_ids, attention_mask, labels, packing, inputs_embeds)
-        step = Step.of(inputs.packing, chains=chains)
-        if inputs.embeds is None:
-            assert inputs.ids is not None
-            x = at_step(self.tokens, inputs.ids, step)
-        else:
-            x = inputs.embeds[:, : sum(self.config.shares(self.config.hidden_size)[:chains])]
-        hidden = self.stack(x, step, self.norm)
+        inputs = self.read(input_ids, attention_mask, labels, packing, inputs_embeds, position_ids, num_items_in_batch)
+        step = inputs.step(chains=chains)
         if not all_chains:
-            logits = self.logits(hidden, step)
-            loss = None if inputs.labels is None else self.loss(logits, inputs, step)
-            return CoLMOutput(loss, inputs.restore(logits))
-        found = cast("ChainHead", self.head).of_each(hidden, chains)
-        losses = None if inputs.labels is None else torch.stack([self.loss(one, inputs, step) for one in found])
-        restored = tuple(inputs.restore(one) for one in found)
+            out = self.run(inputs, step)
+            return CoLMOutput(out.loss, out.logits)
+        hidden = self.stack(self.embed(inputs, step), step, self.norm)
+        each = cast("ChainHead", self.head).of_each(hidden, chains)
+        losses = None if labels is None else torch.stack([self.loss(logits, inputs, step) for logits in each])
+        restored = tuple(inputs.restore(logits) for logits in each)
         loss = None if losses is None else losses.mean()
         return CoLMOutput(loss, restored[-1], chain_losses=losses, chain_logits=restored)
 
+    def embed(self, inputs: Inputs, step: Step) -> Tensor:
+        """What the chains in use read, [total, their width]."""
+        return super().embed(inputs, step)[:, : sum(self.config.shares(self.config.hidden_size)[: step.chains])]
+
     # ---- generation ----
 
+    @torch.no_grad()
     def decode(
         self,
         tokens: Sequence[Tensor],
@@ -270,22 +275,38 @@ class CoLMForCausalLM(CausalLM):
         *,
         chains: int | None = None,
         prefill_chains: int | None = None,
-        **options: Any,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        eos_token_id: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> list[Tensor]:
-        """As `CausalLM.generate`, with two more arguments.
+        """Continues each prompt, as `DecoderForCausalLM.generate` does.
 
         Args:
-            prompts, max_new_tokens: as there.
+            prompts, max_new_tokens, temperature, top_k, eos_token_id, generator: as of `DecoderForCausalLM.generate`.
             chains: runs so many of the first chains alone. None: all.
             prefill_chains: for CoLM-Air, whose caches hold keys and values of the first chain alone: all of a prompt
-                but its last token is run with so many of the first chains. The tokens are the same as without.
-            **options: temperature, top_k, eos_token_id and generator, as there.
+                but its last token is run with so many of the first chains. The tokens are those without, but for
+                rounding. None: as many as `chains`.
+
+        Returns:
+            B int64 tensors: prompts and what follows.
 
         Raises:
-            ValueError: chains that there are not, prefill_chains without share_kv, and as there.
+            ValueError: as of `DecoderForCausalLM.generate`; chains that there are not, or prefill_chains without
+                share_kv.
         """
         self._check_generation("generate", chains, prefill_chains)
-        return self.continue_prompts(prompts, max_new_tokens, chains=chains, prefill_chains=prefill_chains, **options)
+        return self.continue_prompts(
+            prompts,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            eos_token_id=eos_token_id,
+            generator=generator,
+            chains=chains,
+            prefill_chains=prefill_chains,
+        )
 
     def _check_generation(self, method: str, chains: int | None, prefill_chains: int | None) -> None:
         name, count = f"{type(self).__name__}.{method}", len(self.config.chains)
@@ -310,7 +331,7 @@ class CoLMForCausalLM(CausalLM):
             model = type(self)(self.config.with_chains(self.config.chains[:count]))
         own = self.state_dict()
         model.load_state_dict({name: own[name].clone() for name in model.state_dict()}, assign=True)
-        return model.train(self.training)
+        return self._as_here(model)
 
     def expand(self, chains: int | Sequence[int]) -> CoLMForCausalLM:
         """A model with more chains behind those of this one, whose weights it has copies of.
@@ -330,6 +351,13 @@ class CoLMForCausalLM(CausalLM):
             for weight in cast("ChainHead", model.head).weights:
                 weight.zero_()
         model.to(self.device, self.dtype).load_state_dict(self.state_dict(), strict=False)
+        return self._as_here(model)
+
+    def _as_here(self, model: CoLMForCausalLM) -> CoLMForCausalLM:
+        """The model, in the mode of this one, with what is frozen here frozen."""
+        trained = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained.get(name, True))
         return model.train(self.training)
 
     @classmethod

@@ -13,6 +13,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "AlbertForTokenClassification",
         "AlbertModel",
     ),
+    "algoformer": ("AlgoFormer", "AlgoFormerConfig"),
     "bert": (
         "BertConfig",
         "BertForMaskedLM",
@@ -42,6 +43,9 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "DistilBertModel",
     ),
     "dit3d": ("DiT3DConfig", "DiT3DModel"),
+    "ladder": ("LadderConfig", "LadderForCausalLM"),
+    "matformer": ("MatFormerConfig", "MatFormerForCausalLM"),
+    "minimal": ("MinimalTransformerConfig", "MinimalTransformerForImageClassification"),
     "mohd": ("MoHDConfig", "MoHDForCausalLM"),
     "monarch_mixer": (
         "M2BertConfig",
@@ -55,6 +59,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "M2ViTForImageClassification",
         "SentenceOutput",
     ),
+    "mot": ("MoTConfig", "MoTForCausalLM"),
     "sequence_parallel_transformer": (
         "SequenceParallelOutput",
         "SequenceParallelTransformer",
@@ -70,6 +75,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "Swinv2ForImageClassification",
         "Swinv2Model",
     ),
+    "wide": ("WideConfig", "WideForSequenceClassification"),
 }
 
 # Public names that belong to no family, by the module that has them.
@@ -83,6 +89,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
 # transformers has the architecture, else what the file names, or this where it names nothing.
 MODEL_TYPES: dict[str, str] = {
     "albert": "AlbertModel",
+    "algoformer": "AlgoFormer",
     "bert": "BertModel",
     "colm": "CoLMForCausalLM",
     "deberta": "DebertaModel",
@@ -92,13 +99,18 @@ MODEL_TYPES: dict[str, str] = {
     "mistral": "DecoderForCausalLM",
     "qwen2": "DecoderForCausalLM",
     "dit3d": "DiT3DModel",
+    "ladder": "LadderForCausalLM",
     "m2_bert": "M2BertModel",
     "m2_gpt": "M2GPTForCausalLM",
     "m2_vit": "M2ViTForImageClassification",
+    "matformer": "MatFormerForCausalLM",
+    "minimal_transformer": "MinimalTransformerForImageClassification",
     "mohd": "MoHDForCausalLM",
+    "mot": "MoTForCausalLM",
     "sequence_parallel_transformer": "SequenceParallelTransformer",
     "swin": "SwinModel",
     "swinv2": "Swinv2Model",
+    "wide": "WideForSequenceClassification",
 }
 
 # Classes of transformers whose counterpart here has another name.

@@ -3,7 +3,8 @@
 from .activations import ACTIVATIONS, BiasActivation
 from .attention import SelfAttention
 from .causal_monarch import CausalMonarchConvolution, CausalMonarchMixer, MixerState, TriangularMonarch
-from .chain import ChainAttentionCore, ChainEmbedding, ChainGatedActivation, ChainHead, ChainLinear, ChainRMSNorm
+from .chain import ChainLinear, ChainRMSNorm
+from .classes import ClassLayerNorm, ClassLinear, ClassRMSNorm
 from .convolution import TokenConvolution
 from .cores import Activation, AttentionCore, GatedActivation
 from .disentangled import DisentangledEncoder, DisentangledSelfAttention, FusedDisentangledSelfAttention
@@ -14,6 +15,7 @@ from .hidden import GroupFusion, HiddenLinear, HiddenRouter
 from .long_convolution import ImplicitFilter, MonarchMixerSequenceMixer
 from .masked_lm import MaskedLMHead
 from .monarch import BlockdiagLinear, MonarchLinear, MonarchMixerMLP
+from .nested import NestedFeedForward, TokenWidths
 from .norm import AddBiasResidualLayerNorm
 from .patch_embedding import PatchEmbedding
 from .pooling import FirstTokenPooler, first_tokens, last_tokens, max_pool, mean_pool
@@ -30,12 +32,11 @@ __all__ = [
     "Branch",
     "CausalMonarchConvolution",
     "CausalMonarchMixer",
-    "ChainAttentionCore",
-    "ChainEmbedding",
-    "ChainGatedActivation",
-    "ChainHead",
     "ChainLinear",
     "ChainRMSNorm",
+    "ClassLayerNorm",
+    "ClassLinear",
+    "ClassRMSNorm",
     "CosineWindowAttention",
     "DisentangledEncoder",
     "DisentangledSelfAttention",
@@ -56,6 +57,7 @@ __all__ = [
     "MonarchLinear",
     "MonarchMixerMLP",
     "MonarchMixerSequenceMixer",
+    "NestedFeedForward",
     "PatchEmbedding",
     "PatchMerging",
     "SelfAttention",
@@ -64,6 +66,7 @@ __all__ = [
     "SwinBlock",
     "SwinV2Block",
     "TokenConvolution",
+    "TokenWidths",
     "TriangularMonarch",
     "WindowAttention",
     "first_tokens",

@@ -237,6 +237,12 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
+def even_blocks(x: Tensor, most: int) -> tuple[Tensor, ...]:
+    """The rows of x in as few parts of at most `most` as can be, all of about one size: few rows multiply slowly."""
+    parts = -(-x.shape[0] // most)
+    return x.split(-(-x.shape[0] // parts)) if parts > 1 else (x,)
+
+
 def in_blocks(x: Tensor) -> bool:
     """Tells whether to take rows in blocks: on a CPU, in inference. Gradients need all; compilers choose blocks."""
     return (

@@ -1,6 +1,6 @@
 """What the branches of a stack keep of the tokens that they have seen, for generation.
 
-Each core makes the part that it needs, and nobody else looks into it; here are the places of tokens in all of them.
+Each core makes the part that it needs and alone reads it; here are the places of tokens in all of them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,12 @@ class KeyValueCache:
 
         Returns:
             All rows of the buffers, [rows, H, D], in the order that `places.cu_seqlens_k` counts.
+
+        Raises:
+            RuntimeError: key or value needs a gradient, which does not go through a cache.
         """
+        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+            raise RuntimeError("KeyValueCache: gradients do not go through a cache; decode under torch.no_grad()")
         for buffer, new in ((self.keys, key), (self.values, value)):
             buffer.flatten(0, 1).index_copy_(0, places.written, new.to(buffer.dtype))
         keys, values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
@@ -64,6 +69,7 @@ class CachePlaces:
         used: so many of the first rows hold all keys.
         cu_seqlens_q, cu_seqlens_k: int32 offsets of queries and keys, of all sequences and of what is not in use.
         max_seqlen_k: at least the longest of those.
+        lengths: of each sequence with the new tokens.
     """
 
     written: Tensor
@@ -71,6 +77,7 @@ class CachePlaces:
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     max_seqlen_k: int
+    lengths: list[int]
 
 
 class Caches:
@@ -92,38 +99,47 @@ class Caches:
         self.device = device
         self.lengths = [0] * batch
 
-    def advance(self, counts: Sequence[int], rows: Sequence[int]) -> tuple[Tensor, Tensor, CachePlaces]:
-        """Makes room for new tokens: counts[i] of them in sequence rows[i]; rows increase.
+    def place(self, counts: Sequence[int], rows: Sequence[int]) -> tuple[Tensor, Tensor, CachePlaces]:
+        """Where new tokens go: counts[i] of them, at least 1, in sequence rows[i]; rows increase.
 
         Returns:
             int64 [T], the place of each new token in its sequence; int32 [len(rows) + 1], the offsets of the new
             tokens; and their places in the buffers.
 
         Raises:
-            ValueError: a sequence that would come to more tokens than the capacity.
+            ValueError: rows that do not increase or that there are not, another number of counts, a count below 1, or a
+                sequence that would come to more tokens than the capacity.
         """
+        rows, counts = list(rows), list(counts)
+        batch = len(self.lengths)
+        if not rows or rows != sorted(set(rows)) or rows[0] < 0 or rows[-1] >= batch:
+            raise ValueError(f"Caches: rows must be some of 0 to {batch - 1}, increasing, got {rows}")
+        if len(counts) != len(rows) or min(counts) < 1:
+            raise ValueError(f"Caches: each of the {len(rows)} rows must get at least one token, got {counts}")
         capacity, before = self.capacity, [self.lengths[row] for row in rows]
         after = [have + count for have, count in zip(before, counts, strict=True)]
-        if max(after, default=0) > capacity:
+        if max(after) > capacity:
             raise ValueError(f"Caches: a sequence may have at most {capacity} tokens, got {max(after)}")
+        lengths = list(self.lengths)
         for row, length in zip(rows, after, strict=True):
-            self.lengths[row] = length
+            lengths[row] = length
         positions = torch.cat([torch.arange(one, other) for one, other in zip(before, after, strict=True)])
-        starts = torch.tensor([row * capacity for row in rows]).repeat_interleave(torch.tensor(list(counts)))
-        offsets = _offsets(list(counts))
-        if len(self.lengths) == 1:
+        starts = torch.tensor([row * capacity for row in rows]).repeat_interleave(torch.tensor(counts))
+        offsets = _offsets(counts)
+        if batch == 1:
             keys, queries, used, longest = [after[0]], [counts[0]], after[0], after[0]
         else:
             new = dict(zip(rows, counts, strict=True))
-            keys = [part for length in self.lengths for part in (length, capacity - length)]
-            queries = [part for row in range(len(self.lengths)) for part in (new.get(row, 0), 0)]
-            used, longest = len(self.lengths) * capacity, capacity
+            keys = [part for length in lengths for part in (length, capacity - length)]
+            queries = [part for row in range(batch) for part in (new.get(row, 0), 0)]
+            used, longest = batch * capacity, capacity
         places = CachePlaces(
             (positions + starts).to(self.device),
             used,
             _offsets(queries).to(self.device),
             _offsets(keys).to(self.device),
             longest,
+            lengths,
         )
         return positions.to(self.device), offsets.to(self.device), places
 

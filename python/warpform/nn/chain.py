@@ -8,6 +8,7 @@ of the first chains.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from typing import Any, cast
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _torch_private, ops
+from .. import _autocast, _torch_private, ops
 from ._product import PLAIN_TENSORS, add_linear_, linear
 from .cache import KeyValueCache
 from .cores import AttentionCore, GatedActivation
@@ -227,7 +228,9 @@ class ChainRMSNorm(_Chains):
         sizes = self.sizes[: self.count(chains)]
         self.check_width(x, sum(sizes))
         parts = zip(x.split(sizes, -1), self.weights, strict=False)
-        return _join([cast("Tensor", ops.add_residual_rms_norm(part, None, w, self.eps)) for part, w in parts])
+        # As other norms of a stack: a stream in float32 stays in float32.
+        with _autocast.off(x.device) if _autocast.enabled(x.device) else contextlib.nullcontext():
+            return _join([cast("Tensor", ops.add_residual_rms_norm(part, None, w, self.eps)) for part, w in parts])
 
     def extra_repr(self) -> str:
         return f"sizes={self.sizes}, eps={self.eps}"
@@ -396,4 +399,4 @@ class ChainGatedActivation(GatedActivation):
         """product: [..., 2 f], f the width of the chains in use -> [..., f]."""
         n = checked_chains("ChainGatedActivation", None if step is None else step.chains, len(self.sizes))
         parts = product.split([2 * size for size in self.sizes[:n]], -1)
-        return _join([super(ChainGatedActivation, self).forward(part) for part in parts])
+        return _join([self.gated(*part.chunk(2, -1)) for part in parts])

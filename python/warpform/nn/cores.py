@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from .. import _autocast, ops
 from ._key_ranges import attention_in_ranges
 from .activations import ACTIVATIONS, BiasActivation
 from .cache import KeyValueCache
@@ -59,6 +59,8 @@ class AttentionCore(nn.Module):
             raise ValueError(f"AttentionCore: window must be at least 1, itself, got {window}")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, head_dim
         self.causal, self.window, self.softmax_scale = causal, window, softmax_scale
+        if not 0 <= rotary_share <= 1:
+            raise ValueError(f"AttentionCore: rotary_share must be from 0 to 1, got {rotary_share}")
         turned = int(head_dim * rotary_share)
         self.rotary = Rotary(turned, rope_theta, rope_scaling) if turned else None
         self.q_norm, self.k_norm = q_norm, k_norm
@@ -94,7 +96,7 @@ class AttentionCore(nn.Module):
         """product: [T, (Hq + 2 Hkv) D] -> [T, Hq D]; with a cache, keys and values are appended and all are seen.
 
         Raises:
-            ValueError: a cache of other heads, or a step with caches where none is given.
+            ValueError: a cache of other heads, dtype or device, or one without the places of tokens in the step.
         """
         turned, value = self.split(product, step)
         query, key = turned.split((self.num_heads, turned.size(1) - self.num_heads), 1)
@@ -141,8 +143,12 @@ class AttentionCore(nn.Module):
                 f"AttentionCore: the cache must hold keys of [heads, head_dim] {heads}, as one that this model made, "
                 f"got {held}"
             )
+        if cache.keys.dtype != key.dtype and not _autocast.enabled(key.device):
+            raise ValueError(f"AttentionCore: the cache must hold {key.dtype} as the keys are, got {cache.keys.dtype}")
         if cache.keys.device != key.device:
-            raise ValueError(f"AttentionCore: the cache must be on {key.device} as the keys are, got {cache.keys.device}")
+            raise ValueError(
+                f"AttentionCore: the cache must be on {key.device} as the keys are, got {cache.keys.device}"
+            )
 
     def extra_repr(self) -> str:
         return (
@@ -169,10 +175,16 @@ class GatedActivation(nn.Module):
 
     def forward(self, product: Tensor, step: Step | None = None, cache: None = None) -> Tensor:
         """product: [..., 2 f] -> [..., f]."""
-        gate, up = product.chunk(2, -1)
-        gate = F.silu(gate) if self.activation is None else self.activation(gate, None)
+        return self.gated(*product.chunk(2, -1))
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """act(gate) * up, [..., f], where the two are not side by side."""
+        if self.activation is not None:
+            return self.activation(gate, None) * up
+        gate = F.silu(gate)
         # In place where no gradient needs the factors.
-        return gate.mul_(up) if torch.is_inference(gate) and not torch.compiler.is_compiling() else gate * up
+        in_place = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+        return gate.mul_(up) if in_place else gate * up
 
 
 class Activation(nn.Module):

@@ -1,4 +1,4 @@
-"""LayerNorm of a residual sum, together with the bias of the product before it."""
+"""LayerNorm or RMSNorm of a residual sum, together with the bias of the product before it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._dtypes import accumulation_dtype
 from ._product import is_plain
 
 
@@ -56,27 +57,33 @@ def norm_of_sum(norm: nn.Module, x: Tensor, bias: Tensor | None, residual: Tenso
     Returns:
         norm(x + bias + residual) and x + bias + residual, each [..., N]; None adds nothing.
     """
-    if is_plain(norm, nn.RMSNorm) and cast("nn.RMSNorm", norm).weight is not None:
-        rms = cast("nn.RMSNorm", norm)
-        x = x if bias is None else x + bias
-        # torch's own eps, where none is given, is that of the dtype.
-        eps = torch.finfo(x.dtype).eps if rms.eps is None else rms.eps
-        if residual is None:
-            return cast("Tensor", ops.add_residual_rms_norm(x, None, rms.weight, eps)), x
-        return cast(
-            "tuple[Tensor, Tensor]", ops.add_residual_rms_norm(x, residual, rms.weight, eps, return_sum=True)
-        )
-    if bias is None and residual is None:
-        return norm(x), x
-    if not is_plain(norm, nn.LayerNorm):
+    if not is_fused_norm(norm):
         for term in (bias, residual):
             x = x if term is None else x + term
         return norm(x), x
+    if isinstance(norm, nn.RMSNorm):
+        x = x if bias is None else x + bias
+        # As torch has it where no eps is given.
+        eps = torch.finfo(accumulation_dtype(x.dtype)).eps if norm.eps is None else norm.eps
+        if residual is None:
+            return cast("Tensor", ops.add_residual_rms_norm(x, None, norm.weight, eps)), x
+        return cast("tuple[Tensor, Tensor]", ops.add_residual_rms_norm(x, residual, norm.weight, eps, return_sum=True))
     plain = cast("nn.LayerNorm", norm)
+    if bias is None and residual is None:
+        # By the same operation as with a sum, so that it does not matter to the last bit who made the sum.
+        out = ops.add_bias_residual_layer_norm(x, None, None, plain.weight, plain.bias, plain.eps)
+        return cast("Tensor", out), x
     out = ops.add_bias_residual_layer_norm(x, bias, residual, plain.weight, plain.bias, plain.eps, return_sum=True)
     return cast("tuple[Tensor, Tensor]", out)
 
 
 def is_fused_norm(norm: nn.Module) -> bool:
-    """Tells whether `norm_of_sum` makes one pass of the sum and this norm."""
-    return is_plain(norm, nn.LayerNorm) or (is_plain(norm, nn.RMSNorm) and cast("nn.RMSNorm", norm).weight is not None)
+    """Tells whether `norm_of_sum` makes one pass of the sum and this norm: over one dimension, with all parameters."""
+    if is_plain(norm, nn.RMSNorm):
+        return norm.weight is not None and len(cast("nn.RMSNorm", norm).normalized_shape) == 1
+    return (
+        is_plain(norm, nn.LayerNorm)
+        and norm.weight is not None
+        and norm.bias is not None
+        and len(cast("nn.LayerNorm", norm).normalized_shape) == 1
+    )

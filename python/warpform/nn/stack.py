@@ -13,10 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .. import _autocast
 from ..ops import RoutingPlan
 from ..packing import Packing
 from ._checkpoint import CheckpointedLayers
-from ._product import CPU_ROWS, apply_linear, in_blocks, is_plain
+from ._product import CPU_ROWS, apply_linear, even_blocks, in_blocks, is_plain
 from .cache import CachePlaces, Caches
 from .norm import is_fused_norm, norm_of_sum
 from .rotary import Rotary
@@ -27,6 +28,8 @@ PLACEMENTS = ("before", "output", "sum")
 @dataclass
 class Step:
     """What every branch needs in one call of a stack: where tokens stand, what was kept, and the choices of a system.
+
+    A step serves one call: losses are added to it, and tables of its positions are kept in it.
 
     Attributes:
         positions: int64 [T]: the place of each token in its sequence, for rotary positions.
@@ -66,8 +69,14 @@ class Step:
 
     @classmethod
     def after(cls, caches: Caches, counts: Sequence[int], rows: Sequence[int], **options: Any) -> Step:
-        """The step of new tokens behind those that caches hold: counts[i] of them in sequence rows[i]."""
-        positions, offsets, places = caches.advance(counts, rows)
+        """The step of new tokens behind those that caches hold: counts[i] of them in sequence rows[i].
+
+        The caches count the new tokens once a stack has run with the step.
+
+        Raises:
+            ValueError: rows that do not increase or that the caches lack, counts below 1, or no room.
+        """
+        positions, offsets, places = caches.place(counts, rows)
         return cls(positions, offsets, max(counts, default=0), caches, places, **options)
 
     def rotary(self, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -90,7 +99,22 @@ def at_step(module: nn.Module, x: Tensor, step: Step) -> Tensor:
 def normalise(norm: nn.Module, x: Tensor, step: Step) -> Tensor:
     """norm(x), or norm.at_step(x, step) for a norm whose result depends on the step."""
     own = getattr(norm, "at_step", None)
-    return norm_of_sum(norm, x, None, None)[0] if own is None else cast("Tensor", own(x, step))
+    return _sum_and_norm(norm, x, None)[0] if own is None else cast("Tensor", own(x, step))
+
+
+def _sum_and_norm(norm: nn.Module, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+    """norm(x + added) and x + added, in one pass where the norm allows it.
+
+    Under autocast a stream in float32 stays in float32, and its norm too, as in transformers.
+    """
+    if added is not None and added.dtype != x.dtype:
+        added = added.to(torch.promote_types(added.dtype, x.dtype))
+        x = x.to(added.dtype)
+    first, rest = (x, None) if added is None else (added, x)
+    if not is_fused_norm(norm) or not _autocast.enabled(x.device):
+        return norm_of_sum(norm, first, None, rest)
+    with _autocast.off(x.device):
+        return norm_of_sum(norm, first, None, rest)
 
 
 class Branch(nn.Module):
@@ -105,7 +129,8 @@ class Branch(nn.Module):
         core: called with the product, the step and its own cache; returns [T, ...].
         outwards: [T, ...] -> [T, hidden].
         placement: where the norm stands: "before" adds f(norm(x)), as LLaMA does, "output" adds norm(f(x)), and "sum"
-            makes norm(x + f(x)) of the stream.
+            makes norm(x + f(x)) of the stream. With "sum" the norm runs in `join`, outside of the call of the branch,
+            where what wraps such a branch by itself (FSDP, checkpointing) does not reach it.
 
     Raises:
         ValueError: another placement.
@@ -136,7 +161,7 @@ class Branch(nn.Module):
     def body(self, x: Tensor, step: Step, cache: Any = None) -> Any:
         """What is between the norm and the stream: outwards(core(inwards(x))), x [T, hidden]."""
         if self._takes_blocks(x):
-            return torch.cat([self._body(rows, step, cache) for rows in x.split(CPU_ROWS)])
+            return torch.cat([self._body(rows, step, cache) for rows in even_blocks(x, CPU_ROWS)])
         return self._body(x, step, cache)
 
     def _body(self, x: Tensor, step: Step, cache: Any) -> Tensor:
@@ -145,8 +170,9 @@ class Branch(nn.Module):
     def _takes_blocks(self, x: Tensor) -> bool:
         """Tells whether rows may be taken some at a time, for a CPU's cache: where nothing mixes or watches them."""
         return (
-            getattr(self.core, "rowwise", False)
+            "rowwise" in type(self.core).__dict__
             and in_blocks(x)
+            and is_plain(self.core, type(self.core))
             and is_plain(self.inwards, nn.Linear)
             and is_plain(self.outwards, nn.Linear)
         )
@@ -156,17 +182,25 @@ class Branch(nn.Module):
 
         Only where `fuses()`.
         """
-        normed, x = norm_of_sum(self.norm, added, None, x)
+        normed, x = _sum_and_norm(self.norm, x, added)
         return self.body(normed, step, cache), x
 
     def fuses(self) -> bool:
-        """Tells whether `after_sum` may be called in place of `forward`: there must be no one who watches the call."""
-        return self.placement == "before" and is_fused_norm(self.norm) and is_plain(self, type(self))
+        """Tells whether `after_sum` does what a call does: there are no hooks, and `forward` is this class's own."""
+        return (
+            self.placement == "before"
+            and is_fused_norm(self.norm)
+            and is_plain(self, type(self))
+            and type(self).forward is Branch.forward
+        )
 
     def join(self, x: Tensor, out: Tensor, step: Step) -> Tensor:
         """The stream [T, hidden] after what this branch made of it."""
-        x = x + out
-        return normalise(self.norm, x, step) if self.placement == "sum" else x
+        if self.placement != "sum":
+            return x + out
+        if getattr(self.norm, "at_step", None) is not None:
+            return normalise(self.norm, x + out, step)
+        return norm_of_sum(self.norm, out, None, x)[0]
 
     def cache(self, batch: int, capacity: int, device: Any = None, dtype: torch.dtype | None = None) -> Any:
         """What the core keeps of earlier tokens; None where it keeps nothing."""
@@ -181,8 +215,8 @@ class Stack(CheckpointedLayers):
     """Branches, one after the other, on one residual stream.
 
     What a branch with lag n reads lacks the results of the n branches before it; they are added later. Lag 0 everywhere
-    is the usual decoder. Lag 1 everywhere is ladder residual (arXiv 2501.06589), where a branch can run while the result
-    of the one before is still summed over GPUs. Lags 0, 1, 0, 1, ... are parallel attention and feed-forward.
+    is the usual decoder. Lag 1 everywhere is ladder residual (arXiv 2501.06589), where a branch can run while the
+    result of the one before is still summed over GPUs. Lags 0, 1, 0, 1, ... are parallel attention and feed-forward.
 
     With gradient checkpointing each branch is computed again in the backward pass.
 
@@ -208,7 +242,15 @@ class Stack(CheckpointedLayers):
         return Stack(list(self.branches)[first:last], self.lags[first:last])
 
     def insert(self, place: int, branch: nn.Module, lag: int = 0) -> None:
-        """Puts a branch before the one that is at `place`."""
+        """Puts a branch before the one that is at `place`, or behind all where that is their number.
+
+        Raises:
+            ValueError: another place, or a negative lag.
+        """
+        if not 0 <= place <= len(self.branches) or lag < 0:
+            raise ValueError(
+                f"Stack.insert: place must be from 0 to {len(self.branches)} and lag at least 0, got {place} and {lag}"
+            )
         self.branches.insert(place, branch)
         self.lags.insert(place, lag)
 
@@ -219,9 +261,10 @@ class Stack(CheckpointedLayers):
 
         Args:
             batch, capacity: the sizes.
-            device, dtype: None: those of the parameters.
+            device, dtype: None: those of the weights of products.
         """
-        weight = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        products = (p for p in self.parameters() if p.is_floating_point() and p.dim() > 1)
+        weight = next(products, torch.empty(0))
         device, dtype = device or weight.device, dtype or weight.dtype
         parts = [branch.cache(batch, capacity, device, dtype) for branch in self._places()]
         return Caches(parts, batch, capacity, device)
@@ -241,6 +284,11 @@ class Stack(CheckpointedLayers):
             ValueError: the step has the caches of another stack.
         """
         branches = self._places()
+        if len(self.lags) != len(branches):
+            raise ValueError(
+                f"Stack: there must be a lag for each of the {len(branches)} branches, got {len(self.lags)}; put a "
+                "branch in by Stack.insert"
+            )
         parts: Sequence[Any] = [None] * len(branches)
         if step.caches is not None:
             parts = step.caches.parts
@@ -254,7 +302,8 @@ class Stack(CheckpointedLayers):
         for branch, lag, cache in zip(branches, self.lags, parts, strict=True):
             due, waiting = waiting[: max(0, len(waiting) - lag)], waiting[max(0, len(waiting) - lag) :]
             added = None
-            if due and not again and due[-1][0].placement != "sum" and branch.fuses():
+            # What wraps a branch, such as FSDP or a checkpoint, is no Branch, and is called.
+            if due and not again and due[-1][0].placement != "sum" and isinstance(branch, Branch) and branch.fuses():
                 added = settle(due.pop()[1])
             for other, out in due:
                 x = other.join(x, settle(out), step)
@@ -271,8 +320,10 @@ class Stack(CheckpointedLayers):
             last = settle(waiting.pop()[1])
         for other, out in waiting:
             x = other.join(x, settle(out), step)
+        if step.caches is not None and step.places is not None:
+            step.caches.lengths = list(step.places.lengths)  # all branches have the new tokens
         if last is not None:
-            return norm_of_sum(cast("nn.Module", norm), last, None, x)[0]
+            return _sum_and_norm(cast("nn.Module", norm), x, last)[0]
         return x if norm is None else normalise(norm, x, step)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,6 +85,12 @@ class RoutingPlan:
     def token_class(self) -> Tensor:
         """int64 [T]: the class of each token."""
         return self._routing().token_class
+
+    @functools.cached_property
+    def class_rows(self) -> tuple[Tensor, ...]:
+        """For each class int64 [its tokens]: the rows of its tokens, in order. It reads the device, once for a plan."""
+        token_class = self.token_class
+        return tuple((token_class == c).nonzero().flatten() for c in range(self.num_classes))
 
     @classmethod
     def from_topk(cls, idx: Tensor, *, num_groups: int, num_shared: int = 0, tile: int = 128) -> RoutingPlan:

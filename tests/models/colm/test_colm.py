@@ -16,8 +16,9 @@ from torch import Tensor
 from helpers.training import train
 from warpform import Packing, models
 from warpform.models import CoLMConfig, CoLMForCausalLM
-from warpform.nn import ChainEmbedding, ChainLinear
+from warpform.nn import ChainLinear
 from warpform.nn.cache import KeyValueCache
+from warpform.nn.chain import ChainEmbedding
 
 TINY: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8,

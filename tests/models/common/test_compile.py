@@ -41,9 +41,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "classifier": lambda: swapped("Bert", "ForSequenceClassification", **TINY),
     "albert": lambda: swapped("Albert", **TINY, embedding_size=8),
     "distilbert": lambda: swapped("DistilBert", vocab_size=97, dim=16, n_layers=1, n_heads=2, hidden_dim=20),
+    "colm": lambda: warpform.models.CoLMForCausalLM(warpform.models.CoLMConfig(**TINY, chains=(1, 1))),
     "deberta": lambda: swapped("Deberta", **TINY, **RELATIVE),
     "deberta-v2": lambda: swapped("DebertaV2", **TINY, **RELATIVE, position_buckets=4, conv_kernel_size=3),
+    "decoder": lambda: swapped("Mistral", "ForCausalLM", **TINY, num_key_value_heads=1, sliding_window=4),
     "mohd": mohd,
+    "mot": lambda: warpform.models.MoTForCausalLM(warpform.models.MoTConfig(**TINY, qk_norm="rms")),
 }
 COMPILED = [pytest.param(name, marks=() if name == "bert" else pytest.mark.slow) for name in MODELS]
 # Batch, sequence length, share of real tokens: no token at all too.

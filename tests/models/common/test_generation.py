@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from warpform.models import M2GPTForCausalLM, MoHDForCausalLM
-from warpform.models.common.generation import choose_tokens, continue_texts
+from warpform.models.common.generation import choose_tokens, continue_by_drafts, continue_texts
 
 FIELDS: dict[str, Any] = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 24}
 DECODERS: dict[type, dict[str, Any]] = {
@@ -97,3 +97,55 @@ def test_models_refuse_numbers_that_make_no_sense(kind: Any, wrong: dict[str, An
     message = f"{kind.__name__}.generate: max_new_tokens and temperature must be at least 0 and top_k at least 1"
     with pytest.raises(ValueError, match=message):
         model.generate(torch.zeros(1, 3, dtype=torch.int64), **{"max_new_tokens": 2, **wrong})
+
+
+class Sums:
+    """A model whose next token follows from the sum of all tokens before it; its caches are these tokens."""
+
+    def __init__(self, rows: int) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.verified = 0
+
+    def logits(self, row: int, new: Tensor, off: bool) -> Tensor:
+        found = []
+        for token in new.tolist():
+            self.tokens[row].append(token)
+            wrong = off and len(self.tokens[row]) % 3 == 0
+            found.append((7 * sum(self.tokens[row]) + 3 + wrong) % 11)
+        return torch.eye(11)[found]
+
+    def step(self, new: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+        return torch.cat([self.logits(row, one, False)[-1:] for row, one in zip(rows, new, strict=True)])
+
+    def draft(self, new: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+        return torch.cat([self.logits(row, one, True)[-1:] for row, one in zip(rows, new, strict=True)])
+
+    def verify(self, new: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+        self.verified += 1
+        return torch.cat([self.logits(row, one, False) for row, one in zip(rows, new, strict=True)])
+
+    def rewind(self, row: int, length: int) -> None:
+        assert length <= len(self.tokens[row])
+        del self.tokens[row][length:]
+
+
+@pytest.mark.parametrize("lengths", ((3,), (3, 7, 1)), ids=("one", "ragged"))
+def test_drafts_change_no_token_and_those_that_are_right_save_steps(lengths: tuple[int, ...]) -> None:
+    prompts = [torch.randint(11, (length,)) for length in lengths]
+    expected = continue_texts(Sums(len(prompts)).step, prompts, 20)
+    for draft_length in (1, 4, 30):
+        model = Sums(len(prompts))
+        steps = (model.step, model.draft, model.verify, model.rewind)
+        found = continue_by_drafts(*steps, prompts, 20, draft_length=draft_length)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        if lengths == (3,) and draft_length >= 2:
+            # The prompt gives one token. The draft is wrong behind each third token, where the model's own stands: so
+            # three tokens come of each step, and the last one makes up the rest.
+            assert model.verified == -(-19 // 3)
+    end = int(expected[0][lengths[0] + 4])
+    model = Sums(len(prompts))
+    found = continue_by_drafts(
+        model.step, model.draft, model.verify, model.rewind, prompts, 20, draft_length=4, eos_token_id=end
+    )
+    stopped = continue_texts(Sums(len(prompts)).step, prompts, 20, eos_token_id=end)
+    assert all(torch.equal(one, other) for one, other in zip(found, stopped, strict=True))

@@ -53,6 +53,12 @@ def voxels(model: nn.Module) -> Tensor:
     return model(x, torch.tensor([3, 40]), torch.tensor([0, 0])).square().sum()
 
 
+def loops(model: nn.Module) -> Tensor:
+    # 16 rows: in others the backward of LayerNorm on a CPU rounds a gradient that it adds unlike a sum by itself.
+    x = torch.linspace(0, 30, 2 * 8 * 20).sin().view(2, 8, 20).to(dtype_of(model))
+    return model(x, 3, no_grad_steps=1).square().sum()
+
+
 DIT = {"input_size": 6, "patch_size": 2, "in_channels": 2, "hidden_size": 12, "depth": 2, "num_heads": 2}
 VIT = {
     "image_size": 20, "patch_size": 5, "hidden_size": 16, "num_hidden_layers": 2, "filter_order": 8,
@@ -64,6 +70,11 @@ DISTIL = {
     "vocab_size": 30, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 16,
     "attention_dropout": 0.0,
 }  # fmt: skip
+MINIMAL = {
+    "image_size": 20, "patch_size": 5, "num_channels": 3, "hidden_size": 16, "num_hidden_layers": 2,
+    "similarity": "symmetric",
+}  # fmt: skip
+ALGO = {"hidden_size": 16, "num_attention_heads": 2, "loop_layers": 2}
 MODELS: dict[str, tuple[str, str, dict[str, Any], Loss]] = {
     "Bert": ("BertForSequenceClassification", "BertConfig", {**WIDTH, **DROPOUT}, classes),
     "Albert": ("AlbertForMaskedLM", "AlbertConfig", ALBERT, tokens),
@@ -79,7 +90,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], Loss]] = {
     "M2ViT": ("M2ViTForImageClassification", "M2ViTConfig", VIT, images),
     "M2GPT": ("M2GPTForCausalLM", "M2GPTConfig", GPT, lambda m: m(IDS, labels=IDS).loss),
     "DiT3D": ("DiT3DModel", "DiT3DConfig", DIT, voxels),
+    "CoLM": ("CoLMForCausalLM", "CoLMConfig", {**WIDTH, "chains": (1, 1)}, tokens),
+    "MoT": ("MoTForCausalLM", "MoTConfig", {**WIDTH, "qk_norm": "rms"}, tokens),
     "MoHD": ("MoHDForCausalLM", "MoHDConfig", {**WIDTH, "num_groups": 4, "num_shared": 1, "top_k": 1}, tokens),
+    "Minimal": ("MinimalTransformerForImageClassification", "MinimalTransformerConfig", MINIMAL, images),
+    "Wide": ("WideForSequenceClassification", "WideConfig", {**WIDTH, "head_dim": 24}, classes),
+    "AlgoFormer": ("AlgoFormer", "AlgoFormerConfig", ALGO, loops),
 }  # fmt: skip
 
 

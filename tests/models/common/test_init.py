@@ -25,10 +25,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "M2BertForSequenceClassification": FILTER,
     "M2GPTForCausalLM": {**FILTER, "use_mlp": True},
     "M2ViTForImageClassification": {"image_size": 16, "patch_size": 4, "hidden_size": 48, "num_hidden_layers": 1},
+    "MinimalTransformerForImageClassification": {"image_size": 16, "hidden_size": 48, "num_hidden_layers": 1},
     "MoHDForCausalLM": {**WIDTH, "num_groups": 4, "num_shared": 1, "top_k": 1},
+    "MoTForCausalLM": {**WIDTH, "mlp_bias": True},
     "SequenceParallelTransformer": WIDTH,
     "SwinForImageClassification": {**GRID, "window_size": 4},
     "Swinv2ForImageClassification": {**GRID, "window_size": 4},
+    "WideForSequenceClassification": WIDTH,
 }
 STD = 0.3
 

@@ -29,7 +29,9 @@ FILTER = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "max_posi
 # The beginning of the names of the classes, and a small config of each.
 TINY: dict[str, dict[str, Any]] = {
     "Albert": {**WIDTH, "embedding_size": 8},
+    "AlgoFormer": {"hidden_size": 16, "num_attention_heads": 2, "loop_layers": 2, "max_position_embeddings": 16},
     "Bert": WIDTH,
+    "CoLM": {**WIDTH, "chains": (1, 1), "qkv_bias": True, "tie_word_embeddings": True},
     "DebertaV2": {**WIDTH, **POSITIONS, "position_buckets": 8},
     "Deberta": {**WIDTH, **POSITIONS},
     "Decoder": {**WIDTH, "num_key_value_heads": 1, "sliding_window": 7, "architecture": "mistral"},
@@ -37,7 +39,14 @@ TINY: dict[str, dict[str, Any]] = {
         "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "vocab_size": 30, "max_position_embeddings": 16,
     },
     "DiT3D": {"input_size": 4, "patch_size": 2, "hidden_size": 12, "depth": 2, "num_heads": 2, "window_size": 1},
+    "Ladder": {**WIDTH, "num_key_value_heads": 1, "ladder_layers": (1,)},
+    "MatFormer": {**WIDTH, "granularities": (6, 12, 24), "layer_sizes": (24, 12), "gated": False, "hidden_act": "gelu"},
+    "MinimalTransformer": {
+        "image_size": 16, "patch_size": 4, "num_channels": 3, "hidden_size": 16, "num_hidden_layers": 2,
+        "similarity": "symmetric",
+    },
     "MoHD": {**WIDTH, "num_groups": 4, "num_shared": 1, "top_k": 1, "tie_word_embeddings": True},
+    "MoT": {**WIDTH, "num_key_value_heads": 1, "num_classes": 3, "qk_norm": "layer", "attention_bias": True},
     "M2Bert": {**FILTER, "monarch_mlp_nblocks": 2, "hyena_filter_order": 8},
     "M2GPT": {**FILTER, "filter_order": 8},
     "M2ViT": {
@@ -47,6 +56,7 @@ TINY: dict[str, dict[str, Any]] = {
     "SequenceParallelTransformer": WIDTH,
     "Swinv2": GRID,
     "Swin": GRID,
+    "Wide": {**WIDTH, "head_dim": 24},
 }  # fmt: skip
 
 
@@ -69,6 +79,8 @@ def run(model: nn.Module) -> list[Tensor]:
     with torch.no_grad():
         if isinstance(model, models.DiT3DModel):
             return [model(torch.linspace(0, 9, 2 * 3 * 64).sin().view(2, 3, 4, 4, 4), torch.tensor([3, 500]))]
+        if isinstance(model, models.AlgoFormer):
+            return [model(torch.linspace(0, 30, 2 * 9 * 20).sin().view(2, 9, 20), 3)]
         image = hasattr(model.config, "num_channels")
         out = model(torch.linspace(0, 30, 3 * 256).sin().view(1, 3, 16, 16) if image else ids)
     return [value for value in out.values() if isinstance(value, Tensor)]

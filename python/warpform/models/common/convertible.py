@@ -143,13 +143,24 @@ class ConvertibleModel(PretrainedModel):
 
         Raises:
             ImportError: transformers is not installed.
+            ValueError: weights that the architecture has not, as of a branch that was put in, or of other shapes.
         """
+        ours, names = named_weights(self), self.weight_names()
+        other = sorted(set(ours) ^ set(names))
+        if other:
+            raise ValueError(
+                f"{type(self).__name__}.to_transformers: the weights must be those of the architecture, which "
+                f"transformers has; others, or missing: {', '.join(other[:5])}"
+            )
         origin = self._origin[0] if self._origin else self._new_origin()
         theirs = {self.file_name(name): weight for name, weight in _live_weights(origin).items()}
-        ours = named_weights(self)
+        for name, parts in names.items():
+            rows = self.weight_rows(name) if len(parts) > 1 else None
+            what = f"{type(self).__name__}.to_transformers"
+            check_weight(ours[name], parts, [theirs[part] for part in parts], what, rows)
         with torch.no_grad():
-            for name, parts in self.weight_names().items():
-                chunks = self.split_weight(name, ours[name]) if len(parts) > 1 else (ours[name],)
+            for name, parts in names.items():
+                chunks = self.split_weight(name, ours[name], len(parts)) if len(parts) > 1 else (ours[name],)
                 for part, chunk in zip(parts, chunks, strict=True):
                     if theirs[part] is not ours[name]:
                         theirs[part].data = chunk.detach().clone(memory_format=torch.contiguous_format)

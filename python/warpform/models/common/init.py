@@ -10,6 +10,11 @@ from ...nn import AddBiasResidualLayerNorm
 NORMS = (nn.LayerNorm, nn.RMSNorm, AddBiasResidualLayerNorm)
 
 
+def linear_std(inputs: int) -> float:
+    """The standard deviation with which `torch.nn.Linear` draws weights for so many inputs: 1 / sqrt(3 inputs)."""
+    return (3 * inputs) ** -0.5
+
+
 def init_normal(module: nn.Module, std: float, also: tuple[type[nn.Module], ...] = ()) -> None:
     """Draws the own weights of a module, as BERT does (arXiv 1810.04805); for `apply`.
 

@@ -129,9 +129,9 @@ class PretrainedModel(Model):
         """The rows of each of the tensors in files that the weight `name` joins; None: the same number for all."""
         return None
 
-    def split_weight(self, name: str, weight: Tensor) -> Sequence[Tensor]:
-        """The parts of a weight that `weight_names` names, views of it."""
-        count = len(self.weight_names()[name])
+    def split_weight(self, name: str, weight: Tensor, count: int | None = None) -> Sequence[Tensor]:
+        """The parts of a weight that has `count` names in `weight_names`, views of it; None: count them."""
+        count = len(self.weight_names()[name]) if count is None else count
         rows = self.weight_rows(name) if count > 1 else None
         return weight.chunk(count, 0) if rows is None else weight.split(list(rows), 0)
 
@@ -203,7 +203,7 @@ def file_weights(model: PretrainedModel, weights: Mapping[str, Tensor], prefix: 
     renamed: dict[str, Tensor] = {}
     for name, parts in names.items():
         weight = weights[prefix + name]
-        chunks = [weight] if len(parts) == 1 else [chunk.clone() for chunk in model.split_weight(name, weight)]
+        chunks = [weight] if len(parts) == 1 else [c.clone() for c in model.split_weight(name, weight, len(parts))]
         for part, chunk in zip(parts, chunks, strict=True):
             renamed[prefix + model.file_prefix + part] = chunk
     return renamed

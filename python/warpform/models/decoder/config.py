@@ -10,6 +10,11 @@ from ...nn.activations import ACTIVATIONS
 from ...nn.rotary import Rotary
 from ..common.config import TransformersConfig, config_overrides, known_fields
 
+# What transformers takes where a file of an architecture does not say.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131_072},
+    "qwen2": {"max_window_layers": 28, "num_key_value_heads": 32, "max_position_embeddings": 32_768},
+}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -33,13 +38,15 @@ class DecoderConfig(TransformersConfig):
         sliding_window: a token sees at most so many keys, itself included, as in Mistral; None: all before it.
         layer_types: for each layer "full_attention" or "sliding_attention"; None: the window is in every layer.
         architecture: what transformers calls it: "llama", "mistral" or "qwen2".
+        bos_token_id, eos_token_id, pad_token_id: are kept for transformers, which generates by them; nothing here reads
+            them.
 
     Raises:
         ValueError: sizes that do not fit, an unknown choice, a rope_scaling that is not supported.
     """
 
     model_type = "llama"
-    positive = (
+    positive: ClassVar[tuple[str, ...]] = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "max_position_embeddings",
     )  # fmt: skip
@@ -68,9 +75,16 @@ class DecoderConfig(TransformersConfig):
     sliding_window: int | None = None
     layer_types: tuple[str, ...] | None = None
     architecture: str = "llama"
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.head_dim is not None and self.head_dim < 1:
+            raise self.error(f"head_dim must be None or at least 1, got {self.head_dim}")
+        if self.rope_theta <= 0:
+            raise self.error(f"rope_theta must be above 0, got {self.rope_theta}")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise self.error(
                 f"num_attention_heads must divide hidden_size {self.hidden_size} where head_dim is None, "
@@ -133,6 +147,7 @@ class DecoderConfig(TransformersConfig):
             TypeError: an override that is no field.
         """
         kind = fields.get("model_type", "llama")
+        fields = {**_DEFAULTS.get(kind, {}), **fields}
         for name in (*cls.unsupported, "attention_dropout"):
             if fields.get(name):
                 raise cls.error(f"{name}={fields[name]!r} is not supported")
@@ -151,7 +166,7 @@ class DecoderConfig(TransformersConfig):
             if not fields.get("use_sliding_window"):
                 known["sliding_window"] = known["layer_types"] = None
             elif known.get("layer_types") is None:
-                full = int(fields.get("max_window_layers", 0))
+                full = int(fields["max_window_layers"])
                 layers = int(fields["num_hidden_layers"])
                 known["layer_types"] = tuple(LAYER_TYPES[layer >= full] for layer in range(layers))
         else:
@@ -167,6 +182,8 @@ class DecoderConfig(TransformersConfig):
             ValueError: options that no one architecture of transformers has together.
         """
         fields = {name: value for name, value in self.dense_fields().items() if name != "architecture"}
+        if isinstance(self.eos_token_id, tuple):
+            fields["eos_token_id"] = list(self.eos_token_id)
         qkv_bias = fields.pop("qkv_bias")
         rope = {"rope_type": "default", **(self.rope_scaling or {})}
         rope.setdefault("rope_theta", self.rope_theta)

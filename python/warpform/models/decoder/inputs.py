@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...nn.stack import Step
+from ...ops import _check
 from ...packing import Packing
 from ..common.checks import check_shape
+from ..common.inputs import check_longest, read_rows
+from ..common.losses import IGNORED, next_tokens
 
 
 @dataclass
@@ -17,18 +21,30 @@ class Inputs:
     """Attributes:
     packing: of the batch.
     padded: whether the caller's tensors are [B, S, ...], and the results are to be; else they are packed.
+    shape: [B, S] of a batch without padding, whose rows may hold several sequences; None: the packing says it.
     ids: int64 [total], or None where embeddings were given.
     embeds: [total, hidden], or None.
     labels: int64 [total], or None.
+    positions: int64 [total], or None for a token's place in its padded row.
+    items: what the sum of the losses is divided by; None: the number of labels.
     model: the name of the model, for errors.
     """
 
     packing: Packing
     padded: bool
+    shape: tuple[int, int] | None
     ids: Tensor | None
     embeds: Tensor | None
     labels: Tensor | None
+    positions: Tensor | None
+    items: Tensor | int | None
     model: str
+
+    def step(self, **options: Any) -> Step:
+        """The step of these tokens; options are other attributes of it."""
+        if self.positions is None:
+            return Step.of(self.packing, **options)
+        return Step(self.positions, self.packing.cu_seqlens, self.packing.max_seqlen, **options)
 
     def of_tokens(self, name: str, value: Tensor | None) -> Tensor | None:
         """An argument that has a number for each token, [B, S] or [total], packed.
@@ -38,12 +54,28 @@ class Inputs:
         """
         if value is None:
             return None
-        shape = (self.packing.batch_size, self.packing.seqlen) if self.padded else (self.packing.total,)
+        shape: tuple[int, ...] = (self.packing.total,)
+        if self.padded:
+            shape = self.shape or (self.packing.batch_size, self.packing.seqlen)
         check_shape(self.model, name, value, shape)
+        if self.shape is not None:
+            return value.flatten()
         return self.packing.pack(value) if self.padded else value
+
+    @property
+    def share(self) -> Tensor | float:
+        """The part of a step's labels that this batch has, for losses that are not a sum over labels; 1 by default.
+
+        A Trainer that adds gradients up over several batches gives the number of items of all of them.
+        """
+        if self.items is None or self.labels is None:
+            return 1.0
+        return (next_tokens(self.labels, self.packing.cu_seqlens) != IGNORED).sum() / self.items
 
     def restore(self, rows: Tensor) -> Tensor:
         """Results [total, ...] as the caller's tensors are: [B, S, ...], 0 where there is padding, or packed."""
+        if self.shape is not None:
+            return rows.unflatten(0, self.shape)
         return self.packing.unpack(rows) if self.padded else rows
 
 
@@ -54,7 +86,9 @@ def read_inputs(
     attention_mask: Tensor | None,
     labels: Tensor | None,
     packing: Packing | None,
-    inputs_embeds: Tensor | None,
+    inputs_embeds: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    items: Tensor | int | None = None,
 ) -> Inputs:
     """Checks the arguments of a decoder's forward, and packs them.
 
@@ -68,39 +102,36 @@ def read_inputs(
     name, given = ("input_ids", input_ids) if input_ids is not None else ("inputs_embeds", inputs_embeds)
     assert given is not None
     more = () if input_ids is not None else (config.hidden_size,)
-    padded = packing is None
-    if packing is None:
-        if given.dim() != 2 + len(more):
-            wanted = ", ".join(["batch", "seqlen", *map(str, more)])
-            raise ValueError(f"{model}: {name} must be of shape [{wanted}], got {list(given.shape)}")
-        if attention_mask is None:
-            # Nothing to find out: with every token real, the capacity is the total and the host reads nothing.
-            mask = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
-            packing = Packing.from_mask(mask, capacity=given.shape[0] * given.shape[1])
-        else:
-            if attention_mask.shape != given.shape[:2]:
-                raise ValueError(
-                    f"{model}: attention_mask must be of shape {list(given.shape[:2])} as {name} is, "
-                    f"got {list(attention_mask.shape)}"
-                )
-            packing = Packing.from_mask(attention_mask)
-        shape: tuple[int, ...] = (packing.batch_size, packing.seqlen)
-    elif attention_mask is not None:
-        raise ValueError(f"{model}: attention_mask must be None with packing, which says the same")
-    else:
-        shape = (packing.total,)
-    check_shape(model, name, given, (*shape, *more))
+    packing, padded, rows = read_rows(model, name, given, more, attention_mask, packing, None)
+    whole = (packing.batch_size, packing.seqlen) if padded and attention_mask is None else None
+    shape: tuple[int, ...] = (packing.batch_size, packing.seqlen) if padded else (packing.total,)
     check_shape(model, "labels", labels, shape)
+    if position_ids is not None and padded and position_ids.dim() == 2 and position_ids.shape[0] == 1:
+        position_ids = position_ids.expand(shape)
+    check_shape(model, "position_ids", position_ids, shape)
     if padded:
-        given = packing.pack(given)
         labels = None if labels is None else packing.pack(labels)
-    longest, limit = packing.max_seqlen, config.max_position_embeddings
-    if torch.compiler.is_compiling():
-        # The mask may say it only when the program runs, which then raises RuntimeError.
-        torch._check(longest <= limit, lambda: "sequences must have at most max_position_embeddings tokens")
-    elif longest > limit:
-        raise ValueError(
-            f"{model}: sequences must have at most max_position_embeddings, {limit}, tokens, got {longest}"
-        )
-    ids, embeds = (given, None) if input_ids is not None else (None, given)
-    return Inputs(packing, padded, ids, embeds, labels, model)
+    if padded and position_ids is not None:
+        restarting = position_ids
+        position_ids = packing.pack(position_ids)
+        if whole is not None and whole[1] > 1:
+            packing = _restarting(restarting, packing)
+    check_longest(model, packing, config.max_position_embeddings)
+    ids, embeds = (rows, None) if input_ids is not None else (None, rows)
+    return Inputs(packing, padded, whole, ids, embeds, labels, position_ids, items, model)
+
+
+def _restarting(position_ids: Tensor, packing: Packing) -> Packing:
+    """The packing of rows [B, S] without padding in which several texts stand, each with positions that go up by one.
+
+    As in transformers, a position that is not the next one begins another text, where there is no mask.
+    """
+    if torch.compiler.is_compiling() or not _check.has_values(position_ids):
+        return packing
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids.diff(dim=1) != 1
+    starts = begins.flatten().nonzero().flatten()
+    if len(starts) == len(position_ids):
+        return packing
+    ends = torch.cat([starts[1:], starts.new_tensor([begins.numel()])])
+    return Packing.from_lengths(ends - starts)

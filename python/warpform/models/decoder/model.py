@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common.convertible import ConvertibleModel
 from .base import CausalLM
@@ -43,6 +44,30 @@ class DecoderForCausalLM(CausalLM, ConvertibleModel):
         # Old checkpoints hold the frequencies of rotary positions.
         return {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
 
+    def to_transformers(self) -> nn.Module:
+        """As of all models that transformers has; a stack with lags is another model.
+
+        Raises:
+            ImportError: transformers is not installed.
+            ValueError: the stack has lags, or branches that the architecture has not.
+        """
+        self._check_lags("to_transformers")
+        return super().to_transformers()
+
+    def save_pretrained(
+        self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, **unused: Any
+    ) -> None:
+        """As of all models; lags of the stack, which the files do not tell, are refused by ValueError."""
+        self._check_lags("save_pretrained")
+        super().save_pretrained(folder, state_dict=state_dict, **unused)
+
+    def _check_lags(self, method: str) -> None:
+        if type(self) is DecoderForCausalLM and any(self.stack.lags):
+            raise ValueError(
+                f"DecoderForCausalLM.{method}: the lags of the stack must be 0, as transformers has no others, got "
+                f"{self.stack.lags}; a LadderForCausalLM keeps them"
+            )
+
     def weight_names(self) -> dict[str, tuple[str, ...]]:
         names: dict[str, tuple[str, ...]] = {"tokens.weight": ("model.embed_tokens.weight",)}
         config = self.config
@@ -75,8 +100,8 @@ class DecoderForCausalLM(CausalLM, ConvertibleModel):
         return names
 
     def weight_rows(self, name: str) -> Sequence[int] | None:
-        parts = self.weight_names()[name]
-        if not parts[0].split(".")[-2].startswith("q_proj"):
+        parts = name.split(".")  # stack.branches.PLACE.inwards.weight
+        if parts[0] != "stack" or parts[-2] != "inwards" or int(parts[2]) % 2:
             return None
         config = self.config
         keys = config.kv_heads * config.heads_dim

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from ...nn.hidden import SCALE_MODES
-from ..common.config import ModelConfig
+from ..decoder.config import DecoderConfig
 
 # How much wider the hidden dimension is, then groups, shared, routed: as many dimensions in use as the share of the
 # dense model's that the name says, all of them from "2x" on.
@@ -20,7 +20,7 @@ _SETTINGS = {
 
 
 @dataclasses.dataclass
-class MoHDConfig(ModelConfig):
+class MoHDConfig(DecoderConfig):
     """Sizes by default are those of the 355M decoder at 50 % activation.
 
     Certain from the paper's abstract: shared dimensions that are always on, specialised ones that are routed per token,
@@ -30,10 +30,7 @@ class MoHDConfig(ModelConfig):
     and not what it writes, and all sizes but the number of parameters.
 
     Attributes:
-        vocab_size, hidden_size, intermediate_size, num_hidden_layers: as in LLaMA.
-        num_attention_heads, num_key_value_heads, rms_norm_eps, rope_theta: as in LLaMA.
-        max_position_embeddings, tie_word_embeddings, initializer_range: as in LLaMA.
-        head_dim: None: that of `num_attention_heads` in `hidden_size`; wider models than the dense one keep its heads.
+        vocab_size, and so on: those of `DecoderConfig`. A model that is wider than the dense one keeps its head_dim.
         num_groups, num_shared, top_k: groups of hidden dimensions, the first that all tokens use, and the choices.
             num_groups 0: a dense decoder.
         sparse_attention, sparse_feed_forward: which blocks are routed.
@@ -48,12 +45,8 @@ class MoHDConfig(ModelConfig):
     """
 
     model_type = "mohd"
-    positive = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "max_position_embeddings",
-    )  # fmt: skip
-    divides = (("num_key_value_heads", "num_attention_heads"),)
-    choices = {"gates": ("in", "out", "both", "none"), "scale_mode": SCALE_MODES}
+    other_model_types = ()
+    choices = {**DecoderConfig.choices, "gates": ("in", "out", "both", "none"), "scale_mode": SCALE_MODES}
     # Dense decoders that come to these counts of parameters with 32,000 embeddings, in and out.
     presets = {
         "355M": {"hidden_size": 1024, "intermediate_size": 2560, "num_hidden_layers": 24, "num_attention_heads": 16},
@@ -61,18 +54,11 @@ class MoHDConfig(ModelConfig):
         "1.13B": {"hidden_size": 2048, "intermediate_size": 4032, "num_hidden_layers": 24, "num_attention_heads": 32},
     }
 
-    vocab_size: int = 32_000
     hidden_size: int = 1024
     intermediate_size: int = 2560
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = False
     num_groups: int = 16
     num_shared: int = 6
     top_k: int = 2
@@ -88,24 +74,8 @@ class MoHDConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise self.error(
-                f"num_attention_heads must divide hidden_size {self.hidden_size} where head_dim is None, "
-                f"got {self.num_attention_heads}"
-            )
-        if self.heads_dim % 2:
-            raise self.error(f"rotary positions need an even head_dim, got {self.heads_dim}")
         if self.num_groups and self.hidden_size % self.num_groups:
             raise self.error(f"num_groups must divide hidden_size {self.hidden_size}, got {self.num_groups}")
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
-
-    @property
-    def heads_dim(self) -> int:
-        """Dimensions of a head."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def sparse(self) -> bool:
