@@ -491,6 +491,8 @@ def test_every_check_can_fail(family: str) -> None:
         outputs = {"warpform": output}
         if family == "window":  # whose peers return more: what they moved into windows too
             outputs["eager"] = case.prepare("eager")[0]()
+        elif family == "decoders":  # whose peers are dense, where warpform's system is another model
+            outputs["transformers"] = case.prepare("transformers")[0]()
         elif family != "host":
             outputs[spec.providers[-1]] = output
         for provider, output in outputs.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from .cache import CachePlaces, Caches
 from .norm import is_fused_norm, norm_of_sum
 from .rotary import Rotary
 
+_CHECKPOINTED = 2  # branches that are computed again together
 PLACEMENTS = ("before", "output", "sum")
 
 
@@ -218,7 +220,8 @@ class Stack(CheckpointedLayers):
     is the usual decoder. Lag 1 everywhere is ladder residual (arXiv 2501.06589), where a branch can run while the
     result of the one before is still summed over GPUs. Lags 0, 1, 0, 1, ... are parallel attention and feed-forward.
 
-    With gradient checkpointing each branch is computed again in the backward pass.
+    With gradient checkpointing two branches at a time, a layer of a usual decoder, are computed again in the backward
+    pass.
 
     Args:
         branches: in order. A branch may stand in several places, and then has the same weights in all of them.
@@ -297,24 +300,15 @@ class Stack(CheckpointedLayers):
                     f"Stack: the step must have caches that this stack made, for {len(branches)} branches, got those "
                     f"of {len(parts)}"
                 )
+        outs: list[Any] = []  # results of the branches just before, which are still to be added
         again = self.gradient_checkpointing and self.training
-        waiting: list[tuple[Branch, Any]] = []  # branches whose results are still to be added
-        for branch, lag, cache in zip(branches, self.lags, parts, strict=True):
-            due, waiting = waiting[: max(0, len(waiting) - lag)], waiting[max(0, len(waiting) - lag) :]
-            added = None
-            # What wraps a branch, such as FSDP or a checkpoint, is no Branch, and is called.
-            if due and not again and due[-1][0].placement != "sum" and isinstance(branch, Branch) and branch.fuses():
-                added = settle(due.pop()[1])
-            for other, out in due:
-                x = other.join(x, settle(out), step)
-            if added is None:
-                result = self.run_layer(branch, x, step, cache)
-            else:
-                result, x = branch.after_sum(x, added, step, cache)
-            if isinstance(result, tuple):
-                result, *losses = result
-                step.losses += losses
-            waiting.append((branch, result))
+        each = _CHECKPOINTED if again else max(1, len(branches))
+        for first in range(0, len(branches), each):
+            run = partial(self._run, branches, first, min(first + each, len(branches)), step, parts)
+            x, kept, *found = self._gradient_checkpointing_func(run, x, *map(settle, outs)) if again else run(x, *outs)
+            outs, losses = found[:kept], found[kept:]
+            step.losses += losses
+        waiting = list(zip(branches[len(branches) - len(outs) :], outs, strict=True))
         last = None
         if norm is not None and waiting and waiting[-1][0].placement != "sum" and is_fused_norm(norm):
             last = settle(waiting.pop()[1])
@@ -325,6 +319,39 @@ class Stack(CheckpointedLayers):
         if last is not None:
             return _sum_and_norm(cast("nn.Module", norm), x, last)[0]
         return x if norm is None else normalise(norm, x, step)
+
+    def _run(
+        self, branches: list[Branch], first: int, last: int, step: Step, parts: Sequence[Any], x: Tensor, *outs: Any
+    ) -> tuple[Any, ...]:
+        """Runs the branches first to last - 1.
+
+        Args:
+            x: the stream, to which outs, the results of the branches just before `first`, are still to be added.
+
+        Returns:
+            The stream; how many results behind it are still to be added; these; and scalars for the loss. They are no
+            containers, as checkpointing sees the gradients of what is returned alone.
+        """
+        waiting = list(zip(branches[first - len(outs) : first], outs, strict=True))
+        losses: list[Tensor] = []
+        for branch, lag, cache in zip(branches[first:last], self.lags[first:last], parts[first:last], strict=True):
+            due, waiting = waiting[: max(0, len(waiting) - lag)], waiting[max(0, len(waiting) - lag) :]
+            added = None
+            # What wraps a branch, such as FSDP or a checkpoint, is no Branch, and is called.
+            if due and due[-1][0].placement != "sum" and isinstance(branch, Branch) and branch.fuses():
+                added = settle(due.pop()[1])
+            for other, out in due:
+                x = other.join(x, settle(out), step)
+            if added is None:
+                result = branch(x, step, cache)
+            else:
+                result, x = branch.after_sum(x, added, step, cache)
+            if isinstance(result, tuple):
+                result, *more = result
+                losses += more
+            waiting.append((branch, result))
+        again = self.gradient_checkpointing and self.training  # which keeps tensors alone
+        return x, len(waiting), *(settle(out) if again else out for _, out in waiting), *losses
 
 
 def settle(out: Any) -> Tensor:
