@@ -102,6 +102,7 @@ def test_rms_norm_gelu_drawn(backend: Backend, case: RmsNormGeluCase, dtype: tor
 # ---- against others ----
 
 
+@pytest.mark.sampled
 @on(*EVERY, width=(96, 333, 5000))
 def test_rms_norm_is_that_of_torch(backend: Backend, width: int, dtype: torch.dtype) -> None:
     """torch.nn.functional.rms_norm in float64 is the truth, and in the dtype the yardstick; so are its gradients."""
@@ -151,6 +152,7 @@ def test_rms_norm_gelu_is_made_of_torchs_functions(backend: Backend, width: int,
 MAGNITUDES = {torch.float16: (2e4, 1e-3), torch.bfloat16: (1e15, 1e-15)}
 
 
+@pytest.mark.sampled
 @on(*EVERY, large=(True, False), width=(64, 777, 4096))
 def test_magnitudes(backend: Backend, large: bool, width: int, dtype: torch.dtype) -> None:
     """Statistics are in float32: a row of any size gives the same, and its gradient is divided by that size."""
@@ -219,6 +221,7 @@ def test_not_a_number_stays_in_its_row(backend: Backend, dtype: torch.dtype) -> 
 # ---- layouts, sizes ----
 
 
+@pytest.mark.sampled
 @on(*EVERY, width=(64, 1024, 8192))
 def test_misaligned_tensors(backend: Backend, width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(2)
