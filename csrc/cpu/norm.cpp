@@ -7,8 +7,8 @@
 // Measured on one thread of an Intel Skylake-SP beside other work, 392 rows of 768 columns of float32: LayerNorm forward
 // with bias and residual 0.25 ms, 14 GB/s; backward 0.30 ms, 12 GB/s, where torch's, without dbias, takes 0.52; a copy
 // reaches 20 GB/s. 1358 rows come from memory: forward 7 and backward 6.5 GB/s, a copy 10. One thread of an AMD EPYC with
-// AVX2 beside other work, 1358 rows: RMSNorm with residual and sum forward 0.85 ms, 20 GB/s, and backward with dsum 1.2 ms,
-// 14 GB/s, where a copy reached 15; torch.compile takes 1.7 and 3.2 ms.
+// AVX2 beside other work, 1358 rows, partly in its cache: RMSNorm with residual and sum forward 0.85 ms and backward with
+// dsum 1.2 ms, where torch.compile takes 1.7 and 3.2 ms.
 #include <type_traits>
 
 #include "families.h"

@@ -54,7 +54,7 @@ WARPFORM_INLINE void each_vector(int64_t first, int64_t last, const F& f) {
 }
 
 // Sums over the columns of rows: calls f(c, lanes, sum) for every vector, which adds to the kSums vectors of sum. An
-// addition waits for the addition before it, so kChains sums are made side by side. Each of them has at most 64 terms,
+// addition waits for the addition before it, so kChains sums are made side by side. Each of them has some 64 terms,
 // which bounds its rounding error. Squares of few bits need that: of the bits that a sum drops theirs are more often small
 // than large, so that rounding takes off more than it adds.
 template <int kChains, int kSums, class F>

@@ -153,20 +153,27 @@ def test_gradcheck_of_rms_norm(return_sum: bool, with_residual: bool) -> None:
 
 
 def test_rms_norm_recomputes_a_sum_that_was_not_kept() -> None:
-    inputs = (*(torch.randn(3, 5, requires_grad=True) for _ in range(2)), torch.randn(5, requires_grad=True))
-    kept = ops.add_residual_rms_norm(*inputs)
-    again = torch.ops.warpform.add_residual_rms_norm(*inputs)[0]
-    dout = torch.randn(3, 5)
-    for one, other in zip(*(torch.autograd.grad(out, inputs, dout) for out in (kept, again)), strict=True):
-        torch.testing.assert_close(one, other)
+    for dtype in (torch.float32, torch.bfloat16):
+        shapes = ((3, 5), (3, 5), (5,))
+        inputs = tuple(torch.randn(shape).to(dtype).requires_grad_() for shape in shapes)
+        kept = ops.add_residual_rms_norm(*inputs)
+        again = torch.ops.warpform.add_residual_rms_norm(*inputs)[0]
+        dout = torch.randn(3, 5).to(dtype)
+        for one, other in zip(*(torch.autograd.grad(out, inputs, dout) for out in (kept, again)), strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_a_sum_alone_has_a_gradient() -> None:
     """Of a pre-norm layer whose normalised output is not used: the gradient of the sum is that of both terms."""
     x, residual = (torch.randn(3, 5, requires_grad=True) for _ in range(2))
-    _, total = ops.add_residual_rms_norm(x, residual, torch.randn(5), return_sum=True)
+    with torch.no_grad():
+        x[1, 2] = torch.nan  # the norm of this row is NaN, the gradient of its sum is not
+    weight = torch.randn(5, requires_grad=True)
+    _, total = ops.add_residual_rms_norm(x, residual, weight, return_sum=True)
     dsum = torch.randn(3, 5)
-    for g in torch.autograd.grad(total, (x, residual), dsum):
+    *found, none = torch.autograd.grad(total, (x, residual, weight), dsum, allow_unused=True)
+    assert none is None
+    for g in found:
         assert torch.equal(g, dsum)
 
 

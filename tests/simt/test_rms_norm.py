@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.norm import RmsNormCase, check_rms_norm
+from helpers.norm import RmsNormCase, RmsNormGeluCase, check_rms_norm, check_rms_norm_gelu
 
 OPS = ("add_residual_rms_norm", "rms_norm_gelu")
 
@@ -26,14 +26,11 @@ def test_table_of_configurations(simt: Any) -> None:
         (op, dtype) for op in names for dtype in ("float32", "float16", "bfloat16")
     }
     for entry in table:
-        x = torch.ones(1, entry["max_cols"], dtype=getattr(torch, entry["dtype"]))
+        dtype, shape = getattr(torch, entry["dtype"]), (1, entry["max_cols"])
         for parameters in entry.get("parameter_dtypes", ()):
-            weight = torch.ones(entry["max_cols"], dtype=getattr(torch, parameters))
-            _, total, rstd = simt.add_residual_rms_norm(x, None, weight, return_sum=True)
-            simt.add_residual_rms_norm_backward(x, None, total, weight, rstd)
+            check_rms_norm(simt, RmsNormCase("", shape, wide_weight=parameters != entry["dtype"]), dtype)
         for approximate in entry.get("approximate", ()):
-            simt.rms_norm_gelu(x, None, 0.0, approximate)
-            simt.rms_norm_gelu_backward(x, x, None, 0.0, approximate)
+            check_rms_norm_gelu(simt, RmsNormGeluCase("", shape, approximate=approximate), dtype)
 
 
 def test_no_kernel(simt: Any) -> None:

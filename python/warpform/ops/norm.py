@@ -42,16 +42,15 @@ def _rms_norm_setup(
 
 
 def _rms_norm_gradient(ctx: Any, dout: Tensor | None, dsum: Tensor | None, drstd: None) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad
+    if dout is None:
+        # The sum alone is used, which x and residual share; the norm has no part in it.
+        return dsum if needed[0] else None, dsum if needed[1] else None, None, None
     weight, rstd, total, *terms = ctx.saved_tensors
     # Without a saved sum it is computed again: this trades a pass for the memory of one more activation.
     for term in terms:
         total = total if term is None else (total + term).to(total.dtype)
-    if dout is None:
-        if dsum is None:
-            return (None,) * 4
-        dout = torch.zeros_like(dsum)
     dx, dweight = _rms_norm_backward(dout, dsum, total, weight, rstd)
-    needed = ctx.needs_input_grad
     # One tensor for x and residual, as torch's add hands it on: leaves take a copy of a gradient that is shared.
     return dx if needed[0] else None, dx if needed[1] else None, dweight if needed[2] else None, None
 
@@ -150,12 +149,11 @@ def rms_norm_gelu(x: Tensor, scale: float | None = None, eps: float = 0.0, appro
 
     z = x * scale / sqrt(sum(x^2) + eps) over the last dimension;  out = GELU(z)
 
-    Everything is made in float32 (float64 for float64) and rounded once. The backward reads x again, and nothing is
-    saved for it.
+    Everything is made in float32 (float64 for float64) and rounded once. For the backward x alone is kept.
 
     Args:
         x: [..., N], float16, bfloat16, float32 or float64.
-        scale: the length of the rows of z, any finite number. None is sqrt(N), with which this is an RMSNorm.
+        scale: the length of the rows of z, from -1e10 to 1e10. None is sqrt(N), with which this is an RMSNorm.
         eps: added to the sum of squares, at least 0. A row of zeros gives zeros, also with 0, and its gradient is zero.
         approximate: GELU by "none" (erf) or "tanh".
 
@@ -164,6 +162,6 @@ def rms_norm_gelu(x: Tensor, scale: float | None = None, eps: float = 0.0, appro
 
     Raises:
         TypeError: an argument is not a tensor, or of a wrong dtype.
-        ValueError: a wrong shape, a scale or an eps that is not finite, a negative eps, or an unknown `approximate`.
+        ValueError: a wrong shape, a scale beyond 1e10, an eps that is negative or not finite, an unknown `approximate`.
     """
     return _rms_norm_gelu(x, scale, eps, approximate)
