@@ -128,7 +128,20 @@ def test_report(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         if line.startswith("| "):
             assert line.endswith(" |")
     drawn = list(plots.glob("*.svg"))
-    names = {"attention", "encoder", "conv", "hidden", "m2", "models", "monarch", "norm", "ring", "swin", "window"}
+    names = {
+        "attention",
+        "decoders",
+        "encoder",
+        "conv",
+        "hidden",
+        "m2",
+        "models",
+        "monarch",
+        "norm",
+        "ring",
+        "swin",
+        "window",
+    }
     assert {path.stem.rpartition("-")[2] for path in drawn} == names
     assert len(drawn) == len(FAMILIES) - 1, "one for each family but the host's"
     for path in drawn:
