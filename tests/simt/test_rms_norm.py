@@ -59,7 +59,7 @@ ERRORS: dict[str, tuple[str, dict[str, Any]]] = {
     "weight must be float32 as x is, or float32, got float16 of shape [8]": (OPS[0], {"weight": W.half()}),
     "eps must be finite, got inf": (OPS[0], {"eps": float("inf")}),
     "eps must not be negative, got -0.5": (OPS[1], {"eps": -0.5}),
-    "scale must be finite, got nan": (OPS[1], {"scale": float("nan")}),
+    "scale must be from -1e10 to 1e10, got nan": (OPS[1], {"scale": float("nan")}),
     'approximate must be "none" or "tanh", got \'fast\'': (OPS[1], {"approximate": "fast"}),
     "dout must be float32 of shape [3, 8] as sum is, got float32 of shape [24]": (
         "add_residual_rms_norm_backward",
