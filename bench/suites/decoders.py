@@ -218,16 +218,23 @@ class DecoderCase(Case):
         logits = tokens * spec.vocabulary * itemsize
         self.bytes = (3 if self.training else 1) * weights * itemsize + kept + logits
 
-    def options(self, model: Any) -> dict[str, Any]:
-        return {} if self.system is None or model is not self.ours else self.system.options(self.ids)
+    def options(self, role: str) -> dict[str, Any]:
+        """What a system is called with; nothing in another role."""
+        return {} if self.system is None or role != "ours" else self.system.options(self.ids)
 
-    def call(self, model: Any, ids: Tensor | None = None) -> Callable[[], tuple[Tensor, ...]]:
-        """One step of a model: logits; or the loss and the gradient of the embeddings, which all have."""
+    def call(self, role: str, model: Any = None) -> Callable[[], tuple[Tensor, ...]]:
+        """One step: logits; or the loss and the gradient of the embeddings, which all have.
+
+        Args:
+            role: "ours", "dense" or "theirs".
+            model: called in that role; None: the one of that name.
+        """
+        model = getattr(self, role) if model is None else model
         if self.decoding:
-            return self.decode_theirs(model) if model is self.theirs else self.decode(model)
-        options = self.options(model)
+            return self.decode_theirs(model) if role == "theirs" else self.decode(model, role)
+        options = self.options(role)
         options |= {"attention_mask": self.mask} if self.padded else {}
-        options |= {"use_cache": False} if model is self.theirs else {}
+        options |= {"use_cache": False} if role == "theirs" else {}
         parameters = list(model.parameters())
 
         def infer() -> tuple[Tensor, ...]:
@@ -241,10 +248,11 @@ class DecoderCase(Case):
 
         return step if self.training else infer
 
-    def decode(self, model: Any) -> Callable[[], tuple[Tensor, ...]]:
+    def decode(self, model: Any, role: str) -> Callable[[], tuple[Tensor, ...]]:
         """One more token for each sequence, which is then forgotten, so that each call has the same work."""
         batch, seqlen = self.ids.shape
-        options = {} if model is not self.ours or self.system is None else self._decoding()
+        given = self.options(role)
+        options = {"width": model.layer_widths(given["granularity"])} if "granularity" in given else {}
         with torch.inference_mode():
             caches = model.caches(batch, seqlen + 1)
             model.decode(list(self.ids), caches, **options)
@@ -257,11 +265,6 @@ class DecoderCase(Case):
             return (logits,)
 
         return step
-
-    def _decoding(self) -> dict[str, Any]:
-        """What of the options `decode` takes: the attribute of the step that says the same."""
-        given = self.options(self.ours)
-        return {"width": self.ours.layer_widths(given["granularity"])} if "granularity" in given else {}
 
     def decode_theirs(self, model: Any) -> Callable[[], tuple[Tensor, ...]]:
         from transformers import DynamicCache
@@ -279,13 +282,13 @@ class DecoderCase(Case):
         return step
 
     def with_warpform(self) -> list[Callable[[], Any]]:
-        return [self.call(self.ours)]
+        return [self.call("ours")]
 
     def with_dense(self) -> list[Callable[[], Any]]:
-        return [self.call(self.dense)]
+        return [self.call("dense")]
 
     def with_transformers(self) -> list[Callable[[], Any]]:
-        return [self.call(self.theirs)]
+        return [self.call("theirs")]
 
     def with_transformers_compiled(self) -> list[Callable[[], Any]]:
         if self.device == "cpu" and not self.session.everything:
@@ -293,46 +296,29 @@ class DecoderCase(Case):
         if self.decoding:
             raise Missing("its cache grows by a new tensor in every step")
         self.session.allow_compile()
-        kept, self.theirs = self.theirs, harness.compiled(self.theirs)
-        try:
-            return [self.call(self.theirs)]
-        finally:
-            self.theirs = kept
+        return [self.call("theirs", harness.compiled(self.theirs))]
 
-    @functools.cached_property
-    def truth(self) -> tuple[tuple[Tensor, ...], float]:
-        """transformers in float64, and the relative error that it has itself in the dtype that is timed."""
-        return self._exact(self.theirs), self._own_error
-
-    @functools.cached_property
-    def _own_error(self) -> float:
-        exact = self._exact(self.theirs)
-        same = self.call(self.theirs)()
-        return max(harness.relative_error(self.real(a), b) for a, b in zip(same, exact, strict=True))
-
-    def _exact(self, model: Any) -> tuple[Tensor, ...]:
+    def exact(self, role: str) -> tuple[Tensor, ...]:
         """What a model computes in float64."""
-        kept = self.theirs, self.ours
-        double = copy.deepcopy(model).double()
-        if model is self.theirs:
-            self.theirs = double
-        elif model is self.ours:
-            self.ours = double
-        try:
-            return tuple(self.real(t) for t in self.call(double)())
-        finally:
-            self.theirs, self.ours = kept
+        double = copy.deepcopy(getattr(self, role)).double()
+        return tuple(self.real(t) for t in self.call(role, double)())
+
+    @functools.cached_property
+    def dense_truth(self) -> tuple[tuple[Tensor, ...], float]:
+        """transformers in float64, and the relative error that it has itself in the dtype that is timed."""
+        exact, same = self.exact("theirs"), self.call("theirs")()
+        return exact, max(harness.relative_error(self.real(a), b) for a, b in zip(same, exact, strict=True))
 
     @functools.cached_property
     def system_truth(self) -> tuple[Tensor, ...]:
         """What the system should compute: the dense decoder that it is, by transformers; else itself in float64."""
         if self.system is None or self.system.dense is None or self.training or self.decoding:
-            return self._exact(self.ours)
-        twin: Any = self.system.dense(self.ours)
-        twin = twin.to_transformers().double().eval()
+            return self.exact("ours")
+        dense: Any = self.system.dense(self.ours)
         options = {"attention_mask": self.mask} if self.padded else {}
         with torch.inference_mode():
-            return (self.real(twin(self.ids, **options, use_cache=False).logits),)
+            logits = dense.to_transformers().double().eval()(self.ids, **options, use_cache=False).logits
+        return (self.real(logits),)
 
     def real(self, t: Tensor) -> Tensor:
         """Logits of real tokens; gradients as they are. Of padding transformers computes something."""
@@ -340,8 +326,10 @@ class DecoderCase(Case):
 
     def check(self, provider: str, output: Any) -> None:
         """At most four times the error that transformers has in the same dtype, plus 100 eps of float32 for layers."""
-        exact = self.system_truth if provider == "warpform" and self.system is not None else self.truth[0]
-        allowed = 4 * self._own_error + 100 * torch.finfo(torch.float32).eps
+        exact, error_of_theirs = self.dense_truth
+        if provider == "warpform" and self.system is not None:
+            exact = self.system_truth
+        allowed = 4 * error_of_theirs + 100 * torch.finfo(torch.float32).eps
         for i, (actual, wanted) in enumerate(zip(output, exact, strict=True)):
             error = harness.relative_error(self.real(actual), wanted)
             assert error <= allowed, f"output {i}: relative error {error:.2e}, allowed {allowed:.2e}"

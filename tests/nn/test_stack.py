@@ -178,8 +178,11 @@ def test_norms_in_float32_of_a_stack_in_bfloat16() -> None:
     assert stack.caches(1, 4).parts[0].keys.dtype == torch.bfloat16
 
 
-def test_a_stream_in_float32_stays_so_under_autocast() -> None:
+@pytest.mark.parametrize("placement", ("before", "output", "sum"))
+def test_a_stream_in_float32_stays_so_under_autocast(placement: str) -> None:
     stack, x = Stack(branches()).float(), rows().float()
+    for branch in stack.branches:
+        branch.placement = placement
     truth = copy.deepcopy(stack).double()(x.double(), step())
     with torch.autocast("cpu", torch.bfloat16):
         out, apart = stack(x, step()), watched(copy.deepcopy(stack))(x, step())
@@ -317,6 +320,9 @@ def test_a_module_that_depends_on_the_step() -> None:
     whole = part(x, now)
     part.outwards = half
     assert close(part(x, now), 0.5 * whole)
+    # What wraps a module, and hands on its attributes, is called.
+    part.outwards = Wrapper(half)
+    assert close(part(x, now), whole) and part.outwards.calls == 1
 
 
 # ---- attention ----

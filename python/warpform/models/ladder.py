@@ -1,4 +1,4 @@
-"""Ladder residual: each branch runs while the result of the one before is still summed over GPUs (2501.06589)."""
+"""Ladder residual (arXiv 2501.06589): a branch does not read the result of the branch just before it."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class LadderConfig(DecoderConfig):
 
 
 class LadderForCausalLM(CausalLM):
-    """A decoder whose branches do not wait for the one before: x_i = x_{i-1} + h_i(x_{i-2}) (arXiv 2501.06589).
+    """A decoder in which x_i = x_{i-1} + h_i(x_{i-2}) (arXiv 2501.06589): branch i does not read branch i - 1.
 
     i counts attentions and feed-forwards, and x_i is the stream after the first i of them; the first two read the
     embedding both. Under tensor parallelism the sum over GPUs of one branch then runs beside the work of the next.

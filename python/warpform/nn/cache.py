@@ -22,7 +22,6 @@ class KeyValueCache:
         capacity: tokens that a sequence can come to.
         heads, head_dim: of keys and values.
         device, dtype: of the buffers.
-        value_dim: dimensions of a head of values; None: head_dim.
     """
 
     def __init__(
@@ -33,12 +32,9 @@ class KeyValueCache:
         head_dim: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        value_dim: int | None = None,
     ) -> None:
-        shape = (batch, capacity, heads)
-        self.keys = torch.zeros(*shape, head_dim, device=device, dtype=dtype)
-        self.values = torch.zeros(*shape, head_dim if value_dim is None else value_dim, device=device, dtype=dtype)
+        shape = (batch, capacity, heads, head_dim)
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
 
     def append(self, key: Tensor, value: Tensor, places: CachePlaces) -> tuple[Tensor, Tensor]:
         """Writes key and value [T, H, D] to their places.

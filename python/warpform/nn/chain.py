@@ -150,7 +150,7 @@ def _products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | No
 
 
 def _takes_own_gradient(*tensors: Tensor | None) -> bool:
-    """Tells whether `_ChainProduct` may be used: there is a gradient, and nobody but autograd watches the call."""
+    """Tells whether `_ChainProduct` may be used: a tensor needs a gradient, and only autograd sees the call."""
     given = [t for t in tensors if t is not None]
     return (
         torch.is_grad_enabled()

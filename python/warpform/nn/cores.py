@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import _autocast, ops
 from ._key_ranges import attention_in_ranges
-from .activations import ACTIVATIONS, BiasActivation
+from .activations import BiasActivation
 from .cache import KeyValueCache
 from .rotary import Rotary, apply_rotary
 from .stack import Step, normalise
@@ -209,4 +209,4 @@ class Activation(nn.Module):
         return out
 
 
-__all__ = ["ACTIVATIONS", "Activation", "AttentionCore", "GatedActivation"]
+__all__ = ["Activation", "AttentionCore", "GatedActivation"]

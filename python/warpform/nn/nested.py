@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.routing import MAX_GROUPS
-from ._product import CPU_ROWS, apply_linear, is_plain, linear
+from ._product import CPU_ROWS, apply_linear, even_blocks, is_plain, linear
 from .cores import Activation, GatedActivation
 from .stack import Branch, Step
 
@@ -153,7 +153,7 @@ class NestedFeedForward(Branch):
         if not self._is_plain():
             return self._masked(x, width)
         if self._takes_blocks(x):
-            return torch.cat([self._sliced(rows, width) for rows in x.split(CPU_ROWS)])
+            return torch.cat([self._sliced(rows, width) for rows in even_blocks(x, CPU_ROWS)])
         return self._sliced(x, width)
 
     def _sliced(self, x: Tensor, width: int) -> Tensor:

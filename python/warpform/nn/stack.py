@@ -90,18 +90,23 @@ class Step:
         return tables
 
 
+def _depends_on_step(module: nn.Module) -> bool:
+    """Tells whether a module has `at_step`. What wraps one and hands on its attributes has not, and must be called."""
+    return hasattr(type(module), "at_step")
+
+
 def at_step(module: nn.Module, x: Tensor, step: Step) -> Tensor:
     """module(x), or module.at_step(x, step) for a module whose result depends on the step: a width, a plan, chains."""
-    own = getattr(module, "at_step", None)
-    if own is not None:
-        return cast("Tensor", own(x, step))
+    if _depends_on_step(module):
+        return cast("Any", module).at_step(x, step)
     return apply_linear(x, module)
 
 
 def normalise(norm: nn.Module, x: Tensor, step: Step) -> Tensor:
     """norm(x), or norm.at_step(x, step) for a norm whose result depends on the step."""
-    own = getattr(norm, "at_step", None)
-    return _sum_and_norm(norm, x, None)[0] if own is None else cast("Tensor", own(x, step))
+    if _depends_on_step(norm):
+        return cast("Any", norm).at_step(x, step)
+    return _sum_and_norm(norm, x, None)[0]
 
 
 def _sum_and_norm(norm: nn.Module, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -200,9 +205,9 @@ class Branch(nn.Module):
         """The stream [T, hidden] after what this branch made of it."""
         if self.placement != "sum":
             return x + out
-        if getattr(self.norm, "at_step", None) is not None:
+        if _depends_on_step(self.norm):
             return normalise(self.norm, x + out, step)
-        return norm_of_sum(self.norm, out, None, x)[0]
+        return _sum_and_norm(self.norm, x, out)[0]
 
     def cache(self, batch: int, capacity: int, device: Any = None, dtype: torch.dtype | None = None) -> Any:
         """What the core keeps of earlier tokens; None where it keeps nothing."""
@@ -217,8 +222,9 @@ class Stack(CheckpointedLayers):
     """Branches, one after the other, on one residual stream.
 
     What a branch with lag n reads lacks the results of the n branches before it; they are added later. Lag 0 everywhere
-    is the usual decoder. Lag 1 everywhere is ladder residual (arXiv 2501.06589), where a branch can run while the
-    result of the one before is still summed over GPUs. Lags 0, 1, 0, 1, ... are parallel attention and feed-forward.
+    is the usual decoder. Lag 1 everywhere is ladder residual (arXiv 2501.06589): a branch does not read the result of
+    the branch before it, so that GPUs can sum that result at the same time. Lags 0, 1, 0, 1, ... are parallel attention
+    and feed-forward.
 
     With gradient checkpointing two branches at a time, a layer of a usual decoder, are computed again in the backward
     pass.

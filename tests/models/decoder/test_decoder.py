@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.compare import assert_close
+from helpers.generation import check_generation
 from helpers.parity import check_gradients, check_losses, make_mask, randomise
 from helpers.training import train
 from warpform import Packing, models
@@ -286,24 +287,7 @@ def test_packed_padded_and_embedded_agree() -> None:
 @pytest.mark.parametrize("fields", ({}, {"sliding_window": 4, "architecture": "mistral"}), ids=("whole", "window"))
 @pytest.mark.parametrize("prompts", ((5,), (3, 9, 1)), ids=("one", "ragged"))
 def test_generation_with_caches_is_generation_without(prompts: tuple[int, ...], fields: dict[str, Any]) -> None:
-    model = model_of(**fields)
-    texts = [torch.randint(VOCABULARY, (n,)) for n in prompts]
-    expected = []
-    for text in texts:
-        for _ in range(8):
-            text = torch.cat((text, model(text[None]).logits[0, -1:].argmax(1)))
-        expected.append(text)
-    found = model.generate(texts, 8)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    # An end token stops its own sequence alone.
-    end = int(expected[0][prompts[0] + 2])
-    stopped = model.generate(texts, 8, eos_token_id=end)
-    for text, whole, n in zip(stopped, expected, prompts, strict=True):
-        continued = whole[n:].tolist()
-        stop = n + continued.index(end) + 1 if end in continued else len(whole)
-        assert torch.equal(text, whole[:stop])
-    drawn = [model.generate(texts, 4, temperature=1.0, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
-    assert all(torch.equal(one, other) for one, other in zip(*drawn, strict=True))
+    check_generation(model_of(**fields), [torch.randint(VOCABULARY, (n,)) for n in prompts])
 
 
 def test_generation_is_that_of_transformers() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.compare import assert_close
+from helpers.generation import check_generation
 from helpers.training import train
 from warpform import Packing, ops
 from warpform.models import MoHDConfig, MoHDForCausalLM
@@ -205,23 +206,7 @@ def test_later_tokens_and_other_rows_change_nothing() -> None:
 def test_generation_with_a_cache_is_generation_without(prompts: tuple[int, ...]) -> None:
     model = model_of()
     sharpen(model)
-    texts = [torch.randint(TINY["vocab_size"], (n,)) for n in prompts]
-    expected = []
-    for text in texts:
-        for _ in range(8):
-            text = torch.cat((text, model(text[None]).logits[0, -1:].argmax(1)))
-        expected.append(text)
-    found = model.generate(texts, 8)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    # An end token stops its own sequence alone.
-    end = int(expected[0][prompts[0] + 2])
-    stopped = model.generate(texts, 8, eos_token_id=end)
-    for text, whole, n in zip(stopped, expected, prompts, strict=True):
-        continued = whole[n:].tolist()
-        stop = n + continued.index(end) + 1 if end in continued else len(whole)
-        assert torch.equal(text, whole[:stop])
-    drawn = [model.generate(texts, 4, temperature=1.0, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
-    assert all(torch.equal(one, other) for one, other in zip(*drawn, strict=True))
+    check_generation(model, [torch.randint(TINY["vocab_size"], (n,)) for n in prompts])
 
 
 @pytest.mark.parametrize(("size", "millions"), (("355M", 355), ("495M", 493), ("1.13B", 1128)))

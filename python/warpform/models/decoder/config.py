@@ -103,11 +103,12 @@ class DecoderConfig(TransformersConfig):
 
     def check_rotary(self) -> None:
         """Raises ValueError where heads cannot have the rotary positions that the config asks for."""
+        if self.heads_dim % 2:
+            raise self.error(f"rotary positions need an even head_dim, got {self.heads_dim}")
         try:
             Rotary(self.heads_dim, self.rope_theta, self.rope_scaling)
         except ValueError as error:
-            text = str(error).replace("dimensions", "head_dim").replace("number of head_dim", "head_dim")
-            raise self.error(text) from None
+            raise self.error(str(error)) from None
 
     @property
     def kv_heads(self) -> int:

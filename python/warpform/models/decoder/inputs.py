@@ -124,7 +124,8 @@ def read_inputs(
 def _restarting(position_ids: Tensor, packing: Packing) -> Packing:
     """The packing of rows [B, S] without padding in which several texts stand, each with positions that go up by one.
 
-    As in transformers, a position that is not the next one begins another text, where there is no mask.
+    As in transformers, a position that is not the next one begins another text, where there is no mask. It reads the
+    positions from the device.
     """
     if torch.compiler.is_compiling() or not _check.has_values(position_ids):
         return packing

@@ -62,7 +62,7 @@ class DecoderForCausalLM(CausalLM, ConvertibleModel):
         super().save_pretrained(folder, state_dict=state_dict, **unused)
 
     def _check_lags(self, method: str) -> None:
-        if type(self) is DecoderForCausalLM and any(self.stack.lags):
+        if any(self.stack.lags):
             raise ValueError(
                 f"DecoderForCausalLM.{method}: the lags of the stack must be 0, as transformers has no others, got "
                 f"{self.stack.lags}; a LadderForCausalLM keeps them"
