@@ -17,6 +17,7 @@ import torch
 import warpform
 from warpform import _direct, _hardware, _library, _torch_private, cli
 from warpform.cli import doctor, self_test
+from warpform.nn import _product
 from warpform.ops import _register
 
 PACKAGE = Path(warpform.__file__).resolve().parent
@@ -71,7 +72,11 @@ def test_what_runs_on_the_cpu(quick, capsys, monkeypatch):
         assert doctor.examine()["machine"]["cpu_kernels"]["onednn"]
         assert "float32 products by oneDNN" in doctor._cpu_text(doctor.examine())
     monkeypatch.setenv("WARPFORM_ONEDNN", "0")
-    assert "float32 products by the library that torch chooses" in doctor._cpu_text(doctor.examine())
+    assert "float32 products by the library that torch chooses; " in doctor._cpu_text(doctor.examine())
+    monkeypatch.setenv("WARPFORM_ONEDNN", "auto")
+    assert ("in inference of up to 8 rows by a kernel; " in doctor._cpu_text(doctor.examine())) is bool(kernels["isa"])
+    monkeypatch.setattr(_product, "_has_kernels", lambda: False)
+    assert "by a kernel" not in doctor._cpu_text(doctor.examine())
     monkeypatch.setattr(_library, "cpu_isa", lambda: "")
     monkeypatch.setattr(_library, "cpu_kernels_missing", lambda: "this CPU has no AVX2, which the CPU kernels need")
     assert "no kernels: this CPU has no AVX2" in doctor._cpu_text(doctor.examine())

@@ -1,7 +1,8 @@
-"""Products on a CPU: oneDNN and the way through float32, forced by WARPFORM_ONEDNN, against F.linear and float64."""
+"""Products on a CPU: oneDNN, the way through float32 and the kernel for few rows, against F.linear and float64."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.compare import assert_close
-from warpform import _hardware, _torch_private
+from warpform import _hardware, _library, _torch_private
 from warpform.nn import _product
 from warpform.nn.feed_forward import FeedForward
 
@@ -22,6 +23,7 @@ from warpform.nn.feed_forward import FeedForward
 SIZES = ((16, 8, 8), (17, 33, 5), (100, 48, 50), (300, 40, 24), (512, 16, 16), (515, 24, 40))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 needs_onednn = pytest.mark.skipif(_torch_private.onednn_linear() is None, reason="this torch has no oneDNN")
+needs_kernels = pytest.mark.skipif(not _library.cpu_isa(), reason="there are no kernels for this CPU")
 
 
 @pytest.fixture
@@ -37,6 +39,24 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
         return multiply(x, *args, **kwargs)
 
     monkeypatch.setattr(_product, "_multiply", watched)
+    yield seen
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+    """Products of few rows go to the kernel for weights of any size and all dtypes; the shapes of x of those."""
+    for name in ("WARPFORM_ONEDNN", "WARPFORM_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(_product, "_lacks_products", lambda dtype: True)
+    monkeypatch.setattr(_product, "LEAST_WEIGHT", 1)
+    seen: list[tuple[int, ...]] = []
+    multiply = _product._multiply_few
+
+    def watched(x: Tensor, *args: Any) -> Tensor:
+        seen.append(tuple(x.shape))
+        return multiply(x, *args)
+
+    monkeypatch.setattr(_product, "_multiply_few", watched)
     yield seen
 
 
@@ -282,6 +302,120 @@ def test_leaves_the_rest_to_torch(case: str, taken: list[tuple[int, ...]], monke
         out = linear(x, weight, bias)
     assert not taken
     assert torch.equal(torch.Tensor(out) if case == "subclass" else out, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("size", ((1, 1), (33, 5), (520, 70)), ids=str)
+def test_few_rows_agree_with_float64(
+    rows: int, size: tuple[int, int], dtype: torch.dtype, few: list[tuple[int, ...]]
+) -> None:
+    x, weight, bias = draw(rows, *size, dtype)
+    for given in ((x, weight, bias), (x, weight, None)):
+        with torch.inference_mode():
+            out = _product.linear(*given)
+        oracle = F.linear(*(None if t is None else t.double() for t in given))
+        assert few.pop() == (rows, size[0]) and out._base is None and out.is_contiguous() and out.dtype == dtype
+        assert_close("out", out, oracle, F.linear(*given))
+
+
+@needs_kernels
+def test_few_rows_in_any_layout(few: list[tuple[int, ...]]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, large = torch.randn(40, 60, generator=generator), torch.randn(90, 64, generator=generator)
+    for x, weight, bias in (
+        (base[:4, :24].unflatten(0, (2, 2)), large[:50, 3:27], large[:50, 0]),
+        (base.t()[:3, :33], large[::2, :33], large[0, :1].expand(45)),
+        (base[:1].expand(6, 60)[:, 3:43], large[:7, :40], None),
+        (base[::20].view(2, 1, 1, 60), large[:, :60], large.view(-1)[::64]),
+    ):
+        with torch.no_grad():
+            out = _product.linear(x, weight, bias)
+        assert few.pop() == (x.shape.numel() // x.shape[-1], x.shape[-1])
+        assert out.shape == (*x.shape[:-1], weight.shape[0])
+        exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        assert_close("out", out, exact, F.linear(x, weight, bias))
+        # The result is no view: it may be changed in place where gradients are recorded.
+        scale = torch.ones((), requires_grad=True)
+        out.mul_(scale).sum().backward()
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "case",
+    (
+        "nine rows",
+        "no row",
+        "one dimension",
+        "gradient of x",
+        "gradient of weight",
+        "gradient of bias",
+        "small weight",
+        "transposed weight",
+        "float64",
+        "subclass",
+        "autocast",
+        "modes",
+        "compiled",
+        "reference",
+        "off",
+        "no kernels",
+        "own products",
+    ),
+)
+def test_leaves_other_few_rows_to_torch(case: str, few: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = draw(9 if case == "nine rows" else 4, 24, 20)
+    dtype = torch.float32
+    if case == "no row":
+        x = x[:0]
+    elif case == "one dimension":
+        x = x[0]
+    elif case.startswith("gradient"):
+        {"x": x, "weight": weight, "bias": bias}[case.split()[-1]].requires_grad_()
+    elif case == "small weight":
+        monkeypatch.setattr(_product, "LEAST_WEIGHT", 24 * 20 + 1)
+    elif case == "transposed weight":
+        weight = weight.t().contiguous().t()
+    elif case == "float64":
+        dtype = torch.float64
+    elif case == "subclass":
+        weight = weight.as_subclass(Wrapped)
+    elif case == "reference":
+        monkeypatch.setenv("WARPFORM_BACKEND", "reference")
+    elif case == "off":
+        monkeypatch.setenv("WARPFORM_ONEDNN", "0")
+    elif case == "no kernels":
+        monkeypatch.setattr(_product, "_has_kernels", lambda: False)
+    elif case == "own products":
+        monkeypatch.setattr(_product, "_lacks_products", lambda dtype: False)
+        dtype = torch.bfloat16
+    x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+
+    def call(function: Callable[..., Tensor]) -> Tensor:
+        if case == "compiled":
+            return torch.compile(function, backend="eager", fullgraph=True)(x, weight, bias)
+        with contextlib.ExitStack() as stack:
+            if case == "autocast":
+                stack.enter_context(torch.autocast("cpu"))
+            elif case == "modes":
+                stack.enter_context(FlopCounterMode(display=False))
+            return function(x, weight, bias)
+
+    out, expected = call(_product.linear), call(F.linear)
+    assert not few
+    assert out.requires_grad == expected.requires_grad == case.startswith("gradient")
+    assert torch.equal(out.as_subclass(Tensor), expected.as_subclass(Tensor))
+
+
+@needs_kernels
+def test_a_small_change_of_the_case_is_the_kernel_s(few: list[tuple[int, ...]]) -> None:
+    """What `test_leaves_other_few_rows_to_torch` changes is what keeps the kernel away."""
+    x, weight, bias = draw(4, 24, 20)
+    _product.linear(x, weight, bias)
+    with torch.no_grad():
+        _product.linear(x, nn.Parameter(weight), bias)
+    assert few == [(4, 24), (4, 24)]
 
 
 def test_wrong_arguments_get_torch_s_errors(taken: list[tuple[int, ...]]) -> None:

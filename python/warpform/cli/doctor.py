@@ -107,13 +107,14 @@ def _cpu() -> dict[str, Any]:
 
 
 def _cpu_kernels() -> dict[str, Any]:
-    """The instruction set of the CPU kernels that run, or why none do; and whether float32 products go to oneDNN."""
+    """The instruction set of the CPU kernels that run, or why none do; and what multiplies float32 matrices."""
     from ..nn import _product
 
     return {
         "isa": _library.cpu_isa() or None,
         "missing": _library.cpu_kernels_missing() or None,
         "onednn": _product.takes_onednn(),
+        "few_rows": _product.takes_few_rows(),
     }
 
 
@@ -489,7 +490,8 @@ def _cpu_text(report: dict[str, Any]) -> str:
         return f"kernels: {kernels['error']}"
     which = f"kernels for {kernels['isa']}" if kernels["isa"] else f"no kernels: {kernels['missing']}"
     library = "oneDNN" if kernels["onednn"] else "the library that torch chooses"
-    return f"{which}; float32 products by {library}; {threads} threads"
+    few = ", in inference of up to 8 rows by a kernel" if kernels["few_rows"] else ""
+    return f"{which}; float32 products by {library}{few}; {threads} threads"
 
 
 def _gpu_text(report: dict[str, Any]) -> str:

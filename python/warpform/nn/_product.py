@@ -1,4 +1,4 @@
-"""Products with the bias where it is cheapest, and the library and the rows at once that are fastest on a CPU."""
+"""Products with the bias where it is cheapest, and on a CPU by what is fastest there, so many rows at once."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from .. import _env, _hardware, _torch_private
+from .. import _env, _hardware, _library, _torch_private
+from ..ops import RoutingPlan, hidden_gather_linear
 
 # Rows of a feed-forward block that a CPU takes at once: 512 x 3072 float32 is 6 MB, which stays in its cache and in the
 # allocator's heap. All rows at once would be written to fresh pages and read back from memory, which on 2 cores of an
 # AMD EPYC halves the speed of the two products at 16,000 rows (82 against 192 GFLOP/s at hidden 384).
 CPU_ROWS = 512
 
-# Fewer rows than these are bound by reading the weight, which torch's own product does as fast.
+# The least rows that oneDNN, or the way through float32, multiplies faster than torch's own product.
 LEAST_ROWS = 16
+# Up to so many rows a product is bound by reading the weight. This package's kernel reads it at the speed of memory,
+# the library that torch takes at half of that or less: 1.2 against 5.5 ms for 4 rows and 5632 x 1024 float32, on two
+# threads of an AMD EPYC. With a weight of fewer elements than `LEAST_WEIGHT` it is the call that takes the time.
+FEW_ROWS = 8
+LEAST_WEIGHT = 1 << 18
 # The features of an x86 CPU that multiplies such numbers itself. Without one of them torch's product of float16 runs at
 # a tenth of the speed of float32, that of bfloat16 at a quarter.
 OWN_PRODUCTS = {
@@ -49,17 +55,19 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear, by what computes it fastest on a CPU.
 
-    The rule is fixed, and nothing is timed, so that a machine gives the same bits in every run. On a CPU, from
-    `LEAST_ROWS` rows on:
+    The rule is fixed, and nothing is timed, so that a machine gives the same bits in every run. On a CPU:
 
-    * float32 is multiplied by oneDNN on AMD processors with AVX-512, where the library that torch takes for float32
-      runs at half the speed. `WARPFORM_ONEDNN` chooses otherwise.
-    * float16 and bfloat16 go through float32 where the CPU has no instruction for their products: the sums are float32,
-      and the result is rounded once.
+    * Up to `FEW_ROWS` rows, in inference, are multiplied with a weight of `LEAST_WEIGHT` elements or more by this
+      package's kernel (`ops.hidden_gather_linear`), where there is one for the CPU: as decoding does, a token of each
+      text at a time. Of float16 and bfloat16 only where the CPU has no instruction for their products.
+    * From `LEAST_ROWS` rows on, float32 is multiplied by oneDNN on AMD processors with AVX-512, where the library that
+      torch takes for float32 runs at half the speed.
+    * From `LEAST_ROWS` rows on, float16 and bfloat16 go through float32 where the CPU has no instruction for their
+      products: the sums are float32, and the result is rounded once.
 
-    Everything else is torch's: other devices and dtypes, tensors of subclasses, and calls that torch.compile, export,
-    tracing, autocast, torch.func, forward-mode differentiation or a mode of torch sees. Gradients of any order are
-    computed by the same rule.
+    `WARPFORM_ONEDNN` chooses otherwise. Everything else is torch's: other devices and dtypes, tensors of subclasses,
+    and calls that torch.compile, export, tracing, autocast, torch.func, forward-mode differentiation or a mode of torch
+    sees. Gradients of any order are computed by the same rule.
 
     Args:
         x: [..., in].
@@ -73,11 +81,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     shape = (*x.shape[:-1], weight.shape[0])
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if _records(x, weight, bias):
         out: Tensor = _Linear.apply(rows, weight, bias)
         return out if x.dim() == 2 else out.view(shape)
+    multiply = _multiply_few if _are_few(x, weight) else functools.partial(_multiply, round_up=True)
     # Not a view, as in-place operations on views made without gradients are refused later.
-    return _multiply(rows, weight, bias, round_up=True).resize_(shape)
+    return multiply(rows, weight, bias).resize_(shape)
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    """Tells whether torch records what is computed from the tensors, for a gradient."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -95,9 +109,40 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.shape[-1] == weight.shape[1]
         and (bias is None or bias.shape == weight.shape[:1])
         and weight.numel() > 0
-        and x.numel() >= LEAST_ROWS * weight.shape[1]
-        and (takes_onednn() if x.dtype == torch.float32 else _through_float32(x.dtype))
+        and (_are_many(x, weight) or (_are_few(x, weight) and not _records(x, weight, bias)))
     )
+
+
+def _are_many(x: Tensor, weight: Tensor) -> bool:
+    """Tells whether the rows of x are many, and oneDNN or float32 is to multiply them."""
+    return x.numel() >= LEAST_ROWS * weight.shape[1] and (
+        takes_onednn() if x.dtype == torch.float32 else _through_float32(x.dtype)
+    )
+
+
+def _are_few(x: Tensor, weight: Tensor) -> bool:
+    """Tells whether the rows of x are few, and this package's kernel is to multiply them."""
+    return (
+        0 < x.numel() <= FEW_ROWS * weight.shape[1]
+        and weight.numel() >= LEAST_WEIGHT
+        and weight.stride(1) == 1
+        and takes_few_rows(x.dtype)
+    )
+
+
+def takes_few_rows(dtype: torch.dtype = torch.float32) -> bool:
+    """Tells whether products of few rows go to this package's kernel on this machine and under these settings."""
+    return (
+        _env.onednn() != "0"
+        and _env.backend() == "auto"
+        and _has_kernels()
+        and (dtype == torch.float32 or _lacks_products(dtype))
+    )
+
+
+@functools.cache
+def _has_kernels() -> bool:
+    return _library.loaded() and bool(_library.cpu_isa())
 
 
 def takes_onednn() -> bool:
@@ -148,6 +193,18 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, *, round_up: bool 
     if extra == 0:
         return onednn(x, weight, bias).to(dtype)
     return onednn(F.pad(x, (0, 0, 0, extra)), weight, bias).resize_(rows, weight.shape[0]).to(dtype)
+
+
+def _multiply_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear of x [rows, in] without a gradient, for few rows that `linear` takes; the result is no view."""
+    return hidden_gather_linear(x, weight, _one_group(x.shape[0]), bias=bias)
+
+
+@functools.cache
+def _one_group(rows: int) -> RoutingPlan:
+    """The plan of rows that use the whole of their input."""
+    with torch.inference_mode(False):
+        return RoutingPlan.by_class(torch.zeros(rows, dtype=torch.int64, device="cpu"), 1)
 
 
 class _Linear(torch.autograd.Function):

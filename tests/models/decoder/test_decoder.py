@@ -16,9 +16,9 @@ from helpers.compare import assert_close
 from helpers.generation import check_generation
 from helpers.parity import check_gradients, check_losses, make_mask, randomise
 from helpers.training import train
-from warpform import Packing, models
+from warpform import Packing, _library, models
 from warpform.models import DecoderConfig, DecoderForCausalLM
-from warpform.nn import Branch
+from warpform.nn import Branch, _product
 from warpform.nn.cores import AttentionCore
 
 transformers = pytest.importorskip("transformers")
@@ -311,6 +311,26 @@ def test_tokens_can_be_decoded_by_hand() -> None:
         again = model.decode([ids[1, 3:5]], caches, rows=[1])
     for found, truth in ((first, expected[[0, 1], [3, 1]]), (second, expected[1:, 5]), (again, expected[1:, 4])):
         assert float((found - truth).detach().abs().max()) < 1e-12
+
+
+@pytest.mark.skipif(not _library.cpu_isa(), reason="there are no kernels for this CPU")
+@pytest.mark.parametrize("sequences", (1, 3))
+def test_decoding_multiplies_by_the_kernel_for_few_rows(sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WARPFORM_ONEDNN", "WARPFORM_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    model = model_of(hidden_size=512, intermediate_size=520, num_attention_heads=8, num_key_value_heads=8).float()
+    ids, seen = torch.randint(VOCABULARY, (sequences, 12)), []
+    multiply = _product._multiply_few
+    monkeypatch.setattr(_product, "_multiply_few", lambda x, *rest: (seen.append(x.shape), multiply(x, *rest))[1])
+    with torch.inference_mode():
+        caches = model.caches(sequences, 12)
+        model.decode(list(ids[:, :11]), caches)
+        assert not seen
+        found = model.decode(list(ids[:, 11:]), caches)
+        # The products of q, k, v, of the output, of the gate, up and down; the head is smaller.
+        assert len(seen) >= 4 * 2 and set(seen) == {(sequences, 512), (sequences, 520)}
+        eager = model(ids).logits[:, -1]
+        assert_close("logits", found, model.double()(ids).logits[:, -1], eager)
 
 
 def test_a_branch_can_be_put_into_the_stack() -> None:
