@@ -228,16 +228,30 @@ def test_a_norm_for_each_chain() -> None:
     assert torch.equal(norm(x[..., : sum(IN[:2])], 2), found[..., : sum(IN[:2])])
 
 
-def test_embedding_and_head_are_dense_ones_in_columns() -> None:
+@pytest.mark.parametrize("rows", ((2, 5), (2, 1)), ids=("many", "few"))
+def test_embedding_and_head_are_dense_ones_in_columns(rows: tuple[int, int]) -> None:
     embedding, head = ChainEmbedding(11, IN).double(), ChainHead(IN, 6).double()
-    ids = torch.randint(11, (2, 5))
+    ids = torch.randint(11, rows)
     x = F.embedding(ids, torch.cat(list(embedding.weights), 1))
     assert torch.equal(embedding(ids), x) and torch.equal(embedding(ids, 2), x[..., : sum(IN[:2])])
     whole = torch.cat(list(head.weights), 1)
     for k, logits in enumerate(head.of_each(x), 1):
         width = sum(IN[:k])
         assert largest(logits - x[..., :width] @ whole[:, :width].t()) <= 1e-12
-        assert torch.equal(head(x[..., :width], k), logits)
+        assert largest(head(x[..., :width], k) - logits) <= 1e-12
+
+    leaves = (x.detach().requires_grad_(), *head.weights)
+    dout = torch.randn(*rows, 6, dtype=torch.float64)
+    exact = (dout @ whole, *(dout.flatten(0, 1).t() @ x.flatten(0, 1)).split(IN, 1))
+    for logits in (head(leaves[0]), head.of_each(leaves[0])[-1]):
+        for found, truth in zip(torch.autograd.grad(logits, leaves, dout), exact, strict=True):
+            assert largest(found - truth) <= 1e-12
+    # What is frozen is left out of the product for the gradient, and does not change the others.
+    head.weights[0].requires_grad_(False)
+    head(x.detach()).backward(dout)
+    assert head.weights[0].grad is None
+    for weight, truth in list(zip(head.weights, exact[1:], strict=True))[1:]:
+        assert largest(weight.grad - truth) <= 1e-12
 
 
 @pytest.mark.parametrize(

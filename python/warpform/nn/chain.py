@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -288,17 +288,32 @@ class ChainHead(_Chains):
 
     def of_each(self, x: Tensor, chains: int | None = None) -> list[Tensor]:
         """x: [..., width] -> for each chain in use its logits, [..., num_classes]; chains None: all."""
-        sizes = self.sizes[: self.count(chains)]
-        self.check_width(x, sum(sizes))
-        found: list[Tensor] = []
-        for part, weight in zip(x.split(sizes, -1), self.weights, strict=False):
-            own = linear(part, weight)
-            found.append(found[-1] + own if found else own)
-        return found
+        return list(self._sums(x, self._weights(x, chains)))
 
     def forward(self, x: Tensor, chains: int | None = None) -> Tensor:
         """x: [..., width] -> the logits of the last chain in use, [..., num_classes]; chains None: all."""
-        return self.of_each(x, chains)[-1]
+        weights = self._weights(x, chains)
+        # Logits of many rows take more memory than the weight: there one product takes less time than sums of several.
+        # Weights that are frozen are left out of the gradient.
+        alike = not torch.is_grad_enabled() or len({weight.requires_grad for weight in weights}) == 1
+        if alike and x.numel() * len(weights) > x.shape[-1] ** 2:
+            return linear(x, _join(weights))
+        *_, last = self._sums(x, weights)
+        return last
+
+    def _weights(self, x: Tensor, chains: int | None) -> list[Tensor]:
+        weights = list(self.weights)[: self.count(chains)]
+        self.check_width(x, sum(weight.size(1) for weight in weights))
+        return weights
+
+    @staticmethod
+    def _sums(x: Tensor, weights: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The logits of each chain, one after the other."""
+        logits = None
+        for part, weight in zip(x.split([weight.size(1) for weight in weights], -1), weights, strict=True):
+            own = linear(part, weight)
+            logits = own if logits is None else own.add_(logits)
+            yield logits
 
     def extra_repr(self) -> str:
         return f"sizes={self.sizes}, {self.weights[0].size(0)}"
