@@ -239,6 +239,9 @@ def test_embedding_and_head_are_dense_ones_in_columns(rows: tuple[int, int]) -> 
         width = sum(IN[:k])
         assert largest(logits - x[..., :width] @ whole[:, :width].t()) <= 1e-12
         assert largest(head(x[..., :width], k) - logits) <= 1e-12
+        with torch.no_grad():
+            found = head(x[..., :width], k)
+        assert found.shape == logits.shape and largest(found - logits) <= 1e-12
 
     leaves = (x.detach().requires_grad_(), *head.weights)
     dout = torch.randn(*rows, 6, dtype=torch.float64)

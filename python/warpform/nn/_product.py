@@ -81,7 +81,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     shape = (*x.shape[:-1], weight.shape[0])
-    if _records(x, weight, bias):
+    if records(x, weight, bias):
         out: Tensor = _Linear.apply(rows, weight, bias)
         return out if x.dim() == 2 else out.view(shape)
     multiply = _multiply_few if _are_few(x, weight) else functools.partial(_multiply, round_up=True)
@@ -89,7 +89,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return multiply(rows, weight, bias).resize_(shape)
 
 
-def _records(*tensors: Tensor | None) -> bool:
+def records(*tensors: Tensor | None) -> bool:
     """Tells whether torch records what is computed from the tensors, for a gradient."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -109,7 +109,7 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.shape[-1] == weight.shape[1]
         and (bias is None or bias.shape == weight.shape[:1])
         and weight.numel() > 0
-        and (_are_many(x, weight) or (_are_few(x, weight) and not _records(x, weight, bias)))
+        and (_are_many(x, weight) or (_are_few(x, weight) and not records(x, weight, bias)))
     )
 
 

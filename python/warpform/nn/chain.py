@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _autocast, _torch_private, ops
-from ._product import PLAIN_TENSORS, add_linear_, linear
+from ._product import PLAIN_TENSORS, add_linear_, linear, records
 from .cache import KeyValueCache
 from .cores import AttentionCore, GatedActivation
 from .stack import Step
@@ -134,7 +134,7 @@ class ChainLinear(_Chains):
         weights = list(self.weights)[:n]
         biases = [None] * n if self.biases is None else list(self.biases)[:n]
         self.check_width(x, weights[-1].size(1))
-        if n > 1 and _takes_own_gradient(x, *weights, *biases):
+        if n > 1 and records(x, *weights, *biases) and _is_seen_by_autograd_alone(x, *weights, *biases):
             out: Tensor = _ChainProduct.apply(x.reshape(-1, x.shape[-1]), n, *weights, *biases)
             return out.view(*x.shape[:-1], -1) if x.dim() != 2 else out
         return _products(x, weights, biases)
@@ -149,15 +149,12 @@ def _products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | No
     return _join([linear(x[..., : weight.size(1)], weight, bias) for weight, bias in pairs])
 
 
-def _takes_own_gradient(*tensors: Tensor | None) -> bool:
-    """Tells whether `_ChainProduct` may be used: a tensor needs a gradient, and only autograd sees the call."""
-    given = [t for t in tensors if t is not None]
+def _is_seen_by_autograd_alone(*tensors: Tensor | None) -> bool:
+    """Tells whether no compiler, mode, transform or subclass of tensors sees a call with the tensors."""
     return (
-        torch.is_grad_enabled()
-        and any(t.requires_grad for t in given)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not _torch_private.sees_calls()
-        and all(type(t) in PLAIN_TENSORS for t in given)
+        and all(t is None or type(t) in PLAIN_TENSORS for t in tensors)
     )
 
 
@@ -293,9 +290,17 @@ class ChainHead(_Chains):
     def forward(self, x: Tensor, chains: int | None = None) -> Tensor:
         """x: [..., width] -> the logits of the last chain in use, [..., num_classes]; chains None: all."""
         weights = self._weights(x, chains)
-        # Logits of many rows take more memory than the weight: there one product takes less time than sums of several.
-        # Weights that are frozen are left out of the gradient.
-        alike = not torch.is_grad_enabled() or len({weight.requires_grad for weight in weights}) == 1
+        recorded = records(x, *weights)
+        if x.device.type == "cpu" and not recorded and _is_seen_by_autograd_alone(x, *weights):
+            # Logits of many rows fill more memory than the cache has, so each product adds into the same ones.
+            first, *others = x.reshape(-1, x.shape[-1]).split([weight.size(1) for weight in weights], -1)
+            out = linear(first, weights[0])
+            for part, weight in zip(others, weights[1:], strict=True):
+                add_linear_(out, part, weight)
+            return out.resize_(*x.shape[:-1], out.shape[-1])
+        # Of many rows the logits are larger than the weight, and one product saves sums of them. What is frozen is left
+        # out of the product for the gradient.
+        alike = not recorded or len({weight.requires_grad for weight in weights}) == 1
         if alike and x.numel() * len(weights) > x.shape[-1] ** 2:
             return linear(x, _join(weights))
         *_, last = self._sums(x, weights)
