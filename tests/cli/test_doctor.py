@@ -74,8 +74,12 @@ def test_what_runs_on_the_cpu(quick, capsys, monkeypatch):
     monkeypatch.setenv("WARPFORM_ONEDNN", "0")
     assert "float32 products by the library that torch chooses; " in doctor._cpu_text(doctor.examine())
     monkeypatch.setenv("WARPFORM_ONEDNN", "auto")
-    assert ("in inference of up to 8 rows by a kernel; " in doctor._cpu_text(doctor.examine())) is bool(kernels["isa"])
-    monkeypatch.setattr(_product, "_has_kernels", lambda: False)
+    monkeypatch.delenv("WARPFORM_BACKEND", raising=False)
+    monkeypatch.setattr(_product, "_is_amd", lambda: True)
+    assert ("; of up to 8 rows without a gradient by a kernel; " in doctor._cpu_text(doctor.examine())) is bool(
+        kernels["isa"]
+    )
+    monkeypatch.setattr(_product, "_is_amd", lambda: False)
     assert "by a kernel" not in doctor._cpu_text(doctor.examine())
     monkeypatch.setattr(_library, "cpu_isa", lambda: "")
     monkeypatch.setattr(_library, "cpu_kernels_missing", lambda: "this CPU has no AVX2, which the CPU kernels need")

@@ -194,6 +194,18 @@ def test_sizes_of_table_13(chains: tuple[int, ...], count: int) -> None:
     assert model(torch.zeros(2, 3072, device="meta")).shape == (2, 10)
 
 
+def test_the_head_is_exported_for_any_rows() -> None:
+    head, rows = ChainHead(IN, 6).eval(), torch.export.Dim("rows", min=1, max=1000)
+    for chains in (2, None):
+        width = sum(IN[:chains])
+        example = (torch.randn(5, width), chains)
+        exported = torch.export.export(head, example, dynamic_shapes=({0: rows}, None)).module()
+        for count in (1, 2, 9, 100):
+            x = torch.randn(count, width)
+            exact = x.double() @ torch.cat([w.double() for w in list(head.weights)[:chains]], 1).t()
+            assert_close("logits", exported(x, chains), exact, head(x, chains))
+
+
 def test_autocast_and_compile(fresh_dynamo: None) -> None:
     layer, x = product(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -228,7 +240,14 @@ def test_a_norm_for_each_chain() -> None:
     assert torch.equal(norm(x[..., : sum(IN[:2])], 2), found[..., : sum(IN[:2])])
 
 
-@pytest.mark.parametrize("rows", ((2, 5), (2, 1)), ids=("many", "few"))
+def joined_weights(head: ChainHead, x: Tensor) -> bool:
+    """Tells whether the head makes one product with all of its weights."""
+    with torch.profiler.profile() as profile:
+        head(x)
+    return any(event.key == "aten::cat" for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("rows", ((4, 5), (2, 1)), ids=("many", "few"))
 def test_embedding_and_head_are_dense_ones_in_columns(rows: tuple[int, int]) -> None:
     embedding, head = ChainEmbedding(11, IN).double(), ChainHead(IN, 6).double()
     ids = torch.randint(11, rows)
@@ -243,14 +262,16 @@ def test_embedding_and_head_are_dense_ones_in_columns(rows: tuple[int, int]) -> 
             found = head(x[..., :width], k)
         assert found.shape == logits.shape and largest(found - logits) <= 1e-12
 
+    assert joined_weights(head, x) == (rows == (4, 5))
     leaves = (x.detach().requires_grad_(), *head.weights)
     dout = torch.randn(*rows, 6, dtype=torch.float64)
     exact = (dout @ whole, *(dout.flatten(0, 1).t() @ x.flatten(0, 1)).split(IN, 1))
     for logits in (head(leaves[0]), head.of_each(leaves[0])[-1]):
         for found, truth in zip(torch.autograd.grad(logits, leaves, dout), exact, strict=True):
             assert largest(found - truth) <= 1e-12
-    # What is frozen is left out of the product for the gradient, and does not change the others.
+    # A part with a frozen weight is a product of its own, whose gradient is not computed.
     head.weights[0].requires_grad_(False)
+    assert not joined_weights(head, x.detach())
     head(x.detach()).backward(dout)
     assert head.weights[0].grad is None
     for weight, truth in list(zip(head.weights, exact[1:], strict=True))[1:]:

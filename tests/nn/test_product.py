@@ -44,11 +44,14 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
-    """Products of few rows go to the kernel for weights of any size and all dtypes; the shapes of x of those."""
+    """Products of few rows go to the kernel on any CPU, for weights of any size; the shapes of x of those."""
     for name in ("WARPFORM_ONEDNN", "WARPFORM_BACKEND"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(_product, "_is_amd", lambda: True)
     monkeypatch.setattr(_product, "_lacks_products", lambda dtype: True)
     monkeypatch.setattr(_product, "LEAST_WEIGHT", 1)
+    monkeypatch.setattr(_product, "LEAST_WIDTH", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     seen: list[tuple[int, ...]] = []
     multiply = _product._multiply_few
 
@@ -352,6 +355,10 @@ def test_few_rows_in_any_layout(few: list[tuple[int, ...]]) -> None:
         "gradient of weight",
         "gradient of bias",
         "small weight",
+        "few columns",
+        "few outputs",
+        "one row in one thread",
+        "not AMD",
         "transposed weight",
         "float64",
         "subclass",
@@ -375,6 +382,15 @@ def test_leaves_other_few_rows_to_torch(case: str, few: list[tuple[int, ...]], m
         {"x": x, "weight": weight, "bias": bias}[case.split()[-1]].requires_grad_()
     elif case == "small weight":
         monkeypatch.setattr(_product, "LEAST_WEIGHT", 24 * 20 + 1)
+    elif case == "few columns":
+        monkeypatch.setattr(_product, "LEAST_WIDTH", 25)
+    elif case == "few outputs":
+        monkeypatch.setattr(_product, "LEAST_WIDTH", 21)
+    elif case == "one row in one thread":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        x = x[:1]
+    elif case == "not AMD":
+        monkeypatch.setattr(_product, "_is_amd", lambda: False)
     elif case == "transposed weight":
         weight = weight.t().contiguous().t()
     elif case == "float64":
@@ -409,13 +425,41 @@ def test_leaves_other_few_rows_to_torch(case: str, few: list[tuple[int, ...]], m
 
 
 @needs_kernels
-def test_a_small_change_of_the_case_is_the_kernel_s(few: list[tuple[int, ...]]) -> None:
+def test_few_rows_of_which_nothing_is_recorded_go_to_the_kernel(
+    few: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What `test_leaves_other_few_rows_to_torch` changes is what keeps the kernel away."""
     x, weight, bias = draw(4, 24, 20)
     _product.linear(x, weight, bias)
+    monkeypatch.setattr(_product, "LEAST_WEIGHT", 24 * 20)
+    monkeypatch.setattr(_product, "LEAST_WIDTH", 20)
     with torch.no_grad():
         _product.linear(x, nn.Parameter(weight), bias)
-    assert few == [(4, 24), (4, 24)]
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        _product.linear(x[:2], weight, bias)
+    assert few == [(4, 24), (4, 24), (2, 24)]
+
+
+@needs_onednn
+def test_onednn_gets_no_columns_of_a_wider_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU with AVX2 it would multiply them a thousand times slower."""
+    monkeypatch.setenv("WARPFORM_ONEDNN", "1")
+    product, weights = _torch_private.onednn_linear(), []
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        weights.append(weight)
+        return product(x, weight, bias)
+
+    monkeypatch.setattr(_torch_private, "onednn_linear", lambda: watched)
+    x, wide, dout = torch.randn(32, 24), torch.randn(20, 48).requires_grad_(), torch.randn(32, 20)
+    for own in (wide[:, :24], wide[:, 24:]):
+        gradients(_product.linear, x, own, None, dout=dout)
+    columns = x.repeat(1, 2)[:, 12:36]
+    (found,) = torch.autograd.grad(_product.linear(columns, wide[:, :24]), wide, dout)
+    exact = dout.double().t() @ columns.double()
+    assert_close("dweight", found[:, :24], exact, dout.t() @ columns, gradient=True)
+    assert len(weights) == 2 * 3 + 2
+    assert all(weight.is_contiguous() or weight.t().is_contiguous() for weight in weights)
 
 
 def test_wrong_arguments_get_torch_s_errors(taken: list[tuple[int, ...]]) -> None:

@@ -490,7 +490,7 @@ def _cpu_text(report: dict[str, Any]) -> str:
         return f"kernels: {kernels['error']}"
     which = f"kernels for {kernels['isa']}" if kernels["isa"] else f"no kernels: {kernels['missing']}"
     library = "oneDNN" if kernels["onednn"] else "the library that torch chooses"
-    few = ", in inference of up to 8 rows by a kernel" if kernels["few_rows"] else ""
+    few = "; of up to 8 rows without a gradient by a kernel" if kernels["few_rows"] else ""
     return f"{which}; float32 products by {library}{few}; {threads} threads"
 
 

@@ -20,11 +20,13 @@ CPU_ROWS = 512
 
 # The least rows that oneDNN, or the way through float32, multiplies faster than torch's own product.
 LEAST_ROWS = 16
-# Up to so many rows a product is bound by reading the weight. This package's kernel reads it at the speed of memory,
-# the library that torch takes at half of that or less: 1.2 against 5.5 ms for 4 rows and 5632 x 1024 float32, on two
-# threads of an AMD EPYC. With a weight of fewer elements than `LEAST_WEIGHT` it is the call that takes the time.
+# Up to so many rows a product is bound by reading the weight. The library that torch takes reads it far below the speed
+# of memory on AMD processors, this package's kernel does not: 5.5 against 1.2 ms for 4 rows and 5632 x 1024 float32, on
+# two threads of an AMD EPYC with AVX2; 1.6 against 0.95 ms for one row, for which one thread is as fast with torch.
 FEW_ROWS = 8
-LEAST_WEIGHT = 1 << 18
+# The weights for which that was measured: with fewer elements the call takes the time, and the kernel is not made for
+# rows or columns that are shorter.
+LEAST_WEIGHT, LEAST_WIDTH = 1 << 19, 128
 # The features of an x86 CPU that multiplies such numbers itself. Without one of them torch's product of float16 runs at
 # a tenth of the speed of float32, that of bfloat16 at a quarter.
 OWN_PRODUCTS = {
@@ -57,9 +59,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     The rule is fixed, and nothing is timed, so that a machine gives the same bits in every run. On a CPU:
 
-    * Up to `FEW_ROWS` rows, in inference, are multiplied with a weight of `LEAST_WEIGHT` elements or more by this
-      package's kernel (`ops.hidden_gather_linear`), where there is one for the CPU: as decoding does, a token of each
-      text at a time. Of float16 and bfloat16 only where the CPU has no instruction for their products.
+    * Up to `FEW_ROWS` rows, of which torch records no gradient, are multiplied with a large weight by this package's
+      kernel (`ops.hidden_gather_linear`), as in decoding, where each text has one token: float32 on AMD processors,
+      float16 and bfloat16 where the CPU has no instruction for their products. One thread leaves one row to torch.
     * From `LEAST_ROWS` rows on, float32 is multiplied by oneDNN on AMD processors with AVX-512, where the library that
       torch takes for float32 runs at half the speed.
     * From `LEAST_ROWS` rows on, float16 and bfloat16 go through float32 where the CPU has no instruction for their
@@ -77,16 +79,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., out].
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not _is_ours(x, weight, bias):
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    recorded = records(x, weight, bias)
+    way = _way(x, weight, bias, recorded)
+    if way is None:
         return F.linear(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     shape = (*x.shape[:-1], weight.shape[0])
-    if records(x, weight, bias):
+    if recorded:
         out: Tensor = _Linear.apply(rows, weight, bias)
         return out if x.dim() == 2 else out.view(shape)
-    multiply = _multiply_few if _are_few(x, weight) else functools.partial(_multiply, round_up=True)
     # Not a view, as in-place operations on views made without gradients are refused later.
-    return multiply(rows, weight, bias).resize_(shape)
+    if way == "few":
+        return _multiply_few(rows, weight, bias).resize_(shape)
+    return _multiply(rows, weight, bias, round_up=True).resize_(shape)
 
 
 def records(*tensors: Tensor | None) -> bool:
@@ -94,40 +101,37 @@ def records(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Tells whether `linear` takes these tensors on a CPU; what F.linear refuses is left to it."""
-    return (
-        not _torch_private.sees_calls()
-        and (x.dtype in OWN_PRODUCTS or x.dtype == torch.float32)
-        and all(type(t) in PLAIN_TENSORS for t in (x, weight))
-        and (bias is None or (type(bias) in PLAIN_TENSORS and bias.dtype == x.dtype and bias.device == x.device))
-        and weight.dtype == x.dtype
-        and weight.device == x.device
-        and x.layout == weight.layout == torch.strided
-        and weight.dim() == 2
-        and x.dim() > 1
-        and x.shape[-1] == weight.shape[1]
-        and (bias is None or bias.shape == weight.shape[:1])
-        and weight.numel() > 0
-        and (_are_many(x, weight) or (_are_few(x, weight) and not records(x, weight, bias)))
-    )
+def _way(x: Tensor, weight: Tensor, bias: Tensor | None, recorded: bool) -> str | None:
+    """How `linear` multiplies these tensors on a CPU: "few" or "many" rows at once, or None: it leaves them to torch.
 
-
-def _are_many(x: Tensor, weight: Tensor) -> bool:
-    """Tells whether the rows of x are many, and oneDNN or float32 is to multiply them."""
-    return x.numel() >= LEAST_ROWS * weight.shape[1] and (
-        takes_onednn() if x.dtype == torch.float32 else _through_float32(x.dtype)
-    )
-
-
-def _are_few(x: Tensor, weight: Tensor) -> bool:
-    """Tells whether the rows of x are few, and this package's kernel is to multiply them."""
-    return (
-        0 < x.numel() <= FEW_ROWS * weight.shape[1]
+    What F.linear refuses is left to it.
+    """
+    if (
+        _torch_private.sees_calls()
+        or not (x.dtype in OWN_PRODUCTS or x.dtype == torch.float32)
+        or not all(type(t) in PLAIN_TENSORS for t in (x, weight))
+        or not (bias is None or (type(bias) in PLAIN_TENSORS and bias.dtype == x.dtype and bias.device == x.device))
+        or not (weight.dtype == x.dtype and weight.device == x.device)
+        or not x.layout == weight.layout == torch.strided
+        or not (weight.dim() == 2 and x.dim() > 1 and x.shape[-1] == weight.shape[1])
+        or not (bias is None or bias.shape == weight.shape[:1])
+        or weight.numel() == 0
+    ):
+        return None
+    size, (outputs, width) = x.numel(), weight.shape
+    if size >= LEAST_ROWS * width:
+        ours = takes_onednn() if x.dtype == torch.float32 else _through_float32(x.dtype)
+        return "many" if ours else None
+    few = (
+        not recorded
+        and 0 < size <= FEW_ROWS * width
         and weight.numel() >= LEAST_WEIGHT
+        and min(outputs, width) >= LEAST_WIDTH
         and weight.stride(1) == 1
+        and (size > width or torch.get_num_threads() > 1)
         and takes_few_rows(x.dtype)
     )
+    return "few" if few else None
 
 
 def takes_few_rows(dtype: torch.dtype = torch.float32) -> bool:
@@ -136,7 +140,7 @@ def takes_few_rows(dtype: torch.dtype = torch.float32) -> bool:
         _env.onednn() != "0"
         and _env.backend() == "auto"
         and _has_kernels()
-        and (dtype == torch.float32 or _lacks_products(dtype))
+        and (_is_amd() if dtype == torch.float32 else _lacks_products(dtype))
     )
 
 
@@ -155,10 +159,13 @@ def takes_onednn() -> bool:
     )
 
 
+def _is_amd() -> bool:
+    return _hardware.cpu_features()[0] == "AuthenticAMD"
+
+
 @functools.cache
 def _has_faster_onednn() -> bool:
-    vendor, features = _hardware.cpu_features()
-    return vendor == "AuthenticAMD" and "avx512f" in features
+    return _is_amd() and "avx512f" in _hardware.cpu_features()[1]
 
 
 def _through_float32(dtype: torch.dtype) -> bool:
@@ -185,8 +192,11 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, *, round_up: bool 
     onednn = _torch_private.onednn_linear() if takes_onednn() else None
     if onednn is None:
         return F.linear(x, weight, bias).to(dtype)
-    # oneDNN's op takes a bias as if it were contiguous.
+    # oneDNN's op takes a bias as if it were contiguous. With columns of a wider weight it computes a thousand times
+    # slower on a CPU with AVX2: 3.5 s against 1.3 ms for 256 rows and 512 x 256.
     bias = None if bias is None else bias.contiguous()
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()
     extra = -rows % (16 if rows <= CPU_ROWS // 2 else 64) if round_up and rows <= CPU_ROWS else 0
     if 8 * extra > rows:  # the result would keep that much memory for nothing
         extra = 0
@@ -219,7 +229,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dout,) = gradients
         x, weight = ctx.saved_tensors
-        # Strided operands cost oneDNN nothing.
+        # Transposed operands cost oneDNN nothing.
         return (
             linear(dout, weight.t()) if ctx.needs_input_grad[0] else None,
             linear(dout.t(), x.t()) if ctx.needs_input_grad[1] else None,
@@ -229,7 +239,7 @@ class _Linear(torch.autograd.Function):
 
 def add_linear_(out: Tensor, x: Tensor, weight: Tensor) -> None:
     """out += linear(x, weight), in place: out [rows, out], which may be strided, x [rows, in], weight [out, in]."""
-    if x.device.type == "cpu" and _is_ours(x, weight, None):
+    if x.device.type == "cpu" and _way(x, weight, None, records(x, weight)) is not None:
         out += linear(x, weight)
     else:
         out.addmm_(x, weight.t())

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -285,7 +286,7 @@ class ChainHead(_Chains):
 
     def of_each(self, x: Tensor, chains: int | None = None) -> list[Tensor]:
         """x: [..., width] -> for each chain in use its logits, [..., num_classes]; chains None: all."""
-        return list(self._sums(x, self._weights(x, chains)))
+        return self._sums(x, self._weights(x, chains))
 
     def forward(self, x: Tensor, chains: int | None = None) -> Tensor:
         """x: [..., width] -> the logits of the last chain in use, [..., num_classes]; chains None: all."""
@@ -298,13 +299,12 @@ class ChainHead(_Chains):
             for part, weight in zip(others, weights[1:], strict=True):
                 add_linear_(out, part, weight)
             return out.resize_(*x.shape[:-1], out.shape[-1])
-        # Of many rows the logits are larger than the weight, and one product saves sums of them. What is frozen is left
-        # out of the product for the gradient.
+        # Logits of more rows than the width are larger than the weight, and one product saves sums of them. A frozen
+        # weight needs its own product, to be left out of the gradient. What is compiled must serve any number of rows.
         alike = not recorded or len({weight.requires_grad for weight in weights}) == 1
-        if alike and x.numel() * len(weights) > x.shape[-1] ** 2:
+        if alike and not torch.compiler.is_compiling() and x.numel() > x.shape[-1] ** 2:
             return linear(x, _join(weights))
-        *_, last = self._sums(x, weights)
-        return last
+        return self._sums(x, weights)[-1]
 
     def _weights(self, x: Tensor, chains: int | None) -> list[Tensor]:
         weights = list(self.weights)[: self.count(chains)]
@@ -312,13 +312,10 @@ class ChainHead(_Chains):
         return weights
 
     @staticmethod
-    def _sums(x: Tensor, weights: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The logits of each chain, one after the other."""
-        logits = None
-        for part, weight in zip(x.split([weight.size(1) for weight in weights], -1), weights, strict=True):
-            own = linear(part, weight)
-            logits = own if logits is None else own.add_(logits)
-            yield logits
+    def _sums(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The logits of each chain."""
+        parts = x.split([weight.size(1) for weight in weights], -1)
+        return list(itertools.accumulate(linear(part, weight) for part, weight in zip(parts, weights, strict=True)))
 
     def extra_repr(self) -> str:
         return f"sizes={self.sizes}, {self.weights[0].size(0)}"

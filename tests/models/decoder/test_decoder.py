@@ -318,6 +318,9 @@ def test_tokens_can_be_decoded_by_hand() -> None:
 def test_decoding_multiplies_by_the_kernel_for_few_rows(sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WARPFORM_ONEDNN", "WARPFORM_BACKEND"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(_product, "_is_amd", lambda: True)
+    monkeypatch.setattr(_product, "LEAST_WEIGHT", 1 << 18)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     model = model_of(hidden_size=512, intermediate_size=520, num_attention_heads=8, num_key_value_heads=8).float()
     ids, seen = torch.randint(VOCABULARY, (sequences, 12)), []
     multiply = _product._multiply_few
