@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from helpers.compare import assert_close
 from warpform import ops
-from warpform.nn import ChainLinear, ChainRMSNorm
+from warpform.nn import ChainLinear, ChainRMSNorm, _product, chain
 from warpform.nn.chain import ChainAttentionCore, ChainEmbedding, ChainHead
 from warpform.ops import RoutingPlan
 
@@ -202,8 +202,33 @@ def test_the_head_is_exported_for_any_rows() -> None:
         exported = torch.export.export(head, example, dynamic_shapes=({0: rows}, None)).module()
         for count in (1, 2, 9, 100):
             x = torch.randn(count, width)
-            exact = x.double() @ torch.cat([w.double() for w in list(head.weights)[:chains]], 1).t()
-            assert_close("logits", exported(x, chains), exact, head(x, chains))
+            whole = torch.cat(list(head.weights)[:chains], 1).detach()
+            assert_close("logits", exported(x, chains), x.double() @ whole.double().t(), x @ whole.t())
+
+
+@pytest.mark.parametrize("rows", (1, 3, 20))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_products_of_the_head_add_into_one_result(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In inference, by the kernel for few rows and by oneDNN or float32 for many."""
+    monkeypatch.setenv("WARPFORM_ONEDNN", "1")
+    monkeypatch.delenv("WARPFORM_BACKEND", raising=False)
+    for name, value in (("LEAST_WEIGHT", 1), ("LEAST_WIDTH", 1), ("_is_amd", lambda: True)):
+        monkeypatch.setattr(_product, name, value)
+    monkeypatch.setattr(_product, "_lacks_products", lambda dtype: True)
+    head, x = ChainHead(IN, 6).to(dtype), torch.randn(rows, 1, sum(IN)).to(dtype)
+    results: list[Tensor] = []
+    add = _product.add_linear_
+    monkeypatch.setattr(chain, "add_linear_", lambda out, *rest: (results.append(out), add(out, *rest))[1])
+    with torch.inference_mode():
+        found = head(x)
+    whole = torch.cat(list(head.weights), 1).detach()
+    assert found.shape == (rows, 1, 6) and len(results) == len(IN) - 1
+    assert all(out.data_ptr() == found.data_ptr() for out in results)
+    parts = x.split(IN, -1)
+    eager = sum(F.linear(part, weight.detach()) for part, weight in zip(parts, head.weights, strict=True))
+    assert_close("logits", found, x.double() @ whole.double().t(), eager)
 
 
 def test_autocast_and_compile(fresh_dynamo: None) -> None:

@@ -383,7 +383,8 @@ def test_leaves_other_few_rows_to_torch(case: str, few: list[tuple[int, ...]], m
     elif case == "small weight":
         monkeypatch.setattr(_product, "LEAST_WEIGHT", 24 * 20 + 1)
     elif case == "few columns":
-        monkeypatch.setattr(_product, "LEAST_WIDTH", 25)
+        monkeypatch.setattr(_product, "LEAST_WIDTH", 21)
+        x, weight, bias = draw(4, 20, 24)
     elif case == "few outputs":
         monkeypatch.setattr(_product, "LEAST_WIDTH", 21)
     elif case == "one row in one thread":

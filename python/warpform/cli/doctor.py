@@ -114,7 +114,7 @@ def _cpu_kernels() -> dict[str, Any]:
         "isa": _library.cpu_isa() or None,
         "missing": _library.cpu_kernels_missing() or None,
         "onednn": _product.takes_onednn(),
-        "few_rows": _product.takes_few_rows(),
+        "few_rows": _product.FEW_ROWS if _product.takes_few_rows() else 0,
     }
 
 
@@ -490,7 +490,7 @@ def _cpu_text(report: dict[str, Any]) -> str:
         return f"kernels: {kernels['error']}"
     which = f"kernels for {kernels['isa']}" if kernels["isa"] else f"no kernels: {kernels['missing']}"
     library = "oneDNN" if kernels["onednn"] else "the library that torch chooses"
-    few = "; of up to 8 rows without a gradient by a kernel" if kernels["few_rows"] else ""
+    few = f"; of up to {kernels['few_rows']} rows without a gradient by a kernel" if kernels["few_rows"] else ""
     return f"{which}; float32 products by {library}{few}; {threads} threads"
 
 

@@ -1,4 +1,4 @@
-"""Products with the bias where it is cheapest, and on a CPU by what is fastest there, so many rows at once."""
+"""Products with the bias where it is cheapest, and on a CPU in the way that is fastest there."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ CPU_ROWS = 512
 
 # The least rows that oneDNN, or the way through float32, multiplies faster than torch's own product.
 LEAST_ROWS = 16
-# Up to so many rows a product is bound by reading the weight. The library that torch takes reads it far below the speed
-# of memory on AMD processors, this package's kernel does not: 5.5 against 1.2 ms for 4 rows and 5632 x 1024 float32, on
-# two threads of an AMD EPYC with AVX2; 1.6 against 0.95 ms for one row, for which one thread is as fast with torch.
+# Up to so many rows a product is bound by reading the weight. On AMD processors the library that torch takes reads it
+# far below the speed of memory: 4 rows and 5632 x 1024 float32 take it 5.5 ms on two threads of an AMD EPYC with AVX2,
+# and this package's kernel 1.2; one row takes 1.6 and 0.95. One thread multiplies one row as fast with torch.
 FEW_ROWS = 8
-# The weights for which that was measured: with fewer elements the call takes the time, and the kernel is not made for
-# rows or columns that are shorter.
+# The least elements of such a weight, and its least rows and columns. With fewer elements the call takes the time, and
+# with shorter rows or columns the kernel is slower than torch's product.
 LEAST_WEIGHT, LEAST_WIDTH = 1 << 19, 128
 # The features of an x86 CPU that multiplies such numbers itself. Without one of them torch's product of float16 runs at
 # a tenth of the speed of float32, that of bfloat16 at a quarter.
