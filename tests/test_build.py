@@ -57,7 +57,7 @@ def test_imports_the_c_interface_of_torch_only(binary):
 
 
 def test_exports_the_table_alone(binary):
-    assert [symbol.name for symbol in binary.symbols if symbol.defined] == ["warpform_api_v2"]
+    assert [symbol.name for symbol in binary.symbols if symbol.defined] == ["warpform_api_v3"]
 
 
 def test_calls_are_direct():

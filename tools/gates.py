@@ -285,11 +285,16 @@ def planned_launches() -> list[Launch]:
     calls = list(every_call())
     found: dict[Launch, None] = {}
     for capability, arch, sm_count, limit in MACHINES:
+        machine = {
+            "sm_count": sm_count,
+            "shared_memory_limit": limit,
+            "capability": int(capability.replace(".", "")),
+        }
         for op, args, kwargs in calls:
             if module.supported(op) is not None:
                 continue
             try:
-                plan = module.launch_plan(op, *args, sm_count=sm_count, shared_memory_limit=limit, **kwargs)
+                plan = module.launch_plan(op, *args, **machine, **kwargs)
             except ValueError as none:
                 # Any other refusal is a mistake in every_kernel.py, and on larger machines there is room for all.
                 if NO_ROOM not in str(none) or limit >= ROOM_FOR_ALL:

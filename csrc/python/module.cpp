@@ -40,9 +40,9 @@ class Library {
     // The library is in the process already where it registered the ops; otherwise this loads it.
     void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (handle == nullptr) throw py::import_error("warpform._C: " + std::string(dlerror()));
-    const auto api = reinterpret_cast<const api::Table* (*)()>(dlsym(handle, "warpform_api_v2"));
+    const auto api = reinterpret_cast<const api::Table* (*)()>(dlsym(handle, "warpform_api_v3"));
     if (api == nullptr) {
-      throw py::import_error("warpform._C: " + path + " has no warpform_api_v2: it is an older build");
+      throw py::import_error("warpform._C: " + path + " has no warpform_api_v3: it is an older build");
     }
     table_ = api();
     if (table_->version != api::kVersion) {
@@ -105,9 +105,11 @@ class Library {
     };
     // An H100's or H200's.
     const api::Machine machine{.sm_count = take("sm_count", 132),
-                               .shared_memory_limit = take("shared_memory_limit", 227 * 1024)};
-    if (machine.sm_count < 1 || machine.shared_memory_limit < 0) {
-      throw py::value_error("launch_plan: sm_count must be at least 1 and shared_memory_limit not negative");
+                               .shared_memory_limit = take("shared_memory_limit", 227 * 1024),
+                               .capability = take("capability", 90)};
+    if (machine.sm_count < 1 || machine.shared_memory_limit < 0 || machine.capability < 0) {
+      throw py::value_error(
+          "launch_plan: sm_count must be at least 1, shared_memory_limit and capability not negative");
     }
     const api::Op* entry = find(op);
     if (table_->begin_plan == nullptr) throw py::value_error("launch_plan: the emulator's library has no plans");
@@ -176,8 +178,8 @@ PYBIND11_MODULE(_C, m) {
           "launch_plan", &Library::launch_plan, py::arg("op"),
           "What a call of torch.ops.warpform.OP with these arguments would launch.\n\n"
           "The arguments are the op's; of tensors only shape, strides and dtype are looked at, so they may be on any "
-          "device, \"meta\" too. sm_count and shared_memory_limit (bytes a block) describe the GPU, an H100 by "
-          "default.\n\n"
+          "device, \"meta\" too. sm_count, shared_memory_limit (bytes a block) and capability (9.0 as 90) describe "
+          "the GPU, an H100 by default.\n\n"
           "Returns a dict about the first launch that works on tiles, or the first: kernel, tile (rows, columns, "
           "depth), stages, splits, grid, threads, shared_bytes, blocks_per_sm, registers_counted (whether a GPU said "
           "how many blocks an SM takes; else threads and shared memory bound it), waves; and launches, a list with one "

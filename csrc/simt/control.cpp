@@ -30,12 +30,12 @@ const char* configure_checked(int64_t seed, int64_t sm_count, int64_t shared_mem
   return nullptr;
 }
 
-const char* claim_checked(int64_t driver, int64_t capability, const char* code) {
+const char* claim_checked(int64_t driver, int64_t capability, const char* code, bool tensor_maps) {
   const auto found = kCodes.find(code);
   if (found == kCodes.end()) {
     return kept(std::string("code must be found, none, unreadable or unknown, got ") + code);
   }
-  claim({static_cast<int>(driver), static_cast<int>(capability), found->second});
+  claim({static_cast<int>(driver), static_cast<int>(capability), found->second}, tensor_maps);
   return nullptr;
 }
 

@@ -428,7 +428,10 @@ void configure(uint64_t new_seed, const Device& device) {
   launched.clear();
 }
 
-void claim(const DeviceFacts& facts) { device_properties.facts = facts; }
+void claim(const DeviceFacts& facts, bool tensor_maps) {
+  device_properties.facts = facts;
+  device_properties.tensor_maps = tensor_maps;
+}
 
 const std::vector<Launched>& launches() { return launched; }
 

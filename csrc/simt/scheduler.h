@@ -149,9 +149,10 @@ struct Device {
   int sm_count = 4;
   int shared_memory_limit = 227 * 1024;
   DeviceFacts facts = {.driver = kRuntimeVersion, .capability = 90, .code = DeviceCode::kFound};
+  bool tensor_maps = true;  // the driver describes tensors
 };
 void configure(uint64_t seed, const Device& device);
-void claim(const DeviceFacts& facts);
+void claim(const DeviceFacts& facts, bool tensor_maps);
 const Device& device();
 
 // A random number below n, from the seed; 0 with seed 0.

@@ -7,7 +7,7 @@
 
 namespace warpform::api {
 
-inline constexpr int32_t kVersion = 2;
+inline constexpr int32_t kVersion = 3;
 
 // A tensor that its caller keeps alive during a call. dtype and device are those of DLPack; kMeta is a tensor without
 // data, for plans.
@@ -60,6 +60,7 @@ struct Op {
 struct Machine {
   int32_t sm_count;
   int32_t shared_memory_limit;  // bytes that a block may ask for
+  int32_t capability;           // compute capability, 10 * major + minor
 };
 
 // Devices that a question may be about, beside the number of a GPU.
@@ -90,4 +91,4 @@ struct Table {
 
 }  // namespace warpform::api
 
-extern "C" const warpform::api::Table* warpform_api_v2();
+extern "C" const warpform::api::Table* warpform_api_v3();

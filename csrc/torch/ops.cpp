@@ -347,6 +347,6 @@ STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, CUDA, m) {
 }
 #endif
 
-extern "C" __attribute__((visibility("default"))) const warpform::api::Table* warpform_api_v2() {
+extern "C" __attribute__((visibility("default"))) const warpform::api::Table* warpform_api_v3() {
   return &warpform::table();
 }

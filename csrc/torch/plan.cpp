@@ -74,7 +74,7 @@ const PlannedMachine& machine_of(const LaunchPlan& plan) { return plan.machine; 
 void add_launch(LaunchPlan& plan, const PlannedLaunch& launch) { plan.launches.push_back(launch); }
 
 void begin_plan(const api::Machine* machine) {
-  plan_of_thread.machine = {machine->sm_count, machine->shared_memory_limit};
+  plan_of_thread.machine = {machine->sm_count, machine->shared_memory_limit, machine->capability};
   plan_of_thread.launches.clear();
   active = &plan_of_thread;
 }

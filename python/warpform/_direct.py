@@ -86,8 +86,12 @@ def direct(
 
 
 def launch_limits(device: int) -> dict[str, int]:
-    """What `warpform._C.launch_plan` asks of a GPU: its SMs, and bytes of shared memory that a block may ask for."""
+    """What `warpform._C.launch_plan` asks of a GPU: its SMs, bytes of shared memory a block, compute capability."""
     import torch
 
     facts: Any = torch.cuda.get_device_properties(device)
-    return {"sm_count": facts.multi_processor_count, "shared_memory_limit": facts.shared_memory_per_block_optin}
+    return {
+        "sm_count": facts.multi_processor_count,
+        "shared_memory_limit": facts.shared_memory_per_block_optin,
+        "capability": 10 * facts.major + facts.minor,
+    }

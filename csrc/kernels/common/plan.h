@@ -17,6 +17,7 @@ struct TileShape {
 struct PlannedMachine {
   int sm_count;
   int shared_memory_limit;
+  int capability;  // 10 * major + minor
 };
 
 struct PlannedLaunch {

@@ -45,6 +45,13 @@ int shared_memory_limit() {
   return plan ? machine_of(*plan).shared_memory_limit : device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>();
 }
 
+int compute_capability() {
+  const LaunchPlan* plan = current_plan();
+  return plan ? machine_of(*plan).capability
+              : 10 * device_attribute<cudaDevAttrComputeCapabilityMajor>() +
+                    device_attribute<cudaDevAttrComputeCapabilityMinor>();
+}
+
 bool plan_launch(const char* name, const char* text, const void* kernel, dim3 grid, int threads, int shared_bytes,
                  const TileShape& tile) {
   LaunchPlan* plan = current_plan();

@@ -19,6 +19,8 @@ namespace warpform {
 int sm_count();
 // Bytes of shared memory that a block may ask for on the current device.
 int shared_memory_limit();
+// Compute capability of the current device, 10 * major + minor.
+int compute_capability();
 
 // Allows a kernel all shared memory of the current device, once for each: `devices` has a bit for those that were
 // asked, and is read and written atomically. Throws std::runtime_error that begins with `name`.

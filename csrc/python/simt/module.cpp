@@ -46,12 +46,13 @@ PYBIND11_MODULE(_simt, m) {
       "multiprocessors that a kernel finds, and the bytes of shared memory that a block may have. Forgets launches.");
   m.def(
       "claim",
-      [](int64_t driver, int64_t capability, const std::string& code) {
-        check(emulator().claim(driver, capability, code.c_str()));
+      [](int64_t driver, int64_t capability, const std::string& code, bool tensor_maps) {
+        check(emulator().claim(driver, capability, code.c_str(), tensor_maps));
       },
-      py::arg("driver") = 13000, py::arg("capability") = 90, py::arg("code") = "found",
+      py::arg("driver") = 13000, py::arg("capability") = 90, py::arg("code") = "found", py::arg("tensor_maps") = true,
       "The machine's facts until the next configure: versions of CUDA as 13000, a compute capability as 90, and "
-      "whether there is code for it: found, none, unreadable or unknown.");
+      "whether there is code for it: found, none, unreadable or unknown; tensor_maps: whether the driver describes "
+      "tensors for TMA.");
   m.def(
       "launches", [] { return py::module_::import("json").attr("loads")(emulator().launches()); },
       "The launches since the last configure: a list of dicts with op, kernel, grid, threads and shared_bytes.");

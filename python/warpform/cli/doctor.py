@@ -285,7 +285,7 @@ def _self_tests(report: dict[str, Any]) -> list[dict[str, Any]]:
 # ---- launch plans ----
 
 # An H100 has these.
-_GPU = {"sm_count": 132, "shared_memory_limit": 227 * 1024}
+_GPU = {"sm_count": 132, "shared_memory_limit": 227 * 1024, "capability": 90}
 
 
 def _plans() -> dict[str, Any]:

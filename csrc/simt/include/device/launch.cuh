@@ -9,6 +9,7 @@ namespace warpform {
 
 inline int sm_count() { return simt::device().sm_count; }
 inline int shared_memory_limit() { return simt::device().shared_memory_limit; }
+inline int compute_capability() { return simt::device().facts.capability; }
 
 template <auto kKernel, class Params>
 void launch(const char* name, dim3 grid, int threads, int shared_bytes, void* /*stream*/, const Params& params,
