@@ -1,13 +1,18 @@
 #include "simt/scheduler.h"
 
+#include <algorithm>
 #include <bit>
 #include <exception>
 #include <numeric>
 #include <stdexcept>
 #include <utility>
 
+#include "simt/bulk.h"
 #include "simt/global_memory.h"
+#include "simt/mbarrier.h"
 #include "simt/shared_memory.h"
+#include "simt/warpgroup.h"
+#include "simt/wgmma.h"
 
 namespace warpform::simt {
 
@@ -29,6 +34,8 @@ std::vector<Launched> launched;
 
 // One meeting in this many ends with a look at another warp.
 constexpr uint32_t kWarpPatience = 16;
+// One change of threads in this many lets a bulk copy land.
+constexpr uint32_t kCopyPatience = 64;
 
 // A linear congruential generator; its upper 32 bits are what is random in it.
 inline uint32_t next_random() {
@@ -75,7 +82,25 @@ std::exception_ptr deadlock() {
       text += " " + std::to_string(warp.barrier) + " (" + std::to_string(b.come) + " of " + std::to_string(b.threads) +
               " threads came)";
     }
+    if (warp.at_warpgroup) text += waiting_warpgroup_text(w);
     text += " at " + text_of(warp.where) + ";";
+  }
+  // Threads may wait for an mbarrier one by one: those of a warp that wait in the same line are named together.
+  for (int w = 0; w < block.warps; ++w) {
+    uint32_t lanes = 0;
+    for (int l = 0; l < kLanes; ++l) lanes |= static_cast<uint32_t>(block.fibre[w * kLanes + l].mbarrier >= 0) << l;
+    while (lanes != 0) {
+      const Fibre& one = block.fibre[w * kLanes + std::countr_zero(lanes)];
+      uint32_t same = 0;
+      for (int l = 0; l < kLanes; ++l) {
+        const Fibre& other = block.fibre[w * kLanes + l];
+        if ((lanes >> l & 1) && other.mbarrier == one.mbarrier && same_site(other.where, one.where)) same |= 1u << l;
+      }
+      if (first < 0) first = w * kLanes + std::countr_zero(same);
+      text += " " + lanes_text(w, same) + " in mbarrier_wait" + mbarrier_text(one.mbarrier) + " at " +
+              text_of(one.where) + ";";
+      lanes &= ~same;
+    }
   }
   text.pop_back();
   return std::make_exception_ptr(std::runtime_error(report_header(first) + text));
@@ -88,6 +113,9 @@ inline void enter(int thread) {
 
 // The next thread to run, or -1 when the block has ended or cannot go on.
 inline int pick() {
+  // A copy in flight lands now and then, and at the latest when all threads wait.
+  if (copies_in_flight() && draw(kCopyPatience) == kCopyPatience - 1) land_a_copy();
+  while (block.warps_runnable == 0 && copies_in_flight()) land_a_copy();
   if (block.warps_runnable == 0) return -1;
   const uint32_t random = seed == 0 ? 0 : next_random();
   Warp* warp = running.warp;
@@ -219,6 +247,7 @@ void thread_ended() {
   warp.alive &= ~bit;
   unset_runnable(warp, bit);
   --block.alive;
+  if (products_in_flight(w / kWarpgroupWarps)) report_products_in_flight(w / kWarpgroupWarps);
   if (warp.arrived != 0) {
     if (!is_barrier(warp.meeting)) {
       // Reported for a thread that waits, in its line.
@@ -263,6 +292,7 @@ void fibre_main() {
 
 void start_block(int threads) {
   block.threads = threads;
+  block.started = block.now;
   block.warps = (threads + kLanes - 1) / kLanes;
   block.alive = threads;
   block.warps_runnable = 0;
@@ -274,6 +304,7 @@ void start_block(int threads) {
     warp.runnable = 0;
     warp.arrived = 0;
     warp.at_barrier = false;
+    warp.at_warpgroup = false;
     warp.votes[0] = warp.votes[1] = 0;
     for (Time& t : warp.knows.before) t = block.now;
     set_runnable(warp, warp.alive);
@@ -285,6 +316,10 @@ void start_block(int threads) {
 void run_block(int threads) {
   start_block(threads);
   clear_shared();
+  clear_mbarriers();
+  clear_copies();
+  clear_warpgroups(threads);
+  clear_products();
   error = nullptr;
   enter(0);
   const int first = pick();
@@ -292,12 +327,16 @@ void run_block(int threads) {
   for (int t = 0; t < threads; ++t) {
     Fibre& fibre = block.fibre[t];
     fibre.copies.clear();
+    fibre.proxy_fences.clear();
+    fibre.fenced.clear();
+    fibre.mbarrier = -1;
     if (fibre.stack != nullptr) {
       return_stack(fibre.stack);
       fibre.stack = nullptr;
     }
   }
   if (error) std::rethrow_exception(std::exchange(error, nullptr));
+  check_nothing_in_flight();
 }
 
 // From "... [with auto kKernel = warpform::{anonymous}::gather<uint4>; Params = ...]" the kernel.
@@ -335,6 +374,15 @@ const char* name_of(Meeting meeting) {
     case Meeting::kMmaHalf: return "mma_m16n8k16<half_t>";
     case Meeting::kMmaBfloat16: return "mma_m16n8k16<bf16_t>";
     case Meeting::kMmaTf32: return "mma_m16n8k8_tf32";
+    case Meeting::kStmatrix: return "stmatrix_x4";
+    case Meeting::kStmatrixTrans: return "stmatrix_x4_trans";
+    case Meeting::kElect: return "elect_one";
+    case Meeting::kGiveRegisters: return "give_registers";
+    case Meeting::kTakeRegisters: return "take_registers";
+    case Meeting::kWgmmaFence: return "wgmma_fence";
+    case Meeting::kWgmma: return "wgmma";
+    case Meeting::kWgmmaCommit: return "wgmma_commit";
+    case Meeting::kWgmmaWait: return "wgmma_wait";
   }
   return "?";
 }
@@ -355,6 +403,49 @@ void end_meeting(Warp& warp) {
   warp.arrived = 0;
   set_runnable(warp, 0xffffffffu);
 }
+
+bool meet_warpgroup(const Where& where) {
+  Warp& warp = this_warp();
+  const int w = warp_number(warp), first = w / kWarpgroupWarps * kWarpgroupWarps;
+  if (first + kWarpgroupWarps > block.warps) {
+    fail(std::string(name_of(warp.meeting)) + ": all four warps of a warpgroup must take part, but the block has " +
+             std::to_string(block.warps - first) + " of them",
+         where);
+  }
+  warp.at_warpgroup = true;
+  int come = 0;
+  for (int i = 0; i < kWarpgroupWarps; ++i) {
+    const Warp& other = block.warp[first + i];
+    if (!other.at_warpgroup) continue;
+    ++come;
+    if (other.meeting != warp.meeting || !same_site(other.where, warp.where)) {
+      fail(std::string("divergent ") + name_of(warp.meeting) + ": warp " + std::to_string(first + i) +
+               " of the warpgroup is in " + name_of(other.meeting) + " at " + text_of(other.where) + ", this warp",
+           where);
+    }
+  }
+  if (come == kWarpgroupWarps) return true;
+  unset_runnable(warp, 1u << this_lane());
+  yield();
+  return false;
+}
+
+void end_warpgroup_meeting(int warpgroup) {
+  for (int i = 0; i < kWarpgroupWarps; ++i) {
+    Warp& warp = block.warp[warpgroup * kWarpgroupWarps + i];
+    warp.at_warpgroup = false;
+    end_meeting(warp);
+  }
+}
+
+void suspend() {
+  unset_runnable(this_warp(), 1u << this_lane());
+  yield();
+}
+
+void resume(int thread) { set_runnable(block.warp[thread / kLanes], 1u << thread % kLanes); }
+
+void speak_for(int thread) { enter(thread); }
 
 void block_barrier(const Where& where) { wait_at_barrier(Meeting::kBlockSync, where); }
 void warp_barrier(const Where& where) { wait_at_barrier(Meeting::kWarpSync, where); }
@@ -436,6 +527,12 @@ void claim(const DeviceFacts& facts, bool tensor_maps) {
 const std::vector<Launched>& launches() { return launched; }
 
 const Device& device() { return device_properties; }
+
+uint32_t fixed_draw(uint32_t n, uint32_t salt) {
+  if (seed == 0) return 0;
+  const uint64_t mixed = (seed + 1) * 0x9e3779b97f4a7c15u ^ (uint64_t{salt} + 1) * 0xd6e8feb86659fd93u;
+  return static_cast<uint32_t>((mixed ^ mixed >> 32) * 0x9e3779b97f4a7c15u >> 40) % n;
+}
 
 uint32_t draw(uint32_t n) { return seed == 0 ? 0 : next_random() % n; }
 

@@ -22,7 +22,10 @@ namespace warpform::simt {
 constexpr int kLanes = 32;
 constexpr int kMaxWarps = 32;
 constexpr int kMaxThreads = kLanes * kMaxWarps;
+constexpr int kWarpgroupWarps = 4;
+constexpr int kMaxWarpgroups = kMaxWarps / kWarpgroupWarps;
 constexpr int kNamedBarriers = 16;  // 0 is the block's
+constexpr int kMaxMbarriers = 64;
 
 // Collectives of the lanes of a warp. The first three are barriers: exited lanes count as come. The others need all 32.
 enum class Meeting : uint8_t {
@@ -40,23 +43,53 @@ enum class Meeting : uint8_t {
   kMmaHalf,
   kMmaBfloat16,
   kMmaTf32,
+  kStmatrix,
+  kStmatrixTrans,
+  kElect,
+  kGiveRegisters,
+  kTakeRegisters,
+  kWgmmaFence,
+  kWgmma,
+  kWgmmaCommit,
+  kWgmmaWait,
 };
 const char* name_of(Meeting meeting);
 
-// Logical time: it steps at every synchronisation. A warp knows a time of each other warp: all that the other did
+// What touches shared memory in an order of its own: the warps; the tensor cores of each warpgroup, whose products are
+// asynchronous; and for each mbarrier the bulk copies that complete on it.
+constexpr int kFirstTensorCore = kMaxWarps;
+constexpr int kFirstMbarrier = kFirstTensorCore + kMaxWarpgroups;
+constexpr int kAgents = kFirstMbarrier + kMaxMbarriers;
+
+// Logical time: it steps at every synchronisation. A warp knows a time of each other agent: all that the other did
 // before that time is ordered before what the warp does now.
 using Time = uint32_t;
 struct Knowledge {
-  Time before[kMaxWarps];
+  Time before[kAgents];
   void join(const Knowledge& other) {
-    for (int w = 0; w < kMaxWarps; ++w) before[w] = before[w] > other.before[w] ? before[w] : other.before[w];
+    for (int a = 0; a < kAgents; ++a) before[a] = before[a] > other.before[a] ? before[a] : other.before[a];
   }
+  // What both know.
+  void intersect(const Knowledge& other) {
+    for (int a = 0; a < kAgents; ++a) before[a] = before[a] < other.before[a] ? before[a] : other.before[a];
+  }
+};
+
+// An array of registers as it was at a thread's last wgmma_fence.
+struct FencedRegisters {
+  const void* data;
+  size_t bytes;
+  uint64_t hash;
 };
 
 struct Fibre {
   Context context;
   void* stack = nullptr;  // null before it starts and after it ends
   Copies copies;
+  std::vector<Time> proxy_fences;       // the times of its fence_proxy_async, increasing
+  std::vector<FencedRegisters> fenced;  // by its wgmma_fence
+  int mbarrier = -1;                    // that it waits for
+  Where where;                          // of that wait
 };
 
 struct Warp {
@@ -66,8 +99,9 @@ struct Warp {
   Meeting meeting{};
   int barrier = 0;  // id and thread count of the barrier, where the meeting is at a named one
   int barrier_threads = 0;
-  bool at_barrier = false;  // the whole warp waits at a barrier
-  int parity = 0;           // the half of `values` that the next meeting uses: a fast lane may be one meeting ahead
+  bool at_barrier = false;    // the whole warp waits at a barrier
+  bool at_warpgroup = false;  // the whole warp waits for the others of its warpgroup, or for registers
+  int parity = 0;             // the half of `values` that the next meeting uses: a fast lane may be one meeting ahead
   Where where;
   Knowledge knows{};
   uint64_t values[2][kLanes];  // the values that lanes hand each other
@@ -94,6 +128,7 @@ struct Block {
   int alive = 0;  // threads
   uint32_t warps_runnable = 0;
   Time now = 0;
+  Time started = 0;  // the time at which it began
   Warp warp[kMaxWarps];
   Barrier barrier[kNamedBarriers];
   Knowledge ended{};  // the accesses of warps that have ended
@@ -155,7 +190,22 @@ void configure(uint64_t seed, const Device& device);
 void claim(const DeviceFacts& facts, bool tensor_maps);
 const Device& device();
 
+// A meeting of the four warps of a warpgroup: as meet(), which the caller has been through, for the warps. True in the
+// lane that comes last of all, which does the work and calls end_warpgroup_meeting(); false in the others, once it has.
+bool meet_warpgroup(const Where& where);
+void end_warpgroup_meeting(int warpgroup);
+inline int this_warpgroup() { return warp_number(this_warp()) / kWarpgroupWarps; }
+
+// The running thread waits until resume() is called for it.
+void suspend();
+void resume(int thread);
+
+// Reports that follow are about this thread.
+void speak_for(int thread);
+
 // A random number below n, from the seed; 0 with seed 0.
 uint32_t draw(uint32_t n);
+// A number below n that the seed, the block and `salt` decide.
+uint32_t fixed_draw(uint32_t n, uint32_t salt);
 
 }  // namespace warpform::simt

@@ -1,5 +1,6 @@
 #include "simt/shared_memory.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -47,9 +48,10 @@ using Array = std::unique_ptr<T[], Free>;
 Array<unsigned char> arena;
 Array<uint16_t> written;   // a bit a byte
 Array<uint8_t> level;      // of each chunk
-Array<uint8_t> in_flight;  // an asynchronous copy into this chunk is in flight
-Array<Granule> whole;      // of each chunk
-Array<Granule> parts;      // eight a chunk
+Array<uint8_t> in_flight;  // kCopy: an asynchronous copy into this chunk is in flight; and halves that hold an mbarrier
+constexpr uint8_t kCopy = 1, kMbarrierLow = 2, kMbarrierHigh = 4;
+Array<Granule> whole;  // of each chunk
+Array<Granule> parts;  // eight a chunk
 
 template <class T>
 void allocate(Array<T>& array, size_t n) {
@@ -63,11 +65,47 @@ bool ordered(const Touch& t, int warp, int lane) {
   return t.time < this_warp().knows.before[t.warp] || (t.warp == warp && t.lane == lane && !t.several);
 }
 
+std::string agent_text(const Touch& t) {
+  if (t.warp >= kFirstMbarrier) return " by TMA";
+  if (t.warp >= kFirstTensorCore) return " by wgmma of warpgroup " + std::to_string(t.warp - kFirstTensorCore);
+  return " by " + thread_text(t.warp, t.lane);
+}
+
 [[noreturn]] void race(uint32_t address, const char* now, const char* then, const Touch& earlier, const Where& where) {
   fail(std::string("shared-memory race: ") + now + " of address " + std::to_string(address - kSharedBase) +
-           " is not ordered by a barrier after the " + (earlier.copy ? "asynchronous copy" : then) + " by " +
-           thread_text(earlier.warp, earlier.lane) + " at " + text_of(earlier.where) + ";",
+           " is not ordered by a barrier after the " + (earlier.copy ? "asynchronous copy" : then) +
+           agent_text(earlier) + " at " + text_of(earlier.where) + ";",
        where);
+}
+
+[[noreturn]] void lacks_proxy_fence(uint32_t address, const char* now, const Touch& earlier, const Where& where) {
+  fail(std::string(now) + " of address " + std::to_string(address - kSharedBase) + " after the write by " +
+           thread_text(earlier.warp, earlier.lane) + " at " + text_of(earlier.where) +
+           ", which has no fence_proxy_async between it and the barrier that orders them;",
+       where);
+}
+
+// True if bulk copies and wgmma see what a thread wrote: it was fenced before the barrier through which they know of it.
+bool crosses_proxy(const Touch& write, const Knowledge& knows) {
+  if (write.time <= block.started || write.warp >= kMaxWarps) return true;
+  const int thread = write.warp * kLanes + write.lane;
+  const auto& fences = block.fibre[thread].proxy_fences;
+  const auto fence = std::upper_bound(fences.begin(), fences.end(), write.time);
+  return fence != fences.end() && (*fence < knows.before[write.warp] || thread == this_thread());
+}
+
+// Calls f(granule, its address) for all granules of a chunk.
+template <class F>
+void for_each_granule(uint32_t chunk, F&& f) {
+  if (level[chunk] == kWhole) {
+    f(whole[chunk], kSharedBase + chunk * kChunk);
+    return;
+  }
+  const int count = kGranules[level[chunk]];
+  for (int i = 0; i < count; ++i) {
+    f(parts[size_t{chunk} * 8 + static_cast<size_t>(i)],
+      kSharedBase + chunk * kChunk + static_cast<uint32_t>(i) * kChunk / static_cast<uint32_t>(count));
+  }
 }
 
 inline Touch touch_now(int warp, int lane, const Where& where) {
@@ -134,12 +172,12 @@ inline void note(uint32_t address, uint32_t offset, int warp, int lane, const Wh
 }
 
 // A write of a whole chunk: whatever its parts remembered is behind it.
-inline void note_whole_write(uint32_t address, uint32_t offset, const Where& where) {
+inline void note_whole_write(uint32_t address, uint32_t offset, const Where& where, int lane = this_lane()) {
   const uint32_t chunk = offset / kChunk;
-  note<16, note_write>(address, offset, warp_number(this_warp()), this_lane(), where);
+  note<16, note_write>(address, offset, warp_number(this_warp()), lane, where);
   if (level[chunk] == kWhole) return;
   level[chunk] = kWhole;
-  whole[chunk].write = touch_now(warp_number(this_warp()), this_lane(), where);
+  whole[chunk].write = touch_now(warp_number(this_warp()), lane, where);
   for (Touch& r : whole[chunk].read) r.time = 0;
 }
 
@@ -161,15 +199,33 @@ inline uint32_t locate(uint32_t address, const char* verb, const Where& where) {
   return offset;
 }
 
+// Fails where a copy is in flight or an mbarrier lies.
+template <int kBytes>
+void check_free(uint32_t offset, const char* verb, const Where& where) {
+  const uint8_t state = in_flight[offset / kChunk];
+  if (state & kCopy) {
+    fail(std::string("shared-memory race: ") + verb + " to address " + std::to_string(offset) +
+             " while an asynchronous copy into it is under way",
+         where);
+  }
+  const uint8_t halves = kBytes == 16          ? kMbarrierLow | kMbarrierHigh
+                         : offset % kChunk < 8 ? kMbarrierLow
+                                               : kMbarrierHigh;
+  if (state & halves) {
+    fail(std::string(verb) + " to address " + std::to_string(offset) + ", where an mbarrier lies", where);
+  }
+}
+
 template <int kBytes>
 inline void check_written(uint32_t offset, const Where& where) {
   constexpr uint32_t kMask = (1u << kBytes) - 1;
   const uint32_t mask = kMask << (offset % kChunk);
   if (__builtin_expect((written[offset / kChunk] & mask) != mask, false)) {
-    fail((in_flight[offset / kChunk] ? "shared memory read before its asynchronous copy was waited for, address "
-                                     : "shared memory read that was never written, address ") +
-             std::to_string(offset),
-         where);
+    fail(
+        (in_flight[offset / kChunk] & kCopy ? "shared memory read before its asynchronous copy was waited for, address "
+                                            : "shared memory read that was never written, address ") +
+            std::to_string(offset),
+        where);
   }
 }
 
@@ -213,11 +269,7 @@ template <int kBytes>
 void store_shared_bytes(uint32_t address, const void* from, const Where& where) {
   const uint32_t offset = locate<kBytes>(address, "store", where);
   const uint32_t chunk = offset / kChunk;
-  if (__builtin_expect(in_flight[chunk] != 0, false)) {
-    fail("shared-memory race: store to address " + std::to_string(offset) +
-             " while an asynchronous copy into it is under way",
-         where);
-  }
+  if (__builtin_expect(in_flight[chunk] != 0, false)) check_free<kBytes>(offset, "store", where);
   if constexpr (kBytes == 16) {
     note_whole_write(address, offset, where);
   } else {
@@ -246,14 +298,10 @@ const void* shared_row(uint32_t address, int lane, const Where& where) {
 void begin_shared_copy(uint32_t address, const Where& where) {
   const uint32_t offset = locate<16>(address, "asynchronous copy", where);
   const uint32_t chunk = offset / kChunk;
-  if (in_flight[chunk]) {
-    fail("shared-memory race: a second asynchronous copy into address " + std::to_string(offset) +
-             " while one is under way",
-         where);
-  }
+  check_free<kChunk>(offset, "a second asynchronous copy", where);
   note_whole_write(address, offset, where);
   whole[chunk].write.copy = true;
-  in_flight[chunk] = 1;
+  in_flight[chunk] = kCopy;
   written[chunk] = 0;
   std::memset(&arena[offset], 0xff, kChunk);
 }
@@ -271,6 +319,61 @@ void end_shared_copy(uint32_t address, const void* from, const Where& where) {
   } else {
     std::memset(&arena[offset], 0, kChunk);
   }
+}
+
+void store_shared_row(uint32_t address, int lane, const void* from, const Where& where) {
+  const uint32_t offset = locate<16>(address, "stmatrix row", where);
+  const uint32_t chunk = offset / kChunk;
+  if (in_flight[chunk] != 0) check_free<kChunk>(offset, "stmatrix row", where);
+  note_whole_write(address, offset, where, lane);
+  written[chunk] = 0xffff;
+  std::memcpy(&arena[offset], from, kChunk);
+}
+
+void begin_bulk_copy_to(uint32_t address, const Where& where) {
+  const uint32_t offset = locate<16>(address, "bulk copy", where);
+  for_each_granule(offset / kChunk, [&](const Granule& g, uint32_t at) {
+    if (!crosses_proxy(g.write, this_warp().knows)) lacks_proxy_fence(at, "a bulk copy", g.write, where);
+  });
+  begin_shared_copy(address, where);
+}
+
+void end_bulk_copy(uint32_t address, const void* from, int agent, Time now, const Where& where) {
+  const uint32_t chunk = (address - kSharedBase) / kChunk;
+  whole[chunk].write = {where, now, static_cast<uint8_t>(agent), 0, false, true};
+  in_flight[chunk] = 0;
+  written[chunk] = 0xffff;
+  std::memcpy(&arena[address - kSharedBase], from, kChunk);
+}
+
+void begin_product_read(uint32_t address, int agent, const Knowledge& knows, const Where& where) {
+  const uint32_t offset = locate<16>(address, "wgmma operand", where);
+  check_written<16>(offset, where);
+  for_each_granule(offset / kChunk, [&](Granule& g, uint32_t at) {
+    if (g.write.time >= knows.before[g.write.warp]) race(at, "this read by wgmma", "write", g.write, where);
+    if (!crosses_proxy(g.write, knows)) lacks_proxy_fence(at, "wgmma reads", g.write, where);
+    Touch* slot = nullptr;
+    for (Touch& r : g.read) {
+      if (r.warp == agent && r.time != 0) {
+        slot = &r;
+        break;
+      }
+      if (r.time < knows.before[r.warp]) slot = &r;
+    }
+    if (slot == nullptr) slot = &g.read[draw(Granule::kReaders)];
+    *slot = {where, block.now, static_cast<uint8_t>(agent), 0, false, false};
+  });
+}
+
+const void* product_operand(uint32_t address) { return &arena[address - kSharedBase]; }
+
+void claim_mbarrier(uint32_t address, const Where& where) {
+  const uint32_t offset = locate<8>(address, "mbarrier", where);
+  if (in_flight[offset / kChunk] != 0) check_free<8>(offset, "mbarrier_init", where);
+  note<8, note_write>(address, offset, warp_number(this_warp()), this_lane(), where);
+  const uint32_t mask = 0xffu << (offset % kChunk);
+  written[offset / kChunk] = static_cast<uint16_t>(written[offset / kChunk] & ~mask);
+  in_flight[offset / kChunk] |= offset % kChunk < 8 ? kMbarrierLow : kMbarrierHigh;
 }
 
 }  // namespace warpform::simt

@@ -182,6 +182,28 @@ WARPFORM_AVX2 void mma_fast(void* const* operands, bool half) {
   }
 }
 
+WARPFORM_AVX2 void multiply_transposed_fast(const float* a, int rows, const float* b, int cols, int depth, float* d) {
+  for (int m = 0; m < rows; m += 4) {
+    for (int n = 0; n < cols; n += 16) {
+      __m256 sum[4][2];
+      for (int i = 0; i < 4; ++i) {
+        for (int j = 0; j < 2; ++j) sum[i][j] = _mm256_loadu_ps(d + (m + i) * cols + n + 8 * j);
+      }
+      for (int k = 0; k < depth; ++k) {
+        const __m256 left = _mm256_loadu_ps(b + k * cols + n), right = _mm256_loadu_ps(b + k * cols + n + 8);
+        for (int i = 0; i < 4; ++i) {
+          const __m256 factor = _mm256_broadcast_ss(a + k * rows + m + i);
+          sum[i][0] = _mm256_fmadd_ps(factor, left, sum[i][0]);
+          sum[i][1] = _mm256_fmadd_ps(factor, right, sum[i][1]);
+        }
+      }
+      for (int i = 0; i < 4; ++i) {
+        for (int j = 0; j < 2; ++j) _mm256_storeu_ps(d + (m + i) * cols + n + 8 * j, sum[i][j]);
+      }
+    }
+  }
+}
+
 bool fast() {
   static const bool yes =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -191,6 +213,7 @@ bool fast() {
 #else
 
 void mma_fast(void* const*, bool) {}
+void multiply_transposed_fast(const float*, int, const float*, int, int, float*) {}
 bool fast() { return false; }
 
 #endif
@@ -230,6 +253,15 @@ void mma(Meeting kind, const MmaOperands& operands, const Where& where) {
     mma_plain(kind, warp.operands);
   }
   end_meeting(warp);
+}
+
+void multiply_transposed(const float* a, int rows, const float* b, int cols, int depth, float* d) {
+  if (fast()) return multiply_transposed_fast(a, rows, b, cols, depth, d);
+  for (int m = 0; m < rows; ++m) {
+    for (int k = 0; k < depth; ++k) {
+      for (int n = 0; n < cols; ++n) d[m * cols + n] += a[k * rows + m] * b[k * cols + n];
+    }
+  }
 }
 
 }  // namespace warpform::simt

@@ -17,4 +17,7 @@ struct MmaOperands {
 };
 void mma(Meeting kind, const MmaOperands& operands, const Where& where);
 
+// d[rows][cols] += the product of a, given as [depth][rows], and b [depth][cols]. rows is a multiple of 4, cols of 16.
+void multiply_transposed(const float* a, int rows, const float* b, int cols, int depth, float* d);
+
 }  // namespace warpform::simt

@@ -6,6 +6,11 @@
 
 namespace warpform {
 
+uint32_t simt::swizzled(uint32_t address, Swizzle swizzle) {
+  const uint32_t bits = swizzle == Swizzle::kNone ? 0 : (1u << static_cast<int>(swizzle)) - 1;
+  return address ^ ((address >> 7 & bits) << 4);
+}
+
 bool has_tensor_map_encoder() { return simt::device().tensor_maps; }
 
 bool encode_tensor_map(TensorMap& map, const TensorBox& box) {

@@ -14,6 +14,9 @@ struct EmulatedTensorMap {
   uint64_t magic;
   TensorBox tensor;
 };
+// Where the 16 bytes go that a layout without a swizzle has at this shared address.
+uint32_t swizzled(uint32_t address, Swizzle swizzle);
+
 static_assert(sizeof(EmulatedTensorMap) <= sizeof(TensorMap));
 
 }  // namespace warpform::simt
