@@ -247,7 +247,7 @@ void thread_ended() {
   warp.alive &= ~bit;
   unset_runnable(warp, bit);
   --block.alive;
-  if (products_in_flight(w / kWarpgroupWarps)) report_products_in_flight(w / kWarpgroupWarps);
+  if (products_in_flight(w)) report_products_in_flight(w);
   if (warp.arrived != 0) {
     if (!is_barrier(warp.meeting)) {
       // Reported for a thread that waits, in its line.

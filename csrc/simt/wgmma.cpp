@@ -381,10 +381,14 @@ void wait_for_products(int groups_left, const RegisterArray* arrays, int count, 
   end_meeting(warp);
 }
 
-bool products_in_flight(int warpgroup) { return !warpgroups[warpgroup].products.empty(); }
+bool products_in_flight(int warp) {
+  const Warpgroup& w = warpgroups[warp / kWarpgroupWarps];
+  return w.retired[warp % kWarpgroupWarps] < w.issued;
+}
 
-void report_products_in_flight(int warpgroup) {
-  fail("the thread ended while a wgmma was in flight, issued", warpgroups[warpgroup].products.front().where);
+void report_products_in_flight(int warp) {
+  fail("the thread ended while a wgmma was in flight, issued",
+       warpgroups[warp / kWarpgroupWarps].products.back().where);
 }
 
 }  // namespace warpform::simt

@@ -33,7 +33,8 @@ void issue_product(const ProductOperands& operands, const Where& where);
 void commit_products(const Where& where);
 void wait_for_products(int groups_left, const RegisterArray* arrays, int count, const Where& where);
 
-bool products_in_flight(int warpgroup);
-[[noreturn]] void report_products_in_flight(int warpgroup);
+// True if the warp has products that none of its waits covered.
+bool products_in_flight(int warp);
+[[noreturn]] void report_products_in_flight(int warp);
 
 }  // namespace warpform::simt
