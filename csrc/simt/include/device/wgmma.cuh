@@ -31,6 +31,7 @@ inline void wait(int pending, const Where& where, Registers&... registers) {
 }
 }  // namespace simt
 
+inline void wgmma_fence(const simt::Where& where = simt::Where::current()) { simt::fence(where); }
 template <class A>
 inline void wgmma_fence(A& a, const simt::Where& where = simt::Where::current()) {
   simt::fence(where, a);
