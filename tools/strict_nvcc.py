@@ -17,7 +17,7 @@ from pathlib import Path
 
 REMEDIES = {
     "C7510": "wgmma is serialised: keep its accumulators and its operands in registers untouched until the wgmma_wait",
-    "C7511": "wgmma is serialised for want of registers: keep those in flight untouched until the wgmma_wait, or take smaller tiles",
+    "C7511": "wgmma is serialised for want of registers: keep those in flight untouched, or take smaller tiles",
     "C7514": "wgmma is serialised: give the accumulators of all paths through the code the same fences and waits",
     "C7519": "a fence is injected: list every register that wgmma reads or writes in the wgmma_fence before it",
 }
