@@ -70,6 +70,20 @@ def test_architectures():
     assert gates.check_architectures(both("pack"), IMAGES, ptx, (rule,)).problems
 
 
+def test_object_files_without_ptx():
+    """Those of kernels for sm_90a alone carry none; all others carry PTX of sm_80, and none carries other PTX."""
+    kernels, images, ptx = [both("pack")[1], *both("b")], Counter({"sm_80": 2, "sm_90a": 5}), Counter({"sm_80": 2})
+    rule = gates.ArchRule("pack", ("sm_90a",), "uses wgmma")
+    assert not gates.check_architectures(kernels, images, ptx, (rule,)).problems
+    missing = gates.check_architectures(kernels, images, Counter({"sm_80": 1}), (rule,)).problems
+    assert missing == ["1 of 2 object files carry PTX for sm_80"]
+    assert gates.check_architectures(both("b"), images, ptx, ()).problems == [
+        "3 object files have code of sm_90a without PTX, and no kernel is listed for it alone"
+    ]
+    other = gates.check_architectures(kernels, images, ptx + Counter({"sm_90a": 3}), (rule,)).problems
+    assert other == ["3 object files carry PTX for sm_90a, which no GPU needs"]
+
+
 def test_stack():
     assert not gates.check_stack(both("pack"), ()).problems
     assert "uses 8 bytes" in gates.check_stack(both("pack", 8), ()).problems[0]
@@ -81,15 +95,121 @@ def test_stack():
 
 def test_instructions():
     rule = gates.OpcodeRule("attention", r"HMMA\.")
-    assert not gates.check_opcodes(both("attention", HMMA_16816=4), (rule,)).problems
-    assert len(gates.check_opcodes(both("attention", FFMA=4), (rule,)).problems) == 2
-    assert gates.check_opcodes(both("pack"), (rule,)).problems
+    assert not gates.check_opcodes(both("attention", HMMA_16816=4), (rule,), ()).problems
+    assert len(gates.check_opcodes(both("attention", FFMA=4), (rule,), ()).problems) == 2
+    assert gates.check_opcodes(both("pack"), (rule,), ()).problems
+
+
+def test_instructions_that_must_not_be_there():
+    rule = gates.AbsentRule("attention", r"HMMA\.", "it has wgmma")
+    assert not gates.check_opcodes(both("attention", HGMMA_64x64x16=4), (), (rule,)).problems
+    assert not gates.check_opcodes([*both("attention", FFMA=4), *both("pack", HMMA_16816=4)], (), (rule,)).problems
+    found = gates.check_opcodes(both("attention", HMMA_16816=4), (), (rule,)).problems
+    assert found[1] == r"attention (sm_90a) has 4 /HMMA\./: it has wgmma" and len(found) == 2
+    assert gates.check_opcodes(both("pack"), (), (rule,)).problems == ["the rule for /attention/ matches no kernel"]
+
+
+# ---- kernels for Hopper ----
+
+HOPPER_ROW = gates.HopperRule("_hopper<", threads=384, registers=168, waits=4, fences=5)
+WAITS, FENCES = "WARPGROUP.DEPBAR.LE", "WARPGROUP.ARRIVE"
+HOPPER_OPCODES = {
+    "HGMMA.64x128x16.F32.BF16": 32,
+    "UTMALDG.3D": 8,
+    "SYNCS.ARRIVE.TRANS64": 8,
+    "USETMAXREG.DEALLOC.CTAPOOL": 1,
+    "USETMAXREG.TRY_ALLOC.CTAPOOL": 1,
+    WAITS: 4,
+    FENCES: 5,
+}
+
+
+def hopper(
+    opcodes: dict[str, int] | None = None, registers: int = 168, name: str = "forward_hopper<half, 128>"
+) -> gates.Kernel:
+    """A kernel as HOPPER_ROW says it, but for `opcodes`; a count of 0 takes one away."""
+    return gates.Kernel(name, "sm_90a", gates.Resources(0, registers, 1024), +Counter(HOPPER_OPCODES | (opcodes or {})))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "problem"),
+    [
+        (hopper(), None),
+        (hopper({FENCES: 3}), None),  # ptxas may drop a fence
+        (hopper(registers=176), "begins with 176 registers a thread, not 168"),
+        (hopper({WAITS: 5}), "has 5 WARPGROUP.DEPBAR, and 4 are written"),
+        (hopper({WAITS: 3}), "has 3 WARPGROUP.DEPBAR, and 4 are written"),
+        (hopper({FENCES: 6}), "has 6 WARPGROUP.ARRIVE, and 5 are written"),
+    ],
+)
+def test_registers_waits_and_fences_of_a_kernel_for_hopper(kernel, problem):
+    found = gates.check_wgmma([kernel], (HOPPER_ROW,)).problems
+    assert found == ([] if problem is None else [f"forward_hopper<half, 128> (sm_90a) {problem}"])
 
 
 def test_serialised_wgmma():
-    assert not gates.check_wgmma(both("k", HGMMA_64x64x16=8, WARPGROUP_DEPBAR=2)).problems
-    assert gates.check_wgmma(both("k", HGMMA_64x64x16=8, WARPGROUP_DEPBAR_LE=8)).problems
-    assert not gates.check_wgmma(both("k", HMMA_16816=8)).problems
+    found = gates.check_wgmma([hopper({WAITS: 32})], (HOPPER_ROW,)).problems
+    assert "waits 32 times for 32 wgmma" in found[0]
+    assert not gates.check_wgmma(both("k", HMMA_16816=8), ()).problems
+
+
+def test_each_kernel_for_hopper_has_a_row():
+    text = "matches 0 rows of HOPPER; it has 168 registers, 4 waits and 5 fences for 32 wgmma"
+    assert gates.check_wgmma([hopper()], ()).problems == [f"forward_hopper<half, 128> (sm_90a) {text}"]
+    assert "matches 2 rows" in gates.check_wgmma([hopper()], (HOPPER_ROW, HOPPER_ROW)).problems[0]
+    assert gates.check_wgmma(both("pack"), (HOPPER_ROW,)).problems == ["the rule for /_hopper</ matches no kernel"]
+    assert "its name lacks hopper" in gates.check_wgmma([hopper(name="forward<half>")], ()).problems[0]
+
+
+@pytest.mark.parametrize("missing", ["HGMMA", "UTMALDG", "SYNCS", "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC"])
+def test_instructions_of_kernels_for_hopper(missing):
+    rules = gates.HOPPER_OPCODES, gates.HOPPER_ABSENT
+    assert not gates.check_opcodes([hopper(), *both("pack", HMMA_16816=1)], *rules).problems
+    kernel = hopper({opcode: 0 for opcode in HOPPER_OPCODES if opcode.startswith(missing)})
+    (problem,) = gates.check_opcodes([kernel], *rules).problems
+    assert missing in problem.replace("\\", "")
+    assert "has 2 /HMMA" in gates.check_opcodes([hopper({"HMMA.16816.F32": 2})], *rules).problems[0]
+
+
+def test_architectures_and_stack_of_kernels_for_hopper():
+    images, ptx = Counter({"sm_80": 1, "sm_90a": 2}), Counter({"sm_80": 1})
+    kernels = [hopper(), *both("pack")]
+    assert not gates.check_architectures(kernels, images, ptx, gates.HOPPER_ONLY).problems
+    assert gates.check_architectures([*kernels, *both("b_hopper")], images, ptx, gates.HOPPER_ONLY).problems
+    assert gates.check_architectures(kernels, images, ptx, ()).problems
+    assert not gates.check_stack(kernels, ()).problems
+
+
+def test_machines_launch_the_kernels_that_they_have():
+    """On compute capability 9.0 those for Hopper, elsewhere those for every GPU; a plan of the wrong one is found."""
+    kernels = [hopper(), *both("forward<half, 128>")]
+
+    def launch(kernel: str, capability: str, arch: str, threads: int = 384) -> gates.Launch:
+        return gates.Launch("attention", kernel, capability, arch, threads, 200 << 10, 227 << 10)
+
+    def problems(*launches: gates.Launch) -> list[str]:
+        return gates.check_launches(kernels, list(launches), {}, (HOPPER_ROW,)).problems
+
+    ampere = launch("forward<half, 128>", "8.0", "sm_80", 128)
+    on_hopper = launch("forward_hopper<half, 128>", "9.0", "sm_90a")
+    assert not problems(ampere, on_hopper)
+    assert problems(ampere) == ["forward_hopper<half, 128> is launched by no call"]
+    assert problems(on_hopper) == ["forward<half, 128> is launched by no call"]
+    wrong = launch("forward_hopper<half, 128>", "8.0", "sm_80")
+    assert "(8.0) which is not in the library for sm_80" in problems(ampere, on_hopper, wrong)[0]
+    assert "with 256 threads, not 384" in problems(ampere, launch("forward_hopper<half, 128>", "9.0", "sm_90a", 256))[0]
+    more = [hopper(registers=176), *both("forward<half, 128>")]
+    assert "with 67584 registers" in gates.check_launches(more, [ampere, on_hopper], {}, (HOPPER_ROW,)).problems[0]
+
+
+def test_the_rows_of_hopper_fit_a_block():
+    for row in gates.HOPPER:
+        assert row.threads % 128 == 0 and row.registers % 8 == 0, row
+        assert row.threads * row.registers <= gates.REGISTERS_A_BLOCK, row
+        assert row.waits > 0 and row.fences > 0, row
+
+
+# ---- launches ----
 
 
 def test_launches():

@@ -50,12 +50,37 @@ class OpcodeRule:
 
 
 @dataclass(frozen=True)
+class AbsentRule:
+    """Kernels that must do without an instruction: `opcode` (a regular expression) occurs nowhere, as `reason` says."""
+
+    kernel: str
+    opcode: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class ArchRule:
     """Kernels that exist for `archs` only, because of `reason`."""
 
     kernel: str
     archs: tuple[str, ...]
     reason: str
+
+
+@dataclass(frozen=True)
+class HopperRule:
+    """A kernel on wgmma and TMA, in all its instances that `kernel` matches.
+
+    Threads of a block, and registers a thread before setmaxnreg moves them. waits: how many WARPGROUP.DEPBAR
+    (wgmma_wait) the machine code has, exactly; fences: how many WARPGROUP.ARRIVE (wgmma_fence) it has at most. Both are
+    counted in the source, in an unrolled loop as often as it is unrolled.
+    """
+
+    kernel: str
+    threads: int
+    registers: int
+    waits: int
+    fences: int
 
 
 # `kernel` is a regular expression, searched in the demangled name. A rule that matches no kernel fails its gate.
@@ -117,7 +142,30 @@ OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(SHORT_CONV, r"STG\..*128"),
     OpcodeRule(r"short_conv_gate_backward_kernel<", r"LDG\..*128"),
 )
+ABSENT: tuple[AbsentRule, ...] = ()
 ONLY: tuple[ArchRule, ...] = ()
+
+# Kernels for compute capability 9.0 alone, and no others, have this in their names. Each of them matches one row of
+# HOPPER, and each row a kernel. Registers: 168 with 384 threads (two warpgroups of consumers), 128 with 512 (three).
+# The gate says of a kernel without a row what its machine code has; a row holds what the source has.
+#     HopperRule(r"varlen_attention_forward_hopper<.*, 128, ", threads=384, registers=168, waits=4, fences=4),
+HOPPER_NAME = "hopper"
+HOPPER: tuple[HopperRule, ...] = ()
+HOPPER_OPCODES: tuple[OpcodeRule, ...] = (
+    OpcodeRule(HOPPER_NAME, r"HGMMA\.", ("sm_90a",)),  # wgmma
+    OpcodeRule(HOPPER_NAME, r"UTMALDG\.", ("sm_90a",)),  # TMA
+    OpcodeRule(HOPPER_NAME, r"SYNCS\.", ("sm_90a",)),  # mbarrier
+    OpcodeRule(HOPPER_NAME, r"USETMAXREG\.DEALLOC", ("sm_90a",)),  # producers give registers
+    OpcodeRule(HOPPER_NAME, r"USETMAXREG\.TRY_ALLOC", ("sm_90a",)),  # consumers take them
+)
+HOPPER_ABSENT: tuple[AbsentRule, ...] = (
+    AbsentRule(HOPPER_NAME, r"HMMA\.", "mma.sync beside wgmma waits for shared memory that wgmma does not need"),
+)
+HOPPER_ONLY: tuple[ArchRule, ...] = (ArchRule(HOPPER_NAME, ("sm_90a",), "wgmma and TMA"),)
+if HOPPER:
+    OPCODES += HOPPER_OPCODES
+    ABSENT += HOPPER_ABSENT
+    ONLY += HOPPER_ONLY
 
 
 # No op launches these kernels, because of a reason.
@@ -277,7 +325,16 @@ def read_library(tool: str, library: Path) -> tuple[list[Kernel], Counter[str], 
 
 
 def planned_launches() -> list[Launch]:
-    """Every launch of the calls in every_kernel.py, on each machine that has room for it."""
+    """Every launch of the calls in every_kernel.py, on each machine that has room for it, whatever WARPFORM_HOPPER is."""
+    setting = os.environ.pop("WARPFORM_HOPPER", None)
+    try:
+        return plan_launches()
+    finally:
+        if setting is not None:
+            os.environ["WARPFORM_HOPPER"] = setting
+
+
+def plan_launches() -> list[Launch]:
     import warpform._C as module
     from every_kernel import every_call
     from warpform.cli.self_test import NO_ROOM, ROOM_FOR_ALL
@@ -326,9 +383,16 @@ def short(name: str) -> str:
     return re.sub(r"\(.*", "", name.removeprefix("void "))[:100]
 
 
-def stale(
-    rules: tuple[StackRule, ...] | tuple[OpcodeRule, ...] | tuple[ArchRule, ...], kernels: list[Kernel]
-) -> list[str]:
+Rules = (
+    tuple[StackRule, ...]
+    | tuple[OpcodeRule, ...]
+    | tuple[AbsentRule, ...]
+    | tuple[ArchRule, ...]
+    | tuple[HopperRule, ...]
+)
+
+
+def stale(rules: Rules, kernels: list[Kernel]) -> list[str]:
     return [
         f"the rule for /{rule.kernel}/ matches no kernel"
         for rule in rules
@@ -352,8 +416,18 @@ def check_architectures(
     for arch in ARCHS:
         if not images[arch]:
             problems.append(f"no machine code for {arch}")
+    # Object files of kernels for one architecture alone have neither code of PTX_ARCH nor PTX.
     if ptx[PTX_ARCH] < images[PTX_ARCH] or not ptx[PTX_ARCH]:
         problems.append(f"{ptx[PTX_ARCH]} of {images[PTX_ARCH]} object files carry PTX for {PTX_ARCH}")
+    listed = {arch for rule in only for arch in rule.archs}
+    for arch in ARCHS:
+        alone = images[arch] - images[PTX_ARCH]
+        if alone > 0 and arch not in listed:
+            problems.append(
+                f"{alone} object files have code of {arch} without PTX, and no kernel is listed for it alone"
+            )
+    for arch in sorted(ptx.keys() - {PTX_ARCH}):
+        problems.append(f"{ptx[arch]} object files carry PTX for {arch}, which no GPU needs")
     summary = f"{len(by_name)} kernels in {', '.join(ARCHS)}; PTX of {PTX_ARCH} in {ptx[PTX_ARCH]} files"
     return Verdict("architectures", problems, summary)
 
@@ -375,8 +449,10 @@ def check_stack(kernels: list[Kernel], rules: tuple[StackRule, ...] = STACK) -> 
     return Verdict("stack", problems, f"{none} of {len(kernels)} use none, {allowed} what is listed for them")
 
 
-def check_opcodes(kernels: list[Kernel], rules: tuple[OpcodeRule, ...] = OPCODES) -> Verdict:
-    problems = stale(rules, kernels)
+def check_opcodes(
+    kernels: list[Kernel], rules: tuple[OpcodeRule, ...] = OPCODES, absent: tuple[AbsentRule, ...] = ABSENT
+) -> Verdict:
+    problems = stale(rules, kernels) + stale(absent, kernels)
     checked: set[tuple[str, str]] = set()
     for rule in rules:
         for kernel in kernels:
@@ -384,29 +460,69 @@ def check_opcodes(kernels: list[Kernel], rules: tuple[OpcodeRule, ...] = OPCODES
                 checked.add((kernel.name, kernel.arch))
                 if not any(re.match(rule.opcode, opcode) for opcode in kernel.opcodes):
                     problems.append(f"{short(kernel.name)} ({kernel.arch}) has no /{rule.opcode}/")
+    for never in absent:
+        for kernel in kernels:
+            count = sum(count for opcode, count in kernel.opcodes.items() if re.match(never.opcode, opcode))
+            if count and re.search(never.kernel, kernel.name):
+                problems.append(f"{short(kernel.name)} ({kernel.arch}) has {count} /{never.opcode}/: {never.reason}")
     return Verdict(
         "instructions", problems, f"{len(checked)} kernels checked" if checked else "no kernel is listed yet"
     )
 
 
-def check_wgmma(kernels: list[Kernel]) -> Verdict:
-    """ptxas serialises wgmma by a wait behind every one, where written code has one wait for a group of them."""
-    problems = []
+def count_of(kernel: Kernel, *opcodes: str) -> int:
+    """How many instructions of a kernel begin with one of `opcodes`."""
+    return sum(count for opcode, count in kernel.opcodes.items() if opcode.startswith(opcodes))
+
+
+def check_wgmma(kernels: list[Kernel], rules: tuple[HopperRule, ...] = HOPPER) -> Verdict:
+    """Kernels on wgmma have the registers, waits and fences that their rows say.
+
+    ptxas serialises wgmma by a wait behind every one, where written code has one wait for a group of them, and it adds
+    fences where they are missing.
+    """
+    problems = stale(rules, kernels)
     users = 0
     for kernel in kernels:
-        products = sum(
-            count for opcode, count in kernel.opcodes.items() if opcode.startswith(("HGMMA", "QGMMA", "IGMMA"))
-        )
-        waits = sum(count for opcode, count in kernel.opcodes.items() if opcode.startswith("WARPGROUP.DEPBAR"))
+        where = f"{short(kernel.name)} ({kernel.arch})"
+        products = count_of(kernel, "HGMMA", "QGMMA", "IGMMA")
+        waits, fences = count_of(kernel, "WARPGROUP.DEPBAR"), count_of(kernel, "WARPGROUP.ARRIVE")
+        registers = kernel.resources.registers
         users += products > 0
         if products > 1 and waits >= products:
-            problems.append(f"{short(kernel.name)} ({kernel.arch}) waits {waits} times for {products} wgmma")
+            problems.append(f"{where} waits {waits} times for {products} wgmma")
+        if HOPPER_NAME not in kernel.name:
+            if products:
+                problems.append(f"{where} has {products} wgmma, and its name lacks {HOPPER_NAME}")
+            continue
+        rows = [rule for rule in rules if re.search(rule.kernel, kernel.name)]
+        if len(rows) != 1:
+            problems.append(
+                f"{where} matches {len(rows)} rows of HOPPER; it has {registers} registers, {waits} waits and {fences} "
+                f"fences for {products} wgmma"
+            )
+            continue
+        row = rows[0]
+        if registers != row.registers:
+            problems.append(f"{where} begins with {registers} registers a thread, not {row.registers}")
+        if waits != row.waits:
+            problems.append(f"{where} has {waits} WARPGROUP.DEPBAR, and {row.waits} are written")
+        if fences > row.fences:
+            problems.append(f"{where} has {fences} WARPGROUP.ARRIVE, and {row.fences} are written")
     return Verdict("wgmma", problems, f"{users} kernels, none serialised" if users else "no kernel uses it yet")
 
 
-def check_launches(kernels: list[Kernel], launches: list[Launch], never: dict[str, str] = NEVER_LAUNCHED) -> Verdict:
-    """Every kernel is one that a call launches, and every launch has the registers and the shared memory it needs."""
-    known = {(bare(kernel.name), kernel.arch): kernel.resources for kernel in kernels}
+def check_launches(
+    kernels: list[Kernel],
+    launches: list[Launch],
+    never: dict[str, str] = NEVER_LAUNCHED,
+    rules: tuple[HopperRule, ...] = HOPPER,
+) -> Verdict:
+    """Every kernel is one that a call launches, and every launch has the registers and the shared memory it needs.
+
+    Registers are those at entry: that setmaxnreg hands out no more than a block has, the kernels assert.
+    """
+    known = {(bare(kernel.name), kernel.arch): kernel for kernel in kernels}
     names = {name for name, _ in known}
     launched = {bare(launch.kernel) for launch in launches}
     problems = [f"no kernel is called {name}, which is listed as never launched" for name in never.keys() - names]
@@ -414,15 +530,18 @@ def check_launches(kernels: list[Kernel], launches: list[Launch], never: dict[st
     problems += [f"{name} is launched, though it is listed as never launched" for name in never.keys() & launched]
     for launch in launches:
         where = f"{launch.op} launches {bare(launch.kernel)} ({launch.capability}) "
-        resources = known.get((bare(launch.kernel), launch.arch))
-        if resources is None:
+        kernel = known.get((bare(launch.kernel), launch.arch))
+        if kernel is None:
             problems.append(where + f"which is not in the library for {launch.arch}")
             continue
+        for rule in rules:
+            if re.search(rule.kernel, kernel.name) and launch.threads != rule.threads:
+                problems.append(where + f"with {launch.threads} threads, not {rule.threads}")
         # Registers are handed out eight a thread at a time.
-        registers = launch.threads * -(-resources.registers // 8) * 8
+        registers = launch.threads * -(-kernel.resources.registers // 8) * 8
         if registers > REGISTERS_A_BLOCK:
             problems.append(where + f"with {registers} registers a block, allowed are {REGISTERS_A_BLOCK}")
-        shared = launch.shared + max(0, resources.shared - RESERVED.get(launch.arch, 0))
+        shared = launch.shared + max(0, kernel.resources.shared - RESERVED.get(launch.arch, 0))
         if shared > launch.limit:
             problems.append(where + f"with {shared} bytes of shared memory a block, allowed are {launch.limit}")
     return Verdict("launches", problems, f"{len(launched)} kernels in {len(launches)} launches, each with room to run")
