@@ -325,7 +325,7 @@ def read_library(tool: str, library: Path) -> tuple[list[Kernel], Counter[str], 
 
 
 def planned_launches() -> list[Launch]:
-    """Every launch of the calls in every_kernel.py, on each machine that has room for it, whatever WARPFORM_HOPPER is."""
+    """As plan_launches says, whatever WARPFORM_HOPPER is."""
     setting = os.environ.pop("WARPFORM_HOPPER", None)
     try:
         return plan_launches()
@@ -335,6 +335,7 @@ def planned_launches() -> list[Launch]:
 
 
 def plan_launches() -> list[Launch]:
+    """Every launch of the calls in every_kernel.py, on each machine that has room for it."""
     import warpform._C as module
     from every_kernel import every_call
     from warpform.cli.self_test import NO_ROOM, ROOM_FOR_ALL
