@@ -78,6 +78,8 @@ def test_build_info_is_of_this_version():
     assert info["version"] == __version__
     assert bool(info["cuda"]) == bool(info["cuda_archs"])
     assert bool(info["cuda"]) == bool(_library.kernel_table())
+    if info["hopper"]:
+        assert info["hopper"] == "90a" and "90a" in info["cuda_archs"]
 
 
 def test_elf_reader_reads_what_readelf_reads(binary):

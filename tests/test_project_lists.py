@@ -22,6 +22,7 @@ def read_variables() -> set[str]:
     files = [ROOT / "setup.py", ROOT / "bench" / "harness.py", ROOT / "tools" / "environment.py"]
     files += [ROOT / "tests" / "conftest.py", ROOT / "tests" / "simt" / "conftest.py"]
     files += [*(ROOT / "python").rglob("*.py"), *(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.h")]
+    files += (ROOT / "csrc").rglob("*.cu")
     return {name for file in files for name in READS.findall(file.read_text(encoding="utf-8"))} - OTHERS
 
 
@@ -34,7 +35,7 @@ def described_variables() -> set[str]:
 
 def test_every_variable_is_described() -> None:
     found = read_variables()
-    assert {"WARPFORM_CUDA", "WARPFORM_STRICT", "WARPFORM_BACKEND", "CXX", "CUDACXX", "CI"} <= found
+    assert {"WARPFORM_CUDA", "WARPFORM_STRICT", "WARPFORM_BACKEND", "WARPFORM_HOPPER", "CXX", "CUDACXX", "CI"} <= found
     assert found | set(_env.NAMES) | {"PYTHON", "CUDA_PATH"} == described_variables()
 
 

@@ -163,8 +163,8 @@ PYBIND11_MODULE(_C, m) {
            "A call of the op past torch's dispatcher. fallback gets the arguments where the dispatcher is needed, and "
            "recorded where only gradients are wanted; None: fallback then too.")
       .def("build_info", &Library::build_info,
-           "The facts of the build, a dict of texts: version, cuda, cuda_runtime, cuda_archs, torch_headers, compiler, "
-           "sources.")
+           "The facts of the build, a dict of texts: version, cuda, cuda_runtime, cuda_archs, hopper, torch_headers, "
+           "compiler, sources.")
       .def("kernel_table", &Library::kernel_table, py::arg("device") = "cuda",
            "Every configuration that has a kernel: a list of dicts with op, dtype and the bounds of sizes.\n\n"
            "device: \"cuda\", or \"cpu\" for the kernels of this process's CPU. Raises ValueError for another.")

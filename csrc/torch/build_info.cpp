@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <exception>
+#include <optional>
 #include <span>
 #include <string_view>
 
@@ -11,6 +12,7 @@
 #include "kernels/activation/launch.h"
 #include "kernels/attention/launch.h"
 #include "kernels/common/device_facts.h"
+#include "kernels/common/hopper.h"
 #include "kernels/fft_conv/launch.h"
 #include "kernels/monarch/launch.h"
 #include "kernels/norm/launch.h"
@@ -50,15 +52,18 @@ std::string cuda_version(int number) {
 #if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
 namespace {
 std::string runtime() { return cuda_version(cuda_runtime_version()); }
+const char* hopper() { return hopper_built() ? "90a" : ""; }
 }  // namespace
 #else
 namespace {
 std::string runtime() { return ""; }
+const char* hopper() { return ""; }
 }  // namespace
 #endif
 
-// cuda: the compiler's version; cuda_runtime: that of the runtime in the library, which the driver must serve; sources:
-// the hash of csrc that python/warpform/_sources.py defines.
+// cuda: the compiler's version; cuda_runtime: that of the runtime in the library, which the driver must serve; hopper: the
+// architecture of the kernels for compute capability 9.0, if they were built; sources: the hash of csrc that
+// python/warpform/_sources.py defines.
 std::string build_info() {
   std::string text = "{";
   const auto add = [&](const char* name, const std::string& value) {
@@ -68,6 +73,7 @@ std::string build_info() {
   add("cuda", WARPFORM_CUDA_VERSION);
   add("cuda_runtime", runtime());
   add("cuda_archs", WARPFORM_CUDA_ARCHS);
+  add("hopper", hopper());
   add("torch_headers", WARPFORM_TORCH_VERSION);
   add("compiler", __VERSION__);
   add("sources", WARPFORM_SOURCES);
@@ -165,6 +171,18 @@ const char* device_unusable(int32_t device, std::string& room) {
 }
 
 }  // namespace
+
+#if defined(WARPFORM_WITH_CUDA) || defined(WARPFORM_SIMT)
+std::string hopper_kernels_missing(int64_t device) {
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (device >= 0) guard.emplace(static_cast<int32_t>(device));
+  const char* reason = kernels_unusable(static_cast<int32_t>(device));
+  if (reason == nullptr) reason = hopper_unusable();
+  return reason == nullptr ? "" : reason;
+}
+#else
+std::string hopper_kernels_missing(int64_t) { return kNoKernels; }
+#endif
 
 std::string kernel_table() { return json_of(cuda_tables()); }
 std::string cpu_kernel_table() { return json_of(cpu_tables()); }

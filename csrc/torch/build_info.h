@@ -7,6 +7,9 @@
 namespace warpform {
 
 std::string build_info();
+// Why calls on GPU `device` take none of the kernels for compute capability 9.0 (common/hopper.h); empty where they do. A
+// negative device is the current one. Throws std::exception where there is no such GPU.
+std::string hopper_kernels_missing(int64_t device);
 // The architectures that the kernels were built for, in CMake's notation, such as "80 90a-real".
 std::string built_architectures();
 // A version of CUDA, 1000 * major + 10 * minor, as "13.0".

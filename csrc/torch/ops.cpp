@@ -319,6 +319,8 @@ STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
   // Why CPU kernels do not run in this process, or nothing; and the instruction set of those that do, or nothing.
   m.def("_cpu_kernels_missing() -> str");
   m.def("_cpu_isa() -> str");
+  // Why calls on a GPU take none of the kernels for compute capability 9.0, or nothing; of the current one if negative.
+  m.def("_hopper_kernels_missing(int device) -> str");
   // Keeps the type and the text of an exception for the binding that called the reference (binding.h).
   m.def("_keep_error(str type, str text) -> ()");
   // What was wrong with the last call in this thread: the name of Python's exception, a space and the text, or nothing.
@@ -331,6 +333,7 @@ STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("_cpu_kernel_table", TORCH_BOX(&warpform::cpu_kernel_table));
   m.impl("_cpu_kernels_missing", TORCH_BOX(&warpform::cpu_kernels_missing));
   m.impl("_cpu_isa", TORCH_BOX(&warpform::cpu_isa));
+  m.impl("_hopper_kernels_missing", TORCH_BOX(&warpform::hopper_kernels_missing));
   m.impl("_keep_error", TORCH_BOX(&warpform::keep_error));
   m.impl("_last_error", TORCH_BOX(&warpform::last_error));
 }

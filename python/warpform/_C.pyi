@@ -27,7 +27,7 @@ class Library:
 library: Library
 
 def build_info() -> dict[str, str]:
-    """The facts of the build: version, cuda, cuda_runtime, cuda_archs, torch_headers, compiler, sources."""
+    """The facts of the build: version, cuda, cuda_runtime, cuda_archs, hopper, torch_headers, compiler, sources."""
 
 def kernel_table(device: str = "cuda") -> list[dict[str, Any]]:
     """Every configuration that has a kernel: op, dtype and the bounds of sizes.

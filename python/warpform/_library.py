@@ -61,7 +61,7 @@ def reject(error: Exception) -> None:
 
 
 def build_info() -> dict[str, Any]:
-    """Returns the facts of the build: version, cuda, cuda_archs, torch_headers, compiler.
+    """Returns the facts of the build: version, cuda, cuda_archs, hopper, torch_headers, compiler.
 
     Raises ImportError where the library is not loaded.
     """
@@ -103,6 +103,17 @@ def cpu_kernels_missing() -> str:
     import torch
 
     return torch.ops.warpform._cpu_kernels_missing()
+
+
+def hopper_kernels_missing(device: int = 0) -> str:
+    """Why calls on a GPU take none of the kernels for compute capability 9.0; empty where they do.
+
+    Raises ImportError where the library is not loaded, and RuntimeError where there is no such GPU.
+    """
+    require()
+    import torch
+
+    return torch.ops.warpform._hopper_kernels_missing(device)
 
 
 def stale_sources() -> str | None:

@@ -102,6 +102,30 @@ def test_the_self_test_says_what_ran_on_the_cpu():
     assert shown == {"a": ", by kernel", "b": ", by reference", "c": ", by kernel and reference", "d": ""}
 
 
+HOPPER = [{"name": "GPU", "capability": "9.0"}]
+
+
+@pytest.mark.parametrize(
+    ("built", "gpus", "reason", "says"),
+    [
+        ("", HOPPER, "", "none, not built: no 90a in WARPFORM_CUDA_ARCHS, or no nvcc"),
+        ("90a", [], "", "none, torch sees no GPU"),
+        ("90a", {"error": "no driver"}, "", "none, torch sees no GPU"),
+        ("90a", HOPPER, "WARPFORM_HOPPER=0", "none, WARPFORM_HOPPER=0"),
+        ("90a", HOPPER, "", "where one serves the call"),
+    ],
+)
+def test_whether_kernels_for_hopper_run(monkeypatch, quick, built, gpus, reason, says):
+    facts = _library.build_info() | {"hopper": built, "cuda": "13.0"}
+    monkeypatch.setattr(_library, "build_info", lambda: facts)
+    monkeypatch.setattr(_library, "hopper_kernels_missing", lambda device: reason)
+    found = doctor._hopper_kernels({"gpus": gpus})
+    assert found["built"] is bool(built) and (found["missing"] is None) is (says == "where one serves the call")
+    assert doctor._hopper_text(found) == f"kernels for Hopper: {says}"
+    assert doctor._hopper_text({"error": "broken"}) == "kernels for Hopper: none, broken"
+    assert any(line.strip().startswith("kernels for Hopper: ") for line in doctor._lines(doctor.examine()))
+
+
 @pytest.mark.parametrize(
     ("threads", "cores", "advice"),
     [
@@ -219,7 +243,18 @@ def test_every_probe_is_guarded(monkeypatch):
     def broken(*args):
         raise ValueError("broken on purpose")
 
-    probes = ("_packages", "_torch", "_binary", "_cpu", "_nvidia_smi", "_driver", "_nvcc", "_backends", "_self_tests")
+    probes = (
+        "_packages",
+        "_torch",
+        "_binary",
+        "_cpu",
+        "_nvidia_smi",
+        "_driver",
+        "_nvcc",
+        "_hopper_kernels",
+        "_backends",
+    )
+    probes += ("_self_tests",)
     for probe in probes:
         monkeypatch.setattr(doctor, probe, broken)
     report = doctor.examine()

@@ -168,9 +168,32 @@ def test_usable(simt: Any, claim: Callable[..., None], facts: dict[str, Any]) ->
     simt.bias_gelu(torch.randn(2, 8), None)
 
 
+@pytest.mark.parametrize(
+    ("facts", "setting", "reason"),
+    [
+        ({}, "", ""),
+        ({}, "1", ""),
+        ({}, "0", "WARPFORM_HOPPER=0"),
+        ({"capability": 80}, "", "the GPU's compute capability is not 9.0"),
+        ({"capability": 100}, "", "the GPU's compute capability is not 9.0"),
+        ({"capability": 75}, "", OLD_GPU),
+        ({"tensor_maps": False}, "", "the driver has no cuTensorMapEncodeTiled, with which the kernels for "),
+    ],
+    ids=str,
+)
+def test_why_kernels_for_hopper_do_not_run(simt, claim, monkeypatch, facts, setting, reason) -> None:
+    claim(**facts)
+    monkeypatch.setenv("WARPFORM_HOPPER", setting)
+    found = simt._hopper_kernels_missing(-1)
+    assert found.startswith(reason) and bool(found) is bool(reason)
+    if facts.get("capability", 90) == 90:
+        monkeypatch.setenv("WARPFORM_BACKEND", "reference")
+        assert simt._hopper_kernels_missing(-1) == "WARPFORM_BACKEND=reference"
+
+
 def test_facts_of_the_build(simt: Any) -> None:
     info = json.loads(simt._build_info())
-    assert info["cuda_runtime"] == "13.0"
+    assert info["cuda_runtime"] == "13.0" and info["hopper"] == "90a"
     csrc = Path(__file__).parents[2] / "csrc"
     if csrc.is_dir():
         assert info["sources"] == _sources.sources_hash(csrc), "built from other sources; run make build"

@@ -35,6 +35,8 @@ const char* no_encoder() {
 
 }  // namespace
 
+bool hopper_built() { return kBuilt; }
+
 const char* hopper_unusable() {
   if (!kBuilt) return "the kernels for compute capability 9.0 were not built: WARPFORM_CUDA_ARCHS has no 90a";
   if (compute_capability() != 90) return "the GPU's compute capability is not 9.0";

@@ -118,6 +118,15 @@ def _cpu_kernels() -> dict[str, Any]:
     }
 
 
+def _hopper_kernels(torch: dict[str, Any]) -> dict[str, Any]:
+    """Whether the kernels on wgmma and TMA were built, and why this machine's first GPU runs none of them."""
+    if not _library.build_info()["hopper"]:
+        return {"built": False, "missing": "not built: no 90a in WARPFORM_CUDA_ARCHS, or no nvcc"}
+    if not torch.get("gpus") or "error" in torch["gpus"]:
+        return {"built": True, "missing": "torch sees no GPU"}
+    return {"built": True, "missing": _library.hopper_kernels_missing(0) or None}
+
+
 def _nvidia_smi() -> list[dict[str, str]]:
     if not shutil.which("nvidia-smi"):
         return []
@@ -382,6 +391,7 @@ def examine(plans: bool = False) -> dict[str, Any]:
         },
         "environment": {name: os.environ[name] for name in _env.NAMES if name in os.environ},
     }
+    report["machine"]["hopper_kernels"] = _guarded(lambda: _hopper_kernels(report["torch"]))
     report["backends"] = _guarded(lambda: _backends(report))
     report["problems"] = _env.problems()
     report["advice"] = _guarded(lambda: _advice(report))
@@ -436,6 +446,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
     lines.append("cpu       " + (cpu.get("error") or f"{cpu['model']}, {cpu['cores']} cores, {cpu['memory_gib']} GiB"))
     lines.append(f"          {_cpu_text(report)}")
     lines.append(f"gpu       {_gpu_text(report)}")
+    if binary.get("cuda"):
+        lines.append(f"          {_hopper_text(machine['hopper_kernels'])}")
     nvcc = machine["nvcc"]
     lines.append(f"nvcc      {'none' if not nvcc else nvcc.get('error') or nvcc['version'] + ', ' + nvcc['path']}")
     settings = report["environment"]
@@ -492,6 +504,12 @@ def _cpu_text(report: dict[str, Any]) -> str:
     library = "oneDNN" if kernels["onednn"] else "the library that torch chooses"
     few = f"; of up to {kernels['few_rows']} rows without a gradient by a kernel" if kernels["few_rows"] else ""
     return f"{which}; float32 products by {library}{few}; {threads} threads"
+
+
+def _hopper_text(kernels: dict[str, Any]) -> str:
+    """Whether kernels on wgmma and TMA run."""
+    missing = kernels.get("error") or kernels["missing"]
+    return f"kernels for Hopper: {f'none, {missing}' if missing else 'where one serves the call'}"
 
 
 def _gpu_text(report: dict[str, Any]) -> str:
