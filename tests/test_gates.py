@@ -57,6 +57,17 @@ def test_parsing():
     assert opcodes["_Z4spilv"] == {"EXIT": 1}
 
 
+def test_names_of_kernels():
+    compiler = "forward<short unsigned int, Tile<128, 6, warpform::Major::kDepth, warpform::Major::kOuter> >"
+    demangler = (
+        "void warpform::forward<unsigned short, warpform::Tile<128, 6, (warpform::Major)0, (warpform::Major)1> >"
+        "(warpform::Params)"
+    )
+    assert gates.bare(compiler) == gates.bare(demangler)
+    assert gates.bare(compiler) == "forward<unsigned short, Tile<128, 6, (Major)0, (Major)1> >"
+    assert gates.enumerators()["Swizzle::k128"] == "(Swizzle)3"
+
+
 def test_architectures():
     ptx = Counter({"sm_80": 2})
     assert not gates.check_architectures(both("pack"), IMAGES, ptx, ()).problems

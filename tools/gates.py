@@ -11,6 +11,7 @@ folder of the build. Prints a table; exits 0 only if every gate passed.
 from __future__ import annotations
 
 import filecmp
+import functools
 import importlib.util
 import os
 import re
@@ -367,10 +368,29 @@ def plan_launches() -> list[Launch]:
 # ---- gates ----
 
 
+@functools.cache
+def enumerators() -> dict[str, str]:
+    """What a demangler calls an enumerator of the kernels, (Major)0, by what a compiler calls it, Major::kDepth."""
+    found = {}
+    for path in sorted((ROOT / "csrc" / "kernels").rglob("*.*h")):
+        text = re.sub(r"//[^\n]*", "", path.read_text(encoding="utf-8"))
+        for kind, names in re.findall(r"\benum class (\w+)[^{;]*\{([^}]*)\}", text):
+            number = -1
+            for entry in filter(None, map(str.strip, names.split(","))):
+                name, _, value = entry.partition("=")
+                number = int(value, 0) if value else number + 1
+                found[f"{kind}::{name.strip()}"] = f"({kind}){number}"
+    return found
+
+
 def bare(name: str) -> str:
-    """A kernel's name and its template arguments, spelled alike by a compiler and by a demangler."""
+    """A kernel's name and its template arguments, spelled alike by a compiler and by a demangler.
+
+    A compiler leaves out arguments that are a template's defaults, so templates that name a kernel must have none.
+    """
     name = re.sub(r"warpform::|\(anonymous namespace\)::", "", name.removeprefix("void "))
     name = name.replace("short unsigned int", "unsigned short").replace("long int", "long")
+    name = re.sub(r"\w+::k\w+", lambda found: enumerators().get(found[0], found[0]), name)
     depth = 0
     for at, letter in enumerate(name):
         depth += (letter == "<") - (letter == ">")
@@ -485,7 +505,7 @@ def check_wgmma(kernels: list[Kernel], rules: tuple[HopperRule, ...] = HOPPER) -
     problems = stale(rules, kernels)
     users = 0
     for kernel in kernels:
-        where = f"{short(kernel.name)} ({kernel.arch})"
+        where = f"{bare(kernel.name)} ({kernel.arch})"
         products = count_of(kernel, "HGMMA", "QGMMA", "IGMMA")
         waits, fences = count_of(kernel, "WARPGROUP.DEPBAR"), count_of(kernel, "WARPGROUP.ARRIVE")
         registers = kernel.resources.registers
