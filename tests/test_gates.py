@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import shutil
 import sys
@@ -159,8 +160,11 @@ def test_registers_waits_and_fences_of_a_kernel_for_hopper(kernel, problem):
 
 
 def test_serialised_wgmma():
-    found = gates.check_wgmma([hopper({WAITS: 32})], (HOPPER_ROW,)).problems
-    assert "waits 32 times for 32 wgmma" in found[0]
+    found = gates.check_wgmma([hopper({WAITS: 36})], (HOPPER_ROW,)).problems
+    assert "has 36 WARPGROUP.DEPBAR, and 4 are written" in found[0]
+    assert "0 rows of HOPPER and may be serialised;" in gates.check_wgmma([hopper({WAITS: 36})], ()).problems[0]
+    row = dataclasses.replace(HOPPER_ROW, waits=36)  # a source that waits for each product
+    assert not gates.check_wgmma([hopper({WAITS: 36})], (row,)).problems
     assert not gates.check_wgmma(both("k", HMMA_16816=8), ()).problems
 
 
