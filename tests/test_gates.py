@@ -178,7 +178,7 @@ def test_each_kernel_for_hopper_has_a_row():
 
 @pytest.mark.parametrize("missing", ["HGMMA", "UTMALDG", "SYNCS", "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC"])
 def test_instructions_of_kernels_for_hopper(missing):
-    rules = gates.HOPPER_OPCODES, gates.HOPPER_ABSENT
+    rules = (*gates.HOPPER_OPCODES, *gates.WARPGROUPS_OPCODES), gates.HOPPER_ABSENT
     assert not gates.check_opcodes([hopper(), *both("pack", HMMA_16816=1)], *rules).problems
     kernel = hopper({opcode: 0 for opcode in HOPPER_OPCODES if opcode.startswith(missing)})
     (problem,) = gates.check_opcodes([kernel], *rules).problems
@@ -219,7 +219,8 @@ def test_machines_launch_the_kernels_that_they_have():
 
 def test_the_rows_of_hopper_fit_a_block():
     for row in gates.HOPPER:
-        assert row.threads % 128 == 0 and row.registers % 8 == 0, row
+        assert row.threads % 128 == 0, row
+        assert row.registers % 8 == 0 or row.threads == 128, row  # one warpgroup has none to exchange
         assert row.threads * row.registers <= gates.REGISTERS_A_BLOCK, row
         assert row.waits > 0 and row.fences > 0, row
 
@@ -252,8 +253,8 @@ def test_launches():
     assert "which is not in the library" in problems(launch(), launch(name="unpack"))[0]
     name = "pack<unsigned short, long>"
     assert problems() == [f"{name} is launched by no call"]
-    assert not problems(never={name: "a reason"})
-    assert "though it is listed" in problems(launch(), never={name: "a reason"})[0]
+    assert not problems(never={"pack": "a reason"})
+    assert "though it is listed" in problems(launch(), never={"pack": "a reason"})[0]
     assert "no kernel is called probe" in problems(launch(), never={"probe": "a reason"})[0]
 
 
@@ -270,7 +271,8 @@ def test_every_kernel_is_launched_by_a_call():
     listed = gates.parse_resources(gates.run([tool, "-res-usage", str(gates.LIBRARY)]))
     kernels = {gates.bare(name) for name in gates.demangle(list(listed))}
     assert len(kernels) > 300
-    assert kernels == {gates.bare(launch.kernel) for launch in launches} | gates.NEVER_LAUNCHED.keys()
+    never = {kernel for kernel in kernels if kernel.partition("<")[0] in gates.NEVER_LAUNCHED}
+    assert kernels == {gates.bare(launch.kernel) for launch in launches} | never
 
 
 # ---- the instruction sets of CPU kernels ----

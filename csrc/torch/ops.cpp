@@ -12,6 +12,7 @@
 #include "binding.h"
 #include "build_info.h"
 #include "plan.h"
+#include "wgmma_product.h"
 
 namespace warpform {
 namespace {
@@ -325,6 +326,9 @@ STABLE_TORCH_LIBRARY(WARPFORM_NAMESPACE, m) {
   m.def("_keep_error(str type, str text) -> ()");
   // What was wrong with the last call in this thread: the name of Python's exception, a space and the text, or nothing.
   m.def("_last_error() -> str");
+  // float32 [64, 64], the product of two 16-bit tiles by wgmma, in the layout of operands that has this name: a test of
+  // the hardware of compute capability 9.0, without a reference.
+  m.def("_wgmma_product(Tensor a, Tensor b, str layout) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, CompositeExplicitAutograd, m) {
@@ -336,6 +340,7 @@ STABLE_TORCH_LIBRARY_IMPL(WARPFORM_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("_hopper_kernels_missing", TORCH_BOX(&warpform::hopper_kernels_missing));
   m.impl("_keep_error", TORCH_BOX(&warpform::keep_error));
   m.impl("_last_error", TORCH_BOX(&warpform::last_error));
+  m.impl("_wgmma_product", TORCH_BOX(&warpform::wgmma_product));
 }
 
 // On a CPU the same functions check the arguments, and then run a CPU kernel or the reference; in the emulator, the CUDA

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_check import ROOT
-from gpu_check.machine import Machine
+from gpu_check.machine import Machine, families_in
 from gpu_check.run import Limits, Run
 
 LIBRARY = ROOT / "build" / "libwarpform_simt.so"
@@ -109,6 +109,10 @@ class EmulatedMachine(Machine):
         all_of_them = super().families(run) if run.results["facts"]["loaded"] else {}
         return {**{name: all_of_them[name] for name in self.real_families if all_of_them}, PLANTED: PLANTED_OPS}
 
+    def products(self, run: Run) -> dict[str, tuple[str, ...]]:
+        all_of_them = families_in(run, "products") if run.results["facts"]["loaded"] and LIBRARY.exists() else {}
+        return {family: layouts[:2] for family, layouts in all_of_them.items()}
+
     def to_sanitize(self, run: Run, tools: Sequence[str]) -> dict[str, dict[str, tuple[str, ...]]]:
         return {tools[0]: {PLANTED: PLANTED_OPS}}
 
@@ -136,7 +140,8 @@ class EmulatedMachine(Machine):
     def smoke_options(self, names: Sequence[str]) -> list[str]:
         if names[0] in PLANTED_OPS:
             return ["--device=cpu", "--module=planted_self_test", f"--path={self.folder}"]
-        return ["--device=cpu", *(["--library", "warpform_simt", str(LIBRARY)] if LIBRARY.exists() else [])]
+        library = ["--library", "warpform_simt", str(LIBRARY)] if LIBRARY.exists() else []
+        return ["--device=cpu", *library, *self.module_options(names)]
 
     def test_root(self, run: Run) -> Path:
         return self.folder

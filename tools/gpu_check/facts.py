@@ -85,7 +85,15 @@ def probe(device: str) -> dict[str, Any]:
     if hasattr(_library, "stale_sources"):
         found["stale_sources"] = _guarded(_library.stale_sources)
     found["families"] = _guarded(lambda: importlib.import_module("warpform.cli.self_test").families())
+    found["products"] = _guarded(_products)
     return found
+
+
+def _products() -> dict[str, tuple[str, ...]]:
+    """The layouts of single products, from the module of the tests that checks them."""
+    sys.path.append(str(ROOT / "tests"))
+    families: dict[str, tuple[str, ...]] = importlib.import_module("helpers.wgmma_product").families()
+    return families
 
 
 def ceilings(device: str) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from typing import Any
 from gpu_check import ROOT, facts
 from gpu_check.run import Limits, Run
 
+# Checks of single products, which the smoke stage runs before any op: a module of the tests.
+PRODUCTS = "helpers.wgmma_product"
+
 # Packages that the stages import, beyond the standard library.
 PACKAGES = ("torch", "numpy", "pytest", "hypothesis")
 
@@ -42,6 +45,14 @@ def find_tool(name: str, *parts: str) -> str | None:
     folders = [os.path.join(home, part) for home in homes if home for part in ("bin", *parts)]
     folders += [os.path.dirname(path) for path in sorted(glob.glob(f"/opt/nvidia/*/*/{name}"), reverse=True)]
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+
+
+def families_in(run: Run, fact: str) -> dict[str, tuple[str, ...]]:
+    """Names of ops by family, as a fact has them; raises RuntimeError where it says why there are none."""
+    found = run.results["facts"].get(fact, "the library is not loaded")
+    if not isinstance(found, dict):
+        raise RuntimeError(f"the self-test has no {fact}: {found}")
+    return {name: tuple(ops) for name, ops in found.items()}
 
 
 class Machine:
@@ -87,10 +98,11 @@ class Machine:
 
     def families(self, run: Run) -> dict[str, tuple[str, ...]]:
         """The ops of the self-test by family."""
-        found = run.results["facts"].get("families", "the library is not loaded")
-        if not isinstance(found, dict):
-            raise RuntimeError(f"the self-test has no families: {found}")
-        return {name: tuple(ops) for name, ops in found.items()}
+        return families_in(run, "families")
+
+    def products(self, run: Run) -> dict[str, tuple[str, ...]]:
+        """The layouts of single products by wgmma, as a family of ops; none where the GPU has no wgmma."""
+        return families_in(run, "products") if run.results["facts"].get("capability") == "9.0" else {}
 
     def nvidia_smi(self) -> dict[str, str]:
         """Driver, clocks, memory of the first GPU, as nvidia-smi prints them; {} without it."""
@@ -123,8 +135,12 @@ class Machine:
         return [*command, *names]
 
     def smoke_options(self, names: Sequence[str]) -> list[str]:
-        """Options that choose the device of the ops."""
-        return ["--device=cuda"]
+        """Options that choose the device of the ops, and the module that tests them."""
+        return ["--device=cuda", *self.module_options(names)]
+
+    def module_options(self, names: Sequence[str]) -> list[str]:
+        """Layouts of single products are tested by a module of the tests."""
+        return [f"--module={PRODUCTS}", f"--path={ROOT / 'tests'}"] if names[0].startswith("a_") else []
 
     def test_root(self, run: Run) -> Path:
         """The folder that node ids begin at."""

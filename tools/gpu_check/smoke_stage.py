@@ -1,4 +1,4 @@
-"""Stage 2: every op once, forward and backward, in every dtype that has kernels; one process a family."""
+"""Stage 2: single products by wgmma, then every op once, forward and backward, in every dtype that has kernels."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ STAGE = "smoke"
 
 
 def smoke(run: Run) -> Outcome:
-    """Runs the ops of all families, or those that --failed names. Cases are smoke::FAMILY::OP::DTYPE::DIRECTION."""
-    families = chosen(run.machine.families(run), STAGE, run.wanted(STAGE))
-    run.parallel(families.items(), lambda item: _Family(run, *item).run_all(), 2 * run.jobs)
+    """Runs the ops of all families, or those that --failed names. Cases are smoke::FAMILY::OP::DTYPE::DIRECTION.
+
+    Single products come first: where the hardware reads their operands in another way, no op that uses them can be
+    right, and they say which layout it is.
+    """
+    for families in (run.machine.products(run), run.machine.families(run)):
+        kept = chosen(families, STAGE, run.wanted(STAGE))
+        run.parallel(kept.items(), lambda item: _Family(run, *item).run_all(), 2 * run.jobs)
     return run.judge(STAGE)
 
 

@@ -25,7 +25,9 @@ enum class Major : int { kDepth, kOuter };
 //            on by 32 bytes for the next 16. `stride` is from eight rows to the next eight. Without a swizzle a row is 8
 //            of the depth, and `leading` is from there to the next 8.
 //   kOuter   a row is one index of the depth, and along it runs the outer dimension, 64 of it for k128. `stride` is from
-//            eight rows to the next eight, `leading` from one such span of the outer dimension to the next.
+//            eight rows to the next eight, `leading` from one such span of the outer dimension to the next. Without a
+//            swizzle the two change roles: `leading` is from eight rows to the next eight, `stride` from 8 of the outer
+//            dimension to the next 8.
 __host__ __device__ constexpr uint64_t wgmma_descriptor(uint32_t address, int leading, int stride, Swizzle swizzle) {
   const int kind = swizzle == Swizzle::kNone ? 0 : 4 - static_cast<int>(swizzle);
   return uint64_t{(address & 0x3ffff) >> 4} | static_cast<uint64_t>(leading >> 4) << 16 |
