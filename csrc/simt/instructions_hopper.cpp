@@ -435,6 +435,43 @@ __global__ void wgmma_pipeline(const __grid_constant__ HopperParams p) {
   put_accumulators(p.out, 0, o);
 }
 
+// out bfloat16 [64, 64] = G G^T, where G are the 64 rows of a [n, 64] that b, int32, names. Warpgroup 0 gathers them by
+// copies of threads; the result leaves as in an epilogue, by way of the operand's shared memory.
+__global__ void wgmma_gathered(const __grid_constant__ HopperParams p) {
+  const PanelTile<64, 64> g{slot(0)};
+  const SharedTile<64> rows = g.panel(0);
+  const uint32_t full = slot(8192);
+  start({{full, kWarpgroupSize}});
+  if (warpgroup_id() == 0) {
+    for (int i = thread(); i < 64 * 8; i += kWarpgroupSize) {
+      const auto* from = static_cast<const bf16_t*>(p.a) + at<int32_t>(p.b, i / 8) * 64;
+      cp_async_16(rows.chunk(i / 8, i % 8), from + i % 8 * 8);
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+    fence_proxy_async();
+    mbarrier_arrive(full);
+    return;
+  }
+  mbarrier_wait(full, 0);
+  float acc[8][4];
+  wgmma_fence(acc);
+  warpgroup_abt<bf16_t, 64>(acc, g, 0, g, 0, false);
+  wgmma_commit();
+  wgmma_wait<0>(acc);
+  named_barrier_sync(1, kWarpgroupSize);
+  const int lane = lane_id();
+  for (int step = 0; step < 4; ++step) {
+    uint32_t r[4];
+    pack_a<bf16_t>(r, acc, step);
+    stmatrix_x4(rows.chunk(warp_id() % 4 * 16 + lane % 16, 2 * step + lane / 16), r);
+  }
+  named_barrier_sync(1, kWarpgroupSize);
+  for (int i = thread_of_warpgroup(); i < 64 * 8; i += kWarpgroupSize) {
+    put(p.out, i, load_shared<uint4>(rows.chunk(i / 8, i % 8)));
+  }
+}
+
 // out float32 [64, 64] = P V, P = a [64, 64] and V = b [64, 64], of which settings[0] rows count. The others are made
 // zero by a warp that stands between TMA and the product, if settings[1].
 __global__ void wgmma_tail(const __grid_constant__ HopperParams p) {
@@ -600,6 +637,7 @@ const Instructions& instructions() {
         {"turns_3", {run<turns<3>, 384>, all_turns<3>, ScalarType::Int}},
         {"wgmma_two_groups", {run_two_groups, products<64, 2>, ScalarType::Float}},
         {"wgmma_pipeline", {run_pipeline, products<128>, ScalarType::Float}},
+        {"wgmma_gathered", {run<wgmma_gathered, 256, 8192 + kBarrierBytes>, products<64>, ScalarType::BFloat16}},
         {"wgmma_tail", {run_tail, products<64>, ScalarType::Float}},
     };
     add_products<half_t>(made, "float16");

@@ -265,6 +265,12 @@ def test_pipeline_of_two_products(simt: Any, seed: int, blocks: int) -> None:
     assert torch.equal(got.double(), sum(q.double() @ k[j].T @ v[j] for j in range(blocks)))
 
 
+def test_gathered_operand_and_epilogue(simt: Any, seed: int) -> None:
+    x, index = torch.randint(-1, 2, (100, 64)).bfloat16(), torch.randint(0, 100, (64,), dtype=torch.int32)
+    rows = x[index.long()].double()
+    assert torch.equal(run(simt, "wgmma_gathered", x, index).double(), rows @ rows.T)
+
+
 @pytest.mark.parametrize("length", [0, 1, 40, 63, 64])
 def test_tail_is_zeroed_between_tma_and_product(simt: Any, seed: int, length: int) -> None:
     p, v = torch.zeros(64, 64), torch.randint(-8, 9, (64, 64)).bfloat16()
