@@ -116,10 +116,4 @@ void land_a_copy() {
   speak_for(thread);
 }
 
-void check_nothing_in_flight() {
-  if (copies.empty()) return;
-  speak_for(copies.front().thread);
-  fail("the block ended while a bulk copy was in flight, issued", copies.front().where);
-}
-
 }  // namespace warpform::simt

@@ -18,7 +18,5 @@ void fence_proxy();
 bool copies_in_flight();
 // One of the copies in flight, drawn at random.
 void land_a_copy();
-// After a block: it must have waited for all of its copies.
-void check_nothing_in_flight();
 
 }  // namespace warpform::simt

@@ -21,6 +21,9 @@ struct Mbarrier {
   Knowledge arriving{};   // of those who have arrived
   Knowledge published{};  // of those who had when the last phase ended
   std::vector<int> waiting{};
+  int copier = -1;          // the thread of the newest copy that completed here and that no thread has waited for
+  uint32_t copy_phase = 0;  // in which it did
+  Where copy_where{};
 };
 std::vector<Mbarrier> barriers;
 
@@ -126,6 +129,7 @@ void wait_for_mbarrier(uint32_t address, uint32_t parity, const Where& where) {
     }
   }
   this_warp().knows.join(barrier().published);
+  if (barrier().phases > barrier().copy_phase) barrier().copier = -1;
 }
 
 int mbarrier_of_copy(uint32_t address, const Where& where) {
@@ -140,8 +144,19 @@ void complete_on_mbarrier(int number, int bytes, const Where& where) {
   Mbarrier& b = barriers[static_cast<size_t>(number)];
   Time& known = b.arriving.before[kFirstMbarrier + number];
   known = ++block.now;
+  b.copier = this_thread();
+  b.copy_phase = b.phases;
+  b.copy_where = where;
   b.bytes -= bytes;
   settle(b, where);
+}
+
+void check_copies_waited_for() {
+  for (const Mbarrier& b : barriers) {
+    if (b.copier < 0) continue;
+    speak_for(b.copier);
+    fail("the block ended and no thread had waited for a bulk copy, issued", b.copy_where);
+  }
 }
 
 std::string mbarrier_text(int number) {

@@ -19,6 +19,8 @@ void wait_for_mbarrier(uint32_t address, uint32_t parity, const Where& where);
 int mbarrier_of_copy(uint32_t address, const Where& where);
 // The copy has landed. Its issuer speaks, `where` it issued the copy.
 void complete_on_mbarrier(int number, int bytes, const Where& where);
+// After a block: some thread must have waited for every copy.
+void check_copies_waited_for();
 
 // What a barrier lacks, for reports of deadlocks.
 std::string mbarrier_text(int number);

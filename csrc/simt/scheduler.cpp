@@ -336,7 +336,7 @@ void run_block(int threads) {
     }
   }
   if (error) std::rethrow_exception(std::exchange(error, nullptr));
-  check_nothing_in_flight();
+  check_copies_waited_for();
 }
 
 // From "... [with auto kKernel = warpform::{anonymous}::gather<uint4>; Params = ...]" the kernel.

@@ -35,9 +35,10 @@ bool last_of_warpgroup(Meeting meeting, const Where& where) { return meet(meetin
 }  // namespace
 
 void clear_warpgroups(int threads) {
-  // What a kernel has on entry: as many as fit the block, for each thread the same.
+  // What a kernel has on entry: as many as fit the block, for each thread the same. The block's pool has no others: what
+  // is left of the multiprocessor's is not handed out.
   const int entry = std::min(kRegisters / threads / 8 * 8, 256);
-  free_registers = kRegisters - entry * (threads + kLanes - 1) / kLanes * kLanes;
+  free_registers = 0;
   std::fill_n(registers, kMaxWarpgroups, entry);
   std::fill_n(wanted, kMaxWarpgroups, 0);
 }
