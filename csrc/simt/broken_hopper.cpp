@@ -481,6 +481,21 @@ __global__ void another_description_in_one_warp(const __grid_constant__ HopperBr
   multiply_described(p, tile(0).rows_by_depth(0, 0), tile(0).rows_by_depth(0, warp_id() == 2 ? 16 : 0));
 }
 
+__global__ void another_left_description_in_one_warp(const __grid_constant__ HopperBrokenParams p) {
+  load_and_wait(p, 0);
+  multiply_described(p, tile(0).rows_by_depth(0, warp_id() == 2 ? 16 : 0), tile(0).rows_by_depth(0, 0));
+}
+
+__global__ void one_warp_accumulates(const __grid_constant__ HopperBrokenParams p) {
+  load_and_wait(p, 0);
+  Accumulators acc = {};
+  wgmma_fence(acc);
+  wgmma<bf16_t, 64>(acc, tile(0).rows_by_depth(0, 0), tile(0).rows_by_depth(0, 0), warp_id() == 2);
+  wgmma_commit();
+  wgmma_wait<0>(acc);
+  put(p, acc);
+}
+
 // ---- products and their registers ----
 
 __global__ void missing_wgmma_fence(const __grid_constant__ HopperBrokenParams p) {
@@ -563,12 +578,15 @@ __global__ void accumulators_read(const __grid_constant__ HopperBrokenParams p) 
   wgmma_wait<0>(acc);
 }
 
-// Two groups are in flight; the wait leaves the one whose result is used.
+// Two groups of one product each are in flight; the wait leaves the one whose result is used.
 __global__ void wait_for_too_few_groups(const __grid_constant__ HopperBrokenParams p) {
   load_and_wait(p, 0);
   Accumulators first, second;
-  issue(first, 0, 0);
-  issue(second, 0, 0);
+  wgmma_fence(first, second);
+  wgmma<bf16_t, 64>(first, tile(0).rows_by_depth(0, 0), tile(0).rows_by_depth(0, 0), false);
+  wgmma_commit();
+  wgmma<bf16_t, 64>(second, tile(0).rows_by_depth(0, 0), tile(0).rows_by_depth(0, 0), false);
+  wgmma_commit();
   wgmma_wait<1>(first, second);
   put(p, second);
   wgmma_wait<0>(second);
@@ -732,6 +750,8 @@ const std::map<std::string, Run> kKernels = {
     WARPFORM_BROKEN(operand_out_of_bounds, 128),
     WARPFORM_BROKEN(tile_inside_of_a_pattern, 128),
     WARPFORM_BROKEN(another_description_in_one_warp, 128),
+    WARPFORM_BROKEN(another_left_description_in_one_warp, 128),
+    WARPFORM_BROKEN(one_warp_accumulates, 128),
     WARPFORM_BROKEN(missing_wgmma_fence, 128),
     WARPFORM_BROKEN(missing_second_wgmma_fence, 128),
     WARPFORM_BROKEN(left_operand_not_fenced, 128),

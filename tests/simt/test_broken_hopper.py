@@ -76,8 +76,10 @@ FAULTS = {
     "operand_out_of_bounds": r"out-of-bounds shared wgmma operand of 16 bytes at address 40960 of 32832 bytes",
     "tile_inside_of_a_pattern": r"wgmma: the left operand begins in the middle of its swizzle's pattern of 1024 bytes, "
     r"at address 512",
-    "another_description_in_one_warp": r"wgmma: this thread has another description of an operand, or accumulates "
-    r"otherwise, than thread 0",
+    **dict.fromkeys(
+        ("another_description_in_one_warp", "another_left_description_in_one_warp", "one_warp_accumulates"),
+        r"wgmma: this thread has another description of an operand, or accumulates otherwise, than thread 0",
+    ),
     # products and their registers
     "missing_wgmma_fence": r"wgmma: no wgmma_fence names the accumulators",
     "missing_second_wgmma_fence": r"wgmma: no wgmma_fence names the accumulators",
@@ -112,7 +114,8 @@ THREADS = {
     "never_waited_copy": 0,
     "initialised_twice": 70,
     "two_phases_ahead": 40,
-    "another_description_in_one_warp": 64,
+    **dict.fromkeys(("another_description_in_one_warp", "another_left_description_in_one_warp"), 64),
+    "one_warp_accumulates": 64,
 }
 
 # A read of accumulators leaves no trace but what was read.
