@@ -308,6 +308,14 @@ __global__ void box_outside_of_memory(const __grid_constant__ HopperBrokenParams
   mbarrier_wait(barrier(0), 0);
 }
 
+// One lane announces the bytes, and all lanes have them brought.
+__global__ void every_lane_issues(const __grid_constant__ HopperBrokenParams p) {
+  start();
+  if (thread() == 0) mbarrier_arrive_expect(barrier(0), Tile::kBytes);
+  if (warp_id() == 0) load_panels(tile(0), p.rows, barrier(0), 0, 0);
+  mbarrier_wait(barrier(0), 0);
+}
+
 __global__ void coordinates_of_another_rank(const __grid_constant__ HopperBrokenParams p) {
   start();
   if (thread() == 0) {
@@ -734,6 +742,7 @@ const std::map<std::string, Run> kKernels = {
     WARPFORM_BROKEN(two_phases_ahead, 128),
     WARPFORM_BROKEN(misaligned_destination, 128),
     WARPFORM_BROKEN(box_outside_of_memory, 128),
+    WARPFORM_BROKEN(every_lane_issues, 128),
     WARPFORM_BROKEN(coordinates_of_another_rank, 128),
     WARPFORM_BROKEN(unencoded_map, 128),
     WARPFORM_BROKEN(never_waited_copy, 128),

@@ -27,11 +27,18 @@ LAYOUTS = tuple(
 EPS = torch.finfo(torch.float32).eps
 
 
-def multiply(library: Any, layout: str, a: Tensor, b: Tensor) -> Tensor:
-    """a [64, depth] times b [depth, 64], laid out in memory as the layout's name says."""
+def _placed(t: Tensor, offset: int) -> Tensor:
+    """A contiguous copy that begins so many elements behind an address of torch's allocator, a multiple of 64 bytes."""
+    copy = t.new_empty(offset + t.numel())[offset:].view(t.shape)
+    copy.copy_(t)
+    return copy
+
+
+def multiply(library: Any, layout: str, a: Tensor, b: Tensor, offset: int = 0) -> Tensor:
+    """a [64, depth] times b [depth, 64], laid out in memory as the layout's name says, `offset` elements off."""
     left = a.T if layout.startswith("a_shared_outer") else a
     right = b if "_b_outer" in layout else b.T
-    out: Tensor = library._wgmma_product(left.contiguous(), right.contiguous(), layout)
+    out: Tensor = library._wgmma_product(_placed(left, offset), _placed(right, offset), layout)
     return out
 
 
@@ -65,11 +72,17 @@ def check(library: Any, layout: str, depth: int, dtype: torch.dtype, device: str
     # Whole numbers, whose sums are exact.
     whole = (draw(64, depth), draw(depth, 64))
     drawn = (torch.randn(64, depth, generator=generator), torch.randn(depth, 64, generator=generator))
-    for what, (a, b) in (("unit matrices", units), ("whole numbers", whole), ("normal numbers", drawn)):
+    cases = (
+        ("unit matrices", units, 0),
+        ("whole numbers", whole, 0),
+        ("whole numbers from 16 bytes behind a multiple of 64 on", whole, 8),
+        ("normal numbers", drawn, 0),
+    )
+    for what, (a, b), offset in cases:
         left, right = a.to(device, dtype), b.to(device, dtype)
         exact, sizes = left.double() @ right.double(), left.double().abs() @ right.double().abs()
         bound = depth * ulps * EPS * sizes if what == "normal numbers" else None
-        _compare(f"{layout}, depth {depth}, {what}", multiply(library, layout, left, right), exact, bound)
+        _compare(f"{layout}, depth {depth}, {what}", multiply(library, layout, left, right, offset), exact, bound)
 
 
 def check_special_values(library: Any, layout: str, dtype: torch.dtype, device: str) -> None:

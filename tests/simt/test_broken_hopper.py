@@ -58,6 +58,8 @@ FAULTS = {
     # TMA
     "misaligned_destination": r"tma_load: the destination must be 128-byte aligned, got address 64",
     "box_outside_of_memory": r"out-of-bounds global load of 128 bytes \(0 bytes past the end of the nearest tensor, ",
+    "every_lane_issues": r"shared-memory race: a bulk copy to address 0 while an asynchronous copy into it is "
+    rf"under way|{race('write', BY_TMA)}",
     "coordinates_of_another_rank": r"tma_load: 3 coordinates for a tensor of 2 dimensions",
     "unencoded_map": r"a bulk copy reads a description that was not encoded",
     "never_waited_copy": r"the block ended and no thread had waited for a bulk copy, issued",
