@@ -352,7 +352,7 @@ void begin_product_read(uint32_t address, int agent, const Knowledge& knows, con
   check_written<16>(offset, where);
   for_each_granule(offset / kChunk, [&](Granule& g, uint32_t at) {
     if (g.write.time >= knows.before[g.write.warp]) race(at, "this read by wgmma", "write", g.write, where);
-    if (!crosses_proxy(g.write, knows)) lacks_proxy_fence(at, "wgmma reads", g.write, where);
+    if (!crosses_proxy(g.write, knows)) lacks_proxy_fence(at, "a read by wgmma", g.write, where);
     Touch* slot = nullptr;
     for (Touch& r : g.read) {
       if (r.warp == agent && r.time != 0) {

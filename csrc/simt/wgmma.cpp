@@ -324,6 +324,19 @@ void retire(Warpgroup& w, int g, int warp, uint64_t number, const Where& where) 
   while (!w.products.empty() && w.products.front().number <= all) w.products.pop_front();
 }
 
+// What a wait names is the kernel's again, so that no product in flight may write it.
+void check_nothing_named_is_in_flight(const Warpgroup& w, int g, int warp, const Where& where) {
+  for (const auto& acc : w.accumulators) {
+    if (acc->back >> warp & 1) continue;
+    for (int t = warp * kLanes; t < (warp + 1) * kLanes; ++t) {
+      const auto& wait = *static_cast<const Wait*>(block.warp[g * kWarpgroupWarps + warp].operands[t % kLanes]);
+      if (!names(wait.arrays, wait.count, acc->registers[t])) continue;
+      speak_for(thread_number(g, t));
+      fail("wgmma_wait: it names accumulators that products in flight still write", where);
+    }
+  }
+}
+
 }  // namespace
 
 void clear_products() {
@@ -376,8 +389,9 @@ void wait_for_products(int groups_left, const RegisterArray* arrays, int count, 
     groups.erase(groups.begin(), groups.begin() + static_cast<std::ptrdiff_t>(done));
     compute_until(w, last);
     retire(w, g, number, last, where);
-    speak_for(thread);
   }
+  check_nothing_named_is_in_flight(w, g, number, where);
+  speak_for(thread);
   end_meeting(warp);
 }
 

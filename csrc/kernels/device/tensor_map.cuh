@@ -25,7 +25,7 @@ struct TensorBox {
   int rank;            // 1 to 3
   int64_t sizes[3];    // elements, at least 1 each
   int64_t strides[2];  // of dimensions 1 and 2, in elements: multiples of 8
-  int box[3];          // elements, 1 to 256 each; along dimension 0 a multiple of 8 that the swizzle spans
+  int box[3];          // elements, 1 to 256 each; along dimension 0 a multiple of 8, or what the swizzle spans
   Swizzle swizzle;
 };
 
@@ -33,7 +33,7 @@ struct TensorBox {
 constexpr bool fits_tensor_map(const TensorBox& t) {
   constexpr int64_t kMostElements = int64_t{1} << 32, kMostBytes = int64_t{1} << 40;
   if (t.rank < 1 || t.rank > 3 || t.box[0] % 8 != 0) return false;
-  if (t.swizzle != Swizzle::kNone && t.box[0] * 2 > swizzle_bytes(t.swizzle)) return false;
+  if (t.swizzle != Swizzle::kNone && t.box[0] * 2 != swizzle_bytes(t.swizzle)) return false;
   for (int i = 0; i < t.rank; ++i) {
     if (t.sizes[i] < 1 || t.sizes[i] > kMostElements || t.box[i] < 1 || t.box[i] > 256) return false;
     if (i > 0 && (t.strides[i - 1] % 8 != 0 || t.strides[i - 1] < 0 || t.strides[i - 1] * 2 >= kMostBytes))
