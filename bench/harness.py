@@ -12,6 +12,7 @@ The host's clock then times the host.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import functools
@@ -23,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,9 @@ COMPILE_SHARE = 0.7
 ROTATE_BYTES = 160e6
 MOST_COPIES = 64
 
+
+# Read at each call: "0" leaves out the kernels for GPUs of compute capability 9.0.
+HOPPER = "WARPFORM_HOPPER"
 
 # The seconds that a compilation may take. A run with less time left begins none.
 COMPILE_SECONDS = 20.0
@@ -202,6 +206,61 @@ def compiled(function: Callable[..., Any], dynamic: bool | None = True) -> Calla
 def needs_compiling(provider: str) -> bool:
     """Tells by its name whether a provider is compiled by torch.compile."""
     return "compiled" in provider
+
+
+@contextlib.contextmanager
+def setting(name: str, value: str) -> Iterator[None]:
+    """An environment variable has this value inside, and afterwards the one that it had, or none."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+def under(name: str, value: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call with an environment variable set while it runs: also while a CUDA graph captures it."""
+
+    def wrapped() -> Any:
+        with setting(name, value):
+            return call()
+
+    return wrapped
+
+
+def on_mma_sync(session: Session, prepare: Callable[[], list[Callable[[], Any]]]) -> list[Callable[[], Any]]:
+    """What `prepare` returns, on the kernels for every GPU where plain calls take kernels for Hopper.
+
+    Raises Missing where that is the same: on a CPU, where kernels for Hopper do not run, where none serves the call.
+    """
+    session.need_gpu()
+    from warpform import _library
+
+    reason = _library.hopper_kernels_missing(torch.cuda.current_device())
+    if reason:
+        raise Missing(reason)
+    calls = prepare()
+    if _same_kernels(calls[0]):
+        raise Missing("no kernel for Hopper serves this call")
+    return [under(HOPPER, "0", call) for call in calls]
+
+
+def _same_kernels(call: Callable[[], Any]) -> bool:
+    """Tells whether a call has the same plan without kernels for Hopper; False where it has none that can be read."""
+    from warpform import _direct
+
+    try:
+        ops, machine = plans.ops_of(call), _direct.launch_limits(torch.cuda.current_device())
+        plain = plans.kernels(ops, **machine)
+        with setting(HOPPER, "0"):
+            return bool(plain) and plain == plans.kernels(ops, **machine)
+    except Exception as error:
+        print(f"no plans to compare: {_line(error)}", file=sys.stderr)
+        return False
 
 
 def synchronize(device: str) -> None:
@@ -590,7 +649,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     for (kernel, direction), workloads in groups.items():
         ratios = []
         for times in workloads.values():
-            ours = [t for p, t in times.items() if p.startswith("warpform")]
+            ours = [t for p, t in times.items() if kinds.is_mode(p)]
             peers = [t for p, t in times.items() if not p.startswith("warpform")]
             if ours and peers:
                 ratios.append(min(peers) / min(ours))

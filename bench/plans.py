@@ -1,8 +1,9 @@
-"""How far the launches of a call fill the GPU: the call's ops, and warpform's plans of their launches."""
+"""What a call launches, and how far that fills the GPU: the call's ops, and warpform's plans of their launches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,21 +38,29 @@ def ops_of(call: Callable[[], Any]) -> list[Call]:
     return seen.calls
 
 
+def _launches(calls: Sequence[Call], machine: dict[str, int]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yields each op's name with its planned launches. An op without a kernel for its arguments is left out."""
+    import warpform._C as module
+
+    for name, args, kwargs in calls:
+        with contextlib.suppress(TypeError, ValueError):  # a dtype that no op takes, or no kernel
+            yield name, module.launch_plan(name, *args, **machine, **kwargs)["launches"]
+
+
+def kernels(calls: Sequence[Call], **machine: int) -> list[str]:
+    """The kernels that calls of ops launch, in order, by name and template arguments. machine: as for `waves`."""
+    return [launch["kernel"] for _, launches in _launches(calls, machine) for launch in launches]
+
+
 def waves(calls: Sequence[Call], **machine: int) -> dict[str, float]:
     """Waves of each op's largest launch: its blocks over those that the GPU holds at once.
 
     Below 1 a part of the GPU has nothing to do. machine: what `warpform._C.launch_plan` takes of the GPU. An op without
     a kernel for its arguments, or that launches nothing, is left out.
     """
-    import warpform._C as module
-
     found: dict[str, float] = {}
-    for name, args, kwargs in calls:
-        try:
-            plan = module.launch_plan(name, *args, **machine, **kwargs)
-        except (TypeError, ValueError):  # a dtype that no op takes, or no kernel
-            continue
-        most = max((launch["waves"] for launch in plan["launches"]), default=0.0)
+    for name, launches in _launches(calls, machine):
+        most = max((launch["waves"] for launch in launches), default=0.0)
         if most:
             found[name] = max(found.get(name, 0.0), most)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import importlib
 import importlib.util
 import json
@@ -91,6 +92,8 @@ def test_every_benchmark_runs(results: Path) -> None:
         assert timed == (row["status"] == "ok"), row
         if row["provider"] == "warpform":
             assert timed and float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
+        if row["provider"] == "warpform_mma_sync" and row["kind"].startswith("cpu"):
+            assert row["status"] == "missing: needs a GPU"
         # What is not timed says why.
         assert timed or row["status"].startswith(("missing: ", "failed: ")), row
         if timed and row["family"] != "host":
@@ -323,6 +326,118 @@ def test_only_what_agrees_is_timed() -> None:
     assert states["absent"] == "missing: needs a GPU" and states["broken"] == "failed: RuntimeError: no kernel"
 
 
+@pytest.mark.parametrize("before", [None, "1"])
+def test_a_call_runs_under_a_setting_that_is_restored(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set while the call runs, in the environment that C reads too; as it was afterwards, also after an error."""
+    name = "WARPFORM_TEST_SETTING"
+    if before is None:
+        monkeypatch.delenv(name, raising=False)
+    else:
+        monkeypatch.setenv(name, before)
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_char_p
+
+    def seen() -> tuple[str | None, bytes | None]:
+        return os.environ.get(name), getenv(name.encode())
+
+    outside = (before, before and before.encode())
+    assert seen() == outside
+    call = harness.under(name, "0", seen)
+    assert seen() == outside, "wrapping a call sets nothing"
+    assert call() == ("0", b"0") and seen() == outside
+    assert call() == ("0", b"0") and seen() == outside
+
+    def fails() -> None:
+        assert seen() == ("0", b"0")
+        raise KeyError("planted")
+
+    with pytest.raises(KeyError, match="planted"):
+        harness.under(name, "0", fails)()
+    assert seen() == outside
+
+
+def test_mma_sync_is_timed_where_kernels_for_hopper_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(harness.HOPPER, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(_direct, "launch_limits", lambda device: {"capability": 90})
+    reason, served = "", True
+    monkeypatch.setattr(_library, "hopper_kernels_missing", lambda device: reason)
+
+    def names(calls: object, **machine: int) -> list[str]:
+        assert machine == {"capability": 90}
+        return ["hopper" if served and os.environ.get(harness.HOPPER) != "0" else "every GPU"]
+
+    monkeypatch.setattr(plans, "kernels", names)
+    seen: list[str | None] = []
+
+    def prepare() -> list:
+        return [lambda: seen.append(os.environ.get(harness.HOPPER))] * 2
+
+    def never() -> list:
+        raise AssertionError("nothing is prepared where it is missing anyway")
+
+    with pytest.raises(harness.Missing, match="^needs a GPU$"):
+        harness.on_mma_sync(harness.Session("cpu"), never)
+    gpu = harness.Session("cuda")
+    reason = "the GPU's compute capability is not 9.0"
+    with pytest.raises(harness.Missing, match=f"^{reason}$"):
+        harness.on_mma_sync(gpu, never)
+    reason, served = "", False
+    with pytest.raises(harness.Missing, match="no kernel for Hopper serves this call"):
+        harness.on_mma_sync(gpu, prepare)
+    served = True
+    calls = harness.on_mma_sync(gpu, prepare)
+    seen.clear()
+    for call in calls:
+        call()
+    assert seen == ["0", "0"] and harness.HOPPER not in os.environ
+
+    def broken(*given: object, **machine: int) -> list[str]:
+        raise RuntimeError("no plans")
+
+    # Without plans, or with none for any op of the call, both are timed.
+    for kernels in (broken, lambda calls, **machine: []):
+        monkeypatch.setattr(plans, "kernels", kernels)
+        assert len(harness.on_mma_sync(gpu, prepare)) == 2
+    assert harness.HOPPER not in os.environ
+
+
+def test_suites_with_kernels_for_hopper_time_those_on_mma_sync() -> None:
+    """Beside warpform's plain call; and the sizes that its aims name, on a GPU alone, are among the main ones."""
+    for device in ("cpu", "cuda"):
+        session = harness.Session(device)
+        found, main = set(), set()
+        for family in FAMILIES:
+            for spec in importlib.import_module(f"suites.{family}").specs(session):
+                if "warpform_mma_sync" in spec.providers:
+                    found.add(spec.kernel)
+                    assert spec.providers[0] == "warpform" and spec.providers[-1] != "warpform_mma_sync"
+                if spec.main:
+                    main.add(str(spec))
+        layers = {"hidden_gather_linear", "hidden_scatter_linear"}
+        assert found == {"varlen_attention", "monarch_multiply", "blockdiag_multiply"} | layers
+        aims = {f"{layer}-forward-T8192-d4096" for layer in layers} | {"blockdiag_multiply-forward-T8192-1x8192x8192"}
+        assert aims & main == (aims if device == "cuda" else set())
+        assert not {aim.replace("forward", "forward+backward") for aim in aims} & main
+    attention = {str(spec) for spec in importlib.import_module("suites.attention").specs(harness.Session("cuda"))}
+    for size in ("H16-16-D128", "H32-32-D64"):
+        assert {f"varlen_attention-forward-B1-S16384-T16384-{size}{mask}" for mask in ("", "-causal")} <= attention
+
+
+def test_what_warpform_is_compared_with_is_no_mode_of_it() -> None:
+    """The plain call stands for warpform though the same without kernels for Hopper took half of its time."""
+    times = {"warpform": "10", "warpform_mma_sync": "5", "warpform_all_on": "4", "warpform_graphs": "8", "peer": "20"}
+    row = {"family": "f", "kernel": "k", "direction": "forward", "workload": "w", "status": "ok"}
+    rows = {provider: row | {"provider": provider, "p50_us": us} for provider, us in times.items()}
+    assert report.readme.ratio(rows) == pytest.approx(20 / 8)
+    line = harness.summary(list(rows.values()))[1]
+    assert line.split()[-5:] == ["1", "1", "2.50,", "2.50,", "2.50"]
+    figure = report.plots.Figure(
+        "", "", {"w": {"forward": report.plots.Cell(10, {"warpform_mma_sync": 5, "peer": 20})}}
+    )
+    assert figure.providers() == ["peer", "warpform_mma_sync"], "a grey bar, after those of the peers"
+
+
 @pytest.mark.skipif(_direct.why_not() is not None, reason=f"no plans: {_direct.why_not()}")
 @pytest.mark.skipif(not _library.build_info()["cuda"], reason="needs kernels")
 def test_waves_are_those_of_each_op() -> None:
@@ -336,10 +451,13 @@ def test_waves_are_those_of_each_op() -> None:
     assert [name for name, _, _ in calls] == names
     found, half = plans.waves(calls, sm_count=132), plans.waves(calls, sm_count=66)
     assert list(found) == names
+    kernels = plans.kernels(calls, sm_count=132, capability=80)
+    assert len(kernels) >= 2 and all("attention" in kernel for kernel in (kernels[0], kernels[-1]))
     for name, value in found.items():
         assert 0 < value < 1 and half[name] == pytest.approx(2 * value, rel=1e-4)
     # float64 has no kernel.
-    assert plans.waves(plans.ops_of(lambda: warpform.ops.bias_gelu(q.double(), None))) == {}
+    none = plans.ops_of(lambda: warpform.ops.bias_gelu(q.double(), None))
+    assert plans.waves(none) == {} and plans.kernels(none) == []
 
 
 def test_rows_have_waves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,6 +626,8 @@ def test_every_check_can_fail(family: str) -> None:
             outputs["transformers"] = case.prepare("transformers")[0]()
         elif family != "host":
             outputs[spec.providers[-1]] = output
+        if "warpform_mma_sync" in spec.providers:
+            outputs["warpform_mma_sync"] = output
         for provider, output in outputs.items():
             case.check(provider, output)
             for i in range(len(list(tensors(output)))) if provider == "eager" else places:

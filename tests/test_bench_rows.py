@@ -49,7 +49,9 @@ def test_two_families(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     found = read(table)
     assert limits == [60.0] * len(found)
     assert {row["family"] for row in found} == {"short_conv", "monarch"}
-    assert {row["status"] for row in found} == {"ok"} and {row["date"] for row in found} == {"2026-11-27T10:00Z"}
+    assert {row["date"] for row in found} == {"2026-11-27T10:00Z"}
+    for row in found:
+        assert row["status"] == ("missing: needs a GPU" if row["provider"] == "warpform_mma_sync" else "ok")
     assert not any(harness.needs_compiling(row["provider"]) for row in found)
     by_workload: dict[str, list[dict[str, str]]] = {}
     for row in found:
@@ -60,7 +62,8 @@ def test_two_families(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
             and own["backend"].startswith(("kernels", "reference"))
             and float(own["p50_us"]) > 0
         )
-        assert [ratio.partition("=")[0] for ratio in own["ratios"].split()] == [peer["provider"] for peer in peers]
+        timed = [peer["provider"] for peer in peers if peer["p50_us"]]
+        assert [ratio.partition("=")[0] for ratio in own["ratios"].split()] == timed
     assert f"{GATE[0]}  warpform  ok" in capsys.readouterr().out
     # With its journal the same command has nothing left to do.
     assert rows.main(again) == 0

@@ -13,7 +13,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from kinds import in_own_dtype, is_quiet
+from kinds import in_own_dtype, is_mode, is_quiet
 
 from .plots import duration
 
@@ -244,7 +244,7 @@ def ratios(providers: dict[str, Row]) -> dict[str, float]:
 def ratio(providers: dict[str, Row]) -> float | None:
     """The fastest peer over warpform in its fastest mode; None where there is no peer."""
     found = ratios(providers)
-    own = [1.0, *(ratio for p, ratio in found.items() if p.startswith("warpform"))]
+    own = [1.0, *(ratio for p, ratio in found.items() if is_mode(p))]
     peers = [ratio for p, ratio in found.items() if not p.startswith("warpform")]
     return min(peers) / min(own) if peers else None
 

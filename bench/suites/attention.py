@@ -23,6 +23,7 @@ from helpers.compare import assert_close
 
 PROVIDERS = (
     "warpform",
+    "warpform_mma_sync",  # the kernels for every GPU where plain calls take kernels for Hopper
     "torch_varlen",
     "sdpa_flash_padded",
     "sdpa_cudnn_padded",
@@ -208,6 +209,9 @@ class AttentionCase(Case):
 
         return self.calls(attention, _same, _same)
 
+    def with_warpform_mma_sync(self) -> list[Callable[[], Any]]:
+        return harness.on_mma_sync(self.session, self.with_warpform)
+
     def with_torch_varlen(self) -> list[Callable[[], Any]]:
         self.session.need_gpu()
         from torch.nn.attention.varlen import varlen_attn
@@ -370,7 +374,7 @@ class AttentionCase(Case):
         for rows, heads, keys, exact, eager in self.truth:
             for name, tensor, wanted, plain in zip(names, tensors, exact, eager, strict=True):
                 actual = tensor[rows, keys if name in ("dk", "dv") else heads]
-                if provider == "warpform":
+                if provider.startswith("warpform"):
                     assert_close(name, actual, wanted, plain, gradient=self.backward)
                 else:
                     harness.assert_near(name, actual, wanted, plain)

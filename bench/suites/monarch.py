@@ -17,13 +17,15 @@ from torch import Tensor
 import warpform
 from helpers.compare import assert_close
 
-# "dense" multiplies by the whole matrix, which holds more weights than the factors do.
-PROVIDERS = ("warpform", "dense", "dense_compiled", "two_bmm", "two_bmm_compiled")
+# "warpform_mma_sync": the kernels for every GPU where plain calls take kernels for Hopper. "dense" multiplies by the
+# whole matrix, which holds more weights than the factors do.
+PROVIDERS = ("warpform", "warpform_mma_sync", "dense", "dense_compiled", "two_bmm", "two_bmm_compiled")
 GLU_PROVIDERS = ("warpform", "two_bmm", "two_bmm_compiled")
-BLOCK_PROVIDERS = ("warpform", "bmm", "bmm_compiled")
+BLOCK_PROVIDERS = ("warpform", "warpform_mma_sync", "bmm", "bmm_compiled")
 
 # The table of sizes. "monarch": (tokens, in, out, blocks), of equal blocks as nn.MonarchLinear makes them; "blocks":
-# the same of one block-diagonal matrix; "glu": (tokens, width, blocks), four times as wide inside.
+# the same of one block-diagonal matrix, which is dense where it has one block; "glu": (tokens, width, blocks), four
+# times as wide inside.
 SIZES: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
     "tiny": {"monarch": ((5, 16, 32, 4), (6, 16, 16, 4)), "blocks": ((5, 16, 32, 4),), "glu": ((5, 16, 4),)},
     "cpu": {
@@ -47,7 +49,7 @@ SIZES: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
             (16384, 4096, 4096, 4),
             (16384, 4096, 4096, 64),
         ),
-        "blocks": ((16384, 4096, 4096, 4), (16384, 1024, 1024, 4)),
+        "blocks": ((16384, 4096, 4096, 4), (16384, 1024, 1024, 4), (8192, 8192, 8192, 1)),
         "glu": ((16384, 768, 4), (16384, 1792, 4)),
     },
 }
@@ -57,6 +59,8 @@ MAIN: dict[str, tuple[tuple[int, ...], ...]] = {
     "blocks": ((4096, 4096, 4),),
     "glu": ((768, 4),),
 }
+# Main ones forward alone. One block of 8192 squared is the product that cuBLAS does best: 600 TFLOP/s are aimed at.
+MAIN_FORWARD: dict[str, tuple[tuple[int, ...], ...]] = {"blocks": ((8192, 8192, 1),)}
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ def specs(session: Session) -> list[Spec]:
         for tokens, n, m, blocks in sizes["blocks"]:
             columns = {"tokens": tokens, "hidden": n, "grid": f"{n} to {m} in {blocks} blocks"}
             block = ((blocks, m // blocks, n // blocks),)
-            main = harness.is_main(session, (n, m, blocks) in MAIN["blocks"])
+            listed = MAIN["blocks"] + (MAIN_FORWARD["blocks"] if direction == "forward" else ())
+            main = harness.is_main(session, (n, m, blocks) in listed)
             found.append(
                 Spec("blockdiag_multiply", direction, tuple(columns.items()), BLOCK_PROVIDERS, tokens, block, main=main)
             )
@@ -170,6 +175,9 @@ class MonarchCase(Case):
     def with_warpform(self) -> list[Callable[[], Any]]:
         return self.calls(self.ours)
 
+    def with_warpform_mma_sync(self) -> list[Callable[[], Any]]:
+        return harness.on_mma_sync(self.session, self.with_warpform)
+
     def with_two_bmm(self) -> list[Callable[[], Any]]:
         return self.calls(self.theirs)
 
@@ -203,8 +211,9 @@ class MonarchCase(Case):
             *output, gradient = output
             assert torch.isfinite(gradient).all(), "not finite"
         for (name, wanted), actual in zip(exact.items(), output, strict=False):
-            judge = assert_close if provider == "warpform" else harness.assert_near
-            how = {"gradient": name != "out"} if provider == "warpform" else {}
+            ours = provider.startswith("warpform")
+            judge = assert_close if ours else harness.assert_near
+            how = {"gradient": name != "out"} if ours else {}
             judge(name, actual, wanted, eager[name], **how)
         assert provider.startswith("dense") or len(output) == len(exact)
 
