@@ -186,14 +186,17 @@ struct ForwardConsumer {
   const ForwardWork<Tile>& work;
   const ScoreMod& score;
   Turns<Tile> turns;
-  int tile_row;                                      // its first row in the tile
-  int warp_row;                                      // this warp's first row in the tile
-  RingPosition<Tile::kStages> at = {}, before = {};  // of the present block, and of the one before
-  float s[kS][4];
-  uint32_t p[kS / 2][4];  // of the block before
+  int tile_row;                             // its first row in the tile
+  int warp_row;                             // this warp's first row in the tile
+  RingPosition<Tile::kStages> at = {};      // of the present block
+  RingPosition<Tile::kStages> before = {};  // of the one before
+  // The zeros of s and p are not used. Without them ptxas moves registers about in the loop, 50 instructions a step at
+  // 176 keys.
+  float s[kS][4] = {};         // scores, then unnormalised probabilities, of the present block
+  uint32_t p[kS / 2][4] = {};  // probabilities of the block before
   float o[kO][4] = {};
   float row_max[2] = {negative_infinity(), negative_infinity()}, row_sum[2] = {};
-  float rescale[2];  // the factor by which O has to shrink since it was last summed
+  float rescale[2] = {};  // the factor by which O has to shrink since it was last summed
 
   __device__ __forceinline__ static void release(uint32_t empty) {
     if (threadIdx.x % kWarpgroupSize == 0) mbarrier_arrive(empty);
