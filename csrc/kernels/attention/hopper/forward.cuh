@@ -90,28 +90,41 @@ struct ForwardWork {
 
 // ---- producer ----
 
-// Issues all copies, in the order in which the consumers wait for them. One thread calls it.
+// Issues all copies, in the order in which stages become empty: a consumer is done with its keys half a step before it is
+// done with the values of the block before. One thread calls it.
 template <class Tile>
 __device__ __forceinline__ void load_tiles(const HopperForwardParams& params, const ForwardBuffers<Tile>& buffers,
                                            const ForwardWork<Tile>& work) {
   using TileKV = typename Tile::TileKV;
-  const auto load_keys = [&](TileKV tile, const TensorMap& map, uint32_t full, int n) {
+  const auto load = [&](TileKV tile, const TensorMap& map, uint32_t full, int n) {
     mbarrier_arrive_expect(full, TileKV::kBytes);
     load_panels(tile, map, full, 0, work.head_kv, work.k_begin + n * Tile::kBlockN);
+  };
+  RingPosition<Tile::kStages> k_at, v_at;
+  const auto load_keys = [&](int n) {
+    k_at.wait_empty(buffers.k_ring());
+    load(buffers.k(k_at.stage), params.k, buffers.k_ring().full(k_at.stage), n);
+    k_at.advance();
+  };
+  const auto load_values = [&](int n) {
+    v_at.wait_empty(buffers.v_ring());
+    load(buffers.v(v_at.stage), params.v, buffers.v_ring().full(v_at.stage), n);
+    v_at.advance();
   };
 
   mbarrier_arrive_expect(buffers.q_full(), Tile::TileQ::kBytes);
   load_panels(buffers.q(), params.q, buffers.q_full(), 0, work.head, work.first_row());
-  bool to_tail = work.has_tail();
-  RingPosition<Tile::kStages> at;
+  int n = work.n_last - 1;
+  load_keys(n);
+  // The first values come before the second keys, as their tail has to be dealt with.
+  load(buffers.v(0), params.v, work.has_tail() ? buffers.tail() : buffers.v_ring().full(0), n);
+  v_at.advance();
+  if (n > work.n_first) load_keys(n - 1);
+  --n;
 #pragma unroll 1
-  for (int n = work.n_last - 1; n >= work.n_first; --n) {
-    at.wait_empty(buffers.k_ring());
-    load_keys(buffers.k(at.stage), params.k, buffers.k_ring().full(at.stage), n);
-    at.wait_empty(buffers.v_ring());
-    load_keys(buffers.v(at.stage), params.v, to_tail ? buffers.tail() : buffers.v_ring().full(at.stage), n);
-    to_tail = false;
-    at.advance();
+  for (; n >= work.n_first; --n) {
+    if (n > work.n_first) load_keys(n - 1);
+    load_values(n);
   }
 }
 
