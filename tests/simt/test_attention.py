@@ -1,4 +1,4 @@
-"""varlen_attention's kernels in the emulator: what is asked of them alone."""
+"""varlen_attention's kernels on mma.sync in the emulator: what is asked of them alone."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ LONG_CASES = tuple(
     )
     if mode == "plain" or head_dim in (64, 128, 256)
 )
+
+
+@pytest.fixture(autouse=True)
+def no_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for compute capability 9.0 have tests of their own (test_attention_hopper.py)."""
+    monkeypatch.setenv("WARPFORM_HOPPER", "0")
 
 
 @pytest.mark.parametrize("sm_count", (FEW_SMS, MANY_SMS), ids=("few_sms", "many_sms"))

@@ -135,16 +135,7 @@ __global__ void __launch_bounds__(32 * forward_tile(kHeadDim, kSmall).warps) var
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = warp_row + 16 * m + 8 * r + g;
-      const bool live = row < live_rows;
-      const float sum = warp_reduce<4>(row_sum[m][r], Sum{});
-      const bool empty = sum == 0.f || !live;
-      if (empty) {
-        // A factor of 0 would not do: Inf or NaN among the values of keys that the row does not see would survive it.
-#pragma unroll
-        for (int n = 0; n < kO; ++n) o[m][n][2 * r] = o[m][n][2 * r + 1] = 0.f;
-      }
-      const float exponent = empty ? negative_infinity() : row_max[m][r] * score.factor() + log2_approx(sum);
-      epilogue.set(m, r, empty ? 0.f : reciprocal_approx(sum), exponent);
+      finish_row(epilogue, m, r, o[m], row_max[m][r], row_sum[m][r], score.factor(), row < live_rows);
     }
   }
   epilogue.template write<T>(tile_q, warp_row, o);

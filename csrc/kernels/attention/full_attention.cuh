@@ -39,6 +39,22 @@ __device__ __forceinline__ void write_zero_rows(void* data, int heads, int head,
   }
 }
 
+// Ends the online softmax of row 16 m + 8 r + lane / 4 of a warp, elements 2 r and 2 r + 1 of o, and hands the factor
+// that normalises it and its lse to an Epilogue. A row that is not live counts as one that sees nothing.
+template <class Epilogue, int kO>
+__device__ __forceinline__ void finish_row(Epilogue& epilogue, int m, int r, float (&o)[kO][4], float row_max,
+                                           float row_sum, float factor, bool live) {
+  const float sum = warp_reduce<4>(row_sum, Sum{});
+  const bool empty = sum == 0.f || !live;
+  if (empty) {
+    // A factor of 0 would not do: Inf or NaN among the values of keys that the row does not see would survive it.
+#pragma unroll
+    for (int n = 0; n < kO; ++n) o[n][2 * r] = o[n][2 * r + 1] = 0.f;
+  }
+  const float exponent = empty ? negative_infinity() : row_max * factor + log2_approx(sum);
+  epilogue.set(m, r, empty ? 0.f : reciprocal_approx(sum), exponent);
+}
+
 struct FullAttention {
   using ForwardParams = AttentionForwardParams;
   using BackwardParams = AttentionBackwardParams;

@@ -1,6 +1,8 @@
 // Dispatch of the attention family: head dimension to bucket, and what is supported.
+#include "attention/hopper/launch.h"
 #include "attention/instances.h"
 #include "attention/tiles.cuh"
+#include "common/hopper.h"
 #include "device/dispatch.cuh"
 #include "device/launch.cuh"
 
@@ -22,6 +24,9 @@ DqMode attention_backward_dq_mode(const AttentionProblem& p, bool deterministic)
 
 // The 32 and 96 columns' buckets have no kernels with a score bias: head_dim_bucket skips them.
 void launch_varlen_attention(const AttentionForwardParams& params, void* stream) {
+#ifdef WARPFORM_WITH_HOPPER
+  if (hopper_unusable() == nullptr && launch_varlen_attention_hopper(params, stream)) return;
+#endif
   dispatch_bucket<32, 64, 96, 128, 256>(head_dim_bucket(params.problem.head_dim, has_score_bias(params.problem)),
                                         [&]<int kHeadDim>() { launch_forward<kHeadDim>(params, stream); });
 }

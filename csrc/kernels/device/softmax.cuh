@@ -11,8 +11,34 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float negative_infinity() { return -INFINITY; }
 
-// One step of the online softmax over the scores of 16 kM rows: s becomes the unnormalised probabilities, `o` and the
-// sums are rescaled to the new maxima. Sums stay partial to the lane until the end.
+// One step of the online softmax over the scores of a row, elements 2 r and 2 r + 1 of s: they become the unnormalised
+// probabilities. Returns the factor by which what was summed under the old maximum shrinks. row_sum stays partial to
+// the lane until the end.
+template <int kN>
+__device__ __forceinline__ float online_softmax_row(float (&s)[kN][4], int r, float& row_max, float& row_sum,
+                                                    float factor) {
+  float top = row_max;
+#pragma unroll
+  for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+  top = warp_reduce<4>(top, Max{});
+  // A row that has seen no key yet keeps -inf: measured from 0, its exponentials are 0 and not NaN.
+  const float base = top == negative_infinity() ? 0.f : top * factor;
+  const float rescale = exp2_approx(row_max * factor - base);
+  row_max = top;
+  float sum = row_sum * rescale;
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int e = 2 * r; e < 2 * r + 2; ++e) {
+      s[n][e] = exp2_approx(s[n][e] * factor - base);
+      sum += s[n][e];
+    }
+  }
+  row_sum = sum;
+  return rescale;
+}
+
+// The same over the scores of 16 kM rows; `o` and the sums are rescaled to the new maxima.
 template <int kM, int kN, int kO>
 __device__ __forceinline__ void online_softmax(float (&s)[kM][kN][4], float (&o)[kM][kO][4], float (&row_max)[kM][2],
                                                float (&row_sum)[kM][2], float factor) {
@@ -20,24 +46,7 @@ __device__ __forceinline__ void online_softmax(float (&s)[kM][kN][4], float (&o)
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float top = row_max[m][r];
-#pragma unroll
-      for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
-      top = warp_reduce<4>(top, Max{});
-      // A row that has seen no key yet keeps -inf: measured from 0, its exponentials are 0 and not NaN.
-      const float base = top == negative_infinity() ? 0.f : top * factor;
-      const float rescale = exp2_approx(row_max[m][r] * factor - base);
-      row_max[m][r] = top;
-      float sum = row_sum[m][r] * rescale;
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-#pragma unroll
-        for (int e = 2 * r; e < 2 * r + 2; ++e) {
-          s[m][n][e] = exp2_approx(s[m][n][e] * factor - base);
-          sum += s[m][n][e];
-        }
-      }
-      row_sum[m][r] = sum;
+      const float rescale = online_softmax_row(s[m], r, row_max[m][r], row_sum[m][r], factor);
 #pragma unroll
       for (int n = 0; n < kO; ++n) {
         o[m][n][2 * r] *= rescale;

@@ -1,0 +1,5 @@
+#include "attention/hopper/forward_launch.cuh"
+
+namespace warpform {
+template bool launch_forward_hopper<128, half_t>(const AttentionForwardParams& params, void* stream);
+}  // namespace warpform
