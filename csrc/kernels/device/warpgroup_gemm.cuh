@@ -1,5 +1,5 @@
-// The core of products of large matrices on wgmma: C[m, n] = sum over k of A[m, k] B[n, k] for a list of tiles of C, by a
-// block of one producer and two consumer warpgroups (sm_90a).
+// The core of products of large matrices on wgmma: C[m, n] = sum over k of A[m, k] B[n, k] for a list of tiles of C, by
+// a block of one producer and two consumer warpgroups (sm_90a).
 //
 // Tile      128 x 256 outputs with four stages or 128 x 128 with six, 64 deep. A consumer warpgroup has 64 rows and all
 //           columns: a stage of B serves both.
@@ -12,8 +12,9 @@
 //           step after it has been issued and its own products are done.
 // Registers 168 a thread on entry, then 40 for the producer and 232 for the consumers: 504 of 512 a column of threads.
 // Bounds    128 x 256: a step takes the tensor cores 1,024 clocks and shared memory 128 bytes a clock for as long, all
-//           that it gives. 128 x 128: 512 clocks, of which shared memory needs 640. L2 gives 0.0117 and 0.0156 bytes a
-//           FLOP, 8 TB/s at 700 TFLOP/s for the wide tile: a bound as near as the other two, until a cluster shares B.
+//           that it gives. 128 x 128: 512 clocks, of which shared memory needs 640. L2 has to give 0.0117 and 0.0156
+//           bytes a FLOP, 8 TB/s at 700 TFLOP/s for the wide tile: a bound as near as the other two, until a cluster
+//           shares B.
 // Measured  not yet on a GPU.
 #pragma once
 
@@ -53,20 +54,21 @@ using NarrowWarpgroupTile = WarpgroupTile<128, 6, kMajorA, kMajorB>;
 
 // ---- policies ----
 //
-// Items     int count() const: how many items the block walks. Item at(int i) const: the i-th; Item is the policy's own,
-//           and item.steps is its number of steps of 64 of the depth. All threads ask, so that what an item takes from
-//           memory must not change during the launch.
+// Items     int count() const: how many items the block walks. Item at(int i) const: the i-th; Item is the policy's
+//           own, and item.steps is its number of steps of 64 of the depth. All threads ask, so that what an item takes
+//           from memory must not change during the launch.
 //           static constexpr bool kMayBeEmpty: whether items without steps occur; the epilogue gets zeros for them.
 // Load      static constexpr int kBoxBytes: bytes that boxes bring to each stage, 0 if none.
 //           static constexpr bool kCopies: whether the threads of the producer copy.
 //           void begin(const Item&): before the first step of an item. The steps come in order.
-//           void boxes(const Item&, int step, Tile::A, Tile::B, uint32_t barrier): one thread asks for kBoxBytes, if not
-//           0, that complete on the barrier.
+//           void boxes(const Item&, int step, Tile::A, Tile::B, uint32_t barrier): one thread asks for kBoxBytes, if
+//           not 0, that complete on the barrier.
 //           void copies(const Item&, int step, Tile::A, Tile::B): if kCopies, the producer's 128 threads, which are the
 //           first of the block, begin cp.async; commit and wait are the core's.
-//           Boxes and copies together write the whole stage: what lies outside of the matrices is zero in both operands.
-// Epilogue  void operator()(const Item&, float (&acc)[1][kN / 8][4], int row): the accumulators of a warp's 16 rows, from
-//           `row` of the tile on, in the layout of mma.sync. It may change them.
+//           Boxes and copies together write the whole stage: what lies outside of the matrices is zero in both
+//           operands.
+// Epilogue  void operator()(const Item&, float (&acc)[1][kN / 8][4], int row): the accumulators of a warp's 16 rows,
+//           from `row` of the tile on, in the layout of mma.sync. It may change them.
 
 // A thread of the producer copies a chunk of 8 columns of every sixteenth row of a panel: of row copied_row(turn).
 constexpr int kCopiedRows = kWarpgroupSize / (kPanel / kChunk);
@@ -108,8 +110,8 @@ __device__ __forceinline__ void gemm_produce_boxes(const Items& items, Load& loa
 }
 
 // By a warpgroup: its threads copy, and one of them asks for boxes beside. A stage is announced kLag steps after its
-// copies began. The consumers give a stage back when they have begun the step after it, so that kStages - 1 steps of lag
-// would wait for each other for ever.
+// copies began. The consumers give a stage back when they have begun the step after it, so that kStages - 1 steps of
+// lag would wait for each other for ever.
 template <class Tile, class Items, class Load>
 __device__ __forceinline__ void gemm_produce_copies(const Items& items, Load& load) {
   constexpr int kLag = Tile::kStages - 2;
@@ -149,7 +151,8 @@ __device__ __forceinline__ void gemm_produce_copies(const Items& items, Load& lo
 
 // ---- the consumers ----
 
-// acc = A B^T of one step, or += where `accumulate`, for the 64 rows of the tile from `row` on. Issues the products only.
+// acc = A B^T of one step, or += where `accumulate`, for the 64 rows of the tile from `row` on. Issues the products
+// only.
 template <class T, class Tile>
 __device__ __forceinline__ void gemm_step(float (&acc)[Tile::kN / 8][4], typename Tile::A a, typename Tile::B b,
                                           int row, bool accumulate) {
@@ -174,6 +177,7 @@ template <class T, class Tile, class Items, class Epilogue>
 __device__ __forceinline__ void gemm_consume(const Items& items, Epilogue& epilogue) {
   const Ring<Tile::kStages> ring = Tile::ring();
   const int row = (warpgroup_id() - 1) * 64;
+  const int warp_row = row + shuffle(warp_id() % 4, 0) * 16;  // the compiler knows that lanes agree
   const auto release = [&](int stage) {
     if (threadIdx.x % kWarpgroupSize == 0) mbarrier_arrive(ring.empty(stage));
   };
@@ -200,7 +204,7 @@ __device__ __forceinline__ void gemm_consume(const Items& items, Epilogue& epilo
     }
     wgmma_wait<0>(acc[0]);
     if (!Items::kMayBeEmpty || item.steps > 0) release(before);
-    epilogue(item, acc, row + warp_id() % 4 * 16);
+    epilogue(item, acc, warp_row);
   }
 }
 

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <climits>
 
+#include "common/hopper.h"
 #include "device/dispatch.cuh"
 #include "device/launch.cuh"
+#include "monarch/hopper/launch.h"
 
 namespace warpform {
 namespace {
@@ -31,6 +33,9 @@ void launch_tile(const char* op, const BlockGemmParams& p, void* stream) {
 
 void launch_block_gemm(const char* op, const BlockGemmParams& params, void* stream) {
   if (params.rows == 0 || params.groups == 0 || params.cols == 0) return;
+#ifdef WARPFORM_WITH_HOPPER
+  if (hopper_unusable() == nullptr && launch_block_gemm_hopper(op, params, stream)) return;
+#endif
   const int64_t large_tiles =
       ceil_div(params.rows, int64_t{LargeTile::kM}) * ceil_div(params.cols, LargeTile::kN) * params.groups;
   const bool large = params.cols > SmallTile::kN && large_tiles >= sm_count();
