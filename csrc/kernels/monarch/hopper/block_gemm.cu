@@ -1,9 +1,8 @@
-#include "monarch/hopper/launch.h"
-
 #include <climits>
 
 #include "device/launch.cuh"
-#include "monarch/hopper/block_gemm_launch.cuh"
+#include "monarch/hopper/instances.h"
+#include "monarch/hopper/launch.h"
 
 namespace warpform {
 namespace {

@@ -7,16 +7,9 @@
 #include "device/dispatch.cuh"
 #include "device/launch.cuh"
 #include "monarch/hopper/block_gemm.cuh"
+#include "monarch/hopper/instances.h"
 
 namespace warpform {
-
-// The part of launch_block_gemm_hopper that is compiled for each of the weight's layouts (instances/).
-template <Major kMajorB>
-bool launch_block_gemm_hopper_as(const char* op, const BlockGemmParams& params, void* stream);
-
-inline int64_t block_gemm_tiles(const BlockGemmParams& p, int rows, int cols) {
-  return ceil_div(p.rows, int64_t{rows}) * ceil_div(p.cols, cols) * p.groups;
-}
 
 template <class Tile>
 bool describe_operands(BlockGemmHopperWork& work) {
