@@ -37,7 +37,7 @@ bool last_of_warpgroup(Meeting meeting, const Where& where) { return meet(meetin
 void clear_warpgroups(int threads) {
   // What a kernel has on entry: as many as fit the block, for each thread the same.
   const int entry = std::min(kRegisters / threads / 8 * 8, 256);
-  free_registers = kRegisters - entry * (threads + kLanes - 1) / kLanes * kLanes;
+  free_registers = kRegisters - entry * ((threads + kLanes - 1) / kLanes * kLanes);
   std::fill_n(registers, kMaxWarpgroups, entry);
   std::fill_n(wanted, kMaxWarpgroups, 0);
 }
