@@ -37,7 +37,7 @@ bool launch_block_gemm_tile(const char* op, const BlockGemmParams& p, void* stre
   BlockGemmHopperWork work{.a = {}, .b = {}, .p = p, .share = 0, .extra = 0, .row_items = {}, .groups = {}};
   const int64_t items = block_gemm_tiles(p, Tile::kM, Tile::kN);
   const int64_t row_items = int64_t{ceil_div(p.cols, Tile::kN)} * p.groups;
-  if (items > INT_MAX || !describe_operands<Tile>(work)) return false;
+  if (items > INT_MAX || Tile::kBytes > shared_memory_limit() || !describe_operands<Tile>(work)) return false;
   const int ctas = static_cast<int>(std::min<int64_t>(items, sm_count()));
   work.share = static_cast<int>(items / ctas);
   work.extra = static_cast<int>(items % ctas);
