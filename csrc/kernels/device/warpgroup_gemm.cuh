@@ -173,14 +173,35 @@ __device__ __forceinline__ void gemm_step(float (&acc)[Tile::kN / 8][4], typenam
   }
 }
 
-template <class T, class Tile, class Items, class Epilogue>
-__device__ __forceinline__ void gemm_consume(const Items& items, Epilogue& epilogue) {
-  const Ring<Tile::kStages> ring = Tile::ring();
-  const int row = (warpgroup_id() - 1) * 64;
-  const int warp_row = row + shuffle(warp_id() % 4, 0) * 16;  // the compiler knows that lanes agree
+// Sums `steps` steps into accumulators by products that issue(step, stage) issues, of which the first overwrite them. A
+// warpgroup calls it, for which one thread arrives at the empty barriers.
+template <int kStages, class Issue, class... Accumulators>
+__device__ __forceinline__ void wgmma_steps(Ring<kStages> ring, RingPosition<kStages>& at, int steps, Issue&& issue,
+                                            Accumulators&... acc) {
   const auto release = [&](int stage) {
     if (threadIdx.x % kWarpgroupSize == 0) mbarrier_arrive(ring.empty(stage));
   };
+  int before = 0;  // the stage of the step before
+  wgmma_fence(acc...);
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    at.wait_full(ring);
+    wgmma_fence();
+    issue(step, at.stage);
+    wgmma_commit();
+    wgmma_wait<1>();  // the step before is done; the accumulators stay under way
+    if (step > 0) release(before);
+    before = at.stage;
+    at.advance();
+  }
+  wgmma_wait<0>(acc...);
+  if (steps > 0) release(before);
+}
+
+template <class T, class Tile, class Items, class Epilogue>
+__device__ __forceinline__ void gemm_consume(const Items& items, Epilogue& epilogue) {
+  const int row = (warpgroup_id() - 1) * 64;
+  const int warp_row = row + shuffle(warp_id() % 4, 0) * 16;  // the compiler knows that lanes agree
   RingPosition<Tile::kStages> at;
   float acc[1][Tile::kN / 8][4] = {};
 #pragma unroll 1
@@ -189,21 +210,10 @@ __device__ __forceinline__ void gemm_consume(const Items& items, Epilogue& epilo
     if (Items::kMayBeEmpty && item.steps == 0) {
       for_each_accumulator<1, Tile::kN / 8>([&](int m, int n, int e) { acc[m][n][e] = 0.f; });
     }
-    wgmma_fence(acc[0]);
-    int before = 0;  // the stage of the step before
-#pragma unroll 1
-    for (int step = 0; step < item.steps; ++step) {
-      at.wait_full(ring);
-      wgmma_fence();
-      gemm_step<T, Tile>(acc[0], Tile::a(at.stage), Tile::b(at.stage), row, step > 0);
-      wgmma_commit();
-      wgmma_wait<1>();  // the step before is done; the accumulators stay under way
-      if (step > 0) release(before);
-      before = at.stage;
-      at.advance();
-    }
-    wgmma_wait<0>(acc[0]);
-    if (!Items::kMayBeEmpty || item.steps > 0) release(before);
+    wgmma_steps(
+        Tile::ring(), at, item.steps,
+        [&](int step, int stage) { gemm_step<T, Tile>(acc[0], Tile::a(stage), Tile::b(stage), row, step > 0); },
+        acc[0]);
     epilogue(item, acc, warp_row);
   }
 }
