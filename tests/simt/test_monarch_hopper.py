@@ -224,3 +224,51 @@ def test_same_results(simt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for found, other in zip(with_wgmma, both(), strict=True):
         unit = torch.finfo(torch.float16).eps * other.abs().max()
         assert (found - other).abs().max() <= unit
+
+
+# ---- both factors in one pass ----
+
+# Second factors of four blocks, in whole panels of 64 of h for each.
+MONARCH_CASES = (
+    MonarchCase("square", (70,), (4, 256, 64), (4, 64, 256)),
+    MonarchCase("as_768_to_3072", (130,), (4, 192, 192), (4, 200, 192)),
+    MonarchCase("as_3072_to_768", (65,), (4, 192, 328), (4, 192, 192)),
+    MonarchCase("one_row", (1,), (4, 192, 64), (4, 64, 192)),
+    MonarchCase("first_of_one_block", (63,), (1, 256, 72), (4, 72, 64)),
+    MonarchCase("two_tiles_of_rhos", (64,), (1, 512, 64), (4, 66, 128)),
+    MonarchCase("half_of_a_tile_of_rhos", (129,), (6, 128, 80), (4, 130, 192)),
+    MonarchCase("most_of_h", (40,), (9, 128, 64), (4, 64, 288)),
+    MonarchCase("strided", (70,), (4, 256, 88), (4, 72, 256), layout="strided"),
+    MonarchCase("no_tokens", (0,), (4, 256, 64), (4, 64, 256)),
+)
+
+
+def fused(simt: Any) -> list[str]:
+    """The kernels of Monarch products in one pass since the last configure."""
+    return [launch["kernel"] for launch in simt.launches() if launch["kernel"].startswith("monarch_forward")]
+
+
+@by_dtype
+@pytest.mark.parametrize("case", MONARCH_CASES, ids=str)
+def test_monarch_cases(simt: Any, seed: int, case: MonarchCase, dtype: torch.dtype) -> None:
+    simt.configure(seed, 2, H200_SHARED)
+    with poisoned():
+        monarch.check_monarch_multiply(simt, case, dtype, backward=False)
+    kernels = fused(simt)
+    if case.leading == (0,):
+        assert kernels == []
+    elif case.second[2] % 64 != 0:
+        assert kernels and kernels[0].startswith("monarch_forward<")
+    else:
+        assert kernels and all(kernel.startswith("monarch_forward_hopper<") for kernel in kernels)
+
+
+def test_monarch_stages(simt: Any) -> None:
+    """Three stages where h leaves room for them, else two."""
+    for blocks, stages in ((4, 3), (6, 2)):
+        simt.configure(1, 1, H200_SHARED)
+        case = MonarchCase("", (130,), (blocks, 192, 72), (4, 72, 48 * blocks))
+        if case.second[2] % 64:
+            case = MonarchCase("", (130,), (blocks, 128, 72), (4, 72, 32 * blocks))
+        monarch.check_monarch_multiply(simt, case, torch.float16, backward=False)
+        assert f"MonarchHopperTile<{stages}>" in fused(simt)[0]

@@ -4,8 +4,10 @@
 #include <climits>
 #include <optional>
 
+#include "common/hopper.h"
 #include "device/dispatch.cuh"
 #include "device/launch.cuh"
+#include "monarch/hopper/launch.h"
 
 namespace warpform {
 namespace {
@@ -58,6 +60,9 @@ bool monarch_fits(const MonarchParams& p) {
 }
 
 void launch_monarch(const MonarchParams& p, void* stream) {
+#ifdef WARPFORM_WITH_HOPPER
+  if (hopper_unusable() == nullptr && launch_monarch_hopper(p, stream)) return;
+#endif
   if (p.blocks2 <= FewLambdas::kLambdas) {
     launch_tile<FewLambdas>(*work_of<FewLambdas>(p), stream);
   } else {

@@ -7,5 +7,6 @@
 namespace warpform {
 
 bool launch_block_gemm_hopper(const char* op, const BlockGemmParams& params, void* stream);
+bool launch_monarch_hopper(const MonarchParams& params, void* stream);
 
 }  // namespace warpform
