@@ -44,6 +44,10 @@ template <class A, class B, class C>
 inline void wgmma_fence(A& a, B& b, C& c, const simt::Where& where = simt::Where::current()) {
   simt::fence(where, a, b, c);
 }
+template <class A, class B, class C, class D>
+inline void wgmma_fence(A& a, B& b, C& c, D& d, const simt::Where& where = simt::Where::current()) {
+  simt::fence(where, a, b, c, d);
+}
 inline void wgmma_commit(const simt::Where& where = simt::Where::current()) { simt::commit_products(where); }
 template <int kPending>
 inline void wgmma_wait(const simt::Where& where = simt::Where::current()) {
@@ -60,6 +64,10 @@ inline void wgmma_wait(A& a, B& b, const simt::Where& where = simt::Where::curre
 template <int kPending, class A, class B, class C>
 inline void wgmma_wait(A& a, B& b, C& c, const simt::Where& where = simt::Where::current()) {
   simt::wait(kPending, where, a, b, c);
+}
+template <int kPending, class A, class B, class C, class D>
+inline void wgmma_wait(A& a, B& b, C& c, D& d, const simt::Where& where = simt::Where::current()) {
+  simt::wait(kPending, where, a, b, c, d);
 }
 
 template <class T, int kN, Major kA = Major::kDepth, Major kB = Major::kDepth>
