@@ -334,15 +334,6 @@ struct GroupBlock {
   bool active;             // the tile's union has the group
 };
 
-// What a block's gate multiplies in a row of the tile.
-template <class Rows>
-__device__ __forceinline__ float scatter_gate(const HiddenScatterParams& p, const GroupBlock& block, const Rows& rows,
-                                              int row) {
-  const int token = rows.token(row);
-  if (token < 0 || !(rows.mask(row) >> block.group & 1)) return 1.f;
-  return load_global(p.gates + int64_t{token} * p.routes.num_groups + block.group);
-}
-
 // Stores the accumulators of a warp, of the tile's rows from first_row on, of a block that has columns: with bias, as they
 // are where ungated output is asked for, as dots with another tensor, and by the gates gate_of(row). Zeros where a token
 // does not use the group. rows.token(row) and rows.mask(row) are those of a row of the tile.
@@ -494,7 +485,11 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
     advance(now);
   });
   if (mine.cols <= 0) return;
-  store_scattered<T>(acc, p, mine, cls, tokens, warp_row, [&](int row) { return scatter_gate(p, mine, tokens, row); });
+  store_scattered<T>(acc, p, mine, cls, tokens, warp_row, [&](int row) {
+    const int token = tokens.token(row);
+    const float* gate = p.gates + int64_t{token} * r.num_groups + mine.group;
+    return token >= 0 && (tokens.mask(row) >> mine.group & 1) ? load_global(gate) : 1.f;
+  });
 }
 
 }  // namespace warpform

@@ -4,12 +4,13 @@
 //           tile of columns of one tile of tokens, so that it reads tokens, their groups and gates once.
 // Loads     Rows of x by 16-byte cp.async of all threads of the producer, 8 a step, zeros where the token does not use the
 //           group; the weight by boxes of a tensor map, in whose dimensions every group and every part ends: what a box
-//           reaches past its depth arrives as zeros. By copies too the weight would be 16 more a thread and step, 24 of
-//           some 7 instructions: 170 of the 1,024 issue slots of a scheduler, and 48 KiB instead of 16 through its path.
+//           reaches past its depth arrives as zeros. Rows take 170 instructions a step; the weight by copies, too, would be
+//           16 more a thread, some 500 of a scheduler's 1,024 issue slots in all.
 // Gather    Gates are in shared memory, over a power of two of each token. Consumers load the left operand by ldmatrix,
-//           multiply in float32, round once, and give it to wgmma in registers: per warp and step 4 loads and about 110
-//           instructions, 220 issue slots of a scheduler's 1,024 for both consumers. Shared memory gives the same bytes
-//           as without gates: a warpgroup's rows are read once a step, by ldmatrix or by wgmma.
+//           multiply in float32, round once, and give it to wgmma in registers: 170 to 185 instructions a warp and step
+//           instead of 68, 360 issue slots of a scheduler for both consumers, of 1,024 or, of the narrow tile, 640. Shared
+//           memory gives the same bytes as without gates: a warpgroup's rows are read once a step, by ldmatrix or by
+//           wgmma. Three products of 16 are under way while the operand of the fourth is made.
 // Scatter   Columns go by blocks of 64 of one group, those of groups that the tile of tokens lacks first: their tiles are
 //           stored as zeros while the first stages are on their way, and at most one tile has blocks of both kinds. Where
 //           parts of the depth are for some groups only (out_mask) a tile has blocks of one group: all of them see the
@@ -27,8 +28,8 @@
 namespace warpform {
 
 // Shared memory of a CTA's tokens, behind the stages: the token of each row of the tile; of gather the rows that use each
-// group, of scatter in the same place each row's groups; and, if there are gates, [groups][rows] of them over a power of
-// two of each row, which follows them. A gate is 0 if the token does not use the group.
+// group, of scatter in the same place each row's groups; and, if there are gates, [groups][rows] of them, for gather over a
+// power of two of each row, which follows them. A gate is 0 if the token does not use the group.
 struct TileRows {
   static constexpr int kGroupsAt = kHiddenTile * 4, kGatesAt = kGroupsAt + kMaxGroups * (kHiddenTile / 8);
   static_assert(kMaxGroups * (kHiddenTile / 8) == kHiddenTile * 8 && kHiddenTile == kWarpgroupSize);
@@ -69,6 +70,7 @@ struct TileRows {
     }
   }
   // By two other warpgroups, two neighbours a row, each with every second gate of it and several at once.
+  template <bool kOverPower>
   __device__ __forceinline__ void load_gates(const Routes& r, const float* gates, int tile) const {
     constexpr int kAtOnce = 8;
     const int row = (static_cast<int>(threadIdx.x) - kWarpgroupSize) / 2, half = static_cast<int>(threadIdx.x) % 2;
@@ -92,6 +94,7 @@ struct TileRows {
         store_shared(gate_at(g, row), some[i]);
       }
     }
+    if constexpr (!kOverPower) return;
     const PowerOfTwo power = power_above(fmaxf(largest, shuffle_xor(largest, 1)));
     if (half == 0) store_shared(gate_at(r.num_groups, row), power.value);
     for (int g = half; g < r.num_groups; g += 2) store_shared(gate_at(g, row), gate(g, row) * power.inverse);
@@ -284,7 +287,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas) hidden_gather_hop
   if (warpgroup_id() == 0) {
     rows.store_uses(r, rows.load_token(r, cta.tile));
   } else if (kGated) {
-    rows.load_gates(r, p.gates, cta.tile);
+    rows.load_gates</*kOverPower=*/true>(r, p.gates, cta.tile);
   }
   const GatherItems<Tile> items{work, cta};
   const GatherLoad<T, Tile> load{work, cta, rows};
@@ -415,17 +418,20 @@ struct ScatterStore {
   int cls;
   TileRows rows;
 
-  __device__ __forceinline__ void operator()(const Item& item, const float (&acc)[1][Tile::kN / 8][4],
-                                             int first_row) const {
+  // The accumulators move on from block to block, so that there is the code of one: 96 moves a thread of a wide tile's,
+  // where four times the code would not stay in the instruction cache.
+  __device__ __forceinline__ void operator()(const Item& item, float (&acc)[1][Tile::kN / 8][4], int first_row) const {
     const BlockOrder order{work, cta.groups};
-#pragma unroll
+#pragma unroll 1
     for (int b = 0; b < kBlocks; ++b) {
       const GroupBlock block = order.at(item.first + b);
-      if (block.cols <= 0) continue;
-      float mine[1][kTiles][4];
-      for_each_accumulator<1, kTiles>([&](int m, int n, int e) { mine[m][n][e] = acc[m][b * kTiles + n][e]; });
-      store_scattered<T>(mine, work.p, block, cls, rows, first_row,
-                         [&](int row) { return scatter_gate(work.p, block, rows, row); });
+      if (block.cols > 0) {
+        float mine[1][kTiles][4];
+        for_each_accumulator<1, kTiles>([&](int m, int n, int e) { mine[m][n][e] = acc[m][n][e]; });
+        store_scattered<T>(mine, work.p, block, cls, rows, first_row,
+                           [&](int row) { return rows.gate(block.group, row); });
+      }
+      for_each_accumulator<1, kTiles*(kBlocks - 1)>([&](int m, int n, int e) { acc[m][n][e] = acc[m][n + kTiles][e]; });
     }
   }
 };
@@ -441,7 +447,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas) hidden_scatter_ho
   const int cls = class_at(r, cta.tile);
   cta.class_at = cls * work.class_step;
   const TileRows rows{shared_base() + Tile::kBytes};
-  if (warpgroup_id() == 0) rows.store_mask(rows.load_token(r, cta.tile));
+  if (warpgroup_id() == 0) {
+    rows.store_mask(rows.load_token(r, cta.tile));
+  } else if (work.p.gates != nullptr) {
+    rows.load_gates</*kOverPower=*/false>(r, work.p.gates, cta.tile);
+  }
   const ScatterItems<Tile> items{work, cta};
   warpgroup_gemm<T, Tile>(items, ScatterLoad<T, Tile>{items, rows}, ScatterStore<T, Tile>{work, cta, cls, rows});
 }

@@ -23,9 +23,10 @@ struct RoutedShares {
 
 // The shares by which the SM that has most is done first, if every tile of tokens uses half of the groups: `steps` of
 // `step_clocks` for a tile of columns, and kBegin before the first product of a CTA. Counted, not measured. More than
-// kMostTiles for a CTA would win nothing: kBegin is small beside them.
-inline RoutedShares share_out(int tiles, int columns, int steps, int step_clocks) {
+// kMostTiles for a CTA would win nothing: kBegin is small beside them. A plan has at least one tile without tokens.
+inline RoutedShares share_out(const Routes& r, int columns, int steps, int step_clocks) {
   constexpr int kBegin = 3400, kMostTiles = 8;
+  const int tiles = std::max(r.tiles - 1, 1);
   RoutedShares best{.clocks = INT64_MAX, .columns = columns, .shares = columns};
   for (int each = 1; each <= std::min(columns, kMostTiles); ++each) {
     const int shares = ceil_div(columns, each);
@@ -70,11 +71,11 @@ template <auto kKernel, class Tile, class Params>
 bool launch_routed_hopper(const char* op, RoutedHopperWork<Params>& work, const RoutedShares& shares, int rows_bytes,
                           void* stream) {
   const int64_t ctas = int64_t{work.p.routes.tiles} * shares.shares;
-  if (ctas > INT_MAX) return false;
+  const int bytes = Tile::kBytes + rows_bytes;
+  if (ctas > INT_MAX || bytes > shared_memory_limit()) return false;
   work.columns = shares.columns;
   work.shares.set(shares.shares);
-  launch<kKernel>(op, dim3(static_cast<unsigned>(ctas)), Tile::kThreads, Tile::kBytes + rows_bytes, stream, work,
-                  tile_shape<Tile>(1));
+  launch<kKernel>(op, dim3(static_cast<unsigned>(ctas)), Tile::kThreads, bytes, stream, work, tile_shape<Tile>(1));
   return true;
 }
 
@@ -83,15 +84,14 @@ bool launch_routed_hopper(const char* op, RoutedHopperWork<Params>& work, const 
 template <class Tile>
 RoutedShares gather_shares(const Routes& r, int step_clocks) {
   static_assert(Tile::kBytes + TileRows::bytes(kMaxGroups) <= 227 * 1024);
-  return share_out(r.tiles, ceil_div(r.dense_width, Tile::kN) * r.num_out,
-                   r.num_groups * ceil_div(r.width, Tile::kDepth), step_clocks);
+  return share_out(r, ceil_div(r.dense_width, Tile::kN) * r.num_out, r.num_groups * ceil_div(r.width, Tile::kDepth),
+                   step_clocks);
 }
 
 template <class T, class Tile>
 bool launch_gather_tile(const char* op, const HiddenGatherParams& p, const RoutedShares& shares, void* stream) {
   const Routes& r = p.routes;
-  RoutedHopperWork<HiddenGatherParams> work{
-      .w = {}, .p = p, .class_step = 0, .shares = {}, .columns = 0, .inner = {}};
+  RoutedHopperWork<HiddenGatherParams> work{.w = {}, .p = p, .class_step = 0, .shares = {}, .columns = 0, .inner = {}};
   work.inner.set(ceil_div(r.dense_width, Tile::kN));
   if (!describe_weight<Tile>(work, int64_t{r.num_out} * r.dense_width, r.num_groups, r.width, Tile::kN)) return false;
   return dispatch_bool(p.gates != nullptr, [&]<bool kGated>() {
@@ -124,19 +124,19 @@ int blocks_of_group(const Routes& r) {
 
 template <class Tile>
 RoutedShares scatter_shares(const Routes& r, int step_clocks) {
-  return share_out(r.tiles, ceil_div(blocks_of_group<Tile>(r) * r.num_groups, Tile::kN / kHiddenBlock),
+  return share_out(r, ceil_div(blocks_of_group<Tile>(r) * r.num_groups, Tile::kN / kHiddenBlock),
                    r.num_out * ceil_div(r.dense_width, Tile::kDepth), step_clocks);
 }
 
 template <class T, class Tile>
 bool launch_scatter_tile(const char* op, const HiddenScatterParams& p, const RoutedShares& shares, void* stream) {
   const Routes& r = p.routes;
-  RoutedHopperWork<HiddenScatterParams> work{
-      .w = {}, .p = p, .class_step = 0, .shares = {}, .columns = 0, .inner = {}};
+  RoutedHopperWork<HiddenScatterParams> work{.w = {}, .p = p, .class_step = 0, .shares = {}, .columns = 0, .inner = {}};
   work.inner.set(blocks_of_group<Tile>(r));
   if (!describe_weight<Tile>(work, int64_t{r.num_groups} * r.width, r.num_out, r.dense_width, kHiddenBlock))
     return false;
-  return launch_routed_hopper<hidden_scatter_hopper<T, Tile>, Tile>(op, work, shares, TileRows::bytes(0), stream);
+  return launch_routed_hopper<hidden_scatter_hopper<T, Tile>, Tile>(
+      op, work, shares, TileRows::bytes(p.gates != nullptr ? r.num_groups : 0), stream);
 }
 
 template <Major kMajorB>
