@@ -10,7 +10,8 @@
 //           consumers store one, the producer loads the next as far as the stages reach.
 // Flight    The products of one step stay in flight while those of the next are issued; a stage is given back when the
 //           step after it has been issued and its own products are done.
-// Registers 168 a thread on entry, then 40 for the producer and 232 for the consumers: 504 of 512 a column of threads.
+// Registers 168 a thread on entry, then 40 for the producer and 232 for the consumers: 504 a column of threads, as on
+//           entry: the pool has no more.
 // Bounds    128 x 256: a step takes the tensor cores 1,024 clocks and shared memory 128 bytes a clock for as long, all
 //           that it gives. 128 x 128: 512 clocks, of which shared memory needs 640. L2 has to give 0.0117 and 0.0156
 //           bytes a FLOP, 8 TB/s at 700 TFLOP/s for the wide tile: a bound as near as the other two, until a cluster

@@ -5,8 +5,8 @@ namespace warpform {
 namespace {
 
 // By counts, unmeasured. A step is 64 deep, and the depth or the columns of a group come by 64: below that, half of a
-// product and more is for nothing, as it is on mma.sync, and the problem is small. Any number of tokens: the tiles of
-// tokens are those of mma.sync, a product of 128 x 128 takes half as long, and three times as many steps are loaded ahead.
+// product and more is for nothing, as it is on mma.sync, and the problem is small. Any number of tokens: tiles of tokens
+// are those of mma.sync, a product of 128 x 128 takes half as long, and loads run twice as far ahead.
 bool takes(const Routes& r) {
   constexpr int kLeast = 64;
   return r.width >= kLeast && r.dense_width >= kLeast;

@@ -7,7 +7,7 @@
 //           reaches past its depth arrives as zeros. Rows take 170 instructions a step; the weight by copies, too, would be
 //           16 more a thread, some 500 of a scheduler's 1,024 issue slots in all.
 // Gather    Gates are in shared memory, over a power of two of each token. Consumers load the left operand by ldmatrix,
-//           multiply in float32, round once, and give it to wgmma in registers: 170 to 185 instructions a warp and step
+//           multiply in float32, round once, and give it to wgmma in registers: 165 to 180 instructions a warp and step
 //           instead of 68, 360 issue slots of a scheduler for both consumers, of 1,024 or, of the narrow tile, 640. Shared
 //           memory gives the same bytes as without gates: a warpgroup's rows are read once a step, by ldmatrix or by
 //           wgmma. Three products of 16 are under way while the operand of the fourth is made.
