@@ -10,7 +10,8 @@
 //           consumers store one, the producer loads the next as far as the stages reach.
 // Flight    The products of one step stay in flight while those of the next are issued; a stage is given back when the
 //           step after it has been issued and its own products are done.
-// Registers 168 a thread on entry, then 40 for the producer and 232 for the consumers: 504 of 512 a column of threads.
+// Registers 168 a thread on entry, then 40 for the producer and 232 for the consumers: 504 a column of threads, as on
+//           entry: the pool has no more.
 // Bounds    128 x 256: a step takes the tensor cores 1,024 clocks and shared memory 128 bytes a clock for as long, all
 //           that it gives. 128 x 128: 512 clocks, of which shared memory needs 640. L2 has to give 0.0117 and 0.0156
 //           bytes a FLOP, 8 TB/s at 700 TFLOP/s for the wide tile: a bound as near as the other two, until a cluster
@@ -32,6 +33,9 @@ struct WarpgroupTile {
   static constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroupSize;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr int kCtas = 1;  // an SM
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                    (1 + kConsumers) * (64 * 1024 / kThreads / 8 * 8),
+                "what the block has on entry");
 
   // Of a stage. A row in shared memory is 64 of the depth, or 64 of the outer dimension.
   using A = std::conditional_t<kMajorA == Major::kDepth, PanelTile<kM, kDepth>, PanelTile<kDepth, kM>>;
@@ -69,6 +73,15 @@ using NarrowWarpgroupTile = WarpgroupTile<128, 6, kMajorA, kMajorB>;
 //           operands.
 // Epilogue  void operator()(const Item&, float (&acc)[1][kN / 8][4], int row): the accumulators of a warp's 16 rows,
 //           from `row` of the tile on, in the layout of mma.sync. It may change them.
+// Left      static constexpr bool kInRegisters: whether the left operand takes its way through registers, and changes on
+//           it. LeftFromShared is without. With it, kMajorA does not count, and
+//           void begin(const Item&): a consumer begins an item.
+//           void begin_step(int row): and a step of it, of which a warp takes the 16 rows from `row` of the tile on.
+//           void fragment(Tile::A, int row, int k, uint32_t (&a)[4]): those rows, and 16 columns from k on, in the
+//           layout of mma.sync's left operand. All lanes of the warp call it.
+struct LeftFromShared {
+  static constexpr bool kInRegisters = false;
+};
 
 // A thread of the producer copies a chunk of 8 columns of every sixteenth row of a panel: of row copied_row(turn).
 constexpr int kCopiedRows = kWarpgroupSize / (kPanel / kChunk);
@@ -151,6 +164,16 @@ __device__ __forceinline__ void gemm_produce_copies(const Items& items, Load& lo
 
 // ---- the consumers ----
 
+// The right operand of a product: 16 of the depth from k on, and all columns of the tile.
+template <class Tile>
+__device__ __forceinline__ uint64_t gemm_right(typename Tile::B b, int k) {
+  if constexpr (Tile::kMajorB == Major::kDepth) {
+    return b.rows_by_depth(0, k);
+  } else {
+    return b.depth_by_columns(k, 0);
+  }
+}
+
 // acc = A B^T of one step, or += where `accumulate`, for the 64 rows of the tile from `row` on. Issues the products
 // only.
 template <class T, class Tile>
@@ -158,38 +181,61 @@ __device__ __forceinline__ void gemm_step(float (&acc)[Tile::kN / 8][4], typenam
                                           int row, bool accumulate) {
 #pragma unroll
   for (int k = 0; k < Tile::kDepth; k += 16) {
-    uint64_t left, right;
+    uint64_t left;
     if constexpr (Tile::kMajorA == Major::kDepth) {
       left = a.rows_by_depth(row, k);
     } else {
       left = a.depth_by_columns(k, row);
     }
-    if constexpr (Tile::kMajorB == Major::kDepth) {
-      right = b.rows_by_depth(0, k);
-    } else {
-      right = b.depth_by_columns(k, 0);
-    }
-    wgmma<T, Tile::kN, Tile::kMajorA, Tile::kMajorB>(acc, left, right, accumulate || k > 0);
+    wgmma<T, Tile::kN, Tile::kMajorA, Tile::kMajorB>(acc, left, gemm_right<Tile>(b, k), accumulate || k > 0);
   }
 }
 
+// The same with the left operand through registers, `row` the first of the warp's 16. Every product is a group of its
+// own: before a fragment is loaded, the product of the step before that has its registers is waited for, and three are
+// under way meanwhile. At the end the products of the step before are done.
+template <class T, class Tile, class Left>
+__device__ __forceinline__ void gemm_step_registers(float (&acc)[Tile::kN / 8][4], uint32_t (&a)[Tile::kDepth / 16][4],
+                                                    Left& left, typename Tile::A from, typename Tile::B b, int row,
+                                                    bool accumulate) {
+  constexpr int kProducts = Tile::kDepth / 16;
+#pragma unroll
+  for (int i = 0; i < kProducts; ++i) {
+    wgmma_wait<kProducts - 1>(a[i]);
+    left.fragment(from, row, 16 * i, a[i]);
+    wgmma_fence(a[i]);
+    wgmma<T, Tile::kN, Tile::kMajorB>(acc, a[i], gemm_right<Tile>(b, 16 * i), accumulate || i > 0);
+    wgmma_commit();
+  }
+}
+
+// Arrivals of a warpgroup that empty a stage. Of the products' reads one thread knows; where warps read the left operand
+// themselves, each has to say that it has.
+template <class Left>
+constexpr int kReleases = Left::kInRegisters ? kWarpgroupSize / kWarpSize : 1;
+
 // Sums `steps` steps into accumulators by products that issue(step, stage) issues, of which the first overwrite them. A
-// warpgroup calls it, for which one thread arrives at the empty barriers.
-template <int kStages, class Issue, class... Accumulators>
+// warpgroup calls it, for which kReleases<Left> threads arrive at the empty barriers. With the left operand in registers
+// issue() commits, too, and waits for the products of the step before.
+template <class Left = LeftFromShared, int kStages, class Issue, class... Accumulators>
 __device__ __forceinline__ void wgmma_steps(Ring<kStages> ring, RingPosition<kStages>& at, int steps, Issue&& issue,
                                             Accumulators&... acc) {
   const auto release = [&](int stage) {
-    if (threadIdx.x % kWarpgroupSize == 0) mbarrier_arrive(ring.empty(stage));
+    if (threadIdx.x % (kWarpgroupSize / kReleases<Left>) == 0) mbarrier_arrive(ring.empty(stage));
   };
   int before = 0;  // the stage of the step before
   wgmma_fence(acc...);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     at.wait_full(ring);
-    wgmma_fence();
-    issue(step, at.stage);
-    wgmma_commit();
-    wgmma_wait<1>();  // the step before is done; the accumulators stay under way
+    if constexpr (Left::kInRegisters) {
+      issue(step, at.stage);
+    } else {
+      wgmma_fence();
+      issue(step, at.stage);
+      wgmma_commit();
+      wgmma_wait<1>();  // the step before is done; the accumulators stay under way
+    }
     if (step > 0) release(before);
     before = at.stage;
     at.advance();
@@ -198,8 +244,8 @@ __device__ __forceinline__ void wgmma_steps(Ring<kStages> ring, RingPosition<kSt
   if (steps > 0) release(before);
 }
 
-template <class T, class Tile, class Items, class Epilogue>
-__device__ __forceinline__ void gemm_consume(const Items& items, Epilogue& epilogue) {
+template <class T, class Tile, class Items, class Epilogue, class Left>
+__device__ __forceinline__ void gemm_consume(const Items& items, Epilogue& epilogue, Left& left) {
   const int row = (warpgroup_id() - 1) * 64;
   const int warp_row = row + shuffle(warp_id() % 4, 0) * 16;  // the compiler knows that lanes agree
   RingPosition<Tile::kStages> at;
@@ -210,10 +256,23 @@ __device__ __forceinline__ void gemm_consume(const Items& items, Epilogue& epilo
     if (Items::kMayBeEmpty && item.steps == 0) {
       for_each_accumulator<1, Tile::kN / 8>([&](int m, int n, int e) { acc[m][n][e] = 0.f; });
     }
-    wgmma_steps(
-        Tile::ring(), at, item.steps,
-        [&](int step, int stage) { gemm_step<T, Tile>(acc[0], Tile::a(stage), Tile::b(stage), row, step > 0); },
-        acc[0]);
+    if constexpr (Left::kInRegisters) {
+      uint32_t a[Tile::kDepth / 16][4] = {};
+      left.begin(item);
+      wgmma_steps<Left>(
+          Tile::ring(), at, item.steps,
+          [&](int step, int stage) {
+            left.begin_step(warp_row);
+            gemm_step_registers<T, Tile>(acc[0], a, left, Tile::a(stage), Tile::b(stage), warp_row, step > 0);
+          },
+          acc[0]);
+      wgmma_wait<0>(a);
+    } else {
+      wgmma_steps(
+          Tile::ring(), at, item.steps,
+          [&](int step, int stage) { gemm_step<T, Tile>(acc[0], Tile::a(stage), Tile::b(stage), row, step > 0); },
+          acc[0]);
+    }
     epilogue(item, acc, warp_row);
   }
 }
@@ -222,12 +281,12 @@ __device__ __forceinline__ void gemm_consume(const Items& items, Epilogue& epilo
 
 // The kernel's body, for Tile::kThreads threads and Tile::kBytes of shared memory. All threads call it, once; what the
 // kernel has stored to shared memory before is seen by all afterwards.
-template <class T, class Tile, class Items, class Load, class Epilogue>
-__device__ __forceinline__ void warpgroup_gemm(const Items& items, Load load, Epilogue epilogue) {
+template <class T, class Tile, class Items, class Load, class Epilogue, class Left = LeftFromShared>
+__device__ __forceinline__ void warpgroup_gemm(const Items& items, Load load, Epilogue epilogue, Left left = {}) {
   static_assert(Load::kCopies || Load::kBoxBytes == Tile::kStageBytes, "a stage is filled");
   const Ring<Tile::kStages> ring = Tile::ring();
   if (threadIdx.x == 0) {
-    ring.init(Load::kCopies ? kWarpgroupSize + (Load::kBoxBytes > 0) : 1, Tile::kConsumers);
+    ring.init(Load::kCopies ? kWarpgroupSize + (Load::kBoxBytes > 0) : 1, Tile::kConsumers * kReleases<Left>);
     fence_mbarrier_init();
   }
   block_sync();
@@ -240,7 +299,7 @@ __device__ __forceinline__ void warpgroup_gemm(const Items& items, Load load, Ep
     }
   } else {
     take_registers<Tile::kConsumerRegisters>();
-    gemm_consume<T, Tile>(items, epilogue);
+    gemm_consume<T, Tile>(items, epilogue, left);
   }
 }
 

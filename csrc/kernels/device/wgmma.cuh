@@ -45,6 +45,10 @@ __device__ __forceinline__ void pin_registers(float (&d)[kN][4]) {
     for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[n][e])::"memory");
   }
 }
+__device__ __forceinline__ void pin_registers(uint32_t (&a)[4]) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) asm volatile("" : "+r"(a[e])::"memory");
+}
 template <int kN>
 __device__ __forceinline__ void pin_registers(uint32_t (&a)[kN][4]) {
 #pragma unroll
@@ -54,7 +58,7 @@ __device__ __forceinline__ void pin_registers(uint32_t (&a)[kN][4]) {
   }
 }
 
-// Accumulators [kN / 8][4] and left operands [steps][4].
+// Accumulators [kN / 8][4] and left operands [4] or [steps][4].
 template <class... Registers>
 __device__ __forceinline__ void wgmma_fence(Registers&... registers) {
   (pin_registers(registers), ...);

@@ -1,13 +1,16 @@
-// The routed layers: the choice between GEMM (routed_gemm.cuh) and GEMV (gemv.cuh), and the launches.
+// The routed layers: the choice between GEMM (routed_gemm.cuh; on wgmma hopper/routed_gemm.cuh) and GEMV (gemv.cuh), and
+// the launches.
 #include "routing/routed_gemm.cuh"
 
 #include <algorithm>
 #include <climits>
 
 #include "common/column_sum.h"
+#include "common/hopper.h"
 #include "device/dispatch.cuh"
 #include "device/launch.cuh"
 #include "routing/gemv.cuh"
+#include "routing/hopper/launch.h"
 
 namespace warpform {
 namespace {
@@ -50,6 +53,9 @@ void gather(const char* op, const HiddenGatherParams& p, void* stream) {
     launch<hidden_gather_gemv<T>>(op, gemv_grid(r.dense_width), kGemvThreads, gemv_bytes, stream, work);
     return;
   }
+#ifdef WARPFORM_WITH_HOPPER
+  if (hopper_unusable() == nullptr && launch_hidden_gather_hopper(op, p, stream)) return;
+#endif
   HiddenGatherWork work{.p = p, .columns = {}, .part_columns = ceil_div(r.dense_width, Shape::kN)};
   work.columns.set(work.part_columns * r.num_out);
   const dim3 grid = grid_of(op, int64_t{r.tiles} * work.columns.divisor);
@@ -57,6 +63,21 @@ void gather(const char* op, const HiddenGatherParams& p, void* stream) {
   dispatch_bool(p.w.transposed, [&]<bool kTransposed>() {
     launch<hidden_gather<T, kTransposed>>(op, grid, Shape::kThreads, bytes, stream, work, tile_shape<Shape>(1));
   });
+}
+
+// The sum of the dots of a group's blocks, if it has several.
+void sum_dots(const char* op, const HiddenScatterParams& p, void* stream) {
+  const Routes& r = p.routes;
+  const int group_blocks = ceil_div(r.width, kHiddenBlock);
+  if (p.dots == nullptr || group_blocks == 1) return;
+  launch_column_sum(op,
+                    {.partials = p.dot_partials,
+                     .out = {p.dots},
+                     .sums = 1,
+                     .groups = group_blocks,
+                     .cols = int64_t{r.tokens} * r.num_groups,
+                     .dtype = DType::kFloat32},
+                    stream);
 }
 
 template <class T>
@@ -69,6 +90,9 @@ void scatter(const char* op, const HiddenScatterParams& p, void* stream) {
     launch<hidden_scatter_gemv<T>>(op, gemv_grid(r.num_groups * r.width), kGemvThreads, gemv_bytes, stream, work);
     return;
   }
+#ifdef WARPFORM_WITH_HOPPER
+  if (hopper_unusable() == nullptr && launch_hidden_scatter_hopper(op, p, stream)) return sum_dots(op, p, stream);
+#endif
   const int group_blocks = ceil_div(r.width, kHiddenBlock);
   HiddenScatterWork work{.p = p, .columns = {}, .group_blocks = {}, .blocks = group_blocks * r.num_groups};
   work.group_blocks.set(group_blocks);
@@ -78,15 +102,7 @@ void scatter(const char* op, const HiddenScatterParams& p, void* stream) {
   dispatch_bool(p.w.transposed, [&]<bool kTransposed>() {
     launch<hidden_scatter<T, kTransposed>>(op, grid, Shape::kThreads, kBytes, stream, work, tile_shape<Shape>(1));
   });
-  if (p.dots == nullptr || group_blocks == 1) return;
-  launch_column_sum(op,
-                    {.partials = p.dot_partials,
-                     .out = {p.dots},
-                     .sums = 1,
-                     .groups = group_blocks,
-                     .cols = int64_t{r.tokens} * r.num_groups,
-                     .dtype = DType::kFloat32},
-                    stream);
+  sum_dots(op, p, stream);
 }
 
 }  // namespace

@@ -328,6 +328,74 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
   });
 }
 
+// 64 outputs of one group.
+struct GroupBlock {
+  int group, first, cols;  // in the group; no columns past the last group
+  bool active;             // the tile's union has the group
+};
+
+// Stores the accumulators of a warp, of the tile's rows from first_row on, of a block that has columns: with bias, as they
+// are where ungated output is asked for, as dots with another tensor, and by the gates gate_of(row). Zeros where a token
+// does not use the group. rows.token(row) and rows.mask(row) are those of a row of the tile.
+template <class T, int kM, class Rows, class GateOf>
+__device__ __forceinline__ void store_scattered(float (&acc)[kM][kHiddenBlock / 8][4], const HiddenScatterParams& p,
+                                                const GroupBlock& block, int cls, const Rows& rows, int first_row,
+                                                GateOf&& gate_of) {
+  const Routes& r = p.routes;
+  const int64_t first_col = int64_t{block.group} * r.width + block.first;
+  if (p.bias != nullptr && block.active) {
+    add_bias(acc, static_cast<const T*>(p.bias) + cls * p.bias_stride + first_col, block.cols);
+  }
+  const int64_t out_stride = int64_t{r.num_groups} * r.width;
+  T* out = static_cast<T*>(p.out) + first_col;
+  T* ungated = static_cast<T*>(p.ungated) + first_col;
+  const T* dot_with = static_cast<const T*>(p.dot_with) + first_col;
+  float* dots = p.dots;
+  if (dots != nullptr && r.width > kHiddenBlock) {
+    dots = p.dot_partials + int64_t{block.first / kHiddenBlock} * r.tokens * r.num_groups;
+  }
+  const auto used_at = [&](int row) { return static_cast<bool>(rows.mask(first_row + row) >> block.group & 1); };
+  if (p.dot_with != nullptr || p.ungated != nullptr) {
+    float dot = 0.f;
+    for_each_vector<T>(acc, [&](int row, int col, const uint32_t (&v)[4]) {
+      const int token = rows.token(first_row + row);
+      if (token >= 0 && col < block.cols) {
+        Vec<uint32_t, 4> z{{}};
+        if (used_at(row)) {
+          z = {{v[0], v[1], v[2], v[3]}};
+          if (p.dot_with != nullptr) {
+            const auto factor = load_global(reinterpret_cast<const Vec<T, 8>*>(dot_with + token * p.dot_stride + col));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const auto pair = unpack2<T>(v[i]);
+              dot += pair[0] * to_float(factor[2 * i]) + pair[1] * to_float(factor[2 * i + 1]);
+            }
+          }
+        }
+        if (p.ungated != nullptr) {
+          store_global(reinterpret_cast<Vec<uint32_t, 4>*>(ungated + token * out_stride + col), z);
+        }
+      }
+      if (p.dot_with != nullptr &&
+          col / 32 == kHiddenBlock / 32 - 1) {  // the last of the row's columns that this lane has
+        const float sum = warp_reduce<4>(dot, Sum{});
+        if (token >= 0 && lane_id() % 4 == 0) store_global(dots + int64_t{token} * r.num_groups + block.group, sum);
+        dot = 0.f;
+      }
+    });
+  }
+  if (p.gates != nullptr) {
+    scale_rows(acc, [&](int row) { return gate_of(first_row + row); });
+  }
+  for_each_vector<T>(acc, [&](int row, int col, const uint32_t (&v)[4]) {
+    const int token = rows.token(first_row + row);
+    if (token < 0 || col >= block.cols) return;
+    Vec<uint32_t, 4> y{{}};
+    if (used_at(row)) y = {{v[0], v[1], v[2], v[3]}};
+    store_global(reinterpret_cast<Vec<uint32_t, 4>*>(out + token * out_stride + col), y);
+  });
+}
+
 struct HiddenScatterWork {
   HiddenScatterParams p;
   Divisor columns;       // pairs of blocks of a tile of tokens
@@ -335,18 +403,15 @@ struct HiddenScatterWork {
   int blocks;            // of all groups
 };
 
-// 64 outputs of one group: those of a warp, and of one half of the right operand.
-struct GroupBlock {
-  int group, first, cols;  // in the group; 0 columns past the last group
-  bool active;             // the tile's union has the group
-
-  __device__ __forceinline__ GroupBlock(const HiddenScatterWork& work, int block, uint64_t groups) {
-    group = work.group_blocks.quotient(block);
-    first = (block - group * work.group_blocks.divisor) * kHiddenBlock;
-    cols = block < work.blocks ? min(work.p.routes.width - first, kHiddenBlock) : 0;
-    active = cols > 0 && (groups >> group & 1);
-  }
-};
+// Those of a warp, and of one half of the right operand.
+__device__ __forceinline__ GroupBlock group_block(const HiddenScatterWork& work, int index, uint64_t groups) {
+  GroupBlock block;
+  block.group = work.group_blocks.quotient(index);
+  block.first = (index - block.group * work.group_blocks.divisor) * kHiddenBlock;
+  block.cols = index < work.blocks ? min(work.p.routes.width - block.first, kHiddenBlock) : 0;
+  block.active = block.cols > 0 && (groups >> block.group & 1);
+  return block;
+}
 
 template <class T, bool kTransposed>
 __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kCtas) hidden_scatter(
@@ -364,7 +429,7 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
   tokens.load(r, tile);
   const uint64_t groups = groups_at(r, tile);
   const int cls = class_at(r, tile);
-  const GroupBlock halves[2] = {{work, first_block, groups}, {work, first_block + 1, groups}};
+  const GroupBlock halves[2] = {group_block(work, first_block, groups), group_block(work, first_block + 1, groups)};
   block_sync();
 
   // The parts of the depth that either half sees.
@@ -420,62 +485,10 @@ __global__ void __launch_bounds__(HiddenTileShape::kThreads, HiddenTileShape::kC
     advance(now);
   });
   if (mine.cols <= 0) return;
-
-  const int64_t first_col = int64_t{mine.group} * r.width + mine.first;
-  if (p.bias != nullptr && mine.active) {
-    add_bias(acc, static_cast<const T*>(p.bias) + cls * p.bias_stride + first_col, mine.cols);
-  }
-  const int64_t out_stride = int64_t{r.num_groups} * r.width;
-  T* out = static_cast<T*>(p.out) + first_col;
-  T* ungated = static_cast<T*>(p.ungated) + first_col;
-  const T* dot_with = static_cast<const T*>(p.dot_with) + first_col;
-  float* dots = p.dots;
-  if (dots != nullptr && work.group_blocks.divisor > 1) {
-    dots = p.dot_partials + int64_t{mine.first / kHiddenBlock} * r.tokens * r.num_groups;
-  }
-  const auto used_at = [&](int row) { return static_cast<bool>(tokens.mask(warp_row + row) >> mine.group & 1); };
-  if (p.dot_with != nullptr || p.ungated != nullptr) {
-    float dot = 0.f;
-    for_each_vector<T>(acc, [&](int row, int col, const uint32_t (&v)[4]) {
-      const int token = tokens.token(warp_row + row);
-      if (token >= 0 && col < mine.cols) {
-        Vec<uint32_t, 4> z{{}};
-        if (used_at(row)) {
-          z = {{v[0], v[1], v[2], v[3]}};
-          if (p.dot_with != nullptr) {
-            const auto factor = load_global(reinterpret_cast<const Vec<T, 8>*>(dot_with + token * p.dot_stride + col));
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const auto pair = unpack2<T>(v[i]);
-              dot += pair[0] * to_float(factor[2 * i]) + pair[1] * to_float(factor[2 * i + 1]);
-            }
-          }
-        }
-        if (p.ungated != nullptr) {
-          store_global(reinterpret_cast<Vec<uint32_t, 4>*>(ungated + token * out_stride + col), z);
-        }
-      }
-      if (p.dot_with != nullptr &&
-          col / 32 == kHiddenBlock / 32 - 1) {  // the last of the row's columns that this lane has
-        const float sum = warp_reduce<4>(dot, Sum{});
-        if (token >= 0 && lane_id() % 4 == 0) store_global(dots + int64_t{token} * r.num_groups + mine.group, sum);
-        dot = 0.f;
-      }
-    });
-  }
-  if (p.gates != nullptr) {
-    scale_rows(acc, [&](int row) {
-      const int token = tokens.token(warp_row + row);
-      const float* gate = p.gates + int64_t{token} * r.num_groups + mine.group;
-      return token >= 0 && used_at(row) ? load_global(gate) : 1.f;
-    });
-  }
-  for_each_vector<T>(acc, [&](int row, int col, const uint32_t (&v)[4]) {
-    const int token = tokens.token(warp_row + row);
-    if (token < 0 || col >= mine.cols) return;
-    Vec<uint32_t, 4> y{{}};
-    if (used_at(row)) y = {{v[0], v[1], v[2], v[3]}};
-    store_global(reinterpret_cast<Vec<uint32_t, 4>*>(out + token * out_stride + col), y);
+  store_scattered<T>(acc, p, mine, cls, tokens, warp_row, [&](int row) {
+    const int token = tokens.token(row);
+    const float* gate = p.gates + int64_t{token} * r.num_groups + mine.group;
+    return token >= 0 && (tokens.mask(row) >> mine.group & 1) ? load_global(gate) : 1.f;
   });
 }
 
