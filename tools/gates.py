@@ -149,12 +149,18 @@ ONLY: tuple[ArchRule, ...] = ()
 # Kernels for compute capability 9.0 alone, and no others, have this in their names. Each of them matches one row of
 # HOPPER, and each row a kernel. Registers: 168 with 384 threads (two warpgroups of consumers), 128 with 512 (three).
 # The gate says of a kernel without a row what its machine code has; a row holds what the source has.
-#     HopperRule(r"varlen_attention_forward_hopper<.*, 128, ", threads=384, registers=168, waits=4, fences=4),
 HOPPER_NAME = "hopper"
 HOPPER: tuple[HopperRule, ...] = (
     # A branch for each of four depths.
     HopperRule(r"wgmma_product_hopper<.*ProductLeft\)[01],", threads=128, registers=58, waits=4, fences=4),
     HopperRule(r"wgmma_product_hopper<.*ProductLeft\)2,", threads=128, registers=74, waits=4, fences=4),
+    # One wait before the loops and one behind them, two in each of three loops, or in one where nothing is masked but
+    # the end; a fence before, one behind, and one in each loop.
+    HopperRule(r"varlen_attention_forward_hopper<.*<64, 192, 128, ", threads=512, registers=128, waits=8, fences=5),
+    HopperRule(
+        r"varlen_attention_forward_hopper<.*<(64|128), 128, 128, ", threads=384, registers=168, waits=8, fences=5
+    ),
+    HopperRule(r"varlen_attention_forward_hopper<.*<128, 128, 176, ", threads=384, registers=168, waits=4, fences=3),
 )
 HOPPER_OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(HOPPER_NAME, r"HGMMA\.", ("sm_90a",)),  # wgmma

@@ -4,8 +4,8 @@
 // Tile      kBlockM queries of one sequence and head against kBlockN keys at a time, from the last keys to the first
 //           (tiles.cuh). A CTA finds its tile by a search (sequences.cuh); one CTA an SM. In causal attention the later
 //           tiles of a sequence, which are longer, come first.
-// Roles     Warpgroup 0 is the producer: a lane of its warp 0 issues all copies, its warp 1 writes zeros behind the last
-//           value of a sequence. Each further warpgroup is a consumer with 64 of the queries.
+// Roles     Warpgroup 0 is the producer: a lane of its warp 0 issues all copies, its warp 1 writes zeros behind the
+//           last value of a sequence. Each further warpgroup is a consumer with 64 of the queries.
 // Loads     TMA boxes of kBlockN tokens and 64 columns, two stages of K and of V, Q once. A box reads on into the next
 //           sequence. Its keys are masked, its rows of Q are not stored, but 0 times an Inf or NaN of its values would
 //           reach the sums: of the one block that crosses the end, V is completed by zero_tail.
@@ -90,8 +90,8 @@ struct ForwardWork {
 
 // ---- producer ----
 
-// Issues all copies, in the order in which stages become empty: a consumer is done with its keys half a step before it is
-// done with the values of the block before. One thread calls it.
+// Issues all copies, in the order in which stages become empty: a consumer is done with its keys half a step before it
+// is done with the values of the block before. One thread calls it.
 template <class Tile>
 __device__ __forceinline__ void load_tiles(const HopperForwardParams& params, const ForwardBuffers<Tile>& buffers,
                                            const ForwardWork<Tile>& work) {
@@ -263,9 +263,9 @@ struct ForwardConsumer {
     for_each_accumulator<1, kO>([&](int, int c, int e) { o[c][e] *= rescale[e / 2]; });
   }
 
-  // Waits for the values of block n and the keys of the next one. It stands between the softmax and the wait for P V: in
-  // straight code ptxas moves that wait up in front of most of the exponentials, and the product hides nothing. Copies
-  // run a step ahead, so as a rule nothing is waited for.
+  // Waits for the values of block n and the keys of the next one. It stands between the softmax and the wait for P V:
+  // in straight code ptxas moves that wait up in front of most of the exponentials, and the product hides nothing.
+  // Copies run a step ahead, so as a rule nothing is waited for.
   __device__ __forceinline__ void await_next(int n) {
     at.wait_full(buffers.v_ring());
     before = at;
@@ -364,8 +364,8 @@ __device__ __forceinline__ void consume(const HopperForwardParams& params, const
                                               .turns = {index, work.consumers()},
                                               .tile_row = tile_row,
                                               .warp_row = tile_row + warp_id() % 4 * 16};
-  // All of the warpgroup's rows see all keys of the blocks [n_left, n_right): its first row sees the lowest last key, its
-  // last one the highest first key.
+  // All of the warpgroup's rows see all keys of the blocks [n_left, n_right): its first row sees the lowest last key,
+  // its last one the highest first key.
   const int last_row = min(tile_row + kWarpgroupRows, work.rows) - 1;
   const int n_right = visible_keys(work.pair, work.block_row + tile_row).last / Tile::kBlockN;
   const int n_left = ceil_div(visible_keys(work.pair, work.block_row + last_row).first, Tile::kBlockN);

@@ -8,8 +8,8 @@ namespace warpform {
 
 bool launch_varlen_attention_hopper(const AttentionForwardParams& params, void* stream) {
   const AttentionProblem& p = params.problem;
-  // Up to 64 queries half of a tile or more would be empty, and tiles of 64 queries run on mma.sync with several CTAs an
-  // SM. The rule is by counts; it is not measured.
+  // Up to 64 queries half of a tile or more would be empty, and tiles of 64 queries run on mma.sync with several CTAs
+  // an SM. The rule is by counts; it is not measured.
   if (p.max_seqlen_q <= 64) return false;
   return dispatch_half(p.dtype, [&]<class T>() {
     switch (p.head_dim) {

@@ -14,17 +14,19 @@ constexpr int kWarpgroupRows = 64;                                // of a wgmma
 // Queries x keys at a time. A consumer warpgroup has 64 of the queries; one more warpgroup is the producer.
 //
 // kWindow     keys may be hidden from a query that lie before the sequence's end (causal attention, windows).
-// kPingPong   the consumer warpgroups issue products by turns, so that the softmax of one runs under the products of the
-//             others: at 128x128 and head_dim 128 a softmax is 528 clocks of exp2 and 550 of issue, the products of the
-//             other warpgroup are 1,024. FlashAttention-3 does so up to head_dim 128; it is to be measured here.
-template <int kHeadDim_, int kBlockM_, int kBlockN_, bool kWindow_, bool kPingPong_ = true>
+// kPingPong   the consumer warpgroups issue products by turns, so that the softmax of one runs under the products of
+//             the others: at 128x128 and head_dim 128 a softmax is 528 clocks of exp2 and 550 of issue, the products of
+//             the other warpgroup are 1,024. FlashAttention-3 does so up to head_dim 128; it is to be measured here.
+template <int kHeadDim_, int kBlockM_, int kBlockN_, bool kWindow_, bool kPingPong_>
 struct HopperForwardTile {
   static constexpr int kHeadDim = kHeadDim_, kBlockM = kBlockM_, kBlockN = kBlockN_;
   static constexpr bool kWindow = kWindow_, kPingPong = kPingPong_;
   static constexpr int kStages = 2;  // of K and of V
   static constexpr int kConsumers = kBlockM / kWarpgroupRows;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroupSize;
-  // A thread's, after setmaxnreg. The producer issues copies and needs few; at 24 it leaves two consumers 240.
+  // A thread's registers on entry, 168 or 128, and after setmaxnreg, which moves them between warpgroups. The producer
+  // issues copies and needs few; at 24 it leaves two consumers 240.
+  static constexpr int kEntryRegisters = kMostRegisters / kThreads / 8 * 8;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
 
@@ -37,23 +39,23 @@ struct HopperForwardTile {
   static_assert(kConsumers == 2 || kConsumers == 3, "the registers are for as many");
   static_assert(kBlockM % kWarpgroupRows == 0 && kBlockM <= 256 && kBlockN <= 256, "a box has up to 256 rows");
   static_assert(kSharedBytes <= kMostSharedBytes, "a block has no more shared memory");
-  static_assert(kWarpgroupSize * (kProducerRegisters + kConsumers * kConsumerRegisters) <= kMostRegisters,
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kEntryRegisters,
                 "the consumers would wait for registers for ever");
 };
 
-// head_dim 128, any mask and score bias. 2,048 clocks of products, 1,056 of exp2, 1,100 of issue; 163,920 bytes. S, O and
-// P are 160 registers a thread. The block is square so that causal attention masks one block in a tile.
-using HopperTile128 = HopperForwardTile<128, 128, 128, true>;
+// head_dim 128, any mask and score bias. 2,048 clocks of products, 1,056 of exp2, 1,100 of issue; 163,920 bytes. S, O
+// and P are 160 registers a thread. The block is square so that causal attention masks one block in a tile.
+using HopperTile128 = HopperForwardTile<128, 128, 128, /*kWindow=*/true, /*kPingPong=*/true>;
 // head_dim 128, every query sees all keys. 2,816 clocks of products, 1,440 of exp2, 1,356 of issue: a tenth fewer issue
 // slots a key than 128 keys take, and fewer waits. 213,072 bytes; S, O and P are 196 registers a thread. 192 keys would
 // take 229,456 bytes and 208 registers.
-using HopperTile128Wide = HopperForwardTile<128, 128, 176, false>;
+using HopperTile128Wide = HopperForwardTile<128, 128, 176, /*kWindow=*/false, /*kPingPong=*/true>;
 // head_dim 64. 1,536 clocks of products, 1,584 of exp2, 1,404 of issue: all three at their limits. A third of the
 // reads of K and V from L2 that 64 queries would take; 90,192 bytes. S, O and P are 128 registers of 160.
-using HopperTile64 = HopperForwardTile<64, 192, 128, true>;
+using HopperTile64 = HopperForwardTile<64, 192, 128, /*kWindow=*/true, /*kPingPong=*/true>;
 // head_dim 64, for lengths of which 192 queries would leave much of a tile empty, and for score biases, which need more
 // than 160 registers. 1,024 clocks of products, 1,056 of exp2, 956 of issue; 82,000 bytes.
-using HopperTile64Small = HopperForwardTile<64, 128, 128, true>;
+using HopperTile64Small = HopperForwardTile<64, 128, 128, /*kWindow=*/true, /*kPingPong=*/true>;
 
 // Whether blocks of `wide` rows are to be taken instead of `narrow` ones for so many rows: if what is computed in vain
 // past the end grows by no more than one part in `share`. The shares are guesses from the counts above: 16 for keys, as
