@@ -126,6 +126,8 @@ OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(MONARCH, r"LDSM\."),
     OpcodeRule(MONARCH, r"LDGSTS\."),
     OpcodeRule(MONARCH, r"STG\..*128"),  # from registers, without shared memory between
+    OpcodeRule(r"(block_gemm|monarch_forward)_hopper<", r"STG\..*128", ("sm_90a",)),
+    OpcodeRule(r"monarch_forward_hopper<", r"STSM\.", ("sm_90a",)),  # stmatrix
     OpcodeRule(FFT_CONV, r"HMMA\.16816\.F32"),
     OpcodeRule(FFT_CONV, r"LDSM\..*\.MT88"),  # ldmatrix, transposing
     OpcodeRule(FFT_CONV, r"LDG\..*128"),
@@ -155,13 +157,16 @@ HOPPER: tuple[HopperRule, ...] = (
     # A branch for each of four depths.
     HopperRule(r"wgmma_product_hopper<.*ProductLeft\)[01],", threads=128, registers=58, waits=4, fences=4),
     HopperRule(r"wgmma_product_hopper<.*ProductLeft\)2,", threads=128, registers=74, waits=4, fences=4),
+    HopperRule(r"\bblock_gemm_hopper<", threads=384, registers=168, waits=2, fences=2),
+    # One warpgroup of consumers and a warp that loads, which leave registers enough without setmaxnreg. Two products.
+    HopperRule(r"\bmonarch_forward_hopper<", threads=160, registers=163, waits=4, fences=4),
 )
 HOPPER_OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(HOPPER_NAME, r"HGMMA\.", ("sm_90a",)),  # wgmma
     OpcodeRule(HOPPER_NAME, r"UTMALDG\.", ("sm_90a",)),  # TMA
     OpcodeRule(HOPPER_NAME, r"SYNCS\.", ("sm_90a",)),  # mbarrier
 )
-WARPGROUPS = r"(?<!wgmma_product)_hopper"  # kernels of several
+WARPGROUPS = r"(?<!wgmma_product)(?<!monarch_forward)_hopper"  # kernels of several
 WARPGROUPS_OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(WARPGROUPS, r"USETMAXREG\.DEALLOC", ("sm_90a",)),  # producers give registers
     OpcodeRule(WARPGROUPS, r"USETMAXREG\.TRY_ALLOC", ("sm_90a",)),  # consumers take them
