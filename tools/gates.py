@@ -126,6 +126,8 @@ OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(MONARCH, r"LDSM\."),
     OpcodeRule(MONARCH, r"LDGSTS\."),
     OpcodeRule(MONARCH, r"STG\..*128"),  # from registers, without shared memory between
+    OpcodeRule(r"(block_gemm|monarch_forward)_hopper<", r"STG\..*128", ("sm_90a",)),
+    OpcodeRule(r"monarch_forward_hopper<", r"STSM\.", ("sm_90a",)),  # stmatrix
     OpcodeRule(FFT_CONV, r"HMMA\.16816\.F32"),
     OpcodeRule(FFT_CONV, r"LDSM\..*\.MT88"),  # ldmatrix, transposing
     OpcodeRule(FFT_CONV, r"LDG\..*128"),
@@ -161,13 +163,20 @@ HOPPER: tuple[HopperRule, ...] = (
         r"varlen_attention_forward_hopper<.*<(64|128), 128, 128, ", threads=384, registers=168, waits=8, fences=5
     ),
     HopperRule(r"varlen_attention_forward_hopper<.*<128, 128, 176, ", threads=384, registers=168, waits=4, fences=3),
+    HopperRule(r"\bblock_gemm_hopper<", threads=384, registers=168, waits=2, fences=2),
+    # One warpgroup of consumers and a warp that loads, which leave registers enough without setmaxnreg. Two products.
+    HopperRule(r"\bmonarch_forward_hopper<", threads=160, registers=163, waits=4, fences=4),
+    # With gates the left operand takes its way through registers: a group for each of four products of a step.
+    HopperRule(r"hidden_gather_hopper<.*, true>", threads=384, registers=168, waits=6, fences=5),
+    HopperRule(r"hidden_gather_hopper<.*, false>", threads=384, registers=168, waits=2, fences=2),
+    HopperRule(r"hidden_scatter_hopper<", threads=384, registers=168, waits=2, fences=2),
 )
 HOPPER_OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(HOPPER_NAME, r"HGMMA\.", ("sm_90a",)),  # wgmma
     OpcodeRule(HOPPER_NAME, r"UTMALDG\.", ("sm_90a",)),  # TMA
     OpcodeRule(HOPPER_NAME, r"SYNCS\.", ("sm_90a",)),  # mbarrier
 )
-WARPGROUPS = r"(?<!wgmma_product)_hopper"  # kernels of several
+WARPGROUPS = r"(?<!wgmma_product)(?<!monarch_forward)_hopper"  # kernels of several
 WARPGROUPS_OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(WARPGROUPS, r"USETMAXREG\.DEALLOC", ("sm_90a",)),  # producers give registers
     OpcodeRule(WARPGROUPS, r"USETMAXREG\.TRY_ALLOC", ("sm_90a",)),  # consumers take them

@@ -31,7 +31,8 @@ struct WarpgroupTile {
   static constexpr int kM = 128, kN = kN_, kDepth = 64, kStages = kStages_;
   static constexpr Major kMajorA = kMajorA_, kMajorB = kMajorB_;
   static constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroupSize;
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kEntryRegisters = 168, kProducerRegisters = 40, kConsumerRegisters = 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kEntryRegisters);
   static constexpr int kCtas = 1;  // an SM
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                     (1 + kConsumers) * (64 * 1024 / kThreads / 8 * 8),
