@@ -163,7 +163,7 @@ def _routing() -> Iterator[Call]:
     """Up to the most groups, whose gates take the most shared memory, and the longest list of tiles of a split."""
     tile, dense = 128, 1024
     for dtype in SIXTEEN_BIT:
-        for tokens, groups in ((1, 16), (4, 16), (4096, 16), (4096, 64), (1_000_000, 64)):
+        for tokens, groups in ((1, 16), (4, 16), (256, 16), (4096, 16), (4096, 64), (1_000_000, 64)):
             tiles, hidden = -(-tokens // tile) + 1, 64 * groups
             mask, inverse = _empty(tokens, dtype=torch.int64), _empty(tokens, dtype=torch.int32)
             perm, tile_class = _empty(tiles * tile, dtype=torch.int32), _empty(tiles, dtype=torch.int32)

@@ -136,6 +136,9 @@ OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(HIDDEN, r"LDGSTS\."),
     OpcodeRule(r"hidden_(gather|scatter)<", r"STG\..*128"),
     OpcodeRule(r"hidden_(gather|scatter)_gemv<", r"LDG\..*128"),
+    OpcodeRule(r"hidden_(gather|scatter)_hopper<", r"LDGSTS\..*128", ("sm_90a",)),  # rows of tokens
+    OpcodeRule(r"hidden_(gather|scatter)_hopper<", r"STG\..*128", ("sm_90a",)),
+    OpcodeRule(r"hidden_gather_hopper<.*, true>", r"LDSM\.", ("sm_90a",)),
     OpcodeRule(STEPS, r"HMMA\.16816\.F32"),  # ring attention's policy of the same kernels
     OpcodeRule(STEPS, r"LDG\..*64"),  # the float32 state, 8 bytes a thread
     OpcodeRule(STEPS, r"STG\..*64"),
