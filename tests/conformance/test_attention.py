@@ -42,7 +42,8 @@ EVERY = (REFERENCE, CPU, SIMT, GPU)
 def test_cases(backend: Backend, case: AttentionCase, dtype: torch.dtype) -> None:
     """A GPU with few multiprocessors takes the large tiles where lengths allow, one with many the small ones."""
     for _ in backend.machines((0, FEW_SMS), (len(case.name), MANY_SMS)):
-        checks.check_attention(backend.library, case, dtype, backend.device)
+        for _ in backend.kernel_sets():
+            checks.check_attention(backend.library, case, dtype, backend.device)
 
 
 @drawn_on(
@@ -50,13 +51,21 @@ def test_cases(backend: Backend, case: AttentionCase, dtype: torch.dtype) -> Non
     case=cases.attention_cases(),
     sm_count=st.sampled_from((FEW_SMS, MANY_SMS)),
     deterministic=st.booleans(),
+    hopper=st.booleans(),
 )
 def test_drawn(
-    backend: Backend, case: AttentionCase, dtype: torch.dtype, seed: int, sm_count: int, deterministic: bool
+    backend: Backend,
+    case: AttentionCase,
+    dtype: torch.dtype,
+    seed: int,
+    sm_count: int,
+    deterministic: bool,
+    hopper: bool,
 ) -> None:
     backend.configure(seed, sm_count)
     library = Deterministic(backend.library) if deterministic else backend.library
-    checks.check_attention(library, case, dtype, backend.device)
+    with backend.hopper(hopper):
+        checks.check_attention(library, case, dtype, backend.device)
 
 
 @on(CPU, SIMT, GPU)  # PyTorch's fused attention, which the reference calls, rounds scores to q's dtype

@@ -67,14 +67,16 @@ def has_backward(backend: Backend, case: MonarchCase) -> bool:
 @on(*EVERY, case=with_tiles(BLOCKDIAG_CASES, BLOCKDIAG_TILES))
 def test_blockdiag_cases(backend: Backend, case: BlockdiagCase, dtype: torch.dtype) -> None:
     for _ in backend.machines((0, FEW_SMS), (len(case.name), MANY_SMS)):
-        monarch.check_blockdiag_multiply(backend.library, case, dtype, backend.device)
+        for _ in backend.kernel_sets():
+            monarch.check_blockdiag_multiply(backend.library, case, dtype, backend.device)
 
 
 @on(*EVERY, case=with_tiles(MONARCH_CASES, MONARCH_TILES))
 def test_monarch_cases(backend: Backend, case: MonarchCase, dtype: torch.dtype) -> None:
     for _ in backend.machines((0, FEW_SMS), (len(case.name), MANY_SMS)):
         backward = has_backward(backend, case)
-        monarch.check_monarch_multiply(backend.library, case, dtype, backend.device, backward=backward)
+        for _ in backend.kernel_sets():
+            monarch.check_monarch_multiply(backend.library, case, dtype, backend.device, backward=backward)
 
 
 @on(*EVERY, case=with_tiles(GLU_CASES, GLU_TILES))
@@ -86,10 +88,18 @@ def test_glu_cases(backend: Backend, case: GluCase, dtype: torch.dtype) -> None:
 SM_COUNTS = st.sampled_from((1, 4, 1024))
 
 
-@drawn_on(*EVERY, case=lambda b: monarch.blockdiag_cases(aligned=b in (SIMT, GPU)), sm_count=SM_COUNTS)
-def test_drawn_blockdiag(backend: Backend, case: BlockdiagCase, dtype: torch.dtype, seed: int, sm_count: int) -> None:
+@drawn_on(
+    *EVERY,
+    case=lambda b: monarch.blockdiag_cases(aligned=b in (SIMT, GPU)),
+    sm_count=SM_COUNTS,
+    hopper=st.booleans(),
+)
+def test_drawn_blockdiag(
+    backend: Backend, case: BlockdiagCase, dtype: torch.dtype, seed: int, sm_count: int, hopper: bool
+) -> None:
     backend.configure(seed, sm_count)
-    monarch.check_blockdiag_multiply(backend.library, case, dtype, backend.device)
+    with backend.hopper(hopper):
+        monarch.check_blockdiag_multiply(backend.library, case, dtype, backend.device)
 
 
 @drawn_on(
@@ -97,13 +107,15 @@ def test_drawn_blockdiag(backend: Backend, case: BlockdiagCase, dtype: torch.dty
     case=lambda b: monarch.monarch_cases(aligned=b in (SIMT, GPU)),
     shared=st.sampled_from((AD102_SHARED, H200_SHARED)),
     sm_count=SM_COUNTS,
+    hopper=st.booleans(),
 )
 def test_drawn_monarch(
-    backend: Backend, case: MonarchCase, dtype: torch.dtype, shared: int, seed: int, sm_count: int
+    backend: Backend, case: MonarchCase, dtype: torch.dtype, shared: int, seed: int, sm_count: int, hopper: bool
 ) -> None:
     backend.configure(seed, sm_count, shared)
     backward = has_backward(backend, case)
-    monarch.check_monarch_multiply(backend.library, case, dtype, backend.device, backward=backward)
+    with backend.hopper(hopper):
+        monarch.check_monarch_multiply(backend.library, case, dtype, backend.device, backward=backward)
 
 
 @drawn_on(*EVERY, case=lambda b: monarch.glu_cases(aligned=b in (SIMT, GPU)), sm_count=SM_COUNTS)

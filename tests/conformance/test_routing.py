@@ -76,14 +76,16 @@ def test_mask(backend: Backend, dtype: torch.dtype) -> None:
 @by_direction
 @on(*EVERY, case=cases(*WIDE))
 def test_cases(backend: Backend, case: HiddenCase, dtype: torch.dtype, routed_out: bool) -> None:
-    hidden.check_hidden(backend.library, case, dtype, backend.device, routed_out=routed_out)
+    for _ in backend.kernel_sets():
+        hidden.check_hidden(backend.library, case, dtype, backend.device, routed_out=routed_out)
 
 
-@drawn_on(*EVERY, case=hidden.hidden_cases(), routed_out=st.booleans())
-def test_drawn(backend: Backend, case: HiddenCase, dtype: torch.dtype, routed_out: bool) -> None:
+@drawn_on(*EVERY, case=hidden.hidden_cases(), routed_out=st.booleans(), hopper=st.booleans())
+def test_drawn(backend: Backend, case: HiddenCase, dtype: torch.dtype, routed_out: bool, hopper: bool) -> None:
     case = for_backend(backend, case)
     hidden.check_routing_plan(backend.library, case, backend.device)
-    hidden.check_hidden(backend.library, case, dtype, backend.device, routed_out=routed_out)
+    with backend.hopper(hopper):
+        hidden.check_hidden(backend.library, case, dtype, backend.device, routed_out=routed_out)
 
 
 def _call(backend: Backend, x: HiddenInputs, routed_out: bool) -> list[Tensor]:

@@ -159,6 +159,24 @@ class Backend:
             self.configure(*machine)
             yield
 
+    @contextlib.contextmanager
+    def hopper(self, taken: bool) -> Iterator[None]:
+        """Inside, GPUs of compute capability 9.0 take the kernels for them, or those for every GPU."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WARPFORM_HOPPER", "1" if taken else "0")
+            yield
+
+    def kernel_sets(self) -> Iterator[None]:
+        """The body of the loop runs with the kernels for compute capability 9.0 and without them, where it had any."""
+        for taken in (True, False):
+            before = len(self.library.launches()) if self.name == "simt" else 0
+            with self.hopper(taken):
+                yield
+            if self.name in ("reference", "cpu"):
+                return
+            if self.name == "simt" and not any("hopper" in each["kernel"] for each in self.library.launches()[before:]):
+                return
+
     # ---- properties ----
 
     def assert_repeats(
