@@ -297,6 +297,39 @@ def test_errors_are_those_of_the_public_function(simt: Simt, change: dict[str, A
 # ---- facts and plans ----
 
 
+@pytest.mark.parametrize("capability", (80, 90, 100, 120))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_large_problems_take_kernels_for_hopper_on_hopper_alone(capability: int, dtype: torch.dtype) -> None:
+    """The sizes that benchmarks have in mind, of each op that has such kernels."""
+    import warpform._C as module
+
+    needs_kernels()
+    if not _library.build_info()["hopper"]:
+        pytest.skip("built without kernels for Hopper")
+
+    def meta(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=of, device="meta")
+
+    offsets, mask = meta(9, of=torch.int32), torch.full((16384,), 0xFF)  # 8 of 16 groups
+    plan = (mask, *torch.ops.warpform.routing_plan(mask, None, 16, 1, 128), None, 16, 1)
+    gates, weight = meta(16384, 16, of=torch.float32), meta(4096, 4096)
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+        ("blockdiag_multiply", (meta(8192, 8192), meta(1, 8192, 8192)), {}),
+        ("blockdiag_multiply", (meta(16384, 4096), meta(4, 1024, 1024)), {}),
+        ("monarch_multiply", (meta(16384, 768), meta(4, 192, 192), meta(4, 768, 192)), {}),
+        ("hidden_gather_linear", (meta(16384, 4096), weight, gates, None, *plan), {}),
+        ("hidden_scatter_linear", (meta(16384, 4096), weight, gates, None, False, *plan), {}),
+    ]
+    for head_dim in (64, 128):
+        q = meta(16384, 2048 // head_dim, head_dim)
+        for causal in (False, True):
+            calls.append(("varlen_attention", (q, q, q, offsets, offsets, 2048, 2048), {"causal": causal}))
+    for name, arguments, options in calls:
+        found = module.launch_plan(name, *arguments, capability=capability, **options)
+        kernels = [launch["kernel"] for launch in found["launches"]]
+        assert any("hopper" in kernel for kernel in kernels) == (capability == 90), (name, kernels)
+
+
 def test_facts() -> None:
     import warpform._C as module
 
@@ -361,6 +394,7 @@ def test_plans_follow_the_sizes_and_the_machine() -> None:
     def plan(tokens: int, **machine: int) -> dict[str, Any]:
         q = torch.empty(tokens, 16, 128, dtype=torch.bfloat16, device="meta")
         cu = torch.empty(2, dtype=torch.int32, device="meta")
+        machine = {"capability": 80} | machine
         found: dict[str, Any] = module.launch_plan("varlen_attention", q, q, q, cu, cu, tokens, tokens, **machine)
         return found
 

@@ -82,6 +82,7 @@ def test_what_compiles_without_a_note_passes(tmp_path, arguments):
         (SERIALISED.replace("C7510", "C7514"), "the same fences and waits"),
         (SERIALISED.replace("C7510", "C9999"), "from the wgmma_fence to the wgmma_wait"),
         (INJECTED, "in the wgmma_fence before it"),
+        (INJECTED.replace("C7519", "C9999"), "in the wgmma_fence before it"),
     ],
 )
 def test_a_note_is_one_sentence_and_leaves_no_object(tmp_path, arguments, note, remedy):

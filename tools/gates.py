@@ -73,7 +73,7 @@ class HopperRule:
     """A kernel on wgmma and TMA, in all its instances that `kernel` matches.
 
     Threads of a block, and registers a thread before setmaxnreg moves them. waits: how many WARPGROUP.DEPBAR
-    (wgmma_wait) the machine code has, exactly; fences: how many WARPGROUP.ARRIVE (wgmma_fence) it has at most. Both are
+    (wgmma_wait) the machine code has; fences: how many WARPGROUP.ARRIVE (wgmma_fence). Both are
     counted in the source, in an unrolled loop as often as it is unrolled.
     """
 
@@ -555,7 +555,7 @@ def check_wgmma(kernels: list[Kernel], rules: tuple[HopperRule, ...] = HOPPER) -
             problems.append(f"{where} begins with {registers} registers a thread, not {row.registers}")
         if waits != row.waits:
             problems.append(f"{where} has {waits} WARPGROUP.DEPBAR, and {row.waits} are written")
-        if fences > row.fences:
+        if fences != row.fences:
             problems.append(f"{where} has {fences} WARPGROUP.ARRIVE, and {row.fences} are written")
     return Verdict("wgmma", problems, f"{users} kernels, none serialised" if users else "no kernel uses it yet")
 

@@ -33,6 +33,8 @@ def fault(output: str) -> tuple[str, str] | None:
             return line.strip(), REMEDIES[code[1]]
         if "wgmma" in line and "are serialized" in line:
             return line.strip(), SERIALISED
+        if "warpgroup.arrive is injected" in line:
+            return line.strip(), REMEDIES["C7519"]
     return None
 
 

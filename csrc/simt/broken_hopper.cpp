@@ -262,6 +262,14 @@ __global__ void initialised_without_fence(const __grid_constant__ HopperBrokenPa
   mbarrier_wait(barrier(0), 0);
 }
 
+__global__ void fenced_after_the_barrier(const __grid_constant__ HopperBrokenParams p) {
+  if (thread() == 0) mbarrier_init(barrier(0), 1);
+  block_sync();
+  if (thread() == 0) fence_mbarrier_init();
+  if (thread() == 64) load(p, 0, 0, 0);
+  mbarrier_wait(barrier(0), 0);
+}
+
 __global__ void initialised_twice(const __grid_constant__ HopperBrokenParams) {
   start();
   if (thread() == 70) mbarrier_init(barrier(2), 1);
@@ -736,6 +744,7 @@ const std::map<std::string, Run> kKernels = {
     WARPFORM_BROKEN(never_initialised, 128),
     WARPFORM_BROKEN(initialised_without_barrier, 128),
     WARPFORM_BROKEN(initialised_without_fence, 128),
+    WARPFORM_BROKEN(fenced_after_the_barrier, 128),
     WARPFORM_BROKEN(initialised_twice, 128),
     WARPFORM_BROKEN(store_over_an_mbarrier, 128),
     WARPFORM_BROKEN(misaligned_mbarrier, 128),

@@ -17,7 +17,7 @@ struct Mbarrier {
   uint32_t phases = 0;  // that have ended
   int initialiser;      // thread
   Time initialised;
-  bool fenced = false;
+  Time fenced = 0;        // by the initialiser's fence; 0: not yet
   Knowledge arriving{};   // of those who have arrived
   Knowledge published{};  // of those who had when the last phase ended
   std::vector<int> waiting{};
@@ -87,7 +87,9 @@ void init_mbarrier(uint32_t address, int arrivals, const Where& where) {
 }
 
 void fence_mbarrier_inits() {
-  for (Mbarrier& b : barriers) b.fenced = b.fenced || b.initialiser == this_thread();
+  for (Mbarrier& b : barriers) {
+    if (b.initialiser == this_thread() && b.fenced == 0) b.fenced = ++block.now;
+  }
 }
 
 void arrive_at_mbarrier(uint32_t address, int expected_bytes, const Where& where) {
@@ -134,8 +136,11 @@ void wait_for_mbarrier(uint32_t address, uint32_t parity, const Where& where) {
 
 int mbarrier_of_copy(uint32_t address, const Where& where) {
   const Mbarrier& b = usable(address, "a bulk copy", where);
-  if (!b.fenced) {
-    fail("a bulk copy completes on " + place(b) + ", and its initialisation has no fence_mbarrier_init;", where);
+  const bool ordered = this_thread() == b.initialiser || b.fenced < this_warp().knows.before[b.initialiser / kLanes];
+  if (b.fenced == 0 || !ordered) {
+    fail("a bulk copy completes on " + place(b) +
+             ", and its initialisation has no fence_mbarrier_init before the barrier that orders them;",
+         where);
   }
   return static_cast<int>(&b - barriers.data());
 }

@@ -334,7 +334,8 @@ void begin_bulk_copy_to(uint32_t address, const Where& where) {
   const uint32_t offset = locate<16>(address, "bulk copy", where);
   check_free<kChunk>(offset, "a bulk copy", where);
   for_each_granule(offset / kChunk, [&](const Granule& g, uint32_t at) {
-    if (!crosses_proxy(g.write, this_warp().knows)) lacks_proxy_fence(at, "a bulk copy", g.write, where);
+    const bool known = ordered(g.write, warp_number(this_warp()), this_lane());
+    if (known && !crosses_proxy(g.write, this_warp().knows)) lacks_proxy_fence(at, "a bulk copy", g.write, where);
   });
   begin_shared_copy(address, where);
 }

@@ -105,7 +105,7 @@ Description decode(uint64_t bits, const char* name, const Where& where) {
   constexpr uint64_t kFields = 0x3fff | uint64_t{0x3fff} << 16 | uint64_t{0x3fff} << 32 | uint64_t{3} << 62;
   if (bits & ~kFields) fail(std::string("wgmma: the description of ") + name + " has bits that mean nothing", where);
   const auto pattern = static_cast<uint32_t>(swizzle_bytes(d.swizzle)) * 8;  // bytes after which the swizzle repeats
-  if (d.swizzle != Swizzle::kNone && d.address % pattern >= 128) {
+  if (d.swizzle != Swizzle::kNone && d.address % pattern >= static_cast<uint32_t>(swizzle_bytes(d.swizzle))) {
     fail(std::string("wgmma: ") + name + " begins in the middle of its swizzle's pattern of " +
              std::to_string(pattern) + " bytes, at address " + std::to_string(d.address - kSharedBase),
          where);
@@ -201,6 +201,11 @@ Accumulators& take_accumulators(Warpgroup& w, int g, const Where& where) {
   const size_t bytes = static_cast<size_t>(first.columns) * 2;
   for (const auto& known : w.accumulators) {
     if (known->registers[0] != first.d) continue;
+    for (int t = 1; t < kThreads; ++t) {
+      if (known->registers[t] == operands_of(g, t).d) continue;
+      speak_for(thread_number(g, t));
+      fail("wgmma: this thread names other accumulators than at the product in flight before", where);
+    }
     if (known->columns != first.columns) {
       fail("wgmma: " + std::to_string(first.columns) + " columns on accumulators that products of " +
                std::to_string(known->columns) + " columns in flight have",
@@ -230,7 +235,9 @@ void issue(int g, const Where& where) {
   const ProductOperands& first = operands_of(g, 0);
   for (int t = 1; t < kThreads; ++t) {
     const ProductOperands& o = operands_of(g, t);
-    if (o.b == first.b && o.accumulate == first.accumulate && (o.registers_a != nullptr || o.a == first.a)) continue;
+    const bool same_shape = o.columns == first.columns && o.half == first.half && o.outer_a == first.outer_a &&
+                            o.outer_b == first.outer_b && (o.registers_a == nullptr) == (first.registers_a == nullptr);
+    if (same_shape && o.b == first.b && o.a == first.a && o.accumulate == first.accumulate) continue;
     speak_for(thread_number(g, t));
     fail("wgmma: this thread has another description of an operand, or accumulates otherwise, than thread " +
              std::to_string(thread_number(g, 0)),

@@ -48,8 +48,11 @@ FAULTS = {
     "never_initialised": r"mbarrier_arrive on address 32768, where no mbarrier was initialised",
     "initialised_without_barrier": r"mbarrier_(arrive|wait) on (address 32768, where no mbarrier was initialised"
     r"|the mbarrier at address 32768 is not ordered by a barrier after its initialisation by thread 0)",
-    "initialised_without_fence": r"a bulk copy completes on the mbarrier at address 32768, and its initialisation has "
-    r"no fence_mbarrier_init",
+    **dict.fromkeys(
+        ("initialised_without_fence", "fenced_after_the_barrier"),
+        r"a bulk copy completes on the mbarrier at address 32768, and its initialisation has no fence_mbarrier_init "
+        r"before the barrier that orders them",
+    ),
     "initialised_twice": r"mbarrier_init to address 32784, where an mbarrier lies",
     "store_over_an_mbarrier": r"store to address 32796, where an mbarrier lies",
     "misaligned_mbarrier": r"misaligned shared mbarrier of 8 bytes at address 32772",

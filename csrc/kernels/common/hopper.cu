@@ -17,9 +17,7 @@ constexpr bool kBuilt = true;
 constexpr bool kBuilt = false;
 #endif
 constexpr const char* kNoEncoder =
-    "the driver has no cuTensorMapEncodeTiled, with which the kernels for compute capability 9.0 read tensors; update "
-    "it "
-    "to 525 or later";
+    "the driver has no cuTensorMapEncodeTiled, with which kernels for Hopper describe tensors; update the driver";
 
 bool switched_off() {
   const char* value = std::getenv("WARPFORM_HOPPER");

@@ -25,11 +25,12 @@ int device_attribute() {
   constexpr int kDevices = 64;
   static std::atomic<int> cache[kDevices];
   const int device = current_device("warpform");
-  int value = device < kDevices ? cache[device].load(std::memory_order_relaxed) : 0;
-  if (value == 0) {
+  // One more than the value: 0 is what was not asked for yet.
+  int value = (device < kDevices ? cache[device].load(std::memory_order_relaxed) : 0) - 1;
+  if (value < 0) {
     throw_on_error("warpform", "cannot read the device's properties",
                    cudaDeviceGetAttribute(&value, kAttribute, device));
-    if (device < kDevices) cache[device].store(value, std::memory_order_relaxed);
+    if (device < kDevices) cache[device].store(value + 1, std::memory_order_relaxed);
   }
   return value;
 }

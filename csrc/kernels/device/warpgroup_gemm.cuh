@@ -14,8 +14,8 @@
 //           entry: the pool has no more.
 // Bounds    128 x 256: a step takes the tensor cores 1,024 clocks and shared memory 128 bytes a clock for as long, all
 //           that it gives. 128 x 128: 512 clocks, of which shared memory needs 640. L2 has to give 0.0117 and 0.0156
-//           bytes a FLOP, 8 TB/s at 700 TFLOP/s for the wide tile: a bound as near as the other two, until a cluster
-//           shares B.
+//           bytes a FLOP: at the 5.5 TB/s that it is said to give, 470 and 350 TFLOP/s, below the other two. A cluster
+//           of two that shares B would halve that; it is the first thing to add if a GPU shows the bound.
 // Measured  not yet on a GPU.
 #pragma once
 
@@ -31,8 +31,7 @@ struct WarpgroupTile {
   static constexpr int kM = 128, kN = kN_, kDepth = 64, kStages = kStages_;
   static constexpr Major kMajorA = kMajorA_, kMajorB = kMajorB_;
   static constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroupSize;
-  static constexpr int kEntryRegisters = 168, kProducerRegisters = 40, kConsumerRegisters = 232;
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kEntryRegisters);
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr int kCtas = 1;  // an SM
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                     (1 + kConsumers) * (64 * 1024 / kThreads / 8 * 8),

@@ -16,6 +16,8 @@
 //           products' time at head_dim 128 and 1.03 of it at 64. Shared memory: 107 to 112 of 128 bytes a clock while
 //           the tensor cores are busy. Bytes from L2: K and V once per tile, 0.0078 a FLOP at 128 queries. Predicted
 //           from these counts for bfloat16 on an H100: 600 to 650 TFLOP/s at 128 columns, 440 to 490 at 64.
+//           A CTA has one tile: the search, the first copies and the epilogue of each are exposed, which a persistent
+//           schedule would hide.
 // Measured  not yet on a GPU.
 #pragma once
 

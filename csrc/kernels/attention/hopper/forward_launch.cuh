@@ -45,7 +45,7 @@ bool launch_forward_hopper(const AttentionForwardParams& params, void* stream) {
     return launch_forward_hopper_kernel<T, HopperTile128, ScaleOnly>(params, stream);
   } else {
     if (has_score_bias(p)) return launch_forward_hopper_kernel<T, HopperTile64Small, SoftcapAlibi>(params, stream);
-    if (takes_wide_queries(p.max_seqlen_q)) {
+    if (takes_wide_queries(p.max_seqlen_q, forward_hopper_tiles(p, HopperTile64::kBlockM), sm_count())) {
       return launch_forward_hopper_kernel<T, HopperTile64, ScaleOnly>(params, stream);
     }
     return launch_forward_hopper_kernel<T, HopperTile64Small, ScaleOnly>(params, stream);

@@ -3,6 +3,7 @@
 // and 4 issue slots a clock).
 #pragma once
 
+#include "attention/launch.h"
 #include "device/panel_tile.cuh"
 #include "device/warpgroup.cuh"
 
@@ -64,11 +65,17 @@ using HopperTile64Small = HopperForwardTile<64, 128, 128, /*kWindow=*/true, /*kP
 constexpr bool takes_wide_blocks(int64_t rows, int wide, int narrow, int share) {
   return ceil_div(rows, int64_t{wide}) * wide * share <= ceil_div(rows, int64_t{narrow}) * narrow * (share + 1);
 }
+// Tiles of so many queries, at most one more a sequence than there are.
+inline int64_t forward_hopper_tiles(const AttentionProblem& p, int block_m) {
+  return (static_cast<int64_t>(p.total_q / block_m) + p.batch) * p.heads_q;
+}
 constexpr bool takes_wide_keys(int max_seqlen_k) {
   return takes_wide_blocks(max_seqlen_k, HopperTile128Wide::kBlockN, HopperTile128::kBlockN, 16);
 }
-constexpr bool takes_wide_queries(int max_seqlen_q) {
-  return takes_wide_blocks(max_seqlen_q, HopperTile64::kBlockM, HopperTile64Small::kBlockM, 8);
+// A wide block takes half as long again as a narrow one, so that wide ones must be enough for some rounds of all SMs.
+constexpr bool takes_wide_queries(int max_seqlen_q, int64_t wide_tiles, int sm_count) {
+  return wide_tiles >= 2 * sm_count &&
+         takes_wide_blocks(max_seqlen_q, HopperTile64::kBlockM, HopperTile64Small::kBlockM, 8);
 }
 
 }  // namespace warpform
