@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from helpers import checks, oracle
-from helpers.backends import HALF, order_of
+from helpers.backends import FEW_SMS, HALF, order_of
 from helpers.cases import AttentionCase, attention_inputs, offsets, random
 from helpers.compare import assert_close
 
@@ -34,7 +34,7 @@ LENGTHS = (0, 1, 63, 64, 65, 127, 128, 129, 175, 176, 177, 191, 192, 193, 300)
 @pytest.fixture(autouse=True)
 def machine(simt: Any, request: pytest.FixtureRequest) -> Iterator[None]:
     """A machine of compute capability 9.0, and again after the test."""
-    simt.configure(order_of(request.node.name))
+    simt.configure(order_of(request.node.name), FEW_SMS)  # of which few tiles are enough
     yield
     simt.claim()
 
@@ -288,6 +288,22 @@ def test_other_head_dims_take_mma_sync(simt: Any, head_dim: int) -> None:
 
 def test_few_queries_take_mma_sync(simt: Any) -> None:
     assert HOPPER not in _small_call(simt, length=64)
+
+
+@pytest.mark.parametrize(("sm_count", "taken"), [(8, True), (9, False)])
+def test_few_tiles_take_mma_sync(simt: Any, sm_count: int, taken: bool) -> None:
+    """A sequence of 384 queries and one head has four places for tiles, one of which stays empty."""
+    simt.configure(1, sm_count)
+    assert (HOPPER in _small_call(simt, length=384)) == taken
+
+
+def test_few_large_tiles_are_small_ones(simt: Any) -> None:
+    """Tiles of 192 queries take longer each, so that there must be several for every multiprocessor."""
+    q = random(192, 1, 64, dtype=torch.float16)
+    for sm_count, tile in ((1, LARGE), (2, SMALL)):
+        simt.configure(1, sm_count)
+        _call(simt, q, q, q, (192,), (192,))
+        assert tile[64] in _kernel(simt)
 
 
 def test_no_keys_take_mma_sync(simt: Any) -> None:

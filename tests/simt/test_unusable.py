@@ -177,7 +177,7 @@ def test_usable(simt: Any, claim: Callable[..., None], facts: dict[str, Any]) ->
         ({"capability": 80}, "", "the GPU's compute capability is not 9.0"),
         ({"capability": 100}, "", "the GPU's compute capability is not 9.0"),
         ({"capability": 75}, "", OLD_GPU),
-        ({"tensor_maps": False}, "", "the driver has no cuTensorMapEncodeTiled, with which the kernels for "),
+        ({"tensor_maps": False}, "", "the driver has no cuTensorMapEncodeTiled, with which kernels for Hopper "),
     ],
     ids=str,
 )
