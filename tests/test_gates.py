@@ -160,6 +160,39 @@ def test_registers_waits_and_fences_of_a_kernel_for_hopper(kernel, problem):
     assert found == ([] if problem is None else [f"forward_hopper<half, 128> (sm_90a) {problem}"])
 
 
+@pytest.mark.parametrize(
+    ("order", "problem"),
+    [
+        ("PPW" + 66 * "E" + 2 * ("PPPPW" + 56 * "E" + "W" + 10 * "E") + "PPW", None),
+        ("PPPPW" + 16 * "E" + "W" + 4 * "E", None),
+        ("PPPPW" + 15 * "E" + "W" + 5 * "E", "has 5 of 20 exponentials of a step behind its second wait"),
+        ("PPPPW" + 16 * "E" + "WPPPPWW" + 16 * "E", "has 16 of 16 exponentials of a step behind its second wait"),
+        ("PPW" + 16 * "E" + "PPW", "has no step of two waits"),
+    ],
+)
+def test_softmax_runs_under_products(order, problem):
+    kernel = gates.Kernel("varlen_attention_forward_hopper<half>", "sm_90a", order=order)
+    found = gates.check_overlap([kernel]).problems
+    assert found == ([] if problem is None else [f"{kernel.name} (sm_90a) {problem}"])
+
+
+def test_a_rule_of_overlap_without_kernels():
+    assert "matches no kernel" in gates.check_overlap([hopper()]).problems[0]
+
+
+def test_order_of_instructions():
+    code = """
+    Function : first
+        /*0010*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
+        /*0020*/              @!P1 WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0030*/                   FADD R1, R2, R3 ;
+        /*0040*/                   MUFU.EX2 R5, R6 ;
+    Function : second
+        /*0010*/                   MUFU.RCP R5, R6 ;
+    """
+    assert gates.parse_order(code) == {"first": "PWE", "second": ""}
+
+
 def test_serialised_wgmma():
     found = gates.check_wgmma([hopper({WAITS: 36})], (HOPPER_ROW,)).problems
     assert "has 36 WARPGROUP.DEPBAR, and 4 are written" in found[0]

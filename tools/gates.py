@@ -190,6 +190,8 @@ HOPPER_ABSENT: tuple[AbsentRule, ...] = (
 HOPPER_ONLY: tuple[ArchRule, ...] = (ArchRule(HOPPER_NAME, ("sm_90a",), "wgmma and TMA"),)
 if any(row.threads > 128 for row in HOPPER):
     OPCODES += WARPGROUPS_OPCODES
+# Kernels that compute their softmax while products run.
+OVERLAPPED = r"varlen_attention_forward_hopper<"
 if HOPPER:
     OPCODES += HOPPER_OPCODES
     ABSENT += HOPPER_ABSENT
@@ -244,6 +246,7 @@ class Kernel:
     arch: str
     resources: Resources = Resources()
     opcodes: Counter[str] = field(default_factory=Counter)
+    order: str = ""  # of MARKS, a letter for each instruction
 
     @property
     def stack(self) -> int:
@@ -315,6 +318,22 @@ def parse_resources(text: str) -> dict[str, Resources]:
     return usage
 
 
+INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+# The instructions between which the order matters: products, waits for them, exponentials.
+MARKS = {"HGMMA.": "P", "WARPGROUP.DEPBAR": "W", "MUFU.EX2": "E"}
+
+
+def parse_order(text: str) -> dict[str, str]:
+    """The letters of MARKS by kernel, in the order of the machine code, of `cuobjdump -sass`."""
+    kernels: dict[str, str] = {}
+    for function, code in zip(
+        *[iter(re.split(r"^\s*Function : (\S+)", text, flags=re.MULTILINE)[1:])] * 2, strict=True
+    ):
+        opcodes = (found[1] for found in map(INSTRUCTION.match, code.splitlines()) if found)
+        kernels[function] = "".join(letter for o in opcodes for mark, letter in MARKS.items() if o.startswith(mark))
+    return kernels
+
+
 def parse_opcodes(text: str) -> dict[str, Counter[str]]:
     """Opcodes by kernel, of `cuobjdump -sass`."""
     kernels: dict[str, Counter[str]] = {}
@@ -324,7 +343,7 @@ def parse_opcodes(text: str) -> dict[str, Counter[str]]:
         if function:
             current = kernels.setdefault(function[1], Counter())
             continue
-        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line)
+        instruction = INSTRUCTION.match(line)
         if instruction and current is not None:
             current[instruction[1]] += 1
     return kernels
@@ -334,10 +353,11 @@ def read_arch(tool: str, library: Path, arch: str) -> list[Kernel]:
     """All kernels of one architecture. Not cubin by cubin: extracted, those of source files of one name overwrite
     each other."""
     usage = parse_resources(run([tool, "-res-usage", "-arch", arch, str(library)]))
-    opcodes = parse_opcodes(run([tool, "-sass", "-arch", arch, str(library)]))
+    code = run([tool, "-sass", "-arch", arch, str(library)])
+    opcodes, order = parse_opcodes(code), parse_order(code)
     if usage.keys() != opcodes.keys():
         raise SystemExit(f"gates: cuobjdump lists {len(usage)} kernels of {arch} and disassembles {len(opcodes)}")
-    return [Kernel(kernel, arch, resources, opcodes[kernel]) for kernel, resources in usage.items()]
+    return [Kernel(kernel, arch, resources, opcodes[kernel], order[kernel]) for kernel, resources in usage.items()]
 
 
 def read_library(tool: str, library: Path) -> tuple[list[Kernel], Counter[str], Counter[str]]:
@@ -560,6 +580,28 @@ def check_wgmma(kernels: list[Kernel], rules: tuple[HopperRule, ...] = HOPPER) -
     return Verdict("wgmma", problems, f"{users} kernels, none serialised" if users else "no kernel uses it yet")
 
 
+def check_overlap(kernels: list[Kernel], overlapped: str = OVERLAPPED) -> Verdict:
+    """The softmax runs under products: of a step's exponentials four in five stand before its second wait.
+
+    A step issues S and P V, waits for S, and after its softmax for P V. In straight code ptxas moves that second wait
+    in front of the exponentials, and then P V hides nothing.
+    """
+    problems, steps = [], 0
+    found = [kernel for kernel in kernels if re.search(overlapped, kernel.name)]
+    if not found:
+        problems.append(f"the rule for /{overlapped}/ matches no kernel")
+    for kernel in found:
+        of_kernel = [(len(a), len(b)) for a, b in re.findall(r"P+W(E*)W(E*)", kernel.order)]
+        steps += len(of_kernel)
+        if not of_kernel:
+            problems.append(f"{bare(kernel.name)} ({kernel.arch}) has no step of two waits")
+        for under, behind in of_kernel:
+            if under < 4 * behind:
+                text = f"has {behind} of {under + behind} exponentials of a step behind its second wait"
+                problems.append(f"{bare(kernel.name)} ({kernel.arch}) {text}")
+    return Verdict("overlap", problems, f"{len(found)} kernels, {steps} steps whose softmax runs under products")
+
+
 def check_launches(
     kernels: list[Kernel],
     launches: list[Launch],
@@ -663,6 +705,7 @@ def main(arguments: list[str]) -> int:
         check_stack(kernels),
         check_opcodes(kernels),
         check_wgmma(kernels),
+        check_overlap(kernels),
         check_cpu_objects(cpu_objects(library)),
     ]
     if library.resolve() == LIBRARY:
