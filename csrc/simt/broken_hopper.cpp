@@ -413,6 +413,23 @@ __global__ void missing_proxy_fence_after_zeroing(const __grid_constant__ Hopper
   put(p, acc);
 }
 
+// One lane tells of what all lanes of its warp have zeroed.
+__global__ void missing_warp_sync_before_an_arrival(const __grid_constant__ HopperBrokenParams p) {
+  start();
+  if (thread() == 0) load(p, 0, 0, 0);
+  mbarrier_wait(barrier(0), 0);
+  if (warp_id() == 1) {
+    store_shared(tile(0).panel(0).chunk(60 + lane_id() / 8, lane_id() % 8), uint4{0, 0, 0, 0});
+    fence_proxy_async();
+    // warp_sync() is missing here
+    if (elect_one()) mbarrier_arrive(barrier(1));
+  }
+  mbarrier_wait(barrier(1), 0);
+  Accumulators acc;
+  multiply(acc, 0, 0);
+  put(p, acc);
+}
+
 // A producer that gathers rows by copies of threads.
 __global__ void missing_proxy_fence_after_cp_async(const __grid_constant__ HopperBrokenParams p) {
   for (int i = thread(); i < kTileRows * 8; i += kWarpgroupSize) {
@@ -761,6 +778,7 @@ const std::map<std::string, Run> kKernels = {
     WARPFORM_BROKEN(proxy_fence_after_the_barrier, 128),
     WARPFORM_BROKEN(missing_proxy_fence_after_stmatrix, 128),
     WARPFORM_BROKEN(missing_proxy_fence_after_zeroing, 128),
+    WARPFORM_BROKEN(missing_warp_sync_before_an_arrival, 128),
     WARPFORM_BROKEN(missing_proxy_fence_after_cp_async, 128),
     WARPFORM_BROKEN(missing_proxy_fence_before_tma, 128),
     WARPFORM_BROKEN(wrong_stride, 128),

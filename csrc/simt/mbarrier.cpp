@@ -84,6 +84,7 @@ void init_mbarrier(uint32_t address, int arrivals, const Where& where) {
                       .pending = arrivals,
                       .initialiser = this_thread(),
                       .initialised = block.now});
+  block.has_mbarriers = true;
 }
 
 void fence_mbarrier_inits() {
@@ -102,10 +103,12 @@ void arrive_at_mbarrier(uint32_t address, int expected_bytes, const Where& where
              std::to_string(expected_bytes),
          where);
   }
-  // All that the warp did until now; what other lanes do from now on has a later time.
+  // All that the warp did until now, but for what its other lanes stored since its last barrier: that has a later time
+  // from here on, as what they do next.
   Knowledge mine = this_warp().knows;
   mine.before[warp_number(this_warp())] = ++block.now;
   b.arriving.join(mine);
+  postpone_stores_of_other_lanes();
   b.bytes += expected_bytes;
   --b.pending;
   settle(b, where);

@@ -183,6 +183,10 @@ void open_block_barrier_if_complete() {
 void warp_came(Warp& warp) {
   const uint32_t lanes = warp.arrived;
   warp.arrived = 0;
+  if (block.has_mbarriers) {
+    const int first = warp_number(warp) * kLanes;
+    for (int l = 0; l < kLanes; ++l) block.fibre[first + l].stored.clear();
+  }
   if (warp.meeting == Meeting::kWarpSync) {
     warp.knows.before[warp_number(warp)] = ++block.now;
     set_runnable(warp, lanes);
@@ -293,6 +297,7 @@ void fibre_main() {
 void start_block(int threads) {
   block.threads = threads;
   block.started = block.now;
+  block.has_mbarriers = false;
   block.warps = (threads + kLanes - 1) / kLanes;
   block.alive = threads;
   block.warps_runnable = 0;
@@ -328,6 +333,7 @@ void run_block(int threads) {
     Fibre& fibre = block.fibre[t];
     fibre.copies.clear();
     fibre.proxy_fences.clear();
+    fibre.stored.clear();
     fibre.fenced.clear();
     fibre.mbarrier = -1;
     if (fibre.stack != nullptr) {

@@ -86,6 +86,7 @@ struct Fibre {
   Context context;
   void* stack = nullptr;  // null before it starts and after it ends
   Copies copies;
+  std::vector<uint32_t> stored;         // chunks of shared memory, since its warp last came to a barrier
   std::vector<Time> proxy_fences;       // the times of its fence_proxy_async, increasing
   std::vector<FencedRegisters> fenced;  // by its wgmma_fence
   int mbarrier = -1;                    // that it waits for
@@ -129,6 +130,7 @@ struct Block {
   uint32_t warps_runnable = 0;
   Time now = 0;
   Time started = 0;  // the time at which it began
+  bool has_mbarriers = false;
   Warp warp[kMaxWarps];
   Barrier barrier[kNamedBarriers];
   Knowledge ended{};  // the accesses of warps that have ended

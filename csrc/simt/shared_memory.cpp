@@ -146,6 +146,10 @@ inline void note_write(Granule& g, uint32_t address, int warp, int lane, const W
   g.write = touch_now(warp, lane, where);
 }
 
+inline void remember_store(uint32_t chunk, int thread) {
+  if (block.has_mbarriers) block.fibre[thread].stored.push_back(chunk);
+}
+
 // Splits a chunk's granule so that no two narrow accesses share one.
 void refine(uint32_t chunk, Level to) {
   Granule* g = &parts[size_t{chunk} * 8];
@@ -277,6 +281,7 @@ void store_shared_bytes(uint32_t address, const void* from, const Where& where) 
   }
   written[chunk] = static_cast<uint16_t>(written[chunk] | (((1u << kBytes) - 1) << (offset % kChunk)));
   std::memcpy(&arena[offset], from, kBytes);
+  remember_store(chunk, this_thread());
 }
 
 template void load_shared_bytes<2>(uint32_t, void*, const Where&);
@@ -312,6 +317,7 @@ void end_shared_copy(uint32_t address, const void* from, const Where& where) {
   // Others see the data after a barrier that follows this moment, the wait.
   whole[chunk].write = touch_now(warp_number(this_warp()), this_lane(), where);
   whole[chunk].write.copy = true;
+  remember_store(chunk, this_thread());
   in_flight[chunk] = 0;
   written[chunk] = 0xffff;
   if (from != nullptr) {
@@ -328,6 +334,7 @@ void store_shared_row(uint32_t address, int lane, const void* from, const Where&
   note_whole_write(address, offset, where, lane);
   written[chunk] = 0xffff;
   std::memcpy(&arena[offset], from, kChunk);
+  remember_store(chunk, warp_number(this_warp()) * kLanes + lane);
 }
 
 void begin_bulk_copy_to(uint32_t address, const Where& where) {
@@ -376,6 +383,28 @@ void claim_mbarrier(uint32_t address, const Where& where) {
   const uint32_t mask = 0xffu << (offset % kChunk);
   written[offset / kChunk] = static_cast<uint16_t>(written[offset / kChunk] & ~mask);
   in_flight[offset / kChunk] |= offset % kChunk < 8 ? kMbarrierLow : kMbarrierHigh;
+}
+
+void postpone_stores_of_other_lanes() {
+  const int warp = warp_number(this_warp());
+  const Time until = block.now;
+  block.fibre[this_thread()].stored.clear();
+  for (int lane = 0; lane < kLanes; ++lane) {
+    Fibre& fibre = block.fibre[warp * kLanes + lane];
+    if (fibre.stored.empty()) continue;
+    // Those that a proxy fence covers stay covered: they come first, and the fence anew behind them.
+    const Time last_fence = fibre.proxy_fences.empty() ? 0 : fibre.proxy_fences.back();
+    for (const bool fenced : {true, false}) {
+      const Time now = ++block.now;
+      for (const uint32_t chunk : fibre.stored) {
+        for_each_granule(chunk, [&](Granule& g, uint32_t) {
+          const bool mine = g.write.warp == warp && g.write.lane == lane && g.write.time > block.started;
+          if (mine && g.write.time <= until && (g.write.time < last_fence) == fenced) g.write.time = now;
+        });
+      }
+      if (fenced && last_fence != 0) fibre.proxy_fences.push_back(++block.now);
+    }
+  }
 }
 
 }  // namespace warpform::simt

@@ -43,6 +43,10 @@ void begin_product_read(uint32_t address, int agent, const Knowledge& knows, con
 // The bytes, whenever the product is computed.
 const void* product_operand(uint32_t address);
 
+// The running lane has told others of what it stored. What the other lanes of its warp stored since the warp last came to
+// a barrier is told by an arrival or a barrier of their own: it counts as stored now.
+void postpone_stores_of_other_lanes();
+
 // An mbarrier is initialised: no plain access may touch its 8 bytes.
 void claim_mbarrier(uint32_t address, const Where& where);
 

@@ -74,6 +74,7 @@ FAULTS = {
     "missing_proxy_fence_after_stmatrix": READ_UNFENCED,
     "missing_proxy_fence_after_zeroing": READ_UNFENCED,
     "missing_proxy_fence_after_cp_async": READ_UNFENCED,
+    "missing_warp_sync_before_an_arrival": race("read by wgmma", r"the write by thread \d+"),
     "missing_proxy_fence_before_tma": COPY_UNFENCED,
     # descriptions of operands
     "wrong_stride": r"shared memory read that was never written, address 8192",
