@@ -5,6 +5,7 @@ The oracle knows no tiles: it multiplies by a matrix with zeros where a token do
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,6 +119,20 @@ class HiddenInputs:
         case = self.case
         tensors = library.routing_plan(self.group_mask, self.token_class, case.num_groups, case.num_classes, case.tile)
         return (self.group_mask, *tensors, self.out_mask, case.num_groups, case.num_classes)
+
+
+def wrong_plans(plan: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """The plan of 140 tokens with numbers in its tensors that lie outside of everything."""
+    group_mask, perm, inverse, tile_mask, tile_class, *rest = plan
+    for wrong in (2**31 - 1, -(2**31), 141):
+        yield (
+            torch.full_like(group_mask, wrong),
+            torch.where(perm % 3 == 0, torch.full_like(perm, wrong), perm),
+            torch.full_like(inverse, wrong),
+            torch.full_like(tile_mask, -1),
+            torch.full_like(tile_class, wrong),
+            *rest,
+        )
 
 
 def choose(case: HiddenCase) -> Tensor:

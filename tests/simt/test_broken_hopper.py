@@ -1,5 +1,5 @@
-"""Does the emulator find faults in kernels for compute capability 9.0? Kernels of csrc/simt/broken_hopper.cpp have one
-each; the report must name it and where, or the result is NaN."""
+"""Does the emulator find faults in kernels for compute capability 9.0? Those of csrc/simt/broken_copies.cpp and
+broken_products.cpp have one each; the report must name it and where, or the result is NaN."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_fault_is_reported(simt: Any, seed: int, name: str) -> None:
         run(simt, name)
     text = str(caught.value).splitlines()[0]
     place = rf"_broken_hopper: kernel {name}, block \([01], 0, 0\), thread \((\d+), 0, 0\): "
-    matched = re.match(place + rf"(?:{FAULTS[name]}).* at (simt/broken_hopper\.cpp|kernels/device/\w+\.cuh):\d+", text)
+    matched = re.match(place + rf"(?:{FAULTS[name]}).* at (simt/broken_\w+\.(cpp|h)|kernels/device/\w+\.cuh):\d+", text)
     assert matched, text
     if name in THREADS:
         assert int(matched[1]) == THREADS[name]

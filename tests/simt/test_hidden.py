@@ -10,7 +10,7 @@ import torch
 
 from helpers import hidden
 from helpers.backends import AD102_SHARED, FEW_SMS, HALF
-from helpers.hidden import HIDDEN_CASES, HiddenCase, hidden_inputs
+from helpers.hidden import HIDDEN_CASES, HiddenCase, hidden_inputs, wrong_plans
 from warpform.ops.reference import hidden as reference
 
 CLASSES = HiddenCase("sorted_classes", 2100, 9, 8, 8, "random", num_classes=4)
@@ -42,16 +42,7 @@ def test_a_wrong_plan_stays_within_its_tensors(simt: Any, routed_out: bool) -> N
     """Whatever the plan's tensors hold, the kernels read and write nothing else: the emulator would say so."""
     case = HiddenCase("wrong", 140, 4, 16, 24, "random", num_classes=2)
     x = hidden_inputs(case, torch.bfloat16, routed_out=routed_out)
-    group_mask, perm, inverse, tile_mask, tile_class, *rest = x.plan(simt)
-    for wrong in (2**31 - 1, -(2**31), 141):
-        bad = (
-            torch.full_like(group_mask, wrong),
-            torch.where(perm % 3 == 0, torch.full_like(perm, wrong), perm),
-            torch.full_like(inverse, wrong),
-            torch.full_like(tile_mask, -1),
-            torch.full_like(tile_class, wrong),
-            *rest,
-        )
+    for bad in wrong_plans(x.plan(simt)):
         if routed_out:
             simt.hidden_scatter_linear(x.x, x.w, x.gates, x.bias, True, *bad)
         else:

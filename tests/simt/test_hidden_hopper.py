@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helpers import hidden
 from helpers.backends import AD102_SHARED, H200_SHARED, HALF
-from helpers.hidden import HiddenCase, HiddenInputs, hidden_inputs
+from helpers.hidden import HiddenCase, HiddenInputs, hidden_inputs, wrong_plans
 
 WIDE, NARROW = "WarpgroupTile<256, 4", "WarpgroupTile<128, 6"
 
@@ -205,16 +205,7 @@ def test_a_wrong_plan_stays_within_its_tensors(simt: Any, layout: str, routed_ou
     """Whatever the plan's tensors hold, the kernels read and write nothing else: the emulator would say so."""
     case = HiddenCase("wrong", 140, 4, 64, 72, "random", num_classes=2, layout=layout)
     x = hidden_inputs(case, torch.bfloat16, routed_out=routed_out)
-    group_mask, perm, inverse, tile_mask, tile_class, *rest = x.plan(simt)
-    for wrong in (2**31 - 1, -(2**31), 141):
-        bad = (
-            torch.full_like(group_mask, wrong),
-            torch.where(perm % 3 == 0, torch.full_like(perm, wrong), perm),
-            torch.full_like(inverse, wrong),
-            torch.full_like(tile_mask, -1),
-            torch.full_like(tile_class, wrong),
-            *rest,
-        )
+    for bad in wrong_plans(x.plan(simt)):
         if routed_out:
             simt.hidden_scatter_linear(x.x, x.w, x.gates, x.bias, True, *bad)
         else:

@@ -6,6 +6,7 @@
 namespace warpform {
 
 constexpr int kWarpgroupSize = 128;
+constexpr int kMostSharedBytes = 227 * 1024, kMostRegisters = 64 * 1024;  // a block's, on compute capability 9.0
 
 // The same for all lanes of a warp, and the compiler knows it.
 __device__ __forceinline__ int warpgroup_id() { return __shfl_sync(kFullMask, threadIdx.x / kWarpgroupSize, 0); }

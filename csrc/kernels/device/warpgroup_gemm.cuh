@@ -34,7 +34,7 @@ struct WarpgroupTile {
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr int kCtas = 1;  // an SM
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
-                    (1 + kConsumers) * (64 * 1024 / kThreads / 8 * 8),
+                    (1 + kConsumers) * (kMostRegisters / kThreads / 8 * 8),
                 "what the block has on entry");
 
   // Of a stage. A row in shared memory is 64 of the depth, or 64 of the outer dimension.
@@ -44,7 +44,7 @@ struct WarpgroupTile {
   static constexpr int kRingAt = kStages * kStageBytes;
   // Shared memory of the product; what a kernel has of its own begins here, 16-byte aligned.
   static constexpr int kBytes = kRingAt + Ring<kStages>::kBytes;
-  static_assert(kBytes % 16 == 0 && kBytes <= 227 * 1024, "shared memory of a block of sm_90");
+  static_assert(kBytes % 16 == 0 && kBytes <= kMostSharedBytes, "shared memory of a block of sm_90");
 
   static __device__ __forceinline__ A a(int stage) { return {shared_base() + stage * kStageBytes}; }
   static __device__ __forceinline__ B b(int stage) { return {shared_base() + stage * kStageBytes + A::kBytes}; }

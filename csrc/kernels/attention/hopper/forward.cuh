@@ -203,8 +203,8 @@ struct ForwardConsumer {
   Turns<Tile> turns;
   int tile_row;                             // its first row in the tile
   int warp_row;                             // this warp's first row in the tile
-  RingPosition<Tile::kStages> at = {};      // of the present block
-  RingPosition<Tile::kStages> before = {};  // of the one before
+  RingPosition<Tile::kStages> at = {};      // of this step's keys
+  RingPosition<Tile::kStages> before = {};  // of the values of the step before it
   // The zeros of s and p are not used. Without them ptxas moves registers about in the loop, 50 instructions a step at
   // 176 keys.
   float s[kS][4] = {};         // scores, then unnormalised probabilities, of the present block

@@ -9,8 +9,7 @@
 
 namespace warpform {
 
-constexpr int kMostSharedBytes = 232448, kMostRegisters = 65536;  // a block's, on compute capability 9.0
-constexpr int kWarpgroupRows = 64;                                // of a wgmma
+constexpr int kWarpgroupRows = 64;  // of a wgmma
 
 // Queries x keys at a time. A consumer warpgroup has 64 of the queries; one more warpgroup is the producer.
 //

@@ -83,7 +83,7 @@ bool launch_routed_hopper(const char* op, RoutedHopperWork<Params>& work, const 
 
 template <class Tile>
 RoutedShares gather_shares(const Routes& r, int step_clocks) {
-  static_assert(Tile::kBytes + TileRows::bytes(kMaxGroups) <= 227 * 1024);
+  static_assert(Tile::kBytes + TileRows::bytes(kMaxGroups) <= kMostSharedBytes);
   return share_out(r, ceil_div(r.dense_width, Tile::kN) * r.num_out, r.num_groups * ceil_div(r.width, Tile::kDepth),
                    step_clocks);
 }

@@ -7,6 +7,7 @@
 namespace warpform {
 
 constexpr int kWarpgroupSize = 128;
+constexpr int kMostSharedBytes = 227 * 1024, kMostRegisters = 64 * 1024;
 
 inline int warpgroup_id() { return static_cast<int>(threadIdx.x) / kWarpgroupSize; }
 
