@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from .auto import *
     from .bert import *
     from .colm import *
+    from .common.backbone import BackboneOutput as BackboneOutput
     from .common.outputs import EncoderOutput as EncoderOutput
     from .common.outputs import HeadOutput as HeadOutput
     from .common.outputs import ImageClassifierOutput as ImageClassifierOutput
+    from .common.outputs import SemanticSegmenterOutput as SemanticSegmenterOutput
     from .deberta import *
     from .decoder import *
     from .distilbert import *

@@ -81,7 +81,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 # Public names that belong to no family, by the module that has them.
 OTHERS: dict[str, tuple[str, ...]] = {
     "auto": ("from_pretrained", "from_transformers", "list_models"),
-    "common.outputs": ("EncoderOutput", "HeadOutput", "ImageClassifierOutput"),
+    "common.backbone": ("BackboneOutput",),
+    "common.outputs": ("EncoderOutput", "HeadOutput", "ImageClassifierOutput", "SemanticSegmenterOutput"),
     "sentence_encoder": ("SentenceEncoder",),
 }
 

@@ -14,13 +14,14 @@ from .feed_forward import FeedForward
 from .hidden import GroupFusion, HiddenLinear, HiddenRouter
 from .long_convolution import ImplicitFilter, MonarchMixerSequenceMixer
 from .masked_lm import MaskedLMHead
+from .metaformer import DropPath, MetaFormerBlock, SampleNorm
 from .monarch import BlockdiagLinear, MonarchLinear, MonarchMixerMLP
 from .nested import NestedFeedForward, TokenWidths
 from .norm import AddBiasResidualLayerNorm
 from .patch_embedding import PatchEmbedding
 from .pooling import FirstTokenPooler, first_tokens, last_tokens, max_pool, mean_pool
 from .stack import Branch, Stack, Step
-from .window import CosineWindowAttention, DropPath, PatchMerging, SwinBlock, SwinV2Block, WindowAttention
+from .window import CosineWindowAttention, PatchMerging, SwinBlock, SwinV2Block, WindowAttention
 
 __all__ = [
     "ACTIVATIONS",
@@ -53,6 +54,7 @@ __all__ = [
     "HiddenRouter",
     "ImplicitFilter",
     "MaskedLMHead",
+    "MetaFormerBlock",
     "MixerState",
     "MonarchLinear",
     "MonarchMixerMLP",
@@ -60,6 +62,7 @@ __all__ = [
     "NestedFeedForward",
     "PatchEmbedding",
     "PatchMerging",
+    "SampleNorm",
     "SelfAttention",
     "Stack",
     "Step",

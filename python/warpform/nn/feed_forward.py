@@ -24,7 +24,13 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(intermediate_size, hidden_size)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """hidden: [total, hidden]. Returns the product [total, hidden] and the bias [hidden] to be added, or None."""
+        """hidden: [..., hidden]. Returns the product, of the same shape, and the bias [hidden] to be added, or None."""
+        if hidden.dim() > 2:
+            rows, bias = self._rows(hidden.flatten(0, -2))
+            return rows.view(hidden.shape), bias
+        return self._rows(hidden)
+
+    def _rows(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         if in_blocks(hidden) and self._is_plain():
             return torch.cat([self._block(rows)[0] for rows in hidden.split(CPU_ROWS)]), None
         return self._block(hidden)

@@ -157,7 +157,7 @@ class ImageClassifierOutput(Output):
     Attributes:
         loss: a scalar, where labels were given.
         logits: [batch, num_labels].
-        hidden_states, attentions, reshaped_hidden_states: as in `SwinOutput`.
+        hidden_states, attentions, reshaped_hidden_states: as of the model below.
     """
 
     loss: Tensor | None = None
@@ -165,3 +165,19 @@ class ImageClassifierOutput(Output):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: None = None
     reshaped_hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclasses.dataclass
+class SemanticSegmenterOutput(Output):
+    """The output of a model that gives each pixel a class.
+
+    Attributes:
+        loss: a scalar, where labels were given.
+        logits: [batch, num_labels, height, width]; the model says at which stride.
+        hidden_states, attentions: as of the model below.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None
