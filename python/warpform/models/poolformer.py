@@ -6,6 +6,8 @@ Features are [batch, height, width, channels] inside, and [batch, channels, heig
 from __future__ import annotations
 
 import dataclasses
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,9 +17,9 @@ from ..nn._checkpoint import CheckpointedLayers
 from ..nn.metaformer import run_blocks
 from ..nn.patch_embedding import least_size
 from .common.checks import check_pixels, refuse_arguments
-from .common.config import TransformersConfig
+from .common.config import TransformersConfig, check_stages
 from .common.convertible import ConvertibleModel
-from .common.outputs import ImageModelOutput, channels_first
+from .common.outputs import ImageModelOutput
 from .common.vision_heads import ImageClassification
 
 __all__ = ["PoolFormerConfig", "PoolFormerForImageClassification", "PoolFormerModel"]
@@ -78,10 +80,8 @@ class PoolFormerConfig(TransformersConfig):
     problem_type: str | None = None
 
     def __post_init__(self) -> None:
-        for name in _LISTS:
-            setattr(self, name, tuple(getattr(self, name)))  # config.json has lists
+        check_stages(self, _LISTS, {"padding": 0})
         super().__post_init__()
-        self.check_stages(_LISTS, least={"padding": 0})
         if self.pool_size % 2 == 0:
             raise self.error(f"pool_size must be odd, got {self.pool_size}")
 
@@ -148,7 +148,7 @@ class PoolFormerModel(ConvertibleModel, CheckpointedLayers):
     @property
     def strides(self) -> tuple[int, ...]:
         """Pixels of the image to one step of each feature map."""
-        return running_product(self.config.strides)
+        return tuple(accumulate(self.config.strides, mul))
 
     def feature_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """The output of each stage, channels last.
@@ -194,7 +194,7 @@ class PoolFormerModel(ConvertibleModel, CheckpointedLayers):
         refuse_arguments(type(self).__name__, unsupported)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        states = tuple(channels_first(x) for x in self.feature_maps(pixel_values))
+        states = tuple(x.permute(0, 3, 1, 2) for x in self.feature_maps(pixel_values))
         output = ImageModelOutput(states[-1], states if output_hidden_states else None)
         if return_dict is None:
             return_dict = self.config.return_dict

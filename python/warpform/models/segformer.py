@@ -6,10 +6,10 @@ Features are [batch, height, width, channels] inside, and [batch, channels, heig
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from operator import mul
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from .common.checks import check_pixels, refuse_arguments
 from .common.config import TransformersConfig, check_stages
 from .common.convertible import ConvertibleModel
 from .common.losses import segmentation_loss
-from .common.outputs import ImageModelOutput, SemanticSegmenterOutput, channels_first
+from .common.outputs import ImageModelOutput, SemanticSegmenterOutput
 from .common.vision_heads import ImageClassification, VisionHead
 from .common.weights import rename
 
@@ -279,7 +279,7 @@ class SegformerModel(ConvertibleModel, CheckpointedLayers):
 
     def as_output(self, maps: Sequence[Tensor], with_hidden_states: bool) -> ImageModelOutput:
         """What `forward` returns, from the feature maps."""
-        states = [channels_first(x) for x in maps]
+        states = [x.permute(0, 3, 1, 2) for x in maps]
         if not self.config.reshape_last_stage:
             states[-1] = maps[-1].flatten(1, 2)
         return ImageModelOutput(states[-1], tuple(states) if with_hidden_states else None)
@@ -337,9 +337,10 @@ class SegformerDecodeHead(nn.Module):
     Each map -> Linear, resized to the finest map; all concatenated, the coarsest first -> 1x1 convolution, BatchNorm,
     ReLU -> 1x1 convolution to the classes.
 
-    Resizing is linear over positions and its weights add up to 1, so it may come after any product over channels, and the
-    sum over the concatenated channels is one over maps. So here the first two products are one, of each map at its own
-    stride, and there is no concatenated map: for SegFormer-B5 3 products of 85 are left.
+    Resizing is linear over positions, and its weights add up to 1, so it may as well come after a product over channels.
+    The product over concatenated channels is a sum of products over maps. So here each map takes one product at its own
+    stride, with the product of both weights, and no concatenated map is made. Of the 80 GFLOP that the two take for an
+    image of 512 x 512 in the head of B5, 4 are left.
 
     Args:
         channels: of each map.
@@ -364,7 +365,7 @@ class SegformerDecodeHead(nn.Module):
         fused = self.fuse(maps) if plain else self.fuse_by_modules(maps)
         normal = F.relu(self.batch_norm(fused.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         normal = F.dropout(normal, self.dropout, training=self.training)
-        return channels_first(apply_pointwise(normal, self.classifier))
+        return apply_pointwise(normal, self.classifier).permute(0, 3, 1, 2)
 
     def fuse(self, maps: Sequence[Tensor]) -> Tensor:
         """What linear_fuse makes of the concatenated maps, [batch, H_0, W_0, hidden], without concatenating them."""

@@ -17,6 +17,8 @@ from .metaformer import SampleNorm
 from .norm import AddBiasResidualLayerNorm
 from .patch_embedding import embed_patches
 
+__all__ = ["PoolMixer", "StridedAttention"]
+
 
 class PoolMixer(nn.Module):
     """The mean over the neighbours of a token, minus the token (PoolFormer, arXiv 2111.11418, equation 4).
