@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,18 +176,27 @@ class BackboneCase(Case):
         # Every weight once (a training step: twice, and its gradient), pixels in, the output out.
         self.bytes = steps * weights + self.pixels.nbytes + self.target.nbytes
 
-    def call(self, model: Callable[..., Any], module: nn.Module) -> Callable[[], tuple[Tensor, ...]]:
-        """One step: the output; or the gradients of three parameters that all providers share."""
+    def shared(self) -> list[nn.Parameter]:
+        """The first, the middle and the last weight that both models hold as the same parameter."""
+        ours = {id(p) for p in self.ours.parameters()}
+        weights = [p for p in self.theirs.parameters() if id(p) in ours and p.dim() > 1]
+        return [weights[0], weights[len(weights) // 2], weights[-1]]
+
+    def call(
+        self, model: Callable[..., Any], wanted: Sequence[nn.Parameter] | None = None, *, channels_last: bool = False
+    ) -> Callable[[], tuple[Tensor, ...]]:
+        """One step: the output; or the gradients of the wanted parameters, by default of those that models share."""
         pixels, target = self.pixels, self.target
-        if model is not module and hasattr(model, "channels_last"):
+        if channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
 
         def infer() -> tuple[Tensor, ...]:
             with torch.inference_mode():
                 return (model(pixels)[0],)
 
-        parameters = list(module.parameters())
-        places = [next(i for i, p in enumerate(parameters) if p is one) for one in self.shared(module)]
+        parameters = list(model.parameters())  # type: ignore[attr-defined]
+        chosen = self.shared() if wanted is None else wanted
+        places = [next(i for i, p in enumerate(parameters) if p is one) for one in chosen]
 
         def step() -> tuple[Tensor, ...]:
             # Products in the model's dtype, summed in float32 at the least.
@@ -196,3 +205,53 @@ class BackboneCase(Case):
             return (*(gradients[i] for i in places),)
 
         return step if self.training else infer
+
+    def compiled(self, model: nn.Module) -> list[Callable[[], Any]]:
+        if self.device == "cpu" and not self.session.everything:
+            raise Missing("left out on a CPU, where compiling a model takes minutes (--everything)")
+        self.session.allow_compile()
+        return [self.call(harness.compiled(model, False))]
+
+    def with_warpform(self) -> list[Callable[[], Any]]:
+        return [self.call(self.ours)]
+
+    def with_warpform_compiled(self) -> list[Callable[[], Any]]:
+        return self.compiled(self.ours)
+
+    def with_transformers(self) -> list[Callable[[], Any]]:
+        return [self.call(self.theirs)]
+
+    def with_transformers_channels_last(self) -> list[Callable[[], Any]]:
+        return [self.call(self.theirs, channels_last=True)]
+
+    def with_transformers_compiled(self) -> list[Callable[[], Any]]:
+        return self.compiled(self.theirs)
+
+    @functools.cached_property
+    def truth(self) -> tuple[tuple[Tensor, ...], float]:
+        """transformers in float32, and the relative error that transformers itself has in the dtype that is timed."""
+        same = self.call(self.theirs)()
+        if self.session.dtype == torch.float32:
+            return same, 0.0
+        wide = copy.deepcopy(self.theirs).float()
+        pairs = list(zip(self.theirs.parameters(), wide.parameters(), strict=True))
+        wanted = [next(twin for p, twin in pairs if p is one) for one in self.shared()]
+        kept = self.target, self.pixels
+        self.target, self.pixels = kept[0].float(), kept[1].float()
+        try:
+            exact = self.call(wide, wanted)()
+        finally:
+            self.target, self.pixels = kept
+        return exact, max(harness.relative_error(a, b) for a, b in zip(same, exact, strict=True))
+
+    def check(self, provider: str, output: Any) -> None:
+        """At most twice the error that transformers has in the same dtype, plus 100 float32 eps for all the layers."""
+        exact, eager = self.truth
+        allowed = 2 * eager + 100 * torch.finfo(torch.float32).eps
+        for i, (actual, wanted) in enumerate(zip(output, exact, strict=True)):
+            error = harness.relative_error(actual, wanted)
+            assert error <= allowed, f"output {i}: relative error {error:.2e}, allowed {allowed:.2e}"
+
+
+def test_backbones(spec: Spec, provider: str, measure: Callable[[harness.Spec, str], None]) -> None:
+    measure(spec, provider)

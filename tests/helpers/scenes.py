@@ -36,7 +36,7 @@ def digit_scenes(count: int, *, held_out: bool = False, classes: int = 4) -> Sce
     pixels, values = (pixels[chosen] + 1) / 2, values[chosen]
     large = F.interpolate(pixels, size=(14, 14), mode="bilinear")[:, 0]
     images, labels = 0.2 * torch.rand(count, 1, 32, 32), torch.zeros(count, 32, 32, dtype=torch.int64)
-    which, rows, columns = torch.randint(len(values), (count, 2)), torch.randint(19, (count, 2)), torch.randint(3, (count, 2))
+    which, rows, columns = (torch.randint(most, (count, 2)) for most in (len(values), 19, 3))
     for i in range(count):
         for half in range(2):
             digit, top, left = int(which[i, half]), int(rows[i, half]), int(columns[i, half]) + 16 * half

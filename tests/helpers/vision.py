@@ -1,4 +1,4 @@
-"""Vision models of warpform against those of transformers, in float64: outputs, losses, gradients, statistics, files."""
+"""Vision models against those of transformers, in float64: outputs, losses, gradients, statistics, and files."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """PoolFormer (arXiv 2111.11418): average pooling in the place of attention.
 
-Features are [batch, height, width, channels] inside, and [batch, channels, height, width] in outputs, as in transformers.
+Inside, features are [batch, height, width, channels]; in outputs [batch, channels, height, width], as in transformers.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class PoolFormerConfig(TransformersConfig):
         use_layer_scale, layer_scale_init_value: whether what a half adds has a factor a channel, and its first value.
 
     Raises:
-        ValueError: an unknown hidden_act or problem_type, lists of unequal lengths, a size below 1, an even pool_size, a
-            probability outside of [0, 1].
+        ValueError: an unknown hidden_act or problem_type, lists of unequal lengths, a size below 1, an even pool_size,
+            a probability outside of [0, 1].
     """
 
     model_type = "poolformer"

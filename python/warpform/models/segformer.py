@@ -1,6 +1,6 @@
 """SegFormer (arXiv 2105.15203): the Mix Transformer (MiT), with a classifier and with an all-MLP head for segmentation.
 
-Features are [batch, height, width, channels] inside, and [batch, channels, height, width] in outputs, as in transformers.
+Inside, features are [batch, height, width, channels]; in outputs [batch, channels, height, width], as in transformers.
 """
 
 from __future__ import annotations
@@ -337,10 +337,10 @@ class SegformerDecodeHead(nn.Module):
     Each map -> Linear, resized to the finest map; all concatenated, the coarsest first -> 1x1 convolution, BatchNorm,
     ReLU -> 1x1 convolution to the classes.
 
-    Resizing is linear over positions, and its weights add up to 1, so it may as well come after a product over channels.
-    The product over concatenated channels is a sum of products over maps. So here each map takes one product at its own
-    stride, with the product of both weights, and no concatenated map is made. Of the 80 GFLOP that the two take for an
-    image of 512 x 512 in the head of B5, 4 are left.
+    Resizing is linear over positions, and its weights add up to 1, so a product over channels may come before it. The
+    product over concatenated channels is a sum of products over maps. So here each map takes one product at its own
+    stride, with the product of both weights, and no concatenated map is made. Of the 80 GFLOP that these products take
+    for an image of 512 x 512 in the head of B5, 4 are left.
 
     Args:
         channels: of each map.

@@ -46,10 +46,9 @@ class FeedForward(nn.Module):
 
     def _is_plain(self) -> bool:
         """Tells whether rows may be taken in blocks: with a hook they may not, as it is called once, with all rows."""
-        return (
-            all(is_plain(module, nn.Conv2d if self.pointwise else nn.Linear) for module in (self.up, self.down))
-            and is_plain(self.activation, BiasActivation)
-        )
+        return all(
+            is_plain(module, nn.Conv2d if self.pointwise else nn.Linear) for module in (self.up, self.down)
+        ) and is_plain(self.activation, BiasActivation)
 
     def _block(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         pointwise = self.pointwise

@@ -68,7 +68,7 @@ class PoolMixer(nn.Module):
 
 
 class StridedAttention(nn.Module):
-    """Self-attention of all tokens, whose keys and values are those of a coarser grid (SegFormer, arXiv 2105.15203, 3.1).
+    """Self-attention whose keys and values are those of a coarser grid (SegFormer, arXiv 2105.15203, section 3.1).
 
     Keys and values are made from LayerNorm(convolution(x)), where the convolution has the stride as its kernel. So N
     tokens attend to N / stride^2. Rows and columns at the end that the stride does not divide are in no key.
@@ -152,7 +152,7 @@ class StridedAttention(nn.Module):
 
 
 def equal_offsets(x: Tensor, batch: int, length: int) -> Tensor:
-    """cu_seqlens of `batch` sequences of `length` rows each: 0, length, ..., batch * length, int32 [batch + 1] beside x.
+    """cu_seqlens of `batch` sequences of `length` rows each: 0, length, ..., int32 [batch + 1] on the device of x.
 
     They are made once for each size and device. Where torch traces or captures a call they are made in it, as what is
     kept has to hold values from then on.

@@ -117,7 +117,14 @@ class OverlappingPatchEmbedding(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, hidden_size: int, patch_size: int, stride: int, padding: int, *, name: str = "projection"
+        self,
+        in_channels: int,
+        hidden_size: int,
+        patch_size: int,
+        stride: int,
+        padding: int,
+        *,
+        name: str = "projection",
     ) -> None:
         super().__init__()
         self.name = name

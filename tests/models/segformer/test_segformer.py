@@ -1,4 +1,4 @@
-"""SegFormer against transformers' in float64, its head by its formula, sizes, traps, files, and scenes that it labels."""
+"""SegFormer against transformers' in float64, its head by its formula, sizes, files, and scenes that it labels."""
 
 from __future__ import annotations
 
@@ -128,8 +128,11 @@ def test_epsilon() -> None:
     ours = models.from_transformers(model)
     assert {m.eps for m in ours.modules() if hasattr(m, "eps")} == {1e-5}
     check_parity(model, pixels_of(1, 3, 40, 40))
-    config = models.SegformerConfig(**{**SMALL, "block_norm_eps": 1e-6})
-    published = models.SegformerModel(config)
+    norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    for i, norm in enumerate(norms):  # of live modules each is taken
+        norm.eps = 0.1 + 0.05 * i
+    check_parity(model, pixels_of(1, 3, 40, 40))
+    published = models.from_transformers(model, block_norm_eps=1e-6)
     for name, module in published.named_modules():
         if hasattr(module, "eps"):
             outside = "embedding_norms" in name or "reduction_norm" in name
@@ -251,13 +254,13 @@ def test_compiled_and_exported() -> None:
 
 @pytest.mark.slow
 def test_learns_digit_scenes() -> None:
-    """Digits 0 to 3 and background: a model that sees no shapes, only brightness, has a mean IoU of about 0.3."""
+    """Digits 0 to 3 and background; the five classes count alike, though nine pixels of ten are background."""
     torch.manual_seed(0)
     scenes, held_out = digit_scenes(600), digit_scenes(100, held_out=True)
     config = models.SegformerConfig(
-        num_channels=1, depths=(2, 2, 2), hidden_sizes=(24, 48, 64), num_attention_heads=(1, 2, 4), sr_ratios=(4, 2, 1),
+        num_channels=1, depths=(1, 1, 1), hidden_sizes=(24, 48, 64), num_attention_heads=(1, 2, 4), sr_ratios=(4, 2, 1),
         patch_sizes=(3, 3, 3), strides=(2, 2, 2), mlp_ratios=(2, 2, 2), decoder_hidden_size=64, num_labels=5,
-        drop_path_rate=0.0, classifier_dropout_prob=0.0,
+        drop_path_rate=0.0, classifier_dropout_prob=0.0, initializer_range=0.1,
     )  # fmt: skip
     model = models.SegformerForSemanticSegmentation(config).train()
 
@@ -272,4 +275,4 @@ def test_learns_digit_scenes() -> None:
         logits = model(held_out.images).logits
         predicted = F.interpolate(logits, size=(32, 32), mode="bilinear").argmax(1)
     reached = mean_iou(predicted, held_out.labels, 5)
-    assert reached >= 0.6, reached
+    assert reached >= 0.75, reached
