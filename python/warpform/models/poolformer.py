@@ -230,6 +230,7 @@ class PoolFormerForImageClassification(ImageClassification):
     """
 
     base_class = PoolFormerModel
+    drawn_convolutions = (nn.Conv2d,)
 
     def make_head(self) -> None:
         self.norm = SampleNorm(self.config.hidden_size)

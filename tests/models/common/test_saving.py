@@ -34,7 +34,6 @@ MIX = {
     "num_attention_heads": [1, 2],
     "sr_ratios": [2, 1],
     "mlp_ratios": [2, 2],
-    "attn_implementation": "eager",
 }
 # The class with a head, the fields of its config, where its encoder is.
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
