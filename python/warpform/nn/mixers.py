@@ -6,6 +6,7 @@ Each returns a product of the same shape, and a bias [channels] that is still to
 from __future__ import annotations
 
 import functools
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -58,10 +59,11 @@ class PoolMixer(nn.Module):
         """
         if hidden.dim() != 4 or not is_plain(self, PoolMixer) or not is_plain(norm, SampleNorm):
             return None
-        weight, bias = norm.weight, norm.bias
+        sample_norm = cast("SampleNorm", norm)
+        weight, bias = sample_norm.weight, sample_norm.bias
         if torch.is_grad_enabled() and bias.requires_grad:
             weight = torch.add(weight, bias, alpha=0.0)
-        return ops.pool_mixer(hidden, weight, scale, pool_size=self.pool_size, eps=norm.eps)
+        return ops.pool_mixer(hidden, weight, scale, pool_size=self.pool_size, eps=sample_norm.eps)
 
     def extra_repr(self) -> str:
         return f"{self.pool_size}"
@@ -143,8 +145,7 @@ class StridedAttention(nn.Module):
         key, value = both.view(batch * keys, 2, self.num_heads, self.head_dim).unbind(1)
         q_offsets = equal_offsets(hidden, batch, queries)
         k_offsets = q_offsets if keys == queries else equal_offsets(hidden, batch, keys)
-        mixed = ops.varlen_attention(query, key, value, q_offsets, k_offsets, queries, keys)
-        assert isinstance(mixed, Tensor)
+        mixed = cast("Tensor", ops.varlen_attention(query, key, value, q_offsets, k_offsets, queries, keys))
         return product(mixed.view(hidden.shape), self.out)
 
     def extra_repr(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,8 @@ class SegformerDecodeHead(nn.Module):
         parts = self.linear_fuse.weight.flatten(1).chunk(len(maps), 1)[::-1]  # the coarsest is the first
         total: Tensor | None = None
         for features, module, part in zip(maps, self.linear_projections, parts, strict=True):
-            weight, bias = part @ module.weight, part @ module.bias
+            projection = cast("nn.Linear", module)
+            weight, bias = part @ projection.weight, part @ projection.bias
             resized = resize(linear(features, weight, bias), maps[0].shape[1:3])
             total = resized if total is None else total + resized
         assert total is not None
