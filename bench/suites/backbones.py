@@ -41,23 +41,25 @@ class Model:
     Attributes:
         name: of the class in transformers, with which that of its config begins.
         kind: what the class's name has behind it; what a run returns first is compared.
+        width: channels of the first stage, whose tokens have stride 4.
         fields: of its config.
         tiny: what is other than `fields` where only the code is run.
     """
 
     name: str
     kind: str
+    width: int
     fields: dict[str, Any]
     tiny: dict[str, Any]
 
 
 _TINY = {"depths": (1, 1, 1, 1), "hidden_sizes": (8, 16, 40, 32)}
 MODELS = {
-    "poolformer_s12": Model("PoolFormer", "ForImageClassification", {**_S12, "num_labels": 1000}, _TINY),
-    "mit_b0": Model("Segformer", "Model", _B0, _TINY),
-    "mit_b5": Model("Segformer", "Model", _B5, _TINY),
+    "poolformer_s12": Model("PoolFormer", "ForImageClassification", 64, {**_S12, "num_labels": 1000}, _TINY),
+    "mit_b0": Model("Segformer", "Model", 32, _B0, _TINY),
+    "mit_b5": Model("Segformer", "Model", 64, _B5, _TINY),
     "segformer_b0": Model(
-        "Segformer", "ForSemanticSegmentation", {**_B0, "num_labels": 19, "classifier_dropout_prob": 0.0}, _TINY
+        "Segformer", "ForSemanticSegmentation", 32, {**_B0, "num_labels": 19, "classifier_dropout_prob": 0.0}, _TINY
     ),
 }
 
@@ -103,7 +105,7 @@ def specs(session: Session) -> list[Spec]:
             columns = {
                 "batch": batch,
                 "tokens": batch * (image // 4) ** 2,
-                "hidden": MODELS[name].fields["hidden_sizes"][0],
+                "hidden": MODELS[name].width,
                 "grid": f"{image // 4}x{image // 4}",
             }
             main = harness.is_main(session, name in MAIN)

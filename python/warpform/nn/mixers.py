@@ -60,7 +60,8 @@ class PoolMixer(nn.Module):
         if hidden.dim() != 4 or not is_plain(self, PoolMixer) or not is_plain(norm, SampleNorm):
             return None
         sample_norm = cast("SampleNorm", norm)
-        weight, bias = sample_norm.weight, sample_norm.bias
+        weight: Tensor = sample_norm.weight
+        bias = sample_norm.bias
         if torch.is_grad_enabled() and bias.requires_grad:
             weight = torch.add(weight, bias, alpha=0.0)
         return ops.pool_mixer(hidden, weight, scale, pool_size=self.pool_size, eps=sample_norm.eps)

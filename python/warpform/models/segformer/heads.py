@@ -64,7 +64,7 @@ class SegformerDecodeHead(nn.Module):
             is_plain(module, nn.Linear) for module in self.linear_projections
         )
         fused = self.fuse(maps) if plain else self.fuse_by_modules(maps)
-        normal = F.relu(self.batch_norm(fused.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        normal = F.relu(self.batch_norm(fused.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         normal = F.dropout(normal, self.dropout, training=self.training)
         return apply_pointwise(normal, self.classifier).permute(0, 3, 1, 2)
 
@@ -76,7 +76,7 @@ class SegformerDecodeHead(nn.Module):
             projection = cast("nn.Linear", module)
             weight, bias = part @ projection.weight, part @ projection.bias
             resized = resize(linear(features, weight, bias), maps[0].shape[1:3])
-            total = resized if total is None else total + resized
+            total = resized if total is None else resized.add_(total)
         assert total is not None
         return total
 
