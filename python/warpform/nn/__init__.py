@@ -15,7 +15,7 @@ from .hidden import GroupFusion, HiddenLinear, HiddenRouter
 from .long_convolution import ImplicitFilter, MonarchMixerSequenceMixer
 from .masked_lm import MaskedLMHead
 from .metaformer import DropPath, MetaFormerBlock, SampleNorm
-from .mixers import PoolMixer, StridedAttention
+from .mixers import MaskUnitAttention, PoolMixer, StridedAttention
 from .monarch import BlockdiagLinear, MonarchLinear, MonarchMixerMLP
 from .nested import NestedFeedForward, TokenWidths
 from .norm import AddBiasResidualLayerNorm
@@ -54,6 +54,7 @@ __all__ = [
     "HiddenLinear",
     "HiddenRouter",
     "ImplicitFilter",
+    "MaskUnitAttention",
     "MaskedLMHead",
     "MetaFormerBlock",
     "MixFeedForward",

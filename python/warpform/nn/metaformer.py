@@ -6,7 +6,7 @@ A grid of tokens [batch, *grid, channels] goes in and out, channels last.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -215,19 +215,20 @@ def normalise(norm: nn.Module, hidden: Tensor, added: Tensor | None, bias: Tenso
     return cast("tuple[Tensor, Tensor]", norm(added, bias, hidden, return_sum=True))
 
 
-def run_blocks(model: CheckpointedLayers, blocks: nn.Module, hidden: Tensor) -> Tensor:
+def run_blocks(model: CheckpointedLayers, blocks: nn.Module, hidden: Tensor, **options: Any) -> Tensor:
     """One block after another on hidden [batch, *grid, channels]; each makes the last addition of its predecessor.
 
     Args:
         model: whose `run_layer` runs a block, with gradient checkpointing where that is on.
         blocks: a list of `MetaFormerBlock`s. What takes the place of one is called on the grid of tokens.
         hidden: the stream.
+        **options: further keywords of each block.
     """
     terms: Terms = (hidden, None, None)
     for block in blocks.children():
         if isinstance(block, MetaFormerBlock) and is_plain(block, type(block)):
-            terms = model.run_layer(block, *terms, finish=False)
+            terms = model.run_layer(block, *terms, finish=False, **options)
         else:
             # Hooks and wrappers of a block find the grid of tokens in it and out of it.
-            terms = model.run_layer(block, add_terms(*terms)), None, None
+            terms = model.run_layer(block, add_terms(*terms), **options), None, None
     return add_terms(*terms)
