@@ -1,7 +1,7 @@
 """Backbones of images end to end, forward and training step: images a second beside the transformers model.
 
-PoolFormer, SegFormer's encoder (MiT) and SegFormer whole. A further model of transformers is a line in `MODELS` and its
-sizes in `SIZES`.
+PoolFormer, SegFormer's encoder (MiT), SegFormer whole and Hiera. A further model of transformers is a line in `MODELS`
+and its sizes in `SIZES`.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Model:
 
 
 _TINY = {"depths": (1, 1, 1, 1), "hidden_sizes": (8, 16, 40, 32)}
+_TINY_HIERA = {"depths": (1, 1, 1, 1), "embed_dim": 8, "image_size": (64, 64)}
 MODELS = {
     "poolformer_s12": Model("PoolFormer", "ForImageClassification", 64, {**_S12, "num_labels": 1000}, _TINY),
     "mit_b0": Model("Segformer", "Model", 32, _B0, _TINY),
@@ -61,25 +62,31 @@ MODELS = {
     "segformer_b0": Model(
         "Segformer", "ForSemanticSegmentation", 32, {**_B0, "num_labels": 19, "classifier_dropout_prob": 0.0}, _TINY
     ),
+    "hiera_t": Model("Hiera", "ForImageClassification", 96, {"depths": (1, 2, 7, 2), "num_labels": 1000}, _TINY_HIERA),
+    "hiera_b": Model("Hiera", "ForImageClassification", 96, {"depths": (2, 3, 16, 3), "num_labels": 1000}, _TINY_HIERA),
 }
 
 # The table of sizes: (model, pixels of a side, batch of a forward, batch of a training step). A batch of 0 is left out.
 SIZES: dict[str, tuple[tuple[str, int, int, int], ...]] = {
-    "tiny": (("poolformer_s12", 32, 2, 2), ("mit_b0", 32, 2, 2), ("segformer_b0", 32, 1, 2)),
+    "tiny": (("poolformer_s12", 32, 2, 2), ("mit_b0", 32, 2, 2), ("segformer_b0", 32, 1, 2), ("hiera_t", 64, 1, 1)),
     "cpu": (
         ("poolformer_s12", 224, 4, 2),
         ("mit_b0", 512, 1, 1),
         ("segformer_b0", 512, 1, 0),
         ("mit_b5", 256, 1, 0),
+        ("hiera_t", 224, 4, 2),
+        ("hiera_b", 224, 2, 0),
     ),
     "cuda": (
         ("poolformer_s12", 224, 128, 128),
         ("mit_b0", 512, 32, 16),
         ("segformer_b0", 512, 32, 0),
         ("mit_b5", 512, 8, 4),
+        ("hiera_t", 224, 128, 128),
+        ("hiera_b", 224, 128, 64),
     ),
 }
-MAIN = ("poolformer_s12", "mit_b5")
+MAIN = ("poolformer_s12", "mit_b5", "hiera_b")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,4 @@
-"""Token mixers of vision backbones, for `MetaFormerBlock`: [batch, *grid, channels] -> (product, bias or None).
-"""
+"""Token mixers of vision backbones, for `MetaFormerBlock`: [batch, *grid, channels] -> (product, bias or None)."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _torch_private, ops
+from .. import _autocast, _torch_private, ops
 from ..packing import Packing
 from ._product import apply_linear, is_plain, product
 from .metaformer import SampleNorm
@@ -66,7 +65,9 @@ class PoolMixer(nn.Module):
         bias = sample_norm.bias
         if torch.is_grad_enabled() and bias.requires_grad:
             weight = torch.add(weight, bias, alpha=0.0)
-        return ops.pool_mixer(hidden, weight, scale, pool_size=self.pool_size, eps=sample_norm.eps)
+        # Autocast would round the stream, where a layer scale of 1e-5 adds less than a unit of bfloat16.
+        with _autocast.off(hidden.device):
+            return ops.pool_mixer(hidden, weight, scale, pool_size=self.pool_size, eps=sample_norm.eps)
 
     def extra_repr(self) -> str:
         return f"{self.pool_size}"

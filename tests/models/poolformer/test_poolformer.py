@@ -80,6 +80,24 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         assert_close("logits", models.from_transformers(model)(pixels).logits, truth, eager)
 
 
+def test_autocast() -> None:
+    """Parameters stay float32, products are made in bfloat16, and every parameter has its gradient.
+
+    The stream stays float32: with the usual layer scale a block adds less than bfloat16 would keep.
+    """
+    model = models.from_transformers(make(drop_path_rate=0.2)).float().train()
+    block, x = model.base.stages[1][1], torch.randn(2, 4, 5, 12)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        block.mixer_scale.mul_(1e-5)
+        added = block.mixer.residual(x, block.mixer_norm, block.mixer_scale) - x
+        assert added.dtype == torch.float32 and float(added.abs().max()) > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(torch.randn(2, 3, 32, 40), torch.tensor([0, 1])).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 COUNTS = {"S12": 11_915_176, "S24": 21_388_968, "S36": 30_862_760, "M36": 56_172_520, "M48": 73_473_448}
 
 

@@ -97,6 +97,16 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         assert_close("logits", models.from_transformers(model)(pixels).logits, truth, eager)
 
 
+def test_autocast() -> None:
+    """Parameters stay float32, products are made in bfloat16, and every parameter has its gradient."""
+    model = models.from_transformers(make(drop_path_rate=0.2)).float().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(torch.randn(2, 3, 40, 56), torch.randint(5, (2, 40, 56))).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 ENCODERS = {
     "B0": 3_319_392, "B1": 13_151_424, "B2": 24_196_288, "B3": 44_072_128, "B4": 60_842_688, "B5": 81_443_008,
 }  # fmt: skip
