@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -65,9 +65,12 @@ class PoolMixer(nn.Module):
         bias = sample_norm.bias
         if torch.is_grad_enabled() and bias.requires_grad:
             weight = torch.add(weight, bias, alpha=0.0)
+        how: dict[str, Any] = {"pool_size": self.pool_size, "eps": sample_norm.eps}
+        if not _autocast.enabled(hidden.device):
+            return ops.pool_mixer(hidden, weight, scale, **how)
         # Autocast would round the stream, where a layer scale of 1e-5 adds less than a unit of bfloat16.
         with _autocast.off(hidden.device):
-            return ops.pool_mixer(hidden, weight, scale, pool_size=self.pool_size, eps=sample_norm.eps)
+            return ops.pool_mixer(hidden, weight, scale, **how)
 
     def extra_repr(self) -> str:
         return f"{self.pool_size}"
