@@ -155,7 +155,7 @@ def test_the_tables_say_what_the_families_have() -> None:
     for model_type, name in MODEL_TYPES.items():
         config_class = getattr(models, name).config_class
         assert model_type in (config_class.model_type, *config_class.other_model_types)
-    with pytest.raises(ValueError, match="family must be one of albert"):
+    with pytest.raises(ValueError, match="family must be one of activator"):
         models.list_models("nonsense")
 
 
