@@ -93,7 +93,7 @@ def test_long_groups_are_sequences(monkeypatch: Any) -> None:
     for name in ("window_attention", "varlen_attention"):
         op = getattr(mixers.ops, name)
         monkeypatch.setattr(mixers.ops, name, lambda *a, op=op, name=name, **k: (seen.append(name), op(*a, **k))[1])
-    monkeypatch.setattr(mixers, "LONGEST_WINDOW", 8)
+    monkeypatch.setattr(mixers, "LONGEST_RUN", 8)
     for run, groups in enumerate((2, 1)):
         assert_same(whole(attention, x, run=run), formula(attention, x, groups))
     assert seen == ["window_attention", "varlen_attention"]

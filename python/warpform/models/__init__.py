@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .decoder import *
     from .distilbert import *
     from .dit3d import *
+    from .hiera import *
     from .ladder import *
     from .matformer import *
     from .minimal import *

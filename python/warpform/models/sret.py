@@ -244,7 +244,7 @@ class SReTForImageClassification(PretrainedModel, CheckpointedLayers):
                 permutation = mixer.permutation(tokens, run, hidden.device, generator)
                 blocks += [block, next(between)]
                 mixing += [{"run": run, "permutation": permutation}, {}]
-        return run_blocks(self, blocks, hidden, mixing)
+        return run_blocks(self, blocks, hidden, each=mixing)
 
     def weight_names(self) -> dict[str, tuple[str, ...]]:
         return {name: published_names(name) for name in named_weights(self)}

@@ -226,7 +226,9 @@ def run_blocks(
     model: CheckpointedLayers,
     blocks: nn.Module | Iterable[nn.Module],
     hidden: Tensor,
-    mixing: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    each: Sequence[Mapping[str, Any]] | None = None,
+    **options: Any,
 ) -> Tensor:
     """One block after another on hidden [batch, *grid, channels]; each makes the last addition of its predecessor.
 
@@ -235,14 +237,15 @@ def run_blocks(
         blocks: a list of `MetaFormerBlock`s, one as often as it runs. What takes the place of one is called on the grid
             of tokens.
         hidden: the stream.
-        mixing: for each block further arguments of its mixer; None: there are none.
+        each: for each block keywords of its own; None: there are none.
+        **options: keywords of every block.
     """
     terms: Terms = (hidden, None, None)
     for index, block in enumerate(cast("Iterable[nn.Module]", blocks)):
-        options = {} if mixing is None else mixing[index]
+        own = options if each is None else {**options, **each[index]}
         if isinstance(block, MetaFormerBlock) and is_plain(block, type(block)):
-            terms = model.run_layer(block, *terms, finish=False, **options)
+            terms = model.run_layer(block, *terms, finish=False, **own)
         else:
             # Hooks and wrappers of a block find the grid of tokens in it and out of it.
-            terms = model.run_layer(block, add_terms(*terms), **options), None, None
+            terms = model.run_layer(block, add_terms(*terms), **own), None, None
     return add_terms(*terms)

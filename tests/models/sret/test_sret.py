@@ -175,11 +175,13 @@ def test_parameters_of_the_presets(size: str, count: int) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == count
     # The published state dict has the shared blocks under two names.
     assert (len(plain.state_dict()), len(list(plain.parameters()))) == (510, 341)
-    once = {part for parts in model.weight_names().values() for part in parts}
-    assert once == {name for name in plain.state_dict() if not _second(name)}
+    assert {part for parts in model.weight_names().values() for part in parts} == {
+        name for name in plain.state_dict() if not _second(name)
+    }
     shapes = {name: weight.shape for name, weight in plain.state_dict().items()}
-    for name, parts in model.weight_names().items():
-        weight = model.state_dict()[name]
+    names, own = model.weight_names(), model.state_dict()
+    for name, parts in names.items():
+        weight = own[name]
         assert all(shapes[part] == (weight.shape if len(parts) == 1 else (1,)) for part in parts), name
 
 
@@ -359,10 +361,11 @@ def test_a_training_run_keeps_the_weights_of_wide_heads() -> None:
             optimizer.zero_grad()
             run().backward()
             optimizer.step()
+    own, theirs = model.state_dict(), plain.state_dict()
     for name, parts in model.weight_names().items():
-        weight = model.state_dict()[name]
+        weight = own[name]
         for part, chunk in zip(parts, model.split_weight(name, weight) if len(parts) > 1 else [weight], strict=True):
-            assert_same(chunk.double(), plain.state_dict()[part].double(), part)
+            assert_same(chunk.double(), theirs[part].double(), part)
     assert model.blocks[0][0].mixer.qkv.weight.shape == (36, 12)  # type: ignore[index]
 
 
