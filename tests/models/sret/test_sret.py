@@ -285,10 +285,12 @@ def test_blocks_run_twice() -> None:
 def test_drop_path_rises_as_published() -> None:
     with torch.device("meta"):
         model = SReTForImageClassification(SReTConfig.preset("T"))
-    rates: list[list[float]] = [[block.drop_path.probability for block in stage] for stage in model.blocks]  # type: ignore
+    blocks: Any = model.blocks
+    between: Any = model.between
+    rates = [[block.drop_path.probability for block in stage] for stage in blocks]
     # Shared block j of a stage has the rate of layer j of that stage, of twenty.
     assert rates == [[0.1 * (first + j) / 20 for j in range(depth)] for first, depth in ((0, 2), (4, 5), (14, 3))]
-    assert all(block.drop_path.probability == 0 for stage in model.between for block in stage)  # type: ignore
+    assert all(block.drop_path.probability == 0 for stage in between for block in stage)
 
 
 def test_published_weights() -> None:
