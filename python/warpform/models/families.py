@@ -70,6 +70,13 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "SentenceOutput",
     ),
     "mot": ("MoTConfig", "MoTForCausalLM"),
+    "poolformer": ("PoolFormerConfig", "PoolFormerForImageClassification", "PoolFormerModel"),
+    "segformer": (
+        "SegformerConfig",
+        "SegformerForImageClassification",
+        "SegformerForSemanticSegmentation",
+        "SegformerModel",
+    ),
     "sequence_parallel_transformer": (
         "SequenceParallelOutput",
         "SequenceParallelTransformer",
@@ -95,7 +102,13 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 OTHERS: dict[str, tuple[str, ...]] = {
     "auto": ("from_pretrained", "from_transformers", "list_models"),
     "common.backbone": ("BackboneOutput",),
-    "common.outputs": ("EncoderOutput", "HeadOutput", "ImageClassifierOutput", "SemanticSegmenterOutput"),
+    "common.outputs": (
+        "EncoderOutput",
+        "HeadOutput",
+        "ImageClassifierOutput",
+        "ImageModelOutput",
+        "SemanticSegmenterOutput",
+    ),
     "sentence_encoder": ("SentenceEncoder",),
 }
 
@@ -123,6 +136,8 @@ MODEL_TYPES: dict[str, str] = {
     "minimal_transformer": "MinimalTransformerForImageClassification",
     "mohd": "MoHDForCausalLM",
     "mot": "MoTForCausalLM",
+    "poolformer": "PoolFormerModel",
+    "segformer": "SegformerModel",
     "sequence_parallel_transformer": "SequenceParallelTransformer",
     "sret": "SReTForImageClassification",
     "swin": "SwinModel",

@@ -60,6 +60,14 @@ TINY: dict[str, dict[str, Any]] = {
         "image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "nblocks": 2, "filter_order": 8,
         "num_labels": 3,
     },
+    "PoolFormer": {
+        "depths": (1, 1), "hidden_sizes": (8, 12), "patch_sizes": (3, 3), "strides": (2, 2), "padding": (1, 1),
+        "layer_scale_init_value": 0.5,
+    },
+    "Segformer": {
+        "depths": (1, 1), "hidden_sizes": (8, 16), "patch_sizes": (3, 3), "strides": (2, 2), "mlp_ratios": (2, 2),
+        "num_attention_heads": (1, 2), "sr_ratios": (2, 1), "decoder_hidden_size": 8,
+    },
     "SequenceParallelTransformer": WIDTH,
     "SReT": {
         "image_size": 16, "hidden_sizes": (12, 24), "depths": (1, 1), "num_heads": (2, 2), "groups": ((2, 2), (1, 1)),
