@@ -33,7 +33,8 @@ void check_pool_mixer(const char* op, const Tensor& x, const Tensor& weight, con
 const char* no_kernel(const Launch& launch, const Tensor& x, const SizeLimit& sizes, int64_t size) {
   if (const char* reason = launch.unusable()) return reason;
   if (const char* reason = kFloatTypes.why_not(dtype_name(x.scalar_type()))) return reason;
-  return sizes.why_not(size);
+  const bool has_kernel = size >= kStencilMinSize && sizes.allows(size);
+  return has_kernel ? nullptr : "the kernels take stencils of 3, 5 or 7 positions a side";
 }
 
 std::tuple<Tensor, Tensor, Tensor> pool_mixer(Tensor x, Tensor weight, std::optional<Tensor> scale, int64_t pool_size,
