@@ -10,8 +10,8 @@
 // Bytes: x read for the statistics, read again, and out written: 3 passes, where PyTorch's norm, pooling, difference,
 // scale and sum take 13. PoolFormer-S12 at 224 x 224, batch 128, forward: 132 M elements, 184 us of an H200's 4.3 TB/s
 // in 16-bit types, of which 122 are this kernel's. The halo, 41 % of a tile for 3 x 3, comes from L2.
-// Instructions for 3 x 3: 6 adds, 4 for loads and conversions, 3 behind the sums, 3 for the copy in and the store: 16 an
-// element, where the card has time for 28: bytes bound it.
+// Instructions for 3 x 3: 6 adds, 6 for loads, conversions and the mean, 4 behind the sums, 3 for the copy in and the
+// store: 19 an element, where the card has time for 28: bytes bound it.
 // Measured: not yet.
 #pragma once
 
@@ -61,17 +61,17 @@ struct StripNeighbours {
       inverse[c] = inverse_neighbours<kSize>(first_col + c, width);
     }
   }
-  // P x - x from the sum over the neighbours: (sum - n x) / n loses less than sum / n - x, and of a constant that has
-  // few digits it is 0.
+  // P x - x from the sum over the neighbours' distances to `shift`: (sum - n d) / n loses less than sum / n - d.
   template <int kPack, class Word>
-  __device__ __forceinline__ void centre(float (&sums)[kStrip][kPack], const Word (&x)[kStrip], int row,
+  __device__ __forceinline__ void centre(float (&sums)[kStrip][kPack], const Word (&x)[kStrip], float shift, int row,
                                          int64_t height) const {
     const float rows = neighbours<kSize>(row, height), inverse_rows = inverse_neighbours<kSize>(row, height);
 #pragma unroll
     for (int c = 0; c < kStrip; ++c) {
 #pragma unroll
       for (int q = 0; q < kPack; ++q) {
-        sums[c][q] = (sums[c][q] - rows * count[c] * to_float(x[c][q])) * (inverse_rows * inverse[c]);
+        const float distance = to_float(x[c][q]) - shift;
+        sums[c][q] = (sums[c][q] - rows * count[c] * distance) * (inverse_rows * inverse[c]);
       }
     }
   }
@@ -97,9 +97,13 @@ pool_mixer_kernel(const SpatialLaunch<PoolForwardParams> params) {
   const SpatialThread<T> me;
   const Moments moments =
       moments_of_sample(p.partials, at.batch, params.p.elements, params.p.chunk, p.chunks);
-  const float rstd = 1.f / sqrtf(moments.squares / max(moments.count, 1.f) + p.eps);
+  float mean = 0, rstd = 0;  // of no elements
+  if (moments.count > 0.f) {
+    mean = to_float(load_global(static_cast<const T*>(p.x) + at.batch * params.p.elements)) + moments.mean;
+    rstd = 1.f / sqrtf(moments.squares / moments.count + p.eps);
+  }
   if (threadIdx.x == 0 && at.row == 0 && at.col == 0 && at.channel == 0) {
-    store_global(p.mean + at.batch, moments.mean);
+    store_global(p.mean + at.batch, mean);
     store_global(p.rstd + at.batch, rstd);
   }
   float factor[kPack], scale[kPack];
@@ -111,14 +115,14 @@ pool_mixer_kernel(const SpatialLaunch<PoolForwardParams> params) {
   wait_for_tiles();
 
   if (col >= shape.width) return;
-  MeanTaps<T, kSize, false> taps(at, shape);
+  MeanTaps<T, kSize, false> taps(at, shape, mean);
   T* const out = static_cast<T*>(p.out) + offset_of_thread<T>(at, shape);
   const int64_t row_step = shape.width * shape.channels;
   slide<T, kSize>(
       tile, taps, [](int, const auto&) {},
       [&](int r, auto& sums, const auto& x) {
         if (at.row + r >= shape.height) return false;
-        columns.centre(sums, x, at.row + r, shape.height);
+        columns.centre(sums, x, mean, at.row + r, shape.height);
 #pragma unroll
         for (int c = 0; c < kStrip; ++c) {
 #pragma unroll

@@ -29,20 +29,21 @@ struct PoolGroups {
 
 int64_t pool_mixer_backward_partials(const PoolMixerBackwardParams& p) {
   const PoolGroups work(p);
-  return work.rows * ((p.scale != nullptr ? 2 : 1) * p.shape.channels + work.tiles.channels.divisor);
+  return work.rows * ((p.scale != nullptr ? 2 : 1) * p.shape.channels + 2 * work.tiles.channels.divisor);
 }
 
 void launch_pool_mixer_backward(const PoolMixerBackwardParams& p, void* stream) {
   if (p.shape.channels == 0) return;
   const PoolGroups work(p);
-  const int64_t of_parameter = work.rows * p.shape.channels;
+  const int64_t of_parameter = work.rows * p.shape.channels, of_samples = work.rows * 2 * work.tiles.channels.divisor;
   const int sums = p.scale != nullptr ? 2 : 1;
+  float* const parameters = p.partials + of_samples;  // pairs of sums come first: an even place
   if (work.rows > 0) {
     const SpatialLaunch<PoolGradientParams> params{
         {.p = p,
-         .weight_partials = p.partials,
-         .scale_partials = p.scale != nullptr ? p.partials + of_parameter : nullptr,
-         .sample_partials = p.partials + sums * of_parameter,
+         .weight_partials = parameters,
+         .scale_partials = p.scale != nullptr ? parameters + of_parameter : nullptr,
+         .sample_partials = p.partials,
          .groups = work.groups,
          .group_tiles = work.group_tiles,
          .group_divisor = divisor_of(work.groups)},
@@ -59,7 +60,7 @@ void launch_pool_mixer_backward(const PoolMixerBackwardParams& p, void* stream) 
     });
   }
   launch_column_sum(kOp,
-                    {.partials = p.partials,
+                    {.partials = parameters,
                      .out = {p.dweight, p.dscale},
                      .sums = sums,
                      .groups = work.rows,

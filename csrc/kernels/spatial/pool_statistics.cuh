@@ -2,8 +2,9 @@
 // elements, cut into chunks, of which a block takes one.
 //
 // Tile: 256 threads with eight 16-byte pieces each, 16,384 elements in 16-bit types; a chunk is one such pass or, in
-// samples beyond 16 M elements, several. A thread keeps its elements in registers for two passes over them, the mean of
-// their distances to its first element and then the squares around that mean, so that a large mean costs no digits. What
+// samples beyond 16 M elements, several. What is averaged are distances to the sample's first element, so that a
+// mean far from zero costs no digits. A thread keeps its elements in registers for two passes over them, the mean and
+// then the squares around it. What
 // threads and chunks have is merged as in Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for
 // computing sample variances (1979), lower parts first, in an order that the shape alone decides.
 // Loads: 16 bytes a lane, eight in flight; element by element where a sample begins elsewhere. The bits are the same.
@@ -52,7 +53,7 @@ __device__ __forceinline__ Moments merge_lanes(Moments own) {
 
 struct PoolStatisticsParams {
   const void* x;    // [batch, elements]
-  float* partials;  // [batch, chunks, 2], mean and squares
+  float* partials;  // [batch, chunks, 2], mean and squares of the distances to the sample's first element
   int64_t elements;
   int64_t chunk;  // elements of a chunk, whole passes
   int64_t chunks;
@@ -65,6 +66,7 @@ __global__ void __launch_bounds__(kStatisticsThreads) pool_statistics_kernel(con
   const int64_t sample = blockIdx.x / p.chunks, chunk = blockIdx.x - sample * p.chunks;
   const T* x = static_cast<const T*>(p.x) + sample * p.elements;
   const int64_t end = min((chunk + 1) * p.chunk, p.elements);
+  const float shift = to_float(load_global(x));
   Moments all{};
 #pragma unroll 1
   for (int64_t first = chunk * p.chunk + static_cast<int>(threadIdx.x) * kVec; first < end;
@@ -82,7 +84,6 @@ __global__ void __launch_bounds__(kStatisticsThreads) pool_statistics_kernel(con
         for (int j = 0; j < kVec; ++j) pieces[i][j] = j < counts[i] ? load_global(x + at + j) : from_float<T>(0);
       }
     }
-    const float shift = to_float(pieces[0][0]);
     float sum = 0, squares = 0;
     int count = 0;
 #pragma unroll
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kStatisticsThreads) pool_statistics_kernel(con
         squares += distance * distance;
       }
     }
-    all = Moments::merge(all, {static_cast<float>(count), shift + mean, squares});
+    all = Moments::merge(all, {static_cast<float>(count), mean, squares});
   }
   all = merge_lanes(all);
   const uint32_t shared = shared_base();
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(kStatisticsThreads) pool_statistics_kernel(con
   store_global(reinterpret_cast<Vec<float, 2>*>(p.partials) + blockIdx.x, Vec<float, 2>{all.mean, all.squares});
 }
 
-// The moments of a sample from those of its chunks, for every lane of a warp; of no elements they are 0.
+// The moments of a sample's distances to its first element from those of its chunks, for every lane of a warp; of no elements they are 0.
 __device__ __forceinline__ Moments moments_of_sample(const float* partials, int64_t sample, int64_t elements,
                                                      int64_t chunk, int64_t chunks) {
   Moments own{};

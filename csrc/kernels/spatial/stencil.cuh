@@ -88,37 +88,42 @@ __device__ __forceinline__ float inverse_neighbours(int row, int64_t rows) {
   return count == kSize ? 1.f / kSize : 1.f / count;
 }
 
-// Sums over the neighbours of a position. With kTransposed each neighbour counts as one over the number of its own
-// neighbours: the transpose of the mean.
+// Sums over the neighbours of a position, of their distances to `shift`: what is large beside the differences of
+// neighbours would cost their digits. With kTransposed each neighbour counts instead as one over the number of its own
+// neighbours: the transpose of the mean. What is beyond the grid counts as 0.
 template <class T, int kSize, bool kTransposed>
 struct MeanTaps {
   static constexpr int kPack = SpatialElements<T>::kPack;
   static constexpr int kHalo = kSize / 2;
   static constexpr int kCols = kStrip + 2 * kHalo;
 
-  float weights[kTransposed ? kCols : 1];  // of the columns that the thread reads
-  int first_row;                           // of the tile with its halo
+  float columns[kCols];  // the weights or shifts of the columns that the thread reads
+  int first_row;         // of the tile with its halo
   int64_t height;
   float across[kStrip][kPack];  // sums along the row at hand
   float start[kPack] = {};
 
-  __device__ __forceinline__ MeanTaps(const TileOrigin& at, const SpatialShape& shape)
+  __device__ __forceinline__ MeanTaps(const TileOrigin& at, const SpatialShape& shape, float shift)
       : first_row(at.row - kHalo), height(shape.height) {
-    if constexpr (kTransposed) {
-      const int col = at.col + SpatialThread<T>().strip - kHalo;
+    const int first = at.col + SpatialThread<T>().strip - kHalo;
 #pragma unroll
-      for (int c = 0; c < kCols; ++c) weights[c] = inverse_neighbours<kSize>(col + c, shape.width);
+    for (int c = 0; c < kCols; ++c) {
+      columns[c] = kTransposed ? inverse_neighbours<kSize>(first + c, shape.width)
+                               : (exists(first + c, shape.width) ? shift : 0.f);
     }
   }
 
   __device__ __forceinline__ void prepare(float (&row)[kCols][kPack], int r) {
+    const float weight = kTransposed ? inverse_neighbours<kSize>(first_row + r, height) : 0.f;
+    const bool inside = exists(first_row + r, height);
+#pragma unroll
+    for (int c = 0; c < kCols; ++c) {
+      const float column = kTransposed ? columns[c] * weight : (inside ? columns[c] : 0.f);
+#pragma unroll
+      for (int q = 0; q < kPack; ++q) row[c][q] = kTransposed ? row[c][q] * column : row[c][q] - column;
+    }
 #pragma unroll
     for (int q = 0; q < kPack; ++q) {
-      if constexpr (kTransposed) {
-        const float weight = inverse_neighbours<kSize>(first_row + r, height);
-#pragma unroll
-        for (int c = 0; c < kCols; ++c) row[c][q] *= weights[c] * weight;
-      }
 #pragma unroll
       for (int c = 0; c < kStrip; ++c) {
         across[c][q] = row[c][q];
