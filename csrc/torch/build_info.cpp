@@ -113,10 +113,9 @@ std::string row_json(const SupportedConfig& config, const char* dtype) {
 
 using Tables = std::span<const std::span<const SupportedConfig>>;
 
-constexpr std::span<const SupportedConfig> kCudaTables[] = {kAttentionConfigs, kPackingConfigs,   kNormConfigs,
-                                                            kGeluConfigs,      kFftConvConfigs,   kRoutingConfigs,
-                                                            kMonarchConfigs,   kShortConvConfigs, kSpatialConfigs,
-                                                            kWindowConfigs};
+constexpr std::span<const SupportedConfig> kCudaTables[] = {
+    kAttentionConfigs, kPackingConfigs, kNormConfigs,      kGeluConfigs,    kFftConvConfigs,
+    kRoutingConfigs,   kMonarchConfigs, kShortConvConfigs, kSpatialConfigs, kWindowConfigs};
 constexpr std::span<const SupportedConfig> kCpuTables[] = {cpu::kConfigs};
 
 Tables cuda_tables() {

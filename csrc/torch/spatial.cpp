@@ -198,9 +198,9 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(Tensor dout, Tensor
 }  // namespace
 
 std::span<const Body> spatial_ops() {
-  static constexpr Body kOps[] = {body<"pool_mixer", &pool_mixer>(), body<"pool_mixer_backward", &pool_mixer_backward>(),
-                                  body<"depthwise_conv2d", &depthwise_conv2d>(),
-                                  body<"depthwise_conv2d_backward", &depthwise_conv2d_backward>()};
+  static constexpr Body kOps[] = {
+      body<"pool_mixer", &pool_mixer>(), body<"pool_mixer_backward", &pool_mixer_backward>(),
+      body<"depthwise_conv2d", &depthwise_conv2d>(), body<"depthwise_conv2d_backward", &depthwise_conv2d_backward>()};
   return kOps;
 }
 

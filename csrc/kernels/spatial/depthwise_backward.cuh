@@ -1,11 +1,11 @@
 // Gradients of depthwise_conv2d from dpre, the gradient before the activation, which is dout where that is linear and
-// else comes from the kernel in depthwise_forward.cuh: dtap[t] = sum over i of x[i] dpre[i - t], dbias = sum of dpre, and
-// for 3 x 3 taps dx[i] = sum over t of tap[t] dpre[i - t] in the same walk: of the same neighbours of dpre, and the
+// else comes from the kernel in depthwise_forward.cuh: dtap[t] = sum over i of x[i] dpre[i - t], dbias = sum of dpre,
+// and for 3 x 3 taps dx[i] = sum over t of tap[t] dpre[i - t] in the same walk: of the same neighbours of dpre, and the
 // stencil with its taps in the opposite order. With more taps the two would take more registers than a thread has, and
 // dx comes from the forward kernel.
 //
-// Tile: see tile.cuh; dpre has the halo, x has none. A block keeps its channels and walks over a range of tiles. Sums of
-// taps stay in a thread's registers (2 * kSize^2, float32 half of it), then the warps of a block add theirs through
+// Tile: see tile.cuh; dpre has the halo, x has none. A block keeps its channels and walks over a range of tiles. Sums
+// of taps stay in a thread's registers (2 * kSize^2, float32 half of it), then the warps of a block add theirs through
 // shared memory; a block leaves one float32 partial a tap and channel, which column_sum.cuh adds up. All in a fixed
 // order.
 //
@@ -184,12 +184,12 @@ __device__ __forceinline__ void walk_for_all(DepthwiseBackward<T, kSize>& own, L
   const SpatialThread<T> me;
   T* const dx = static_cast<T*>(p.dx) + offset_of_thread<T>(at, p.shape);
   const int64_t row_step = p.shape.width * p.shape.channels;
-  const auto finish = [&](int r, float(&sums)[kStrip][kPack]) {
+  const auto finish = [&](int r, float (&sums)[kStrip][kPack]) {
     if (at.row + r < p.shape.height) store_strip(dx + r * row_step, sums, at, p.shape, vectors);
     return true;
   };
   if (!taps.finite) return slide_checked<T, kSize>(tile, taps, at, p.shape, finish);  // the sums come from add_checked
-  Vec<T, kPack> x[kTileRows][kStrip];                                                  // kSize rows are live at a time
+  Vec<T, kPack> x[kTileRows][kStrip];                                                 // kSize rows are live at a time
   const auto add = [&](int i, const auto& row) {
     if (i < kTileRows) {
 #pragma unroll

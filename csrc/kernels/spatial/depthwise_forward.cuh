@@ -1,14 +1,14 @@
 // depthwise_conv2d: x [batch, height, width, channels] convolved with a filter of kSize by kSize taps for each channel,
 // zeros around the grid, plus a bias, through an activation. Its backward pass takes the same kernel with another end,
-// for the gradient before the activation, dpre = dout activation'(pre), and for dx from dpre where there are more than 3
-// by 3 taps.
+// for the gradient before the activation, dpre = dout activation'(pre), and for dx from dpre where there are more than
+// 3 by 3 taps.
 //
 // Tile: see tile.cuh; cp.async brings x with its halo (and dout without), and a block works on one tile, so that the
 // loads of some blocks of an SM run under the arithmetic of others. Sums: see stencil.cuh.
 //
-// Bytes: x read and out written, 4 a channel and position in 16-bit types. PyTorch needs two transposes, the convolution
-// and the activation for it, 16. MiT-B5 at 512 x 512 has 79 M elements an image in its 52 layers: 74 us at an H200's
-// 4.3 TB/s. The halo, 41 % of a tile for three taps, comes from L2.
+// Bytes: x read and out written, 4 a channel and position in 16-bit types. PyTorch needs two transposes, the
+// convolution and the activation for it, 16. MiT-B5 at 512 x 512 has 79 M elements an image in its 52 layers: 74 us at
+// an H200's 4.3 TB/s. The halo, 41 % of a tile for three taps, comes from L2.
 // Instructions, of which the card has time for some 28 an element beside its 4 bytes: for 3 x 3 taps 9 FMA, 4 for loads
 // and conversions, 2 for the copy in, 1 for the store: 16, bytes bound it. GELU adds about 25 (erff), and then
 // instructions bound it by 1.5. 5 x 5 taps and more are bound by their FMA. For dpre (6 bytes, time for 41) it is 50.
@@ -84,12 +84,13 @@ depthwise_conv2d_kernel(const SpatialLaunch<DepthwiseParams> params) {
   if (p.bias != nullptr) {
 #pragma unroll
     for (int q = 0; q < kPack; ++q) {
-      if (channel + q < shape.channels) taps.start[q] = to_float(load_global(static_cast<const T*>(p.bias) + channel + q));
+      if (channel + q < shape.channels)
+        taps.start[q] = to_float(load_global(static_cast<const T*>(p.bias) + channel + q));
     }
   }
   const int64_t row_step = shape.width * shape.channels;
   T* const out = static_cast<T*>(p.out) + offset_of_thread<T>(at, shape);
-  const auto finish = [&](int r, float(&sums)[kStrip][kPack]) {
+  const auto finish = [&](int r, float (&sums)[kStrip][kPack]) {
     if (at.row + r >= shape.height) return false;
 #pragma unroll
     for (int c = 0; c < kStrip; ++c) {

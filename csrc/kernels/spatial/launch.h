@@ -1,5 +1,6 @@
-// Launch functions of the stencils on grids of tokens with channels last, pool_mixer and depthwise_conv2d: pointers into
-// device memory, sizes, and an opaque stream. They launch and return; a launch that fails throws std::runtime_error.
+// Launch functions of the stencils on grids of tokens with channels last, pool_mixer and depthwise_conv2d: pointers
+// into device memory, sizes, and an opaque stream. They launch and return; a launch that fails throws
+// std::runtime_error.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +18,8 @@ struct SpatialShape {
   int64_t channels;
 };
 
-// out = x + scale weight rstd (P x - x), P the mean over the neighbours of a square of `pool_size` that exist. x and out
-// are of `dtype`; weight and scale are both of `dtype` or, with float_parameters, both float32.
+// out = x + scale weight rstd (P x - x), P the mean over the neighbours of a square of `pool_size` that exist. x and
+// out are of `dtype`; weight and scale are both of `dtype` or, with float_parameters, both float32.
 struct PoolMixerParams {
   const void* x;       // [batch, height, width, channels]
   const void* weight;  // [channels]

@@ -13,7 +13,7 @@
 // All sums are in a fixed order.
 //
 // Bytes: 5 passes, 2 + 3: A needs all of a sample before any dx. 10 bytes an element in 16-bit types, 307 us of an
-// H200's 4.3 TB/s for PoolFormer-S12 at 224 x 224, batch 128 (132 M elements); PyTorch takes some 20 passes.
+// H200's 4.3 TB/s for PoolFormer-S12 at 224 x 224, batch 128 (132 M elements).
 // Instructions for 3 x 3: 21 and 23 an element, where the card has time for 28 and 41: bytes bound both.
 // Measured: not yet.
 #pragma once
@@ -22,7 +22,7 @@
 
 namespace warpform {
 
-constexpr int kPoolGroupTiles = 4;         // tiles of positions that a block of the first kernel walks over, or more
+constexpr int kPoolGroupTiles = 4;       // tiles of positions that a block of the first kernel walks over, or more
 constexpr int64_t kMostPoolGroups = 64;  // of a sample
 
 template <int kSize>
@@ -45,8 +45,8 @@ struct PoolGradientParams {
 
 // Leaves q, A and D of a group of tiles of one sample.
 template <class T, int kSize>
-__global__ void __launch_bounds__(kSpatialThreads, PoolBackward<kSize>::kBlocksPerSm)
-pool_mixer_sums_kernel(const SpatialLaunch<PoolGradientParams> params) {
+__global__ void __launch_bounds__(kSpatialThreads, PoolBackward<kSize>::kBlocksPerSm) pool_mixer_sums_kernel(
+    const SpatialLaunch<PoolGradientParams> params) {
   constexpr int kPack = SpatialElements<T>::kPack, kChannels = SpatialElements<T>::kChannels;
   const PoolGradientParams& g = params.p;
   const PoolMixerBackwardParams& p = g.p;
@@ -121,8 +121,8 @@ pool_mixer_sums_kernel(const SpatialLaunch<PoolGradientParams> params) {
 }
 
 template <class T, int kSize>
-__global__ void __launch_bounds__(kSpatialThreads, PoolBackward<kSize>::kBlocksPerSm)
-pool_mixer_backward_kernel(const SpatialLaunch<PoolGradientParams> params) {
+__global__ void __launch_bounds__(kSpatialThreads, PoolBackward<kSize>::kBlocksPerSm) pool_mixer_backward_kernel(
+    const SpatialLaunch<PoolGradientParams> params) {
   constexpr int kPack = SpatialElements<T>::kPack, kHalo = kSize / 2;
   const PoolGradientParams& g = params.p;
   const PoolMixerBackwardParams& p = g.p;

@@ -116,7 +116,8 @@ __global__ void __launch_bounds__(kStatisticsThreads) pool_statistics_kernel(con
   store_global(reinterpret_cast<Vec<float, 2>*>(p.partials) + blockIdx.x, Vec<float, 2>{all.mean, all.squares});
 }
 
-// The moments of a sample's distances to its first element from those of its chunks, for every lane of a warp; of no elements they are 0.
+// The moments of a sample's distances to its first element from those of its chunks, for every lane of a warp; of no
+// elements they are 0.
 __device__ __forceinline__ Moments moments_of_sample(const float* partials, int64_t sample, int64_t elements,
                                                      int64_t chunk, int64_t chunks) {
   Moments own{};

@@ -181,8 +181,8 @@ __device__ __forceinline__ void slide(uint32_t tile, Taps& taps, const Read& rea
   }
 }
 
-// The same sums for taps of which some are not finite: positions beyond the grid are left out, as zero times infinity is
-// NaN. In the same order of additions, so that other channels keep their bits.
+// The same sums for taps of which some are not finite: positions beyond the grid are left out, as zero times infinity
+// is NaN. In the same order of additions, so that other channels keep their bits.
 template <class T, int kSize, class Emit>
 __device__ __forceinline__ void slide_checked(uint32_t tile, const LearnedTaps<T, kSize>& taps, const TileOrigin& at,
                                               const SpatialShape& shape, const Emit& emit) {

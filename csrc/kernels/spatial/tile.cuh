@@ -2,10 +2,10 @@
 // part of a tile a thread owns.
 //
 // A tile is 8 by 16 positions by 128 bytes of channels (64 in 16-bit types, 32 in float32), with the rows and columns
-// around it that the stencil reaches. A position is 128 bytes of shared memory, as it is 128 neighbouring bytes of a row
-// of x. A block is four warps; each owns four of the sixteen columns, and its lane l the l-th 4 bytes of channels (two
-// of them, or one float32): what a warp reads and writes is always 128 bytes, without bank conflicts, and which rows and
-// columns of the grid exist is the same for all its lanes.
+// around it that the stencil reaches. A position is 128 bytes of shared memory, as it is 128 neighbouring bytes of a
+// row of x. A block is four warps; each owns four of the sixteen columns, and its lane l the l-th 4 bytes of channels
+// (two of them, or one float32): what a warp reads and writes is always 128 bytes, without bank conflicts, and which
+// rows and columns of the grid exist is the same for all its lanes.
 #pragma once
 
 #include "common/divisor.h"
@@ -40,9 +40,9 @@ struct SpatialLaunch {
 
 template <class T>
 struct SpatialElements {
-  static constexpr int kVec = kWideVec<T>;                     // channels of 16 bytes
+  static constexpr int kVec = kWideVec<T>;                       // channels of 16 bytes
   static constexpr int kPack = 4 / static_cast<int>(sizeof(T));  // channels of a thread
-  static constexpr int kChannels = kWarpSize * kPack;          // of a tile
+  static constexpr int kChannels = kWarpSize * kPack;            // of a tile
 };
 
 // The first element of a tile, halo not counted.

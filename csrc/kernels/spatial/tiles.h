@@ -23,7 +23,9 @@ SpatialTiles spatial_tiles(const char* op, DType dtype, const SpatialShape& shap
   for (const int64_t size : {shape.batch, shape.height, shape.width, shape.channels}) {
     if (size > INT_MAX - 1024) fail_for_size(op, "no kernel takes a dimension of", size, "elements");
   }
-  const auto tiles = [](int64_t size, int64_t tile) { return static_cast<int>(std::max<int64_t>(ceil_div(size, tile), 1)); };
+  const auto tiles = [](int64_t size, int64_t tile) {
+    return static_cast<int>(std::max<int64_t>(ceil_div(size, tile), 1));
+  };
   const int channels = tiles(shape.channels, channels_of_tile(dtype));
   const int cols = tiles(shape.width, kTileCols), rows = tiles(shape.height, kTileRows);
   const int64_t most = INT_MAX / std::max<int64_t>(shape.batch, 1);
