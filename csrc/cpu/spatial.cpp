@@ -334,28 +334,41 @@ class Inverses {
 // Moments of some elements of a sample.
 struct Moments {
   int64_t count;
-  float mean;
-  float squares;  // of the differences from the mean
+  double mean;
+  double squares;  // of the differences from the mean
 };
 
+// Sums over elements [0, count): calls f(at, lanes, sum) as sum_columns does. A sum of float32 has 16 terms; the sums are
+// added in float64, since the one number that a sample's variance is has no other numbers' errors beside it.
+template <int kSums, class F>
+WARPFORM_INLINE void exact_sums(double (&total)[kSums], int64_t count, const F& f) {
+  constexpr int64_t kTerms = 16 * 4 * kLanes;
+  for (double& sum : total) sum = 0;
+  for (int64_t first = 0; first < count; first += kTerms) {
+    float some[kSums];
+    sum_columns<4>(some, smaller(kTerms, count - first), [&](int64_t at, auto lanes, Vec(&sum)[kSums])
+                                                             __attribute__((always_inline)) { f(first + at, lanes, sum); });
+    for (int k = 0; k < kSums; ++k) total[k] += some[k];
+  }
+}
+
 __attribute__((noinline)) Moments moments_of(DType type, const void* x, int64_t begin, int64_t count) {
-  Moments found{count, 0.f, 0.f};
+  Moments found{count, 0, 0};
   with_element(type, [&]<class T>(T*) {
     const T* const from = static_cast<const T*>(x) + begin;
-    float sum[1], rest[2];
-    sum_columns<4>(sum, count, [&](int64_t c, auto lanes, Vec(&part)[1])
-                                   __attribute__((always_inline)) { part[0] += lanes.read(from + c); });
-    const auto n = static_cast<float>(count);
-    const float near_mean = sum[0] / n;
-    sum_columns<4>(rest, count, [&](int64_t c, auto lanes, Vec(&part)[2]) __attribute__((always_inline)) {
-      const Vec d = lanes.or_zero(lanes.read(from + c) - near_mean);
+    double sum[1], rest[2];
+    exact_sums(sum, count, [&](int64_t at, auto lanes, Vec(&part)[1])
+                               __attribute__((always_inline)) { part[0] += lanes.read(from + at); });
+    const auto near_mean = static_cast<float>(sum[0] / static_cast<double>(count));
+    exact_sums(rest, count, [&](int64_t at, auto lanes, Vec(&part)[2]) __attribute__((always_inline)) {
+      const Vec d = lanes.or_zero(lanes.read(from + at) - near_mean);
       part[0] += d;
       part[1] += d * d;
     });
     // The sum of the differences is what rounding left in near_mean.
-    const float squares = rest[1] - rest[0] * (rest[0] / n);
-    found.mean = near_mean + rest[0] / n;
-    found.squares = squares < 0.f ? 0.f : squares;  // and NaN stays NaN
+    const double correction = rest[0] / static_cast<double>(count);
+    found.mean = near_mean + correction;
+    found.squares = rest[1] - rest[0] * correction;
   });
   return found;
 }
@@ -376,8 +389,8 @@ inline Statistics merged(const Moments* parts, int64_t count, float eps) {
     const double d = parts[i].mean - mean;
     squares += parts[i].squares + static_cast<double>(parts[i].count) * d * d;
   }
-  const auto variance = static_cast<float>(squares / elements);
-  return {static_cast<float>(mean), 1.f / __builtin_sqrtf(variance + eps)};
+  const double variance = squares < 0 ? 0 : squares / elements;  // and NaN stays NaN
+  return {static_cast<float>(mean), static_cast<float>(1 / __builtin_sqrt(variance + eps))};
 }
 
 // scale * weight, [wide]; `weight` and `scale` are float32, scale may be null.

@@ -31,7 +31,7 @@ void check_pool_mixer(const char* op, const Tensor& x, const Tensor& weight, con
 
 // Why no kernel serves the call, or null.
 const char* no_kernel(const Launch& launch, const Tensor& x, const SizeLimit& sizes, int64_t size) {
-  if (const char* reason = launch.unusable()) return reason;
+  if (const char* reason = launch.unusable_anywhere()) return reason;
   if (const char* reason = kFloatTypes.why_not(dtype_name(x.scalar_type()))) return reason;
   return sizes.why_not(size);
 }
@@ -43,7 +43,29 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer(Tensor x, Tensor weight, std::opti
   check_eps(kOp, eps);
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, x, kPoolSizes, pool_size)) return UseReference(reason);
-  return UseReference("it has no kernel yet");
+  if (!launch.on_cpu()) return UseReference("it has no kernel yet");
+  x = contiguous(x);
+  weight = contiguous(weight);
+  scale = contiguous(scale);
+  const int64_t batch = x.size(0);
+  Tensor out = empty(kOp, sizes_of(x), x.scalar_type(), x);
+  Tensor mean = empty(kOp, {batch}, ScalarType::Float, x);
+  Tensor rstd = empty(kOp, {batch}, ScalarType::Float, x);
+  launch.run_on_cpu<&cpu::Kernels::pool_mixer>(
+      PoolMixerParams{.x = launch.in(x),
+                      .weight = launch.in(weight),
+                      .scale = launch.in_or_null(scale),
+                      .out = launch.out(out),
+                      .mean = launch.out<float>(mean),
+                      .rstd = launch.out<float>(rstd),
+                      .partials = nullptr,
+                      .chunks = 0,
+                      .shape = shape_of(x),
+                      .pool_size = static_cast<int>(pool_size),
+                      .eps = static_cast<float>(eps),
+                      .dtype = element_type(x),
+                      .float_parameters = weight.scalar_type() == ScalarType::Float});
+  return {out, mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> pool_mixer_backward(Tensor dout, Tensor x, Tensor weight,
@@ -56,7 +78,32 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer_backward(Tensor dout, Tensor x, Te
   check_statistics(kOp, "rstd", rstd, x.size(0), "x", x);
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, x, kPoolSizes, pool_size)) return UseReference(reason);
-  return UseReference("it has no kernel yet");
+  if (!launch.on_cpu()) return UseReference("it has no kernel yet");
+  dout = contiguous(dout);
+  x = contiguous(x);
+  weight = contiguous(weight);
+  scale = contiguous(scale);
+  mean = contiguous(mean);
+  rstd = contiguous(rstd);
+  Tensor dx = empty(kOp, sizes_of(x), x.scalar_type(), x);
+  Tensor dweight = empty(kOp, {x.size(3)}, weight.scalar_type(), x);
+  Tensor dscale = empty(kOp, {scale ? x.size(3) : 0}, weight.scalar_type(), x);
+  launch.run_on_cpu<&cpu::Kernels::pool_mixer_backward>(
+      PoolMixerBackwardParams{.dout = launch.in(dout),
+                              .x = launch.in(x),
+                              .weight = launch.in(weight),
+                              .scale = launch.in_or_null(scale),
+                              .mean = launch.in<float>(mean),
+                              .rstd = launch.in<float>(rstd),
+                              .dx = launch.out(dx),
+                              .dweight = launch.out(dweight),
+                              .dscale = launch.out(dscale),
+                              .partials = nullptr,
+                              .shape = shape_of(x),
+                              .pool_size = static_cast<int>(pool_size),
+                              .dtype = element_type(x),
+                              .float_parameters = weight.scalar_type() == ScalarType::Float});
+  return {dx, dweight, dscale};
 }
 
 // ---- depthwise_conv2d ----
@@ -84,7 +131,23 @@ Tensor depthwise_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std
   check_depthwise(kOp, x, weight, bias, activation);
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, x, kDepthwiseSizes, weight.size(1))) return UseReference(reason);
-  return UseReference("it has no kernel yet");
+  if (!launch.on_cpu()) return UseReference("it has no kernel yet");
+  x = contiguous(x);
+  weight = contiguous(weight);
+  bias = contiguous(bias);
+  Tensor out = empty(kOp, sizes_of(x), x.scalar_type(), x);
+  launch.run_on_cpu<&cpu::Kernels::depthwise_conv2d>(
+      DepthwiseConv2dParams{.x = launch.in(x),
+                            .weight = launch.in(weight),
+                            .bias = launch.in_or_null(bias),
+                            .out = launch.out(out),
+                            .shape = shape_of(x),
+                            .kernel_size = static_cast<int>(weight.size(1)),
+                            .activation = activation == "linear" ? Activation::kLinear
+                                          : activation == "gelu" ? Activation::kGelu
+                                                                 : Activation::kRelu,
+                            .dtype = element_type(x)});
+  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(Tensor dout, Tensor x, Tensor weight,
@@ -94,7 +157,32 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(Tensor dout, Tensor
   check_like(kOp, "dout", dout, "x", x);
   const Launch launch(kOp, x);
   if (const char* reason = no_kernel(launch, x, kDepthwiseSizes, weight.size(1))) return UseReference(reason);
-  return UseReference("it has no kernel yet");
+  if (!launch.on_cpu()) return UseReference("it has no kernel yet");
+  dout = contiguous(dout);
+  x = contiguous(x);
+  weight = contiguous(weight);
+  bias = contiguous(bias);
+  Tensor dx = empty(kOp, sizes_of(x), x.scalar_type(), x);
+  Tensor dweight = empty(kOp, sizes_of(weight), x.scalar_type(), x);
+  Tensor dbias = empty(kOp, {bias ? x.size(3) : 0}, x.scalar_type(), x);
+  launch.run_on_cpu<&cpu::Kernels::depthwise_conv2d_backward>(
+      DepthwiseConv2dBackwardParams{.dout = launch.in(dout),
+                                    .x = launch.in(x),
+                                    .weight = launch.in(weight),
+                                    .bias = launch.in_or_null(bias),
+                                    .dpre = nullptr,
+                                    .dx = launch.out(dx),
+                                    .dweight = launch.out(dweight),
+                                    .dbias = launch.out(dbias),
+                                    .partials = nullptr,
+                                    .groups = 0,
+                                    .shape = shape_of(x),
+                                    .kernel_size = static_cast<int>(weight.size(1)),
+                                    .activation = activation == "linear" ? Activation::kLinear
+                                                  : activation == "gelu" ? Activation::kGelu
+                                                                         : Activation::kRelu,
+                                    .dtype = element_type(x)});
+  return {dx, dweight, dbias};
 }
 
 }  // namespace
