@@ -31,7 +31,7 @@ void check_pool_mixer(const char* op, const Tensor& x, const Tensor& weight, con
 
 // Why no kernel serves the call, or null.
 const char* no_kernel(const Launch& launch, const Tensor& x, const SizeLimit& sizes, int64_t size) {
-  if (const char* reason = launch.unusable()) return reason;
+  if (const char* reason = launch.unusable_anywhere()) return reason;
   if (const char* reason = kFloatTypes.why_not(dtype_name(x.scalar_type()))) return reason;
   const bool has_kernel = size >= kStencilMinSize && sizes.allows(size);
   return has_kernel ? nullptr : "the kernels take stencils of 3, 5 or 7 positions a side";
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer(Tensor x, Tensor weight, std::opti
   params.chunks = launch.ask<&pool_mixer_chunks>(params);
   Tensor partials = empty(kOp, {shape.batch, params.chunks, 2}, ScalarType::Float, x);
   params.partials = launch.out<float>(partials);
-  if constexpr (kHasKernels) launch_pool_mixer(params, launch.stream());
+  launch.run<&launch_pool_mixer, &cpu::Kernels::pool_mixer>(params);
   return {out, mean, rstd};
 }
 
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer_backward(Tensor dout, Tensor x, Te
                                  .float_parameters = weight.scalar_type() == ScalarType::Float};
   Tensor partials = empty(kOp, {launch.ask<&pool_mixer_backward_partials>(params)}, ScalarType::Float, x);
   params.partials = launch.out<float>(partials);
-  if constexpr (kHasKernels) launch_pool_mixer_backward(params, launch.stream());
+  launch.run<&launch_pool_mixer_backward, &cpu::Kernels::pool_mixer_backward>(params);
   return {dx, dweight, dscale};
 }
 
@@ -152,7 +152,7 @@ Tensor depthwise_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std
                                      .kernel_size = static_cast<int>(weight.size(1)),
                                      .activation = activation_of(activation),
                                      .dtype = element_type(x)};
-  if constexpr (kHasKernels) launch_depthwise_conv2d(params, launch.stream());
+  launch.run<&launch_depthwise_conv2d, &cpu::Kernels::depthwise_conv2d>(params);
   return out;
 }
 
@@ -169,16 +169,16 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(Tensor dout, Tensor
   bias = contiguous(bias);
   const SpatialShape shape = shape_of(x);
   const int64_t taps = weight.size(1) * weight.size(1);
-  const bool linear = activation == "linear";
+  const bool needs_dpre = activation != "linear" && !launch.on_cpu();
   Tensor dx = empty(kOp, sizes_of(x), x.scalar_type(), x);
   Tensor dweight = empty(kOp, sizes_of(weight), weight.scalar_type(), x);
   Tensor dbias = empty(kOp, {bias ? shape.channels : 0}, weight.scalar_type(), x);
-  Tensor dpre = empty(kOp, linear ? std::vector<int64_t>{0} : sizes_of(x), x.scalar_type(), x);
+  Tensor dpre = empty(kOp, needs_dpre ? sizes_of(x) : std::vector<int64_t>{0}, x.scalar_type(), x);
   DepthwiseConv2dBackwardParams params{.dout = launch.in(dout),
                                        .x = launch.in(x),
                                        .weight = launch.in(weight),
                                        .bias = launch.in_or_null(bias),
-                                       .dpre = linear ? nullptr : launch.out(dpre),
+                                       .dpre = needs_dpre ? launch.out(dpre) : nullptr,
                                        .dx = launch.out(dx),
                                        .dweight = launch.out(dweight),
                                        .dbias = launch.out(dbias),
@@ -191,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(Tensor dout, Tensor
   params.groups = launch.ask<&depthwise_conv2d_backward_groups>(params);
   Tensor partials = empty(kOp, {params.groups, shape.channels, taps + (bias ? 1 : 0)}, ScalarType::Float, x);
   params.partials = launch.out<float>(partials);
-  if constexpr (kHasKernels) launch_depthwise_conv2d_backward(params, launch.stream());
+  launch.run<&launch_depthwise_conv2d_backward, &cpu::Kernels::depthwise_conv2d_backward>(params);
   return {dx, dweight, dbias};
 }
 
