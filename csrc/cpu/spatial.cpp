@@ -30,11 +30,11 @@ constexpr int64_t kBlockStep = 16;  // a cache line of float32
 
 // Some rows of an image by some of its channels.
 struct Piece {
-  int64_t chunk;          // the number of these rows
-  int64_t first, last;    // rows
-  int64_t channel;        // the first
-  int64_t channels;       // how many
-  int64_t wide;           // channels, rounded up to vectors
+  int64_t chunk;        // the number of these rows
+  int64_t first, last;  // rows
+  int64_t channel;      // the first
+  int64_t channels;     // how many
+  int64_t wide;         // channels, rounded up to vectors
 };
 
 // The pieces of an image. The shape alone decides them.
@@ -130,8 +130,8 @@ template <class F>
 WARPFORM_INLINE void each_pixel(const Row& row, const F& f) {
   for (int64_t w = 0; w < row.width; ++w) {
     const int64_t t = row.at + w * row.stride, l = w * row.wide;
-    each_vector(0, row.channels, [&](int64_t c, auto lanes)
-                                     __attribute__((always_inline)) { f(t + c, l + c, c, w, lanes); });
+    each_vector(0, row.channels,
+                [&](int64_t c, auto lanes) __attribute__((always_inline)) { f(t + c, l + c, c, w, lanes); });
   }
 }
 
@@ -184,15 +184,25 @@ __attribute__((noinline)) void add_products(DType type, const void* x, const Row
   });
 }
 
-// dx = dout + (line - dout * gain) + slope * (x - mean)
+// sums += sums over pixels of the line
+WARPFORM_INLINE void add_pixels(const Row& row, const float* line, float* sums) {
+  for (int64_t c = 0; c < row.wide; c += kLanes) {
+    Vec sum{};
+    for (int64_t w = 0; w < row.width; ++w) sum += load(line + w * row.wide + c);
+    store(sums + c, load(sums + c) + sum);
+  }
+}
+
+// dx = dout + (line - dout * gain) + slope * (x - mean - correction)
 __attribute__((noinline)) void write_gradient(DType type, const void* dout, const void* x, const Row& row,
-                                              const float* gain, const float* line, float mean, float slope, void* dx) {
+                                              const float* gain, const float* line, float mean, float correction,
+                                              float slope, void* dx) {
   with_element(type, [&]<class T>(T*) {
     const T *const gradient = static_cast<const T*>(dout), *const from = static_cast<const T*>(x);
     each_pixel(row, [&](int64_t t, int64_t l, int64_t c, int64_t, auto lanes) __attribute__((always_inline)) {
       const Vec d = lanes.read(gradient + t);
       const Vec of_pool = load(line + l) - d * load(gain + c);
-      lanes.write(static_cast<T*>(dx) + t, d + of_pool + (lanes.read(from + t) - mean) * slope);
+      lanes.write(static_cast<T*>(dx) + t, d + of_pool + (lanes.read(from + t) - mean - correction) * slope);
     });
   });
 }
@@ -334,28 +344,43 @@ class Inverses {
 // Moments of some elements of a sample.
 struct Moments {
   int64_t count;
-  float mean;
-  float squares;  // of the differences from the mean
+  double mean;
+  double squares;  // of the differences from the mean
 };
 
+// Sums over elements [0, count): calls f(at, lanes, sum) as sum_columns does. A sum of float32 has 16 terms; the sums are
+// added in float64, since the one number that a sample's variance is has no other numbers' errors beside it.
+template <int kSums, class F>
+WARPFORM_INLINE void exact_sums(double (&total)[kSums], int64_t count, const F& f) {
+  constexpr int64_t kTerms = 16 * 4 * kLanes;
+  for (double& sum : total) sum = 0;
+  for (int64_t first = 0; first < count; first += kTerms) {
+    float some[kSums];
+    sum_columns<4>(some, smaller(kTerms, count - first),
+                   [&](int64_t at, auto lanes, Vec(&sum)[kSums])
+                       __attribute__((always_inline)) { f(first + at, lanes, sum); });
+    for (int k = 0; k < kSums; ++k) total[k] += some[k];
+  }
+}
+
 __attribute__((noinline)) Moments moments_of(DType type, const void* x, int64_t begin, int64_t count) {
-  Moments found{count, 0.f, 0.f};
+  Moments found{count, 0, 0};
   with_element(type, [&]<class T>(T*) {
     const T* const from = static_cast<const T*>(x) + begin;
-    float sum[1], rest[2];
-    sum_columns<4>(sum, count, [&](int64_t c, auto lanes, Vec(&part)[1])
-                                   __attribute__((always_inline)) { part[0] += lanes.read(from + c); });
-    const auto n = static_cast<float>(count);
-    const float near_mean = sum[0] / n;
-    sum_columns<4>(rest, count, [&](int64_t c, auto lanes, Vec(&part)[2]) __attribute__((always_inline)) {
-      const Vec d = lanes.or_zero(lanes.read(from + c) - near_mean);
+    double sum[1], rest[2];
+    exact_sums(sum, count, [&](int64_t at, auto lanes, Vec(&part)[1]) __attribute__((always_inline)) {
+      part[0] += lanes.read(from + at);
+    });
+    const auto near_mean = static_cast<float>(sum[0] / static_cast<double>(count));
+    exact_sums(rest, count, [&](int64_t at, auto lanes, Vec(&part)[2]) __attribute__((always_inline)) {
+      const Vec d = lanes.or_zero(lanes.read(from + at) - near_mean);
       part[0] += d;
       part[1] += d * d;
     });
     // The sum of the differences is what rounding left in near_mean.
-    const float squares = rest[1] - rest[0] * (rest[0] / n);
-    found.mean = near_mean + rest[0] / n;
-    found.squares = squares < 0.f ? 0.f : squares;  // and NaN stays NaN
+    const double correction = rest[0] / static_cast<double>(count);
+    found.mean = near_mean + correction;
+    found.squares = rest[1] - rest[0] * correction;
   });
   return found;
 }
@@ -376,8 +401,8 @@ inline Statistics merged(const Moments* parts, int64_t count, float eps) {
     const double d = parts[i].mean - mean;
     squares += parts[i].squares + static_cast<double>(parts[i].count) * d * d;
   }
-  const auto variance = static_cast<float>(squares / elements);
-  return {static_cast<float>(mean), 1.f / __builtin_sqrtf(variance + eps)};
+  const double variance = squares < 0 ? 0 : squares / elements;  // and NaN stays NaN
+  return {static_cast<float>(mean), static_cast<float>(1 / __builtin_sqrt(variance + eps))};
 }
 
 // scale * weight, [wide]; `weight` and `scale` are float32, scale may be null.
@@ -399,14 +424,14 @@ struct PoolRoom {
   float* const line;  // [width][block]
 
   PoolRoom(const Host& host, const SpatialShape& s, int64_t block)
-      : memory(host, Ring<kSize>::bytes(s, block) + Inverses<kSize>::bytes(s.width) +
-                         Scratch::bytes_of<float>(block) + Scratch::bytes_of<float>(s.width * block)),
+      : memory(host, Ring<kSize>::bytes(s, block) + Inverses<kSize>::bytes(s.width) + Scratch::bytes_of<float>(block) +
+                         Scratch::bytes_of<float>(s.width * block)),
         ring(memory, s, block),
         inverses(memory, s),
         gain(memory.next<float>(block)),
         line(memory.next<float>(s.width * block)) {}
 
-  // Makes P x - x of each row of a piece in `line`, and calls use(row).
+  // Makes P x - x of each row of a piece in `line`, and calls use(row, centred), where x less the mean is.
   template <class F>
   void differences(DType type, const void* x, const SpatialShape& s, int64_t b, const Piece& piece, float mean,
                    const F& use) {
@@ -417,7 +442,7 @@ struct PoolRoom {
           const float* rows[kSize];
           ring.window(h, s.height, rows);
           pool_row<kSize, true>(rows, inverses[h], s.width, piece.wide, line);
-          use(Row(s, b, h, piece));
+          use(Row(s, b, h, piece), rows[kSize / 2]);
         });
   }
 };
@@ -454,7 +479,7 @@ void pool_mixer_of(const PoolMixerParams& p, const Host& host) {
           }
           const Piece piece = cut[i];
           gain_of(weight, scale, piece, found.rstd, room.gain);
-          room.differences(p.dtype, p.x, s, b, piece, found.mean, [&](const Row& row) {
+          room.differences(p.dtype, p.x, s, b, piece, found.mean, [&](const Row& row, const float*) {
             add_scaled(p.dtype, p.x, row, room.gain, room.line, p.out);
           });
         });
@@ -468,35 +493,45 @@ void pool_mixer_backward_of(const PoolMixerBackwardParams& p, const Host& host) 
   const DType type = p.float_parameters ? DType::kFloat32 : p.dtype;
   const Cut cut(s, kSize + 1);
   const int64_t shares = elements == 0 ? 0 : s.batch * cut.chunks, wide = cut.room();
-  Scratch memory(host, 3 * Scratch::bytes_of<float>(wide) + Scratch::bytes_of<float>(shares * wide));
+  Scratch memory(host, 3 * Scratch::bytes_of<float>(wide) + Scratch::bytes_of<float>(shares * 2 * wide));
   const float* const weight = as_floats(p.weight, type, s.channels, memory.next<float>(wide));
   const float* const scale = as_floats(p.scale, type, s.channels, memory.next<float>(wide));
   float* const sums = memory.next<float>(wide);
-  float* const q = memory.next<float>(shares * wide);  // of each sample and chunk of its rows
+  float* const q = memory.next<float>(shares * 2 * wide);  // of each sample and chunk of its rows
 
   over_stages(host, shares == 0 ? 0 : s.batch, cut.count(), cut.count(), [&](const auto& run) {
     PoolRoom<kSize> room(host, s, cut.block);
     run(
-        // q: sums of dout (P x - x) rstd
+        // q: sums of dout (P x - x) rstd, and behind them those of x - mean, since the mean was rounded
         [&](int64_t b, int64_t i) {
           const Piece piece = cut[i];
-          float* const sum_of = q + (b * cut.chunks + piece.chunk) * wide + piece.channel;
-          for (int64_t c = 0; c < piece.wide; c += kLanes) store(sum_of + c, Vec{});
-          room.differences(p.dtype, p.x, s, b, piece, p.mean[b], [&](const Row& row) {
+          float* const sum_of = q + (b * cut.chunks + piece.chunk) * 2 * wide + piece.channel;
+          for (int64_t c = 0; c < piece.wide; c += kLanes) {
+            store(sum_of + c, Vec{});
+            store(sum_of + wide + c, Vec{});
+          }
+          room.differences(p.dtype, p.x, s, b, piece, p.mean[b], [&](const Row& row, const float* centred) {
             add_products(p.dtype, p.dout, row, room.line, p.rstd[b], sum_of);
+            add_pixels(row, centred, sum_of + wide);
           });
         },
         // dx = dout + P^T z - z + slope (x - mean) with z = dout scale weight rstd
         [&](int64_t b, int64_t i) {
           const float rstd = p.rstd[b];
-          float along[1];
-          sum_columns<1>(along, s.channels, [&](int64_t c, auto lanes, Vec(&part)[1]) __attribute__((always_inline)) {
-            Vec total{};
-            for (int64_t k = 0; k < cut.chunks; ++k) total += lanes.read(q + (b * cut.chunks + k) * wide + c);
-            const Vec w = lanes.read(weight + c);
-            part[0] += total * (scale == nullptr ? w : w * lanes.read(scale + c));
-          });
-          const float slope = -rstd * rstd * along[0] / static_cast<float>(elements);
+          float of_sample[2];
+          sum_columns<1>(of_sample, s.channels,
+                         [&](int64_t c, auto lanes, Vec(&part)[2]) __attribute__((always_inline)) {
+                           Vec along{};
+                           for (int64_t k = 0; k < cut.chunks; ++k) {
+                             const float* const sum_of = q + (b * cut.chunks + k) * 2 * wide + c;
+                             along += lanes.read(sum_of);
+                             part[1] += lanes.read(sum_of + wide);
+                           }
+                           const Vec w = lanes.read(weight + c);
+                           part[0] += along * (scale == nullptr ? w : w * lanes.read(scale + c));
+                         });
+          const float slope = -rstd * rstd * of_sample[0] / static_cast<float>(elements);
+          const float correction = of_sample[1] / static_cast<float>(elements);
           const Piece piece = cut[i];
           gain_of(weight, scale, piece, rstd, room.gain);
           down_the_rows<kSize>(
@@ -508,12 +543,13 @@ void pool_mixer_backward_of(const PoolMixerBackwardParams& p, const Host& host) 
                 const float* rows[kSize];
                 room.ring.window(h, s.height, rows);
                 pool_row<kSize, false>(rows, nullptr, s.width, piece.wide, room.line);
-                write_gradient(p.dtype, p.dout, p.x, Row(s, b, h, piece), room.gain, room.line, p.mean[b], slope, p.dx);
+                write_gradient(p.dtype, p.dout, p.x, Row(s, b, h, piece), room.gain, room.line, p.mean[b], correction,
+                               slope, p.dx);
               });
         });
   });
 
-  add_shares(sums, DType::kFloat32, q, shares, wide, s.channels);
+  add_shares(sums, DType::kFloat32, q, shares, 2 * wide, s.channels);
   with_element(type, [&]<class P>(P*) {
     for (int64_t c = 0; c < s.channels; c += kLanes) {
       const int64_t n = s.channels - c;
@@ -597,8 +633,8 @@ WARPFORM_INLINE void convolve_vector(const float* const (&rows)[kSize], const fl
 
 // [width][wide] of float32.
 template <int kSize, bool kTurned>
-void convolve_row(const float* const (&rows)[kSize], const float* taps, const float* bias,
-                                  int64_t width, int64_t wide, float* out) {
+void convolve_row(const float* const (&rows)[kSize], const float* taps, const float* bias, int64_t width, int64_t wide,
+                  float* out) {
   const bool all = all_there(rows);
   for (int64_t c = 0; c < wide; c += kLanes) {
     const float* at[kSize];
@@ -642,8 +678,8 @@ void depthwise(const DepthwiseConv2dParams& p, const Host& host) {
 // sums [size * size][wide] += over w of slopes [width][wide] times the pixels of each tap, and behind them the sums of the
 // slopes. Each row's sum is made by itself, so that none is long.
 template <int kSize>
-void add_tap_gradients(const float* const (&rows)[kSize], const float* slopes, int64_t width,
-                                       int64_t wide, float* sums) {
+void add_tap_gradients(const float* const (&rows)[kSize], const float* slopes, int64_t width, int64_t wide,
+                       float* sums) {
   constexpr int kReach = kSize / 2;
   for (int64_t c = 0; c < wide; c += kLanes) {
     for (int i = 0; i < kSize; ++i) {
@@ -688,8 +724,7 @@ void depthwise_backward(const DepthwiseConv2dBackwardParams& p, const Host& host
   float* const total = memory.next<float>(room);
   over(host, shares * cut.blocks, [&](Items& items) {
     Scratch own(host, 2 * Ring<kSize>::bytes(s, cut.block) + Taps<kSize>::bytes(cut.block) +
-                          Scratch::bytes_of<float>(s.width * cut.block) +
-                          Scratch::bytes_of<float>(kSums * cut.block));
+                          Scratch::bytes_of<float>(s.width * cut.block) + Scratch::bytes_of<float>(kSums * cut.block));
     Ring<kSize> ring(own, s, cut.block), slopes(own, s, cut.block);
     Taps<kSize> taps(own, cut.block);
     float* const line = own.next<float>(s.width * cut.block);
@@ -708,8 +743,7 @@ void depthwise_backward(const DepthwiseConv2dBackwardParams& p, const Host& host
       // The rows of dpre that windows of the piece's rows reach.
       const int64_t first = larger(0, piece.first - kReach), last = smaller(s.height, piece.last + kReach);
       down_the_rows<kSize>(
-          first, last, s.height,
-          [&](int64_t h) { read_row(p.dtype, p.x, Row(s, b, h, piece), 0.f, ring.place(h)); },
+          first, last, s.height, [&](int64_t h) { read_row(p.dtype, p.x, Row(s, b, h, piece), 0.f, ring.place(h)); },
           [&](int64_t h) {
             const float* rows[kSize];
             ring.window(h, s.height, rows);

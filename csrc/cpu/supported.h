@@ -52,8 +52,8 @@ inline constexpr SupportedConfig kConfigs[] = {
     {.op = "short_conv_gate_backward", .dtypes = kFloats, .limits = {kShortConvTaps}},
     {.op = "pool_mixer", .dtypes = kFloats, .limits = {kPoolSizes}, .float_parameters = true},
     {.op = "pool_mixer_backward", .dtypes = kFloats, .limits = {kPoolSizes}, .float_parameters = true},
-    {.op = "depthwise_conv2d", .dtypes = kFloats, .limits = {kDepthwiseSizes}, .option = kActivations},
-    {.op = "depthwise_conv2d_backward", .dtypes = kFloats, .limits = {kDepthwiseSizes}, .option = kActivations},
+    {.op = "depthwise_conv2d", .dtypes = kFloats, .limits = {kDepthwiseSizes}},
+    {.op = "depthwise_conv2d_backward", .dtypes = kFloats, .limits = {kDepthwiseSizes}},
 };
 
 }  // namespace warpform::cpu

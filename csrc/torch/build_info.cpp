@@ -106,21 +106,16 @@ std::string row_json(const SupportedConfig& config, const char* dtype) {
     if (limit.name != nullptr) row += ", " + quoted(limit.name) + ": " + limit_json(limit);
   }
   if (const SupportedOption& option = config.option; option.name != nullptr) {
-    std::string values;
-    for (const char* value : option.values) {
-      if (value != nullptr) values += (values.empty() ? "" : ", ") + quoted(value);
-    }
-    row += ", " + quoted(option.name) + ": [" + values + "]";
+    row += ", " + quoted(option.name) + ": [" + quoted(option.values[0]) + ", " + quoted(option.values[1]) + "]";
   }
   return row + "}";
 }
 
 using Tables = std::span<const std::span<const SupportedConfig>>;
 
-constexpr std::span<const SupportedConfig> kCudaTables[] = {kAttentionConfigs, kPackingConfigs,   kNormConfigs,
-                                                            kGeluConfigs,      kFftConvConfigs,   kRoutingConfigs,
-                                                            kMonarchConfigs,   kShortConvConfigs, kSpatialConfigs,
-                                                            kWindowConfigs};
+constexpr std::span<const SupportedConfig> kCudaTables[] = {
+    kAttentionConfigs, kPackingConfigs, kNormConfigs,      kGeluConfigs,    kFftConvConfigs,
+    kRoutingConfigs,   kMonarchConfigs, kShortConvConfigs, kSpatialConfigs, kWindowConfigs};
 constexpr std::span<const SupportedConfig> kCpuTables[] = {cpu::kConfigs};
 
 Tables cuda_tables() {

@@ -181,8 +181,7 @@ std::vector<Schema> schemas() {
       {"depthwise_conv2d", "Tensor x, Tensor weight, Tensor? bias=None, *, str activation=\"linear\"", "Tensor"},
       // Makes the convolution again; dweight and dbias are sums over positions in a fixed order, dbias is empty without a
       // bias.
-      {"depthwise_conv2d_backward",
-       "Tensor dout, Tensor x, Tensor weight, Tensor? bias, *, str activation=\"linear\"",
+      {"depthwise_conv2d_backward", "Tensor dout, Tensor x, Tensor weight, Tensor? bias, *, str activation=\"linear\"",
        "(Tensor dx, Tensor dweight, Tensor dbias)"},
 
       // ---- hidden routing ----
@@ -234,9 +233,9 @@ struct Op {
 const std::vector<Op>& ops() {
   static const std::vector<Op>* all = [] {
     std::map<std::string, Body> bodies;
-    for (const auto& family :
-         {attention_ops(), attention_step_ops(), disentangled_attention_ops(), packing_ops(), norm_ops(),
-          activation_ops(), window_ops(), monarch_ops(), fft_conv_ops(), short_conv_ops(), spatial_ops(), routing_ops()}) {
+    for (const auto& family : {attention_ops(), attention_step_ops(), disentangled_attention_ops(), packing_ops(),
+                               norm_ops(), activation_ops(), window_ops(), monarch_ops(), fft_conv_ops(),
+                               short_conv_ops(), spatial_ops(), routing_ops()}) {
       for (const Body& body : family) bodies.emplace(body.name, body);
     }
     auto* made = new std::vector<Op>;

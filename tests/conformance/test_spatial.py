@@ -225,7 +225,7 @@ def test_a_bad_value_stays_in_its_sample(backend: Backend, bad: float, dtype: to
     for place in ((1, 0, 0, 3), (1, 8, 16, 7), (1, 4, 9, 0)):
         kept, x.x[place] = x.x[place].item(), bad
         dirty = _call_pool_mixer(backend, x)
-        assert dirty[0][1].isnan().any() and not dirty[5][1].isfinite() | (dirty[5][1] != 0)
+        assert dirty[0][1].isnan().any() and not (dirty[5][1].isfinite() and dirty[5][1] != 0)
         for i in (0, 1, 4, 5):
             assert torch.equal(clean[i][::2], dirty[i][::2])
         x.x[place] = kept
@@ -255,5 +255,7 @@ def test_a_window_of_fewer_taps(backend: Backend) -> None:
     small = _call_depthwise(backend, x)
     x.weight = torch.nn.functional.pad(x.weight, (1, 1, 1, 1))
     large = _call_depthwise(backend, x)
-    for one, other in zip((*small[:2], small[2], small[3]), (*large[:2], large[2][:, 1:-1, 1:-1], large[3]), strict=True):
+    for one, other in zip(
+        (*small[:2], small[2], small[3]), (*large[:2], large[2][:, 1:-1, 1:-1], large[3]), strict=True
+    ):
         torch.testing.assert_close(one, other)

@@ -1,5 +1,6 @@
-// Launch functions of the stencils on grids of tokens with channels last, pool_mixer and depthwise_conv2d: pointers into
-// device memory, sizes, and an opaque stream. They launch and return; a launch that fails throws std::runtime_error.
+// Launch functions of the stencils on grids of tokens with channels last, pool_mixer and depthwise_conv2d: pointers
+// into device memory, sizes, and an opaque stream. They launch and return; a launch that fails throws
+// std::runtime_error.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +18,8 @@ struct SpatialShape {
   int64_t channels;
 };
 
-// out = x + scale weight rstd (P x - x), P the mean over the neighbours of a square of `pool_size` that exist. x and out
-// are of `dtype`; weight and scale are both of `dtype` or, with float_parameters, both float32.
+// out = x + scale weight rstd (P x - x), P the mean over the neighbours of a square of `pool_size` that exist. x and
+// out are of `dtype`; weight and scale are both of `dtype` or, with float_parameters, both float32.
 struct PoolMixerParams {
   const void* x;       // [batch, height, width, channels]
   const void* weight;  // [channels]
@@ -93,24 +94,16 @@ void launch_depthwise_conv2d_backward(const DepthwiseConv2dBackwardParams& param
 
 // ---- supported configurations ----
 
-// Odd sizes alone reach the kernels: the ops refuse even ones.
-inline constexpr SizeLimit kPoolSizes{.name = "max_pool_size",
-                                      .min = 3,
-                                      .max = 7,
-                                      .otherwise = "the kernels take a pool_size of 3, 5 or 7",
-                                      .as_number = true};
-inline constexpr SizeLimit kDepthwiseSizes{.name = "max_kernel_size",
-                                           .min = 3,
-                                           .max = 7,
-                                           .otherwise = "the kernels take weights of 3, 5 or 7 by as many taps",
-                                           .as_number = true};
-inline constexpr SupportedOption kActivations{"activation", {"linear", "gelu", "relu"}};
+// Of an odd size; the ops refuse even ones, and a size of 1 is no stencil.
+inline constexpr int kStencilMinSize = 3;
+inline constexpr SizeLimit kPoolSizes{.name = "max_pool_size", .max = 7, .as_number = true};
+inline constexpr SizeLimit kDepthwiseSizes{.name = "max_kernel_size", .max = 7, .as_number = true};
 
 inline constexpr SupportedConfig kSpatialConfigs[] = {
     {.op = "pool_mixer", .dtypes = kFloatTypes, .limits = {kPoolSizes}, .float_parameters = true},
     {.op = "pool_mixer_backward", .dtypes = kFloatTypes, .limits = {kPoolSizes}, .float_parameters = true},
-    {.op = "depthwise_conv2d", .dtypes = kFloatTypes, .limits = {kDepthwiseSizes}, .option = kActivations},
-    {.op = "depthwise_conv2d_backward", .dtypes = kFloatTypes, .limits = {kDepthwiseSizes}, .option = kActivations},
+    {.op = "depthwise_conv2d", .dtypes = kFloatTypes, .limits = {kDepthwiseSizes}},
+    {.op = "depthwise_conv2d_backward", .dtypes = kFloatTypes, .limits = {kDepthwiseSizes}},
 };
 
 }  // namespace warpform

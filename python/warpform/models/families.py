@@ -6,6 +6,7 @@ A new architecture is a folder, or a file where it is short, with its own `__all
 from __future__ import annotations
 
 FAMILIES: dict[str, tuple[str, ...]] = {
+    "activator": ("ActivatorConfig", "ActivatorForImageClassification"),
     "albert": (
         "AlbertConfig",
         "AlbertForMaskedLM",
@@ -82,6 +83,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "SequenceParallelTransformerConfig",
         "next_tokens",
     ),
+    "sret": ("SReTConfig", "SReTForImageClassification"),
     "swin": (
         "SwinBackbone",
         "SwinConfig",
@@ -113,6 +115,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
 # For each model_type in a config.json the class that `from_pretrained` makes: the model without a head where
 # transformers has the architecture, else what the file names, or this where it names nothing.
 MODEL_TYPES: dict[str, str] = {
+    "activator": "ActivatorForImageClassification",
     "albert": "AlbertModel",
     "algoformer": "AlgoFormer",
     "bert": "BertModel",
@@ -136,6 +139,7 @@ MODEL_TYPES: dict[str, str] = {
     "poolformer": "PoolFormerModel",
     "segformer": "SegformerModel",
     "sequence_parallel_transformer": "SequenceParallelTransformer",
+    "sret": "SReTForImageClassification",
     "swin": "SwinModel",
     "swinv2": "Swinv2Model",
     "turbovit": "TurboViTForImageClassification",

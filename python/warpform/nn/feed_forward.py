@@ -17,13 +17,21 @@ class FeedForward(nn.Module):
     Args:
         hidden_size, intermediate_size: widths.
         hidden_act: one of `ACTIVATIONS`.
+        dropout: in training only, behind the activation and behind `down`.
         pointwise: whether the weights are held by 1x1 convolutions, [out, in, 1, 1], as published weights have them.
     """
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, hidden_act: str = "gelu", *, pointwise: bool = False
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        hidden_act: str = "gelu",
+        *,
+        dropout: float = 0.0,
+        pointwise: bool = False,
     ) -> None:
         super().__init__()
+        self.dropout = dropout
         self.pointwise = pointwise
         self.up = self._linear(hidden_size, intermediate_size)
         self.activation = BiasActivation(hidden_act)
@@ -52,7 +60,11 @@ class FeedForward(nn.Module):
 
     def _block(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         pointwise = self.pointwise
-        return product(self.activation(*product(hidden, self.up, pointwise=pointwise)), self.down, pointwise=pointwise)
+        inner = self.activation(*product(hidden, self.up, pointwise=pointwise))
+        if not self.training or self.dropout == 0.0:
+            return product(inner, self.down, pointwise=pointwise)
+        out, bias = product(F.dropout(inner, self.dropout), self.down, pointwise=pointwise)
+        return F.dropout(out if bias is None else out + bias, self.dropout), None
 
 
 class MixFeedForward(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def test_the_other_rules(config: type[ModelConfig]) -> None:
         refused(config, field, 1.5, "must be between 0 and 1")
     if hasattr(default, "problem_type"):
         refused(config, "problem_type", "other", "must be None or one of .*")
-    sizes = ", ".join(config.presets)
+    sizes = re.escape(", ".join(config.presets))
     why = f"size must be one of {sizes}, got 'other'" if sizes else "there are no presets, got size 'other'"
     with pytest.raises(ValueError, match=f"^{config.__name__}: {why}$"):
         config.preset("other")

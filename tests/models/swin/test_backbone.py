@@ -118,9 +118,9 @@ def test_folders_both_ways(version: str, tmp_path: Path) -> None:
 def test_on_a_model(version: str) -> None:
     base = models.from_transformers(hf_model(version, "Model")).eval()
     kind = getattr(models, f"{version}Backbone")
-    backbone = kind(base.config, base)
     small = torch.randn(1, 3, 8, 8).double()
     before = base(small)[0]
+    backbone = kind(base.config, base)
     pixels = torch.randn(1, 3, 32, 32).double()
     states = base(pixels, output_hidden_states=True, output_hidden_states_before_downsampling=True)
     for x, state in zip(backbone.feature_maps(pixels), states.reshaped_hidden_states, strict=True):

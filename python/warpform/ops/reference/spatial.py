@@ -71,6 +71,7 @@ def pool_mixer_backward(
     dtype = accumulation_dtype(x.dtype)
     wide_dout, gain = dout.to(dtype), _gain(weight, scale, dtype)
     centred = x.to(dtype) - _of_samples(mean)
+    centred -= _of_samples(centred.mean((1, 2, 3)))  # mean was rounded to float32
     q = (wide_dout * _pooled_minus_identity(centred, pool_size)).sum((1, 2)).mul_(rstd[:, None])
     z = wide_dout * (rstd[:, None] * gain).view(x.size(0), 1, 1, x.size(3))
     of_pool = torch.ops.aten.avg_pool2d_backward(
