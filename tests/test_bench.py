@@ -85,7 +85,14 @@ def test_every_benchmark_runs(results: Path) -> None:
     # Projections and spectra are made once, outside of any model's forward.
     ops = {name for name in warpform.ops.__all__ if not name.startswith("project_")} - {"fft_conv_spectrum"}
     assert {row["kernel"] for row in rows if row["family"] == "host"} == ops
-    assert {row["kernel"] for row in rows} >= ops | {"bert_base", "deberta_v3_base", "swin_t", "m2_bert_80m"}
+    assert {row["kernel"] for row in rows} >= ops | {
+        "bert_base",
+        "deberta_v3_base",
+        "swin_t",
+        "m2_bert_80m",
+        "poolformer_s12",
+        "mit_b0",
+    }
     for row in rows:
         assert None not in row and row["commit"] and row["date"] and row["device"] and row["torch"]
         timed = bool(row["p50_us"])
@@ -98,7 +105,7 @@ def test_every_benchmark_runs(results: Path) -> None:
         assert timed or row["status"].startswith(("missing: ", "failed: ")), row
         if timed and row["family"] != "host":
             assert float(row["gbs"]) > 0 and float(row["roofline"]) > 0
-            assert bool(row["images_s"]) == (row["family"] == "swin")
+            assert bool(row["images_s"]) == (row["family"] in ("backbones", "swin"))
     # One row for each provider of a workload, and ratios to each that was timed.
     assert max(Counter((row["workload"], row["provider"]) for row in rows).values()) == 1
     for row in rows:
@@ -133,6 +140,7 @@ def test_report(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     drawn = list(plots.glob("*.svg"))
     names = {
         "attention",
+        "backbones",
         "decoders",
         "encoder",
         "conv",

@@ -19,6 +19,7 @@
 #include "kernels/packing/launch.h"
 #include "kernels/routing/launch.h"
 #include "kernels/short_conv/launch.h"
+#include "kernels/spatial/launch.h"
 #include "kernels/window/launch.h"
 #include "launch.h"
 
@@ -112,9 +113,9 @@ std::string row_json(const SupportedConfig& config, const char* dtype) {
 
 using Tables = std::span<const std::span<const SupportedConfig>>;
 
-constexpr std::span<const SupportedConfig> kCudaTables[] = {kAttentionConfigs, kPackingConfigs,   kNormConfigs,
-                                                            kGeluConfigs,      kFftConvConfigs,   kRoutingConfigs,
-                                                            kMonarchConfigs,   kShortConvConfigs, kWindowConfigs};
+constexpr std::span<const SupportedConfig> kCudaTables[] = {
+    kAttentionConfigs, kPackingConfigs, kNormConfigs,      kGeluConfigs,    kFftConvConfigs,
+    kRoutingConfigs,   kMonarchConfigs, kShortConvConfigs, kSpatialConfigs, kWindowConfigs};
 constexpr std::span<const SupportedConfig> kCpuTables[] = {cpu::kConfigs};
 
 Tables cuda_tables() {

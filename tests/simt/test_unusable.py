@@ -74,6 +74,14 @@ def _calls(simt: Any) -> dict[str, tuple[Any, ...]]:
         "short_conv_gate_backward": (torch.randn(1, 2, 8), torch.randn(1, 2, 8), projected, taps, None),
     }
 
+    grid, eight, square, two = torch.randn(2, 3, 4, 8), torch.ones(8), torch.randn(8, 3, 3), torch.ones(2)
+    calls |= {
+        "pool_mixer": (grid, eight),
+        "pool_mixer_backward": (grid, grid, eight, None, two, two),
+        "depthwise_conv2d": (grid, square),
+        "depthwise_conv2d_backward": (grid, grid, square, None),
+    }
+
     mask = torch.tensor([1, 3, 2, 1])
     plan = (mask, *simt.routing_plan(mask, None, 2, 1, 128), None, 2, 1)
     gates = torch.ones(4, 2)

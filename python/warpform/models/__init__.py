@@ -13,6 +13,7 @@ from .families import FAMILIES as _FAMILIES
 from .families import PLACES as _PLACES
 
 if TYPE_CHECKING:
+    from .activator import *
     from .albert import *
     from .algoformer import *
     from .auto import *
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .common.outputs import EncoderOutput as EncoderOutput
     from .common.outputs import HeadOutput as HeadOutput
     from .common.outputs import ImageClassifierOutput as ImageClassifierOutput
+    from .common.outputs import ImageModelOutput as ImageModelOutput
     from .common.outputs import SemanticSegmenterOutput as SemanticSegmenterOutput
     from .deberta import *
     from .decoder import *
@@ -34,8 +36,11 @@ if TYPE_CHECKING:
     from .mohd import *
     from .monarch_mixer import *
     from .mot import *
+    from .poolformer import *
+    from .segformer import *
     from .sentence_encoder import *
     from .sequence_parallel_transformer import *
+    from .sret import *
     from .swin import *
     from .wide import *
 

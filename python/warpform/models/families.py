@@ -6,6 +6,7 @@ A new architecture is a folder, or a file where it is short, with its own `__all
 from __future__ import annotations
 
 FAMILIES: dict[str, tuple[str, ...]] = {
+    "activator": ("ActivatorConfig", "ActivatorForImageClassification"),
     "albert": (
         "AlbertConfig",
         "AlbertForMaskedLM",
@@ -69,12 +70,20 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "SentenceOutput",
     ),
     "mot": ("MoTConfig", "MoTForCausalLM"),
+    "poolformer": ("PoolFormerConfig", "PoolFormerForImageClassification", "PoolFormerModel"),
+    "segformer": (
+        "SegformerConfig",
+        "SegformerForImageClassification",
+        "SegformerForSemanticSegmentation",
+        "SegformerModel",
+    ),
     "sequence_parallel_transformer": (
         "SequenceParallelOutput",
         "SequenceParallelTransformer",
         "SequenceParallelTransformerConfig",
         "next_tokens",
     ),
+    "sret": ("SReTConfig", "SReTForImageClassification"),
     "swin": (
         "SwinBackbone",
         "SwinConfig",
@@ -93,13 +102,20 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 OTHERS: dict[str, tuple[str, ...]] = {
     "auto": ("from_pretrained", "from_transformers", "list_models"),
     "common.backbone": ("BackboneOutput",),
-    "common.outputs": ("EncoderOutput", "HeadOutput", "ImageClassifierOutput", "SemanticSegmenterOutput"),
+    "common.outputs": (
+        "EncoderOutput",
+        "HeadOutput",
+        "ImageClassifierOutput",
+        "ImageModelOutput",
+        "SemanticSegmenterOutput",
+    ),
     "sentence_encoder": ("SentenceEncoder",),
 }
 
 # For each model_type in a config.json the class that `from_pretrained` makes: the model without a head where
 # transformers has the architecture, else what the file names, or this where it names nothing.
 MODEL_TYPES: dict[str, str] = {
+    "activator": "ActivatorForImageClassification",
     "albert": "AlbertModel",
     "algoformer": "AlgoFormer",
     "bert": "BertModel",
@@ -120,7 +136,10 @@ MODEL_TYPES: dict[str, str] = {
     "minimal_transformer": "MinimalTransformerForImageClassification",
     "mohd": "MoHDForCausalLM",
     "mot": "MoTForCausalLM",
+    "poolformer": "PoolFormerModel",
+    "segformer": "SegformerModel",
     "sequence_parallel_transformer": "SequenceParallelTransformer",
+    "sret": "SReTForImageClassification",
     "swin": "SwinModel",
     "swinv2": "Swinv2Model",
     "turbovit": "TurboViTForImageClassification",

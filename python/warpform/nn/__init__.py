@@ -10,16 +10,16 @@ from .cores import Activation, AttentionCore, GatedActivation
 from .disentangled import DisentangledEncoder, DisentangledSelfAttention, FusedDisentangledSelfAttention
 from .embeddings import Embeddings
 from .encoder import Encoder, EncoderLayer
-from .feed_forward import FeedForward
+from .feed_forward import FeedForward, MixFeedForward
 from .hidden import GroupFusion, HiddenLinear, HiddenRouter
 from .long_convolution import ImplicitFilter, MonarchMixerSequenceMixer
 from .masked_lm import MaskedLMHead
 from .metaformer import DropPath, MetaFormerBlock, SampleNorm
-from .mixers import MaskUnitAttention
+from .mixers import GatedUnit, GroupedAttention, MaskUnitAttention, PoolMixer, StridedAttention
 from .monarch import BlockdiagLinear, MonarchLinear, MonarchMixerMLP
 from .nested import NestedFeedForward, TokenWidths
 from .norm import AddBiasResidualLayerNorm
-from .patch_embedding import PatchEmbedding
+from .patch_embedding import OverlappingPatchEmbedding, PatchEmbedding
 from .pooling import FirstTokenPooler, first_tokens, last_tokens, max_pool, mean_pool
 from .stack import Branch, Stack, Step
 from .window import CosineWindowAttention, PatchMerging, SwinBlock, SwinV2Block, WindowAttention
@@ -50,24 +50,30 @@ __all__ = [
     "FirstTokenPooler",
     "FusedDisentangledSelfAttention",
     "GatedActivation",
+    "GatedUnit",
     "GroupFusion",
+    "GroupedAttention",
     "HiddenLinear",
     "HiddenRouter",
     "ImplicitFilter",
     "MaskUnitAttention",
     "MaskedLMHead",
     "MetaFormerBlock",
+    "MixFeedForward",
     "MixerState",
     "MonarchLinear",
     "MonarchMixerMLP",
     "MonarchMixerSequenceMixer",
     "NestedFeedForward",
+    "OverlappingPatchEmbedding",
     "PatchEmbedding",
     "PatchMerging",
+    "PoolMixer",
     "SampleNorm",
     "SelfAttention",
     "Stack",
     "Step",
+    "StridedAttention",
     "SwinBlock",
     "SwinV2Block",
     "TokenConvolution",

@@ -26,6 +26,9 @@ WIDTH = {
 POSITIONS = {"relative_attention": True, "pos_att_type": ("c2p", "p2c"), "max_relative_positions": 12}
 # 20 pixels are 5 patches, then 3: no window divides them, and merging pads too.
 GRID = {"image_size": 20, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 2, "num_labels": 3}
+STAGES = {"hidden_sizes": (8, 12), "patch_sizes": (3, 3), "strides": (2, 2), "depths": (1, 2)}
+POOL = {**STAGES, "padding": (1, 1)}
+MIX = {**STAGES, "num_attention_heads": (1, 2), "sr_ratios": (2, 1), "mlp_ratios": (2, 2)}
 M2 = {
     "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16,
     "max_position_embeddings": 8, "hyena_filter_order": 8,
@@ -122,6 +125,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
     "DebertaV2, shared": (deberta("V2", "ForMaskedLM", share_att_key=True), padded),
     "Swin": (lambda: models.SwinForImageClassification(models.SwinConfig(**GRID)), images),
     "Swinv2": (lambda: models.Swinv2ForImageClassification(models.Swinv2Config(**GRID)), images),
+    "PoolFormer": (lambda: models.PoolFormerForImageClassification(models.PoolFormerConfig(**POOL)), images),
+    "Segformer": (lambda: models.SegformerForImageClassification(models.SegformerConfig(**MIX)), images),
     "M2BertForMaskedLM": (m2("ForMaskedLM", hyena_training_additions=True), typed),
     "M2BertForSequenceClassification": (m2("ForSequenceClassification", mask_padding=True), padded),
     "M2BertForSentenceEmbedding": (m2("ForSentenceEmbedding", pool_all=True), padded),

@@ -74,6 +74,14 @@ MINIMAL = {
     "image_size": 20, "patch_size": 5, "num_channels": 3, "hidden_size": 16, "num_hidden_layers": 2,
     "similarity": "symmetric",
 }  # fmt: skip
+POOL = {
+    "depths": (2, 2), "hidden_sizes": (12, 16), "patch_sizes": (3, 3), "strides": (2, 2), "padding": (1, 1),
+    "drop_path_rate": 0.3,
+}  # fmt: skip
+MIX = {
+    "depths": (2, 2), "hidden_sizes": (12, 16), "patch_sizes": (3, 3), "strides": (2, 2), "mlp_ratios": (2, 2),
+    "num_attention_heads": (1, 2), "sr_ratios": (2, 1), "drop_path_rate": 0.3, "hidden_dropout_prob": 0.1,
+}  # fmt: skip
 ALGO = {"hidden_size": 16, "num_attention_heads": 2, "loop_layers": 2}
 MODELS: dict[str, tuple[str, str, dict[str, Any], Loss]] = {
     "Bert": ("BertForSequenceClassification", "BertConfig", {**WIDTH, **DROPOUT}, classes),
@@ -86,6 +94,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], Loss]] = {
     ),
     "Swin": ("SwinForImageClassification", "SwinConfig", GRID, images),
     "Swinv2": ("Swinv2ForImageClassification", "Swinv2Config", GRID, images),
+    "PoolFormer": ("PoolFormerForImageClassification", "PoolFormerConfig", POOL, images),
+    "Segformer": ("SegformerForImageClassification", "SegformerConfig", MIX, images),
     "M2Bert": ("M2BertForMaskedLM", "M2BertConfig", M2, tokens),
     "M2ViT": ("M2ViTForImageClassification", "M2ViTConfig", VIT, images),
     "M2GPT": ("M2GPTForCausalLM", "M2GPTConfig", GPT, lambda m: m(IDS, labels=IDS).loss),

@@ -28,6 +28,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "MinimalTransformerForImageClassification": {"image_size": 16, "hidden_size": 48, "num_hidden_layers": 1},
     "MoHDForCausalLM": {**WIDTH, "num_groups": 4, "num_shared": 1, "top_k": 1},
     "MoTForCausalLM": {**WIDTH, "mlp_bias": True},
+    "PoolFormerForImageClassification": {"depths": (1, 1, 1, 1), "hidden_sizes": (32, 48, 48, 48)},
+    "SegformerForSemanticSegmentation": {"depths": (1, 1, 1, 1), "hidden_sizes": (32, 48, 40, 48)},
     "SequenceParallelTransformer": WIDTH,
     "SwinForImageClassification": {**GRID, "window_size": 4},
     "Swinv2ForImageClassification": {**GRID, "window_size": 4},

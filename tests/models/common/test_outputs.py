@@ -75,7 +75,7 @@ def assert_same(one: Output, other: Output) -> None:
 def test_all_kinds_are_known() -> None:
     names = {kind.__name__ for kind in kinds()}
     assert names >= {
-        "EncoderOutput", "HeadOutput", "ImageClassifierOutput", "MoHDOutput", "SentenceOutput",
+        "EncoderOutput", "HeadOutput", "ImageClassifierOutput", "ImageModelOutput", "MoHDOutput", "SentenceOutput",
         "SequenceParallelOutput", "SwinOutput",
     }  # fmt: skip
 

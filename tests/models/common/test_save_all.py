@@ -33,6 +33,7 @@ POSITIONS = {"relative_attention": True, "pos_att_type": ("c2p", "p2c")}
 FILTER = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 16}
 # The beginning of the names of the classes, and a small config of each.
 TINY: dict[str, dict[str, Any]] = {
+    "Activator": {"image_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
     "Albert": {**WIDTH, "embedding_size": 8},
     "AlgoFormer": {"hidden_size": 16, "num_attention_heads": 2, "loop_layers": 2, "max_position_embeddings": 16},
     "Bert": WIDTH,
@@ -59,7 +60,18 @@ TINY: dict[str, dict[str, Any]] = {
         "image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "nblocks": 2, "filter_order": 8,
         "num_labels": 3,
     },
+    "PoolFormer": {
+        "depths": (1, 1), "hidden_sizes": (8, 12), "patch_sizes": (3, 3), "strides": (2, 2), "padding": (1, 1),
+        "layer_scale_init_value": 0.5,
+    },
+    "Segformer": {
+        "depths": (1, 1), "hidden_sizes": (8, 16), "patch_sizes": (3, 3), "strides": (2, 2), "mlp_ratios": (2, 2),
+        "num_attention_heads": (1, 2), "sr_ratios": (2, 1), "decoder_hidden_size": 8,
+    },
     "SequenceParallelTransformer": WIDTH,
+    "SReT": {
+        "image_size": 16, "hidden_sizes": (12, 24), "depths": (1, 1), "num_heads": (2, 2), "groups": ((2, 2), (1, 1)),
+    },
     "Swinv2": GRID,
     "Swin": GRID,
     "TurboViT": {**UNITS, "hidden_sizes": (8, 12, 16), "mlp_ratios": (2.0, 1.0, 2.0)},
@@ -158,7 +170,7 @@ def test_the_tables_say_what_the_families_have() -> None:
     for model_type, name in MODEL_TYPES.items():
         config_class = getattr(models, name).config_class
         assert model_type in (config_class.model_type, *config_class.other_model_types)
-    with pytest.raises(ValueError, match="family must be one of albert"):
+    with pytest.raises(ValueError, match="family must be one of activator"):
         models.list_models("nonsense")
 
 

@@ -25,6 +25,16 @@ WIDTH = {
 POSITIONS = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 GRID = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "window_size": 4}
 DISTIL = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "vocab_size": 30, "max_position_embeddings": 16}
+STAGES = {
+    "num_encoder_blocks": 2, "depths": [1, 1], "hidden_sizes": [8, 12], "patch_sizes": [3, 3], "strides": [2, 2],
+}  # fmt: skip
+POOL = {**STAGES, "padding": [1, 1]}
+MIX = {
+    **STAGES,
+    "num_attention_heads": [1, 2],
+    "sr_ratios": [2, 1],
+    "mlp_ratios": [2, 2],
+}
 # The class with a head, the fields of its config, where its encoder is.
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "BertForSequenceClassification": ("Bert", WIDTH, "bert"),
@@ -34,6 +44,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "DistilBertForMaskedLM": ("DistilBert", DISTIL, "distilbert"),
     "DebertaForMaskedLM": ("Deberta", {**WIDTH, **POSITIONS}, "deberta"),
     "DebertaV2ForTokenClassification": ("DebertaV2", {**WIDTH, **POSITIONS, "position_buckets": 8}, "deberta"),
+    "PoolFormerForImageClassification": ("PoolFormer", POOL, "poolformer"),
+    "SegformerForImageClassification": ("Segformer", MIX, "segformer"),
     "SwinForImageClassification": ("Swin", GRID, "swin"),
     "Swinv2ForImageClassification": ("Swinv2", GRID, "swinv2"),
 }

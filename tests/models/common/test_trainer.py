@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def test_a_trainer_with_checkpointing_and_bfloat16(tmp_path: Path) -> None:
 HEADS = {
     name: "LlamaForCausalLM" if name == "DecoderForCausalLM" else name
     for name in models.__all__
-    if "For" in name and (hasattr(transformers, name) or name == "DecoderForCausalLM")
+    if re.search("For[A-Z]", name) and (hasattr(transformers, name) or name == "DecoderForCausalLM")
 }
 
 

@@ -134,7 +134,7 @@ class ConvertibleModel(PretrainedModel):
             set_weight(model, ours, nn.Parameter(joined, requires_grad=trained.pop()))
         for name, first in tied.items():
             set_weight(model, name, model.get_parameter(first))
-        if not {"layer_norm_eps", "rms_norm_eps"} & set(overrides):
+        if not any(name.endswith("norm_eps") for name in overrides):
             _adopt_eps(model, names, hf_model)
         model.adopt(hf_model)
         model.restore_buffers()

@@ -168,6 +168,21 @@ class ImageClassifierOutput(Output):
 
 
 @dataclasses.dataclass
+class ImageModelOutput(Output):
+    """The output of a vision model without a head.
+
+    Attributes:
+        last_hidden_state: of the last stage, [batch, channels, height, width]; in memory channels are the last.
+        hidden_states: on request, the output of every stage, [batch, channels, height, width].
+        attentions: always None, for callers that look.
+    """
+
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None
+
+
+@dataclasses.dataclass
 class SemanticSegmenterOutput(Output):
     """The output of a model that gives each pixel a class.
 

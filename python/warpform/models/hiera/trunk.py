@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...nn import AddBiasResidualLayerNorm, FeedForward, MaskUnitAttention, mean_pool
 from ...nn._checkpoint import CheckpointedLayers
 from ...nn._product import apply_linear
-from ...nn.metaformer import MetaFormerBlock, Terms, add_terms, normalise, run_blocks
+from ...nn.metaformer import MetaFormerBlock, Terms, normalise, run_blocks
 from ...nn.mixers import max_of_runs
 from ...packing import Packing
 from ..common.checks import check_pixels, check_shape
@@ -61,37 +61,35 @@ class HieraBlock(MetaFormerBlock):
         )
         self.projection = nn.Linear(hidden_size, out_size) if hidden_size != out_size else None
 
-    def forward(
+    def run(
         self,
         hidden: Tensor,
-        added: Tensor | None = None,
-        bias: Tensor | None = None,
-        *,
-        finish: bool = True,
+        added: Tensor | None,
+        bias: Tensor | None,
         packing: Packing | None = None,
-    ) -> Tensor | Terms:
-        """The block on hidden + added + bias.
+        **mixing: Any,
+    ) -> Terms:
+        """`forward` without the last addition.
 
         Args:
             hidden, added: [batch, units, n, hidden_size], with a packing [1, packing.total, n, hidden_size]; None adds
                 nothing.
             bias: [hidden_size], or None.
-            finish: False leaves the last addition to the next block.
             packing: which units of which image there are; None: the same number for all.
+            **mixing: further arguments of the attention.
 
         Returns:
-            [batch, units, n / pool, out_size]; with finish False three such terms.
+            [batch, units, n / pool, out_size] and what is still to be added to it.
         """
         normal, hidden = normalise(self.attention_norm, hidden, added, bias)
         if self.projection is not None:
             hidden = apply_linear(normal, self.projection)
         hidden = max_of_runs(hidden, self.attention.pool)
-        added, bias = self.attention(normal, packing)
+        added, bias = self.attention(normal, packing, **mixing)
         added, bias = self._drop_images(added, bias, packing)
         normal, hidden = normalise(self.feed_forward_norm, hidden, added, bias)
         added, bias = self.feed_forward(normal)
-        terms = (hidden, *self._drop_images(added, bias, packing))
-        return add_terms(*terms) if finish else terms
+        return (hidden, *self._drop_images(added, bias, packing))
 
     def _drop_images(self, added: Tensor, bias: Tensor | None, packing: Packing | None) -> tuple[Tensor, Tensor | None]:
         """`_drop`, for whole images also where their units are packed."""
