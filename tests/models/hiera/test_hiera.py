@@ -85,6 +85,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_parity(options: dict[str, Any]) -> None:
     model = hf_model("HieraModel", **options)
@@ -140,6 +141,7 @@ def test_parity_of_the_classifier() -> None:
     assert (ours(pixels).logits.sum(1) - 1).abs().min() > 1e-3
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("training", (False, True))
 @pytest.mark.parametrize("options", ("three_stages", "four_stages", "units_of_many_cells", "fewer_poolings"))
 def test_parity_of_masked_units(options: str, training: bool) -> None:

@@ -80,6 +80,7 @@ def test_parity(version: str, size: tuple[int, int]) -> None:
     assert unused == (2 if version == "Swin" else 0)
 
 
+@pytest.mark.sampled
 @versions
 @pytest.mark.parametrize("chosen", (None, ["stage1"], ["stem", "stage2"]), ids=str)
 def test_chosen_stages(version: str, chosen: list[str] | None) -> None:
