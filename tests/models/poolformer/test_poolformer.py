@@ -50,6 +50,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("options, shape", OPTIONS.values(), ids=OPTIONS)
 def test_parity(options: dict[str, Any], shape: tuple[int, ...]) -> None:
     model = make(**options)

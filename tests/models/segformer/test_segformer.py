@@ -62,6 +62,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("options, shape", OPTIONS.values(), ids=OPTIONS)
 def test_parity(options: dict[str, Any], shape: tuple[int, ...]) -> None:
     model = make(**options)
