@@ -23,19 +23,20 @@ class Family:
 
 # By file, in the order in which pytest runs them.
 FAMILIES = {
-    "attention": Family(0.11, "Attention"),
-    "decoders": Family(0.10, "Decoders end to end"),
+    "attention": Family(0.10, "Attention"),
+    "decoders": Family(0.09, "Decoders end to end"),
     "disentangled_attention": Family(0.04, "Disentangled attention (DeBERTa)"),
     "encoder": Family(0.03, "Encoder ops"),
     "fft_conv": Family(0.08, "Long convolutions"),
     "hidden": Family(0.07, "Sparse hidden dimensions"),
     "host": Family(0.03),
-    "m2": Family(0.11, "M2-BERT beside BERT"),
+    "m2": Family(0.10, "M2-BERT beside BERT"),
     "models": Family(0.10, "Models end to end"),
     "monarch": Family(0.08, "Monarch products"),
     "norm": Family(0.02, "RMSNorm"),
     "ring": Family(0.07, "Ring attention over N ranks"),
     "short_conv": Family(0.01, "Short convolutions with a gate"),
+    "spatial": Family(0.03, "Stencils: pooling mixer, depthwise convolution"),
     "swin": Family(0.09, "Swin end to end"),
     "window": Family(0.06, "Window attention"),
 }

@@ -255,5 +255,7 @@ def test_a_window_of_fewer_taps(backend: Backend) -> None:
     small = _call_depthwise(backend, x)
     x.weight = torch.nn.functional.pad(x.weight, (1, 1, 1, 1))
     large = _call_depthwise(backend, x)
-    for one, other in zip((*small[:2], small[2], small[3]), (*large[:2], large[2][:, 1:-1, 1:-1], large[3]), strict=True):
+    for one, other in zip(
+        (*small[:2], small[2], small[3]), (*large[:2], large[2][:, 1:-1, 1:-1], large[3]), strict=True
+    ):
         torch.testing.assert_close(one, other)

@@ -111,7 +111,14 @@ DEPTHWISE_CASES = (
 )
 
 # A tile of kernels is 8 by 16 positions by 64 channels. One less, one more, and the same.
-_EDGES: tuple[Shape, ...] = ((2, 7, 15, 63), (1, 8, 17, 64), (1, 9, 16, 65), (1, 16, 33, 8), (3, 17, 31, 4), (1, 6, 12, 136))
+_EDGES: tuple[Shape, ...] = (
+    (2, 7, 15, 63),
+    (1, 8, 17, 64),
+    (1, 9, 16, 65),
+    (1, 16, 33, 8),
+    (3, 17, 31, 4),
+    (1, 6, 12, 136),
+)
 POOL_MIXER_EDGES = tuple(
     PoolMixerCase(f"{size}-{'x'.join(map(str, shape))}", shape, pool_size=size, wide_parameters=i % 2 == 0)
     for i, shape in enumerate(_EDGES)
