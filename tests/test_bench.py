@@ -150,6 +150,7 @@ def test_report(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         "monarch",
         "norm",
         "ring",
+        "spatial",
         "swin",
         "window",
     }

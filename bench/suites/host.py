@@ -21,6 +21,7 @@ import warpform
 from helpers.fft_conv import eager_spectral_conv, short_conv_gate
 from suites import disentangled_attention
 from suites.monarch import two_bmm, two_bmm_glu
+from suites.spatial import eager_depthwise_conv2d, eager_pool_mixer
 from warpform import _direct
 
 OPS = (
@@ -39,6 +40,8 @@ OPS = (
     "blockdiag_glu",
     "fft_conv",
     "short_conv_gate",
+    "pool_mixer",
+    "depthwise_conv2d",
     "attention_step",
     "attention_step_backward",
     "RoutingPlan",
@@ -206,6 +209,12 @@ class HostCase(Case):
                 warpform.ops.short_conv_gate,
                 short_conv_gate,
                 (draw(2, 4, 384), draw(384, 3), draw(384)),
+            ),
+            "pool_mixer": (warpform.ops.pool_mixer, eager_pool_mixer, (draw(1, 4, 4, 32), draw(32), draw(32))),
+            "depthwise_conv2d": (
+                lambda *t: warpform.ops.depthwise_conv2d(*t, activation="gelu"),
+                eager_depthwise_conv2d,
+                (draw(1, 4, 4, 32), draw(32, 3, 3), draw(32)),
             ),
             "RoutingPlan": (
                 lambda c: warpform.ops.RoutingPlan.from_topk(c, num_groups=8, num_shared=2).group_mask,

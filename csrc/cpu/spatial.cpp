@@ -59,6 +59,13 @@ struct Cut {
   }
 };
 
+// The host, or its calling thread alone where a parallel region would cost more than the work.
+inline Host host_for(const Host& host, const SpatialShape& s) {
+  Host found = host;
+  if (s.batch * s.height * s.width * s.channels < kItemElements / 2) found.threads = [] { return int64_t{1}; };
+  return found;
+}
+
 // Two stages of each group, in one parallel region: calls first(group, i) for i < firsts, and when all of a group's have
 // returned then(group, i) for i < seconds. The second stage of a group is handed out behind the first stage of the next
 // one, so that threads seldom wait, and a thread waits for items alone that another one is at work on.
@@ -786,19 +793,20 @@ WARPFORM_INLINE void with_size(int size, const F& f) {
 }  // namespace
 
 void pool_mixer(const PoolMixerParams& params, const Host& host) {
-  with_size(params.pool_size, [&]<int kSize>() { pool_mixer_of<kSize>(params, host); });
+  with_size(params.pool_size, [&]<int kSize>() { pool_mixer_of<kSize>(params, host_for(host, params.shape)); });
 }
 
 void pool_mixer_backward(const PoolMixerBackwardParams& params, const Host& host) {
-  with_size(params.pool_size, [&]<int kSize>() { pool_mixer_backward_of<kSize>(params, host); });
+  with_size(params.pool_size,
+            [&]<int kSize>() { pool_mixer_backward_of<kSize>(params, host_for(host, params.shape)); });
 }
 
 void depthwise_conv2d(const DepthwiseConv2dParams& params, const Host& host) {
-  with_size(params.kernel_size, [&]<int kSize>() { depthwise<kSize>(params, host); });
+  with_size(params.kernel_size, [&]<int kSize>() { depthwise<kSize>(params, host_for(host, params.shape)); });
 }
 
 void depthwise_conv2d_backward(const DepthwiseConv2dBackwardParams& params, const Host& host) {
-  with_size(params.kernel_size, [&]<int kSize>() { depthwise_backward<kSize>(params, host); });
+  with_size(params.kernel_size, [&]<int kSize>() { depthwise_backward<kSize>(params, host_for(host, params.shape)); });
 }
 
 }  // namespace warpform::cpu::WARPFORM_CPU_ISA

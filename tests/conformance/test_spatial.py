@@ -67,7 +67,7 @@ def test_drawn_depthwise_conv2d(
 
 @on(*EVERY, offset=(1e3, 1e5), pool_size=(3, 7))
 def test_mean_far_from_zero(backend: Backend, offset: float, pool_size: int) -> None:
-    """A mean of squares less the square of the mean would leave nothing of the variance, nor sums of such values of u."""
+    """A mean of squares less the square of the mean would leave nothing of the variance; sums of such values, of u."""
     x = (offset + cases.random(2, 9, 10, 24, dtype=torch.float32)).to(backend.device)
     one, dout = torch.ones(24, device=backend.device), cases.random(2, 9, 10, 24, dtype=torch.float32)
     dout = dout.to(backend.device)

@@ -328,6 +328,66 @@ std::vector<Floats> short_conv() {
   return {gated, gate, dx, dweight, dbias};
 }
 
+// Images of several pieces: their rows are cut, and their channels.
+std::vector<Floats> pool_mixer() {
+  constexpr int64_t kBatch = 5, kHeight = 40, kWidth = 60, kChannels = 77;
+  static const Floats x = drawn(kBatch * kHeight * kWidth * kChannels), dout = drawn(x.size());
+  static const Floats weight = drawn(kChannels), scale = drawn(kChannels);
+  Floats out(x.size()), mean(kBatch), rstd(kBatch), dx(x.size()), dweight(kChannels), dscale(kChannels);
+  const SpatialShape shape{kBatch, kHeight, kWidth, kChannels};
+  kernels::pool_mixer({.x = x.data(),
+                       .weight = weight.data(),
+                       .scale = scale.data(),
+                       .out = out.data(),
+                       .mean = mean.data(),
+                       .rstd = rstd.data(),
+                       .shape = shape,
+                       .pool_size = 3,
+                       .eps = 1e-5f},
+                      kHost);
+  kernels::pool_mixer_backward({.dout = dout.data(),
+                                .x = x.data(),
+                                .weight = weight.data(),
+                                .scale = scale.data(),
+                                .mean = mean.data(),
+                                .rstd = rstd.data(),
+                                .dx = dx.data(),
+                                .dweight = dweight.data(),
+                                .dscale = dscale.data(),
+                                .shape = shape,
+                                .pool_size = 3},
+                               kHost);
+  return {out, mean, rstd, dx, dweight, dscale};
+}
+
+std::vector<Floats> depthwise_conv2d() {
+  constexpr int64_t kBatch = 2, kHeight = 41, kWidth = 50, kChannels = 77, kSize = 3;
+  static const Floats x = drawn(kBatch * kHeight * kWidth * kChannels), dout = drawn(x.size());
+  static const Floats weight = drawn(kChannels * kSize * kSize), bias = drawn(kChannels);
+  Floats out(x.size()), dx(x.size()), dweight(weight.size()), dbias(kChannels);
+  const SpatialShape shape{kBatch, kHeight, kWidth, kChannels};
+  kernels::depthwise_conv2d({.x = x.data(),
+                             .weight = weight.data(),
+                             .bias = bias.data(),
+                             .out = out.data(),
+                             .shape = shape,
+                             .kernel_size = kSize,
+                             .activation = Activation::kGelu},
+                            kHost);
+  kernels::depthwise_conv2d_backward({.dout = dout.data(),
+                                      .x = x.data(),
+                                      .weight = weight.data(),
+                                      .bias = bias.data(),
+                                      .dx = dx.data(),
+                                      .dweight = dweight.data(),
+                                      .dbias = dbias.data(),
+                                      .shape = shape,
+                                      .kernel_size = kSize,
+                                      .activation = Activation::kGelu},
+                                     kHost);
+  return {out, dx, dweight, dbias};
+}
+
 // A step on top of a state, and its gradients.
 std::vector<Floats> attention_step() {
   constexpr int kRows = 300, kHeads = 2, kDim = 24, kSize = kRows * kHeads * kDim;
@@ -485,6 +545,8 @@ const Case kCases[] = {
     {"windows of 144", 2, [] { return windows(12); }},
     {"monarch", 2, monarch},
     {"short_conv", 2, short_conv},
+    {"pool_mixer", 2, pool_mixer},
+    {"depthwise_conv2d", 2, depthwise_conv2d},
     {"attention_step", 2, attention_step},
     {"disentangled attention", 2, disentangled},
     {"glu", 2, glu},

@@ -1,7 +1,7 @@
 """Stencils, channels last: cases, inputs, oracles, and whole checks of one op on one case.
 
-The oracles go another way than the references: pooling is a product with a band matrix on each side of the image, after a
-norm with all its parts, and a convolution adds up slices of a padded image. `library` is torch.ops.warpform or
+The oracles go another way than the references: pooling is a product with a band matrix on each side of the image, after
+a norm with all its parts, and a convolution adds up slices of a padded image. `library` is torch.ops.warpform or
 torch.ops.warpform_simt.
 """
 
@@ -272,7 +272,7 @@ def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _eager_statistics(x: Tensor, eps: float) -> list[tuple[Tensor, Tensor]]:
-    """In several orders of the terms, pairwise and one by one: one number a sample may be exact by luck in one of them."""
+    """In several orders, pairwise and one by one: one number a sample may be exact by luck in one of them."""
     found = []
     for t in (x, x.permute(0, 2, 3, 1), x.flip(1, 2, 3), x.permute(0, 3, 2, 1)):
         t = t.contiguous()
@@ -351,7 +351,7 @@ def check_pool_mixer(
     if not backward:
         return
     gradients = library.pool_mixer_backward(inputs.dout, *inputs.tensors, mean, rstd, **how)
-    # A pooled value less the value itself may cancel, and so may sums over positions, which are made in float32 at least.
+    # A pooled value less the value itself may cancel, and so may sums over positions; those are float32 at least.
     finer = torch.finfo(wide).eps / torch.finfo(dtype).eps
     scale = torch.ones(()) if inputs.scale is None else inputs.scale
     weight, scale, dout = (t.to(device, torch.float64) for t in (inputs.weight, scale, inputs.dout))

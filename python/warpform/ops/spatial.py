@@ -65,8 +65,8 @@ def pool_mixer(
 ) -> Tensor:
     """PoolFormer's mixer with its norm, layer scale and residual (arXiv 2111.11418, equations 1 to 3).
 
-    n = GroupNorm(1)(x);  out = x + scale * (P n - n), where P is the mean over the pool_size x pool_size neighbours that
-    exist. P of a constant is this constant, so the norm's mean and its bias cancel, and the op takes no bias:
+    n = GroupNorm(1)(x);  out = x + scale * (P n - n), where P is the mean over the pool_size x pool_size neighbours
+    that exist. P of a constant is this constant, so the norm's mean and its bias cancel, and the op takes no bias:
 
     out = x + scale_c weight_c rstd_b (P x - x);  rstd_b = 1 / sqrt(var_b + eps), var_b over height, width and channels
 
@@ -80,8 +80,8 @@ def pool_mixer(
         eps: added to the variance, at least 0. With 0 a sample of equal numbers has no result.
 
     Returns:
-        out like x. Gradients reach x, weight and scale and repeat bit by bit. Under autocast x is cast, weight and scale
-        are not.
+        out like x. Gradients reach x, weight and scale and repeat bit by bit. Under autocast x is cast, weight and
+        scale are not.
 
     Raises:
         TypeError: an argument is not a tensor, or of a wrong dtype.

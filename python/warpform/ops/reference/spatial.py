@@ -1,7 +1,7 @@
 """Definitions of the stencils over [batch, height, width, channels]: PoolFormer's mixer and a depthwise convolution.
 
-The pooling mixer (PoolFormer, arXiv 2111.11418, equations 2 and 3) is x + scale (P n - n) with n = GroupNorm(1)(x). P is
-the mean over the neighbours that exist, so P of a constant is this constant, and the norm's mean and bias cancel:
+The pooling mixer (PoolFormer, arXiv 2111.11418, equations 2 and 3) is x + scale (P n - n) with n = GroupNorm(1)(x). P
+is the mean over the neighbours that exist, so P of a constant is this constant, and the norm's mean and bias cancel:
 
     out = x + scale_c weight_c rstd_b (P x - x)_bc;  rstd_b = 1 / sqrt(var_b + eps) over height, width and channels
 """
