@@ -43,7 +43,7 @@ struct DepthwiseBackward {
   static constexpr int kTaps = kSize * kSize;
   static constexpr int kPack = SpatialElements<T>::kPack;
   static constexpr int kCols = kStrip + 2 * kHalo;
-  static constexpr int kBlocksPerSm = kSize == 7 ? 2 : 4;
+  static constexpr int kBlocksPerSm = kSize == 3 ? 4 : kSize == 5 ? 3 : 2;
   static constexpr int kTileBytes = HaloTile<kHalo>::kBytes;
   static constexpr int kTapBytes = gives_all_gradients(kSize) ? LearnedTaps<T, kSize>::kBytes : 0;
   static constexpr int kSharedBytes = kTileBytes + HaloTile<0>::kBytes + kTapBytes;

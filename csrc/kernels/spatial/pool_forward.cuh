@@ -24,7 +24,7 @@ namespace warpform {
 template <int kSize>
 struct PoolForward {
   static constexpr int kHalo = kSize / 2;
-  static constexpr int kBlocksPerSm = kSize == 3 ? 6 : kSize == 5 ? 5 : 4;
+  static constexpr int kBlocksPerSm = kSize == 3 ? 6 : 4;
   static constexpr int kSharedBytes = HaloTile<kHalo>::kBytes;
 };
 
