@@ -33,7 +33,7 @@ def _offsets(batch: int) -> Tensor:
 def every_call() -> Iterator[Call]:
     """The examples of all ops in each dtype that has kernels, then the calls of this file."""
     yield from _examples()
-    for calls in (_attention, _steps, _windows, _packing, _norm, _monarch, _fft_conv, _routing):
+    for calls in (_attention, _steps, _windows, _packing, _norm, _monarch, _fft_conv, _spatial, _routing):
         yield from calls()
 
 
@@ -157,6 +157,22 @@ def _fft_conv() -> Iterator[Call]:
             spectrum, skip = _floats(64, points // 2 + 1, 2), _floats(64)
             yield "spectral_conv", (u, spectrum, skip, u, u), {}
             yield "spectral_conv_backward", (u, u, spectrum, skip, u, u), {}
+
+
+def _spatial() -> Iterator[Call]:
+    """The stages of PoolFormer at 224 x 224 and of MiT at 512 x 512."""
+    for dtype in FLOATING:
+        for size in (3, 5, 7):
+            for side, channels in ((56, 64), (7, 512)):
+                x, row = _empty(32, side, side, channels, dtype=dtype), _empty(channels, dtype=dtype)
+                yield "pool_mixer", (x, row, row), {"pool_size": size}
+                yield "pool_mixer_backward", (x, x, row, row, _floats(32), _floats(32)), {"pool_size": size}
+            for side, channels in ((128, 256), (16, 2048)):
+                x, row = _empty(4, side, side, channels, dtype=dtype), _empty(channels, dtype=dtype)
+                taps = _empty(channels, size, size, dtype=dtype)
+                for activation in ("linear", "gelu"):
+                    yield "depthwise_conv2d", (x, taps, row), {"activation": activation}
+                    yield "depthwise_conv2d_backward", (x, x, taps, row), {"activation": activation}
 
 
 def _routing() -> Iterator[Call]:

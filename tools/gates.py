@@ -112,6 +112,7 @@ VECTORS = (
     r"|row_norm(_backward)?_kernel<.+, (float, 4|\w+, 8), \d+, \d+>)"
 )
 SHORT_CONV = r"short_conv_gate(_backward)?_kernel<"
+SPATIAL = r"(depthwise_conv2d(_backward)?|pool_mixer(_sums|_backward)?)_kernel<"
 HIDDEN = r"hidden_(gather|scatter|weight_grad)<"
 FFT_CONV = r"fft_conv_(gradient_)?kernel<"
 OPCODES: tuple[OpcodeRule, ...] = (
@@ -147,6 +148,8 @@ OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(SHORT_CONV, r"LDGSTS\..*128"),
     OpcodeRule(SHORT_CONV, r"STG\..*128"),
     OpcodeRule(r"short_conv_gate_backward_kernel<", r"LDG\..*128"),
+    OpcodeRule(SPATIAL, r"LDGSTS\..*128"),  # tiles with their halo
+    OpcodeRule(r"pool_statistics_kernel<", r"LDG\..*128"),
 )
 ABSENT: tuple[AbsentRule, ...] = ()
 ONLY: tuple[ArchRule, ...] = ()

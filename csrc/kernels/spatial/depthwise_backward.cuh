@@ -12,9 +12,10 @@
 // Bytes for 3 x 3 taps: dpre and x read, dx written, 6 a channel and position in 16-bit types, which is the least where
 // the activation is linear. With another one dpre has to be made first, 6 more: the forward kernel's arithmetic for the
 // halo as well would cost more time than these bytes.
-// Instructions for 3 x 3 taps: 18 FMA, 2 adds, 4 for loads and conversions of dpre, 2 of x, 3 for copies and stores: 29
-// an element, where the card has time for 41: bytes bound it. The sums of 5 x 5 taps take 25 FMA and 17 for loads and
-// conversions, those of 7 x 7 taps 49 and 32, beside 4 bytes, which give time for 28: instructions bound them.
+// Instructions for 3 x 3 taps: 18 FMA, 2 adds, 4 for loads and conversions of dpre, 2 of x, 3 for copies and stores, 29
+// an element without addresses and tests, where the card has time for 41: bytes bound it. The sums of 5 x 5 taps take
+// 25 FMA and 17 for loads and conversions, those of 7 x 7 taps 49 and 32, beside 4 bytes, which give time for 28:
+// instructions bound them.
 // Measured: not yet.
 #pragma once
 
@@ -43,7 +44,7 @@ struct DepthwiseBackward {
   static constexpr int kTaps = kSize * kSize;
   static constexpr int kPack = SpatialElements<T>::kPack;
   static constexpr int kCols = kStrip + 2 * kHalo;
-  static constexpr int kBlocksPerSm = kSize == 7 ? 2 : 4;
+  static constexpr int kBlocksPerSm = kSize == 3 ? 4 : kSize == 5 ? 3 : 2;
   static constexpr int kTileBytes = HaloTile<kHalo>::kBytes;
   static constexpr int kTapBytes = gives_all_gradients(kSize) ? LearnedTaps<T, kSize>::kBytes : 0;
   static constexpr int kSharedBytes = kTileBytes + HaloTile<0>::kBytes + kTapBytes;

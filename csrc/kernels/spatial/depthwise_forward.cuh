@@ -10,8 +10,9 @@
 // convolution and the activation for it, 16. MiT-B5 at 512 x 512 has 79 M elements an image in its 52 layers: 74 us at
 // an H200's 4.3 TB/s. The halo, 41 % of a tile for three taps, comes from L2.
 // Instructions, of which the card has time for some 28 an element beside its 4 bytes: for 3 x 3 taps 9 FMA, 4 for loads
-// and conversions, 2 for the copy in, 1 for the store: 16, bytes bound it. GELU adds about 25 (erff), and then
-// instructions bound it by 1.5. 5 x 5 taps and more are bound by their FMA. For dpre (6 bytes, time for 41) it is 50.
+// and conversions, 3 for the copy in and the store, and addresses and tests beside these 16, which were not counted:
+// bytes bound it, not by much. GELU adds about 25 (erff), and then instructions bound it by 1.5 or more. 5 x 5 taps and
+// more are bound by their FMA. For dpre (6 bytes, time for 41) it is 50.
 // Measured: not yet.
 #pragma once
 

@@ -4,7 +4,7 @@
 #include "device/dispatch.cuh"
 #include "device/launch.cuh"
 #include "spatial/depthwise_forward.cuh"
-#include "spatial/tiles.h"
+#include "spatial/tiles.cuh"
 
 namespace warpform {
 

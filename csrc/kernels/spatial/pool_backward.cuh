@@ -14,7 +14,8 @@
 //
 // Bytes: 5 passes, 2 + 3: A needs all of a sample before any dx. 10 bytes an element in 16-bit types, 307 us of an
 // H200's 4.3 TB/s for PoolFormer-S12 at 224 x 224, batch 128 (132 M elements).
-// Instructions for 3 x 3: 21 and 23 an element, where the card has time for 28 and 41: bytes bound both.
+// Instructions for 3 x 3, addresses and tests not counted: 22 and 23 an element, where the card has time for 28 and 41:
+// bytes bound both, the first one not by much.
 // Measured: not yet.
 #pragma once
 

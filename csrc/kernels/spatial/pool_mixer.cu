@@ -1,7 +1,7 @@
 #include "device/dispatch.cuh"
 #include "device/launch.cuh"
 #include "spatial/pool_forward.cuh"
-#include "spatial/tiles.h"
+#include "spatial/tiles.cuh"
 
 namespace warpform {
 namespace {

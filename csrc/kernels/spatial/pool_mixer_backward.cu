@@ -2,7 +2,7 @@
 #include "device/dispatch.cuh"
 #include "device/launch.cuh"
 #include "spatial/pool_backward.cuh"
-#include "spatial/tiles.h"
+#include "spatial/tiles.cuh"
 
 namespace warpform {
 namespace {
