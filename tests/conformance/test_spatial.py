@@ -48,6 +48,14 @@ def test_depthwise_conv2d_at_edges_of_tiles(backend: Backend, case: DepthwiseCas
     helpers.check_depthwise_conv2d(backend.library, case, dtype, backend.device)
 
 
+@on(CPU, size=(3, 7), dtype=one_dtype)
+def test_images_of_several_pieces(backend: Backend, size: int, dtype: torch.dtype) -> None:
+    """CPU kernels cut rows and channels of an image where it has some 65,536 elements: sums and halos cross the cuts."""
+    for shape in ((1, 90, 30, 40), (2, 24, 60, 80)):
+        helpers.check_pool_mixer(backend.library, PoolMixerCase("", shape, pool_size=size), dtype, backend.device)
+        helpers.check_depthwise_conv2d(backend.library, DepthwiseCase("", shape, size=size), dtype, backend.device)
+
+
 @drawn_on(*EVERY, case=helpers.pool_mixer_cases(), sm_count=st.sampled_from((FEW_SMS, 4, MANY_SMS)))
 def test_drawn_pool_mixer(backend: Backend, case: PoolMixerCase, dtype: torch.dtype, sm_count: int, seed: int) -> None:
     backend.configure(seed, sm_count)
