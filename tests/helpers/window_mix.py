@@ -76,7 +76,6 @@ WINDOW_MIX_CASES = (
     WindowMixCase("misaligned", (8, 8), (4, 4), 16, layout="misaligned"),
     WindowMixCase("no_batch", (8, 8), (4, 4), 16, batch=0),
     WindowMixCase("no_rows", (0, 8), (4, 4), 16, dilated=True),
-    WindowMixCase("no_channels", (8, 8), (4, 4), 0),
 )
 
 
