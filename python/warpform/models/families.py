@@ -60,6 +60,13 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "SentenceOutput",
     ),
     "mot": ("MoTConfig", "MoTForCausalLM"),
+    "poolformer": ("PoolFormerConfig", "PoolFormerForImageClassification", "PoolFormerModel"),
+    "segformer": (
+        "SegformerConfig",
+        "SegformerForImageClassification",
+        "SegformerForSemanticSegmentation",
+        "SegformerModel",
+    ),
     "sequence_parallel_transformer": (
         "SequenceParallelOutput",
         "SequenceParallelTransformer",
@@ -81,7 +88,13 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 # Public names that belong to no family, by the module that has them.
 OTHERS: dict[str, tuple[str, ...]] = {
     "auto": ("from_pretrained", "from_transformers", "list_models"),
-    "common.outputs": ("EncoderOutput", "HeadOutput", "ImageClassifierOutput"),
+    "common.backbone": ("BackboneOutput",),
+    "common.outputs": ("EncoderOutput",
+        "HeadOutput",
+        "ImageClassifierOutput",
+        "ImageModelOutput",
+        "SemanticSegmenterOutput",
+    ),
     "sentence_encoder": ("SentenceEncoder",),
 }
 
@@ -107,6 +120,8 @@ MODEL_TYPES: dict[str, str] = {
     "minimal_transformer": "MinimalTransformerForImageClassification",
     "mohd": "MoHDForCausalLM",
     "mot": "MoTForCausalLM",
+    "poolformer": "PoolFormerModel",
+    "segformer": "SegformerModel",
     "sequence_parallel_transformer": "SequenceParallelTransformer",
     "swin": "SwinModel",
     "swinv2": "Swinv2Model",
