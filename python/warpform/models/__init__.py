@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .dit3d import *
     from .ladder import *
     from .matformer import *
+    from .maxim import *
     from .minimal import *
     from .mohd import *
     from .monarch_mixer import *

@@ -45,6 +45,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "dit3d": ("DiT3DConfig", "DiT3DModel"),
     "ladder": ("LadderConfig", "LadderForCausalLM"),
     "matformer": ("MatFormerConfig", "MatFormerForCausalLM"),
+    "maxim": ("ImageRestorationOutput", "MAXIMConfig", "MAXIMForImageRestoration"),
     "minimal": ("MinimalTransformerConfig", "MinimalTransformerForImageClassification"),
     "mohd": ("MoHDConfig", "MoHDForCausalLM"),
     "monarch_mixer": (
@@ -117,6 +118,7 @@ MODEL_TYPES: dict[str, str] = {
     "m2_gpt": "M2GPTForCausalLM",
     "m2_vit": "M2ViTForImageClassification",
     "matformer": "MatFormerForCausalLM",
+    "maxim": "MAXIMForImageRestoration",
     "minimal_transformer": "MinimalTransformerForImageClassification",
     "mohd": "MoHDForCausalLM",
     "mot": "MoTForCausalLM",
