@@ -16,7 +16,6 @@ from ..common.checks import check_pixels, refuse_arguments
 from ..common.outputs import Output
 from ..common.pretrained import PretrainedModel
 from .blocks import (
-    ConvolvedChannels,
     CrossGating,
     DenseChannels,
     Level,
@@ -80,7 +79,7 @@ class MAXIMStage(nn.Module):
         below = [widths[0], *widths[:-1]]
         self.encoder = nn.ModuleList(
             Level(
-                (below[i] if i else 0) + (widths[i] if i in scales else 0),
+                below[i] + (widths[i] if i in scales else 0),
                 widths[i],
                 config.windows(i),
                 config,
@@ -94,9 +93,7 @@ class MAXIMStage(nn.Module):
             for _ in range(config.num_bottleneck_blocks)
         )
         self.encoder_resizes, self.skip_resizes = (
-            nn.ModuleList(
-                nn.ModuleList(ResizedLinear(widths[j], widths[i], j - i) for j in levels) for i in levels
-            )
+            nn.ModuleList(nn.ModuleList(ResizedLinear(widths[j], widths[i], j - i) for j in levels) for i in levels)
             for _ in range(2)
         )
         above = [*widths[1:], bottom]
@@ -149,14 +146,15 @@ class MAXIMStage(nn.Module):
         return images, Carried(encoded, decoded, supervised)
 
     def _encode(self, inputs: Sequence[Tensor], carried: Carried | None) -> tuple[list[Tensor], Tensor]:
-        """The features of every level, and what the last one leaves for the bottom."""
-        x: Tensor | None = None
-        encoded = []
+        """The features of every level, and what the last one leaves for the bottom.
+
+        The first level takes the features of the image twice, as in the release, whose parameters count both.
+        """
+        x, encoded = inputs[0], []
         for i, level in enumerate(self.encoder):
             context = None if carried is None else carried.encoded[i] + carried.decoded[i]
             encoded.append(level(x, inputs[i] if i < len(inputs) else None, context=context))
             x = convolve(encoded[-1], level.down)  # type: ignore[arg-type]
-        assert x is not None
         return encoded, x
 
     @staticmethod
@@ -181,7 +179,8 @@ class MAXIMForImageRestoration(PretrainedModel):
         super().__init__()
         self.config = config
         self.stages = nn.ModuleList(MAXIMStage(config, i) for i in range(config.num_stages))
-        self.apply(self.init_weights)
+        if self.device.type != "meta":  # there is nothing to draw there, which takes torch seconds
+            self.apply(self.init_weights)
 
     def init_weights(self, module: nn.Module) -> None:
         """For `apply`: products as flax draws them, and those of multi-axis blocks with initializer_range.

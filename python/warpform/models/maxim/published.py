@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...nn.window_mix import WindowMix
-from ..common.pretrained import fill
+from ..common.pretrained import check_names, fill
 from .blocks import CrossGating, Level
 from .config import MAXIMConfig
 
@@ -37,12 +37,17 @@ def build(
     with torch.device("meta"):
         model = model_class(config)
     names = published_names(model)
-    theirs = {name: ours for ours, name in names.items()}
-    renamed = {theirs.get(name, name): tensor for name, tensor in given.items()}
-    for ours, tensor in renamed.items():
+    check_names({ours: (theirs,) for ours, theirs in names.items()}, given, f"{what}: the weights")
+    renamed: dict[str, Tensor] = {}
+    for ours, theirs in names.items():
         module, _, leaf = ours.rpartition(".")
-        if ours in names:
-            renamed[ours] = rearranged(tensor, model.get_submodule(module), leaf)
+        renamed[ours] = rearranged(given[theirs], model.get_submodule(module), leaf)
+        wanted = list(model.get_parameter(ours).shape)
+        if list(renamed[ours].shape) != wanted:
+            raise ValueError(
+                f"{what}: {theirs} must have a shape that gives {ours} the shape {wanted}, "
+                f"got {list(given[theirs].shape)}"
+            )
     fill(model, renamed, f"{what}: the weights", dtype)
     return model.eval()
 
