@@ -18,19 +18,25 @@ if TYPE_CHECKING:
     from .auto import *
     from .bert import *
     from .colm import *
+    from .common.backbone import BackboneOutput as BackboneOutput
     from .common.outputs import EncoderOutput as EncoderOutput
     from .common.outputs import HeadOutput as HeadOutput
     from .common.outputs import ImageClassifierOutput as ImageClassifierOutput
+    from .common.outputs import ImageModelOutput as ImageModelOutput
+    from .common.outputs import SemanticSegmenterOutput as SemanticSegmenterOutput
     from .deberta import *
     from .decoder import *
     from .distilbert import *
     from .dit3d import *
     from .ladder import *
     from .matformer import *
+    from .maxim import *
     from .minimal import *
     from .mohd import *
     from .monarch_mixer import *
     from .mot import *
+    from .poolformer import *
+    from .segformer import *
     from .sentence_encoder import *
     from .sequence_parallel_transformer import *
     from .swin import *

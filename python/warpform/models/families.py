@@ -45,6 +45,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "dit3d": ("DiT3DConfig", "DiT3DModel"),
     "ladder": ("LadderConfig", "LadderForCausalLM"),
     "matformer": ("MatFormerConfig", "MatFormerForCausalLM"),
+    "maxim": ("ImageRestorationOutput", "MAXIMConfig", "MAXIMForImageRestoration"),
     "minimal": ("MinimalTransformerConfig", "MinimalTransformerForImageClassification"),
     "mohd": ("MoHDConfig", "MoHDForCausalLM"),
     "monarch_mixer": (
@@ -60,6 +61,13 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "SentenceOutput",
     ),
     "mot": ("MoTConfig", "MoTForCausalLM"),
+    "poolformer": ("PoolFormerConfig", "PoolFormerForImageClassification", "PoolFormerModel"),
+    "segformer": (
+        "SegformerConfig",
+        "SegformerForImageClassification",
+        "SegformerForSemanticSegmentation",
+        "SegformerModel",
+    ),
     "sequence_parallel_transformer": (
         "SequenceParallelOutput",
         "SequenceParallelTransformer",
@@ -81,7 +89,13 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 # Public names that belong to no family, by the module that has them.
 OTHERS: dict[str, tuple[str, ...]] = {
     "auto": ("from_pretrained", "from_transformers", "list_models"),
-    "common.outputs": ("EncoderOutput", "HeadOutput", "ImageClassifierOutput"),
+    "common.backbone": ("BackboneOutput",),
+    "common.outputs": ("EncoderOutput",
+        "HeadOutput",
+        "ImageClassifierOutput",
+        "ImageModelOutput",
+        "SemanticSegmenterOutput",
+    ),
     "sentence_encoder": ("SentenceEncoder",),
 }
 
@@ -104,9 +118,12 @@ MODEL_TYPES: dict[str, str] = {
     "m2_gpt": "M2GPTForCausalLM",
     "m2_vit": "M2ViTForImageClassification",
     "matformer": "MatFormerForCausalLM",
+    "maxim": "MAXIMForImageRestoration",
     "minimal_transformer": "MinimalTransformerForImageClassification",
     "mohd": "MoHDForCausalLM",
     "mot": "MoTForCausalLM",
+    "poolformer": "PoolFormerModel",
+    "segformer": "SegformerModel",
     "sequence_parallel_transformer": "SequenceParallelTransformer",
     "swin": "SwinModel",
     "swinv2": "Swinv2Model",

@@ -10,17 +10,20 @@ from .cores import Activation, AttentionCore, GatedActivation
 from .disentangled import DisentangledEncoder, DisentangledSelfAttention, FusedDisentangledSelfAttention
 from .embeddings import Embeddings
 from .encoder import Encoder, EncoderLayer
-from .feed_forward import FeedForward
+from .feed_forward import FeedForward, MixFeedForward
 from .hidden import GroupFusion, HiddenLinear, HiddenRouter
 from .long_convolution import ImplicitFilter, MonarchMixerSequenceMixer
 from .masked_lm import MaskedLMHead
+from .metaformer import DropPath, MetaFormerBlock, SampleNorm
+from .mixers import PoolMixer, StridedAttention
 from .monarch import BlockdiagLinear, MonarchLinear, MonarchMixerMLP
 from .nested import NestedFeedForward, TokenWidths
 from .norm import AddBiasResidualLayerNorm
-from .patch_embedding import PatchEmbedding
+from .patch_embedding import OverlappingPatchEmbedding, PatchEmbedding
 from .pooling import FirstTokenPooler, first_tokens, last_tokens, max_pool, mean_pool
 from .stack import Branch, Stack, Step
-from .window import CosineWindowAttention, DropPath, PatchMerging, SwinBlock, SwinV2Block, WindowAttention
+from .window import CosineWindowAttention, PatchMerging, SwinBlock, SwinV2Block, WindowAttention
+from .window_mix import WindowMix
 
 __all__ = [
     "ACTIVATIONS",
@@ -53,22 +56,29 @@ __all__ = [
     "HiddenRouter",
     "ImplicitFilter",
     "MaskedLMHead",
+    "MetaFormerBlock",
+    "MixFeedForward",
     "MixerState",
     "MonarchLinear",
     "MonarchMixerMLP",
     "MonarchMixerSequenceMixer",
     "NestedFeedForward",
+    "OverlappingPatchEmbedding",
     "PatchEmbedding",
     "PatchMerging",
+    "PoolMixer",
+    "SampleNorm",
     "SelfAttention",
     "Stack",
     "Step",
+    "StridedAttention",
     "SwinBlock",
     "SwinV2Block",
     "TokenConvolution",
     "TokenWidths",
     "TriangularMonarch",
     "WindowAttention",
+    "WindowMix",
     "first_tokens",
     "last_tokens",
     "max_pool",

@@ -245,6 +245,33 @@ def add_linear_(out: Tensor, x: Tensor, weight: Tensor) -> None:
         out.addmm_(x, weight.t())
 
 
+def is_pointwise(module: nn.Module) -> bool:
+    """Tells whether a module is a convolution over images that looks at one position at a time."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == module.stride == (1, 1)
+        and module.groups == 1
+        and module.padding in ((0, 0), "valid")
+    )
+
+
+def apply_pointwise(x: Tensor, module: nn.Module) -> Tensor:
+    """module(x), channels last, for a 1x1 convolution, whose weight [out, in, 1, 1] is that of a product.
+
+    Args:
+        x: [..., in].
+        module: `nn.Conv2d`. A module that takes its place, such as an adapter, is called as a convolution is.
+
+    Returns:
+        [..., out].
+    """
+    if is_plain(module, nn.Conv2d) and is_pointwise(module):
+        return linear(x, module.weight.flatten(1), module.bias)  # type: ignore[arg-type,operator]
+    grid = x if x.dim() == 4 else x.reshape(1, -1, 1, x.shape[-1])
+    out: Tensor = module(grid.movedim(-1, 1)).movedim(1, -1)
+    return out if x.dim() == 4 else out.reshape(*x.shape[:-1], -1)
+
+
 def apply_linear(x: Tensor, module: nn.Module) -> Tensor:
     """module(x), which on a CPU is the product that is fastest there."""
     if x.device.type == "cpu" and is_plain(module, nn.Linear):
@@ -253,11 +280,16 @@ def apply_linear(x: Tensor, module: nn.Module) -> Tensor:
     return out
 
 
-def product(x: Tensor, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def product(x: Tensor, module: nn.Module, *, pointwise: bool = False) -> tuple[Tensor, Tensor | None]:
     """module(x), or x @ weight.T and the bias that is still to be added by the fused operation that follows.
 
     On a CPU the matrix product adds a bias for nothing, while an elementwise pass costs; so there None is left to add.
+    pointwise: whether the module stands for a 1x1 convolution (`apply_pointwise`).
     """
+    if pointwise:
+        if x.device.type == "cpu" or not (is_plain(module, nn.Conv2d) and is_pointwise(module)):
+            return apply_pointwise(x, module), None
+        return F.linear(x, module.weight.flatten(1)), module.bias  # type: ignore[operator,return-value]
     if x.device.type == "cpu" or not is_plain(module, nn.Linear):
         return apply_linear(x, module), None
     return F.linear(x, module.weight), module.bias  # type: ignore[arg-type,return-value]

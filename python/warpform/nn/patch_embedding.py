@@ -72,11 +72,12 @@ class PatchEmbedding(nn.Module):
         return f"patch_size={self.patch_size}, pad={self.pad}"
 
 
-def embed_patches(x: Tensor, projection: nn.Module) -> Tensor:
+def embed_patches(x: Tensor, projection: nn.Module, *, channels_last: bool = False) -> Tensor:
     """projection(x), channels last, for a convolution whose patches do not overlap: one product over their rows.
 
     Args:
-        x: [batch, in_channels, *sizes], each size a multiple of the patch's.
+        x: [batch, in_channels, *sizes], or with channels_last [batch, *sizes, in_channels], each size a multiple of the
+            patch's.
         projection: `nn.Conv2d` or `nn.Conv3d` whose stride is its kernel. A module that takes its place, such as an
             adapter, is called.
 
@@ -84,14 +85,59 @@ def embed_patches(x: Tensor, projection: nn.Module) -> Tensor:
         [batch, *grid, out_channels].
     """
     if not any(is_plain(projection, kind) for kind in CONVOLUTIONS.values()):
-        out: Tensor = projection(x)
+        out: Tensor = projection(x.movedim(-1, 1) if channels_last else x)
         return out.movedim(1, -1)
     weight: Tensor = projection.weight  # type: ignore[assignment]
     bias: Tensor | None = projection.bias  # type: ignore[assignment]
     axes = weight.dim() - 2
-    for axis in range(axes + 1, 1, -1):
-        x = x.unflatten(axis, (-1, weight.shape[axis]))
+    first = 1 if channels_last else 2  # the dimension of the first size
+    for axis in range(axes - 1, -1, -1):
+        x = x.unflatten(first + axis, (-1, weight.shape[2 + axis]))
+    grid, inside = range(first, first + 2 * axes, 2), range(first + 1, first + 2 * axes, 2)
+    if channels_last:
+        # [batch, rows, p, columns, q, channels] -> [batch, rows, columns, p, q, channels], and the weight likewise: it
+        # is smaller than the rows, which so are copied in whole vectors of channels.
+        rows = x.permute(0, *grid, *inside, x.dim() - 1).flatten(axes + 1)
+        return linear(rows, weight.movedim(1, -1).flatten(1), bias)
     # [batch, channels, rows, p, columns, q] -> [batch, rows, columns, channels, p, q]
-    grid, inside = range(2, 2 * axes + 2, 2), range(3, 2 * axes + 2, 2)
     rows = x.permute(0, *grid, 1, *inside).flatten(axes + 1)
     return linear(rows, weight.flatten(1), bias)
+
+
+class OverlappingPatchEmbedding(nn.Module):
+    """Makes each patch of a grid a token; patches may overlap (SegFormer, arXiv 2105.15203, section 3.1).
+
+    It is a convolution with zeros around the grid, which torch computes with channels last in memory.
+
+    Args:
+        in_channels: channels of the grid.
+        hidden_size: width of a token.
+        patch_size, stride, padding: of the convolution.
+        name: of the submodule that holds the weights.
+    """
+
+    def __init__(
+        self, in_channels: int, hidden_size: int, patch_size: int, stride: int, padding: int, *, name: str = "projection"
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, nn.Conv2d(in_channels, hidden_size, patch_size, stride, padding))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [batch, height, width, in_channels]; returns [batch, rows, columns, hidden_size]."""
+        return convolve(x, getattr(self, self.name))
+
+
+def convolve(x: Tensor, convolution: nn.Module) -> Tensor:
+    """convolution(x) with channels last: x [batch, height, width, in], returns [batch, rows, columns, out]."""
+    # Where channels are the last in memory, torch convolves so and copies nothing.
+    out: Tensor = convolution(x.contiguous().permute(0, 3, 1, 2))
+    return out.permute(0, 2, 3, 1).contiguous()
+
+
+def least_size(patch_sizes: Sequence[int], strides: Sequence[int], padding: Sequence[int], grids: Sequence[int]) -> int:
+    """The least size of an image of which each stage's patches make a grid of at least so many tokens a side."""
+    least = 1
+    for patch, stride, pad, grid in zip(*(tuple(x)[::-1] for x in (patch_sizes, strides, padding, grids)), strict=True):
+        least = max(1, (max(grid, least) - 1) * stride + patch - 2 * pad)
+    return least

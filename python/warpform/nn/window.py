@@ -17,6 +17,7 @@ from .. import _autocast, ops
 from ..ops._dtypes import accumulation_dtype
 from ._product import apply_linear, is_plain, linear, product, product_with_bias
 from .feed_forward import FeedForward
+from .metaformer import MetaFormerBlock, Terms, add_terms
 from .norm import AddBiasResidualLayerNorm
 
 POSITION_CHANNELS = 512  # of the MLP that makes Swin V2's position bias
@@ -233,36 +234,7 @@ class CosineWindowAttention(WindowAttention):
         )
 
 
-class DropPath(nn.Module):
-    """In training, drops what a block adds for whole samples (stochastic depth, arXiv 1603.09382).
-
-    Args:
-        probability: of dropping; what is kept is scaled by 1 / (1 - probability).
-    """
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [batch, ...]."""
-        if not self.training or self.probability == 0.0:
-            return x
-        kept = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(1 - self.probability)
-        return x * kept if self.probability == 1.0 else x * (kept / (1 - self.probability))
-
-    def extra_repr(self) -> str:
-        return f"{self.probability}"
-
-
-def add_terms(hidden: Tensor, added: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The sum of what a block leaves for the next one to add."""
-    if added is not None:
-        hidden = hidden + added
-    return hidden if bias is None else hidden + bias
-
-
-class SwinBlock(nn.Module):
+class SwinBlock(MetaFormerBlock):
     """Swin's block (arXiv 2103.14030, eq. 3): window attention and a feed-forward block, normalised before each.
 
     Args:
@@ -275,6 +247,11 @@ class SwinBlock(nn.Module):
     """
 
     attention_class: type[WindowAttention] = WindowAttention
+    attention: WindowAttention
+    attention_norm: AddBiasResidualLayerNorm
+    feed_forward: FeedForward
+    feed_forward_norm: AddBiasResidualLayerNorm
+    part_names = ("attention", "feed_forward")
 
     def __init__(
         self,
@@ -290,47 +267,15 @@ class SwinBlock(nn.Module):
         drop_path: float = 0.0,
         **attention: Any,
     ) -> None:
-        super().__init__()
-        self.attention = self.attention_class(hidden_size, num_heads, window_size, shift_size=shift_size, **attention)
-        self.attention_norm = AddBiasResidualLayerNorm(hidden_size, eps)
-        self.feed_forward = FeedForward(hidden_size, int(mlp_ratio * hidden_size), hidden_act)
-        self.feed_forward_norm = AddBiasResidualLayerNorm(hidden_size, eps)
-        self.hidden_dropout = hidden_dropout
-        self.drop_path = DropPath(drop_path)
-
-    def forward(
-        self, hidden: Tensor, added: Tensor | None = None, bias: Tensor | None = None, *, finish: bool = True
-    ) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
-        """The block on hidden + added + bias, each [batch, *grid, hidden] or, for the bias, [hidden]; None is nothing.
-
-        Returns the same shape; with finish False three such terms, for the next block, whose first normalisation adds
-        them, or for `add_terms`.
-        """
-        terms = self.run(hidden, added, bias)
-        return add_terms(*terms) if finish else terms
-
-    def run(
-        self, hidden: Tensor, added: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """`forward` without the last addition."""
-        if added is None:
-            normal = self.attention_norm(hidden, None, None)
-        else:
-            normal, hidden = self.attention_norm(added, bias, hidden, return_sum=True)
-        added, bias = self._drop(*self.attention(normal))
-        normal, hidden = self.feed_forward_norm(added, bias, hidden, return_sum=True)
-        return (hidden, *self._drop(*self._feed_forward(normal)))
-
-    def _feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        rows, bias = self.feed_forward(x.flatten(0, -2))
-        return rows.view_as(x), bias
-
-    def _drop(self, added: Tensor, bias: Tensor | None, *, dropout: bool = True) -> tuple[Tensor, Tensor | None]:
-        probability = self.hidden_dropout if dropout else 0.0
-        if not self.training or (probability == 0.0 and self.drop_path.probability == 0.0):
-            return added, bias
-        added = added if bias is None else added + bias
-        return self.drop_path(F.dropout(added, probability)), None
+        super().__init__(
+            self.attention_class(hidden_size, num_heads, window_size, shift_size=shift_size, **attention),
+            FeedForward(hidden_size, int(mlp_ratio * hidden_size), hidden_act),
+            norm="layer",
+            hidden_size=hidden_size,
+            eps=eps,
+            drop_path=drop_path,
+            dropout=hidden_dropout,
+        )
 
 
 class SwinV2Block(SwinBlock):
@@ -342,16 +287,14 @@ class SwinV2Block(SwinBlock):
 
     attention_class = CosineWindowAttention
 
-    def run(
-        self, hidden: Tensor, added: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def run(self, hidden: Tensor, added: Tensor | None, bias: Tensor | None) -> Terms:
         hidden = add_terms(hidden, added, bias)
         added, bias = self.attention(hidden)
         added, _ = self._drop(self.attention_norm(added, bias, None), None, dropout=False)
         hidden = hidden + added
-        added, bias = self._feed_forward(hidden)
-        if self.training and self.hidden_dropout > 0.0:
-            added, bias = F.dropout(added if bias is None else added + bias, self.hidden_dropout), None
+        added, bias = self.feed_forward(hidden)
+        if self.training and self.dropout > 0.0:
+            added, bias = F.dropout(added if bias is None else added + bias, self.dropout), None
         return (hidden, *self._drop(self.feed_forward_norm(added, bias, None), None, dropout=False))
 
 

@@ -12,6 +12,7 @@ from .projection import project_to_blockdiag, project_to_monarch
 from .routing import RoutingPlan
 from .short_conv import short_conv_gate
 from .window import window_attention
+from .window_mix import window_mix
 
 __all__ = [
     "RoutingPlan",
@@ -38,4 +39,5 @@ __all__ = [
     "unpack",
     "varlen_attention",
     "window_attention",
+    "window_mix",
 ]

@@ -22,3 +22,12 @@ def check_shape(model: str, name: str, value: Tensor | None, shape: tuple[int, .
     """Raises ValueError where value is given and has another shape."""
     if value is not None and tuple(value.shape) != shape:
         raise ValueError(f"{model}: {name} must have shape {list(shape)}, got {list(value.shape)}")
+
+
+def check_pixels(model: str, pixel_values: Tensor, channels: int, least: int = 1) -> None:
+    """Raises ValueError where images are not [batch, channels, height, width] with at least `least` pixels a side."""
+    shape = list(pixel_values.shape)
+    if len(shape) != 4 or shape[1] != channels:
+        raise ValueError(f"{model}: pixel_values must be of shape [batch, {channels}, height, width], got {shape}")
+    if min(shape[2:]) < least:
+        raise ValueError(f"{model}: pixel_values must have at least {least} pixels a side, got {shape}")

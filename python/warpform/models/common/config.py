@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -183,6 +183,31 @@ class TransformersConfig(ModelConfig):
 
 
 Converted = TypeVar("Converted", bound=TransformersConfig)
+
+
+def check_stages(config: ModelConfig, names: Sequence[str], least: Mapping[str, float] | None = None) -> None:
+    """For the `__post_init__` of models in stages: makes tuples of lists with an entry a stage, and checks them.
+
+    Args:
+        config: whose fields they are.
+        names: of the fields; the first says how many stages there are.
+        least: of some of them the least entry; of others it is above 0.
+
+    Raises:
+        ValueError: no stage, fields of unequal lengths, an entry that is too small.
+    """
+    least = {} if least is None else least
+    for name in names:
+        setattr(config, name, tuple(getattr(config, name)))  # config.json has lists
+    lengths = [len(getattr(config, name)) for name in names]
+    if min(lengths) < 1 or len(set(lengths)) > 1:
+        raise config.error(f"{', '.join(names)} must be of equal lengths of at least 1, got {lengths}")
+    for name in names:
+        entries = getattr(config, name)
+        if name in least and min(entries) < least[name]:
+            raise config.error(f"{name} must be at least {least[name]}, got {entries}")
+        if name not in least and min(entries) <= 0:
+            raise config.error(f"{name} must be above 0, got {entries}")
 
 
 def config_overrides(config_class: type[Any], overrides: dict[str, Any]) -> dict[str, Any]:

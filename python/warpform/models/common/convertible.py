@@ -24,6 +24,14 @@ from .weights import rename
 
 Self = TypeVar("Self", bound="ConvertibleModel")
 
+# Norms by the name that transformers' classes end with, the class of torch, and what stands for it here.
+_NORMS: tuple[tuple[str, type[nn.Module], type[nn.Module]], ...] = (
+    ("RMSNorm", nn.RMSNorm, nn.RMSNorm),
+    ("GroupNorm", nn.GroupNorm, nn.GroupNorm),
+    ("BatchNorm2d", nn.BatchNorm2d, nn.BatchNorm2d),
+    ("LayerNorm", nn.LayerNorm, nn.Module),
+)
+
 # Old checkpoints, converted from TensorFlow, have its names of the parameters of a LayerNorm.
 _TENSORFLOW = ((r"LayerNorm\.gamma", "LayerNorm.weight"), (r"LayerNorm\.beta", "LayerNorm.bias"))
 
@@ -219,13 +227,16 @@ def _adopt_eps(model: ConvertibleModel, names: dict[str, tuple[str, ...]], hf_mo
         place = live[names[f"{ours}.weight"][0]].removesuffix(".weight")
         theirs: Any = hf_model.get_submodule(place)
         kind = type(theirs)
-        wanted, plain = ("RMSNorm", nn.RMSNorm) if isinstance(module, nn.RMSNorm) else ("LayerNorm", nn.LayerNorm)
+        wanted, plain = next((n, p) for n, p, own in _NORMS if isinstance(module, own))
         is_plain = isinstance(theirs, plain) and kind.forward is plain.forward
+        is_plain = is_plain and getattr(theirs, "num_groups", None) == getattr(module, "num_groups", None)
         if not is_plain and not (kind.__module__.startswith("transformers.") and kind.__name__.endswith(wanted)):
             raise ValueError(
                 f"from_transformers: {place} must be a {wanted}, got {kind.__module__}.{kind.__qualname__}"
             )
         module.eps = float(theirs.eps if hasattr(theirs, "eps") else theirs.variance_epsilon)
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = theirs.momentum
 
 
 def _config_dict(hf_model: nn.Module) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from torch import nn
 
 from ...nn import AddBiasResidualLayerNorm
 
-NORMS = (nn.LayerNorm, nn.RMSNorm, AddBiasResidualLayerNorm)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm2d, AddBiasResidualLayerNorm)
 
 
 def linear_std(inputs: int) -> float:

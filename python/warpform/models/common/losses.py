@@ -103,6 +103,37 @@ def next_token_loss(
     return token_loss(logits.flatten(0, -2), next_tokens(labels, cu_seqlens).flatten(), items)
 
 
+def segmentation_loss(
+    model: str, logits: Tensor, labels: Tensor, ignore_index: int = 255, *, align_corners: bool = False
+) -> Tensor:
+    """The mean cross-entropy over labelled pixels, in float32 at least; 0 where there is none.
+
+    Args:
+        model: named in errors.
+        logits: [batch, classes, h, w], resized bilinearly to the labels. With one class they are those of a pixel
+            belonging to it, and the loss is the binary one, its mean over all pixels, as in transformers.
+        labels: integers [batch, height, width].
+        ignore_index: the label of pixels that the loss does not look at.
+        align_corners: of the resizing.
+
+    Raises:
+        ValueError: labels of another shape.
+    """
+    if labels.dim() != 3 or labels.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"{model}: labels must be of shape [{logits.shape[0]}, height, width], got {list(labels.shape)}"
+        )
+    labels = labels.long()
+    wide = F.interpolate(_wide(logits), size=labels.shape[1:], mode="bilinear", align_corners=align_corners)
+    counted = labels != ignore_index
+    if wide.shape[1] == 1:
+        valid = counted & (labels >= 0)
+        loss = F.binary_cross_entropy_with_logits(wide.squeeze(1), labels.to(wide.dtype), reduction="none")
+        return (loss * valid).mean()
+    total = F.cross_entropy(wide, labels, ignore_index=ignore_index, reduction="sum")
+    return mean_loss(total, counted.sum())
+
+
 def mean_loss(total: Tensor, count: Tensor | int) -> Tensor:
     """total / count, a scalar; total itself, which is then 0, where count is 0."""
     return total / (torch.where(count == 0, 1, count) if isinstance(count, Tensor) else count or 1)

@@ -157,7 +157,7 @@ class ImageClassifierOutput(Output):
     Attributes:
         loss: a scalar, where labels were given.
         logits: [batch, num_labels].
-        hidden_states, attentions, reshaped_hidden_states: as in `SwinOutput`.
+        hidden_states, attentions, reshaped_hidden_states: as of the model below.
     """
 
     loss: Tensor | None = None
@@ -165,3 +165,34 @@ class ImageClassifierOutput(Output):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: None = None
     reshaped_hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclasses.dataclass
+class ImageModelOutput(Output):
+    """The output of a vision model without a head.
+
+    Attributes:
+        last_hidden_state: of the last stage, [batch, channels, height, width]; in memory channels are the last.
+        hidden_states: on request, the output of every stage, [batch, channels, height, width].
+        attentions: always None, for callers that look.
+    """
+
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None
+
+
+@dataclasses.dataclass
+class SemanticSegmenterOutput(Output):
+    """The output of a model that gives each pixel a class.
+
+    Attributes:
+        loss: a scalar, where labels were given.
+        logits: [batch, num_labels, height, width]; the model says at which stride.
+        hidden_states, attentions: as of the model below.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from ...nn import AddBiasResidualLayerNorm, PatchEmbedding, PatchMerging, SwinBlock, SwinV2Block
 from ...nn._checkpoint import CheckpointedLayers
-from ...nn._product import is_plain
-from ...nn.window import add_terms
-from ..common.checks import refuse_arguments
+from ...nn.metaformer import run_blocks
+from ..common.checks import check_pixels, refuse_arguments
 from .base import SwinBase, SwinOutput, resize_grid
 from .config import Pair, SwinConfig, Swinv2Config, pair
 
@@ -144,17 +143,13 @@ class SwinModel(SwinBase, CheckpointedLayers):
         """
         name = type(self).__name__
         refuse_arguments(name, unsupported)
-        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.config.num_channels:
-            raise ValueError(
-                f"{name}: pixel_values must be of shape [batch, {self.config.num_channels}, height, width], "
-                f"got {list(pixel_values.shape)}"
-            )
+        check_pixels(name, pixel_values, self.config.num_channels)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden = self.embeddings(pixel_values, interpolate_pos_encoding)
         states = [hidden]
         for stage, blocks in enumerate(self.stages):
-            hidden = _run_blocks(self, blocks, hidden)
+            hidden = run_blocks(self, blocks, hidden)
             before = hidden
             if stage < len(self.merges):
                 hidden = self.merges[stage](hidden)
@@ -206,18 +201,6 @@ class SwinModel(SwinBase, CheckpointedLayers):
         }
         table = "relative_position_bias_table"
         return {**names, f"{ours}.{table}": (f"{theirs}.{table}",)}
-
-
-def _run_blocks(model: CheckpointedLayers, blocks: nn.Module, hidden: Tensor) -> Tensor:
-    """One block after another; each makes the last addition of its predecessor."""
-    terms: tuple[Tensor, Tensor | None, Tensor | None] = (hidden, None, None)
-    for block in blocks.children():
-        if is_plain(block, SwinBlock) or is_plain(block, SwinV2Block):
-            terms = model.run_layer(block, *terms, finish=False)
-        else:
-            # Hooks and wrappers of a block find the grid of tokens in it and out of it.
-            terms = model.run_layer(block, add_terms(*terms)), None, None
-    return add_terms(*terms)
 
 
 class Swinv2Model(SwinModel):
