@@ -20,6 +20,7 @@
 #include "kernels/routing/launch.h"
 #include "kernels/short_conv/launch.h"
 #include "kernels/window/launch.h"
+#include "kernels/window_mix/launch.h"
 #include "launch.h"
 
 // The build defines these; the defaults serve a compile by hand.
@@ -112,9 +113,9 @@ std::string row_json(const SupportedConfig& config, const char* dtype) {
 
 using Tables = std::span<const std::span<const SupportedConfig>>;
 
-constexpr std::span<const SupportedConfig> kCudaTables[] = {kAttentionConfigs, kPackingConfigs,   kNormConfigs,
-                                                            kGeluConfigs,      kFftConvConfigs,   kRoutingConfigs,
-                                                            kMonarchConfigs,   kShortConvConfigs, kWindowConfigs};
+constexpr std::span<const SupportedConfig> kCudaTables[] = {
+    kAttentionConfigs, kPackingConfigs, kNormConfigs,      kGeluConfigs,   kFftConvConfigs,
+    kRoutingConfigs,   kMonarchConfigs, kShortConvConfigs, kWindowConfigs, kWindowMixConfigs};
 constexpr std::span<const SupportedConfig> kCpuTables[] = {cpu::kConfigs};
 
 Tables cuda_tables() {
