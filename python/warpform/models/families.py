@@ -90,7 +90,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 OTHERS: dict[str, tuple[str, ...]] = {
     "auto": ("from_pretrained", "from_transformers", "list_models"),
     "common.backbone": ("BackboneOutput",),
-    "common.outputs": ("EncoderOutput",
+    "common.outputs": (
+        "EncoderOutput",
         "HeadOutput",
         "ImageClassifierOutput",
         "ImageModelOutput",

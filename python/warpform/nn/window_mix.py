@@ -44,9 +44,10 @@ class WindowMix(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02, bias: float = 0.0) -> None:
-        """Draws the matrix from a normal distribution and sets its bias."""
-        nn.init.normal_(self.weight, std=std)
-        nn.init.constant_(self.bias, bias)
+        """Draws the matrix from a normal distribution and sets its bias. On the meta device there is nothing to do."""
+        if not self.weight.is_meta:
+            nn.init.normal_(self.weight, std=std)
+            nn.init.constant_(self.bias, bias)
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """x, gate: [batch, height, width, channels], of which windows divide height and width; returns the same."""

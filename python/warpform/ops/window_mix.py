@@ -83,7 +83,7 @@ def window_mix(
     eps: float = 1e-6,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """Mixes the tokens of each window by one matrix, every channel by itself: MAXIM's spatial gating (arXiv 2201.02973).
+    """Mixes the tokens of each window by a matrix, every channel by itself: MAXIM's spatial gating (arXiv 2201.02973).
 
     y_i = sum_j weight_ij LayerNorm(x)_j + bias_i over the n tokens of a window;  out = gate * (y + 1), or y
 

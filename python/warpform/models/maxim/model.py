@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,8 @@ from ...nn.patch_embedding import convolve
 from ...nn.window_mix import WindowMix
 from ..common.checks import check_pixels, refuse_arguments
 from ..common.outputs import Output
-from ..common.pretrained import PretrainedModel
+from ..common.pretrained import PretrainedModel, fill
 from .blocks import (
-    ConvolvedChannels,
     CrossGating,
     DenseChannels,
     Level,
@@ -27,6 +26,9 @@ from .blocks import (
     upsample,
 )
 from .config import MAXIMConfig
+from .published import config_fields, flat, renamed
+
+Self = TypeVar("Self", bound="MAXIMForImageRestoration")
 
 
 @dataclasses.dataclass
@@ -41,7 +43,7 @@ class ImageRestorationOutput(Output):
     """
 
     restored: Tensor
-    stages: tuple[tuple[Tensor, ...], ...] = ()
+    stages: tuple[tuple[Tensor, ...], ...] | None = None
 
 
 @dataclasses.dataclass
@@ -80,7 +82,7 @@ class MAXIMStage(nn.Module):
         below = [widths[0], *widths[:-1]]
         self.encoder = nn.ModuleList(
             Level(
-                (below[i] if i else 0) + (widths[i] if i in scales else 0),
+                below[i] + (widths[i] if i in scales else 0),
                 widths[i],
                 config.windows(i),
                 config,
@@ -94,9 +96,7 @@ class MAXIMStage(nn.Module):
             for _ in range(config.num_bottleneck_blocks)
         )
         self.encoder_resizes, self.skip_resizes = (
-            nn.ModuleList(
-                nn.ModuleList(ResizedLinear(widths[j], widths[i], j - i) for j in levels) for i in levels
-            )
+            nn.ModuleList(nn.ModuleList(ResizedLinear(widths[j], widths[i], j - i) for j in levels) for i in levels)
             for _ in range(2)
         )
         above = [*widths[1:], bottom]
@@ -130,12 +130,12 @@ class MAXIMStage(nn.Module):
         skips: dict[int, Tensor] = {}
         shared = x
         for i in reversed(range(len(encoded))):
-            skips[i], shared = self.gatings[i](self._gather(encoded, self.encoder_resizes[i]), shared)
+            skips[i], shared = self.gatings[i](self._gather(encoded, self.encoder_resizes[i].children()), shared)
         # The release lists these the coarsest first, and joins them so.
         coarse_first = [skips[i] for i in sorted(skips, reverse=True)]
         decoded: list[Tensor] = []
         for i in reversed(range(len(encoded))):
-            joined = self._gather(coarse_first, list(self.skip_resizes[i])[::-1])
+            joined = self._gather(coarse_first, list(self.skip_resizes[i].children())[::-1])
             x = self.decoder[i](upsample(x, self.ups[i]), joined)
             decoded.insert(0, x)
         supervised, images = [], []
@@ -149,18 +149,19 @@ class MAXIMStage(nn.Module):
         return images, Carried(encoded, decoded, supervised)
 
     def _encode(self, inputs: Sequence[Tensor], carried: Carried | None) -> tuple[list[Tensor], Tensor]:
-        """The features of every level, and what the last one leaves for the bottom."""
-        x: Tensor | None = None
-        encoded = []
+        """The features of every level, and what the last one leaves for the bottom.
+
+        The first level takes the features of the image twice, as in the release, whose parameters count both.
+        """
+        x, encoded = inputs[0], []
         for i, level in enumerate(self.encoder):
             context = None if carried is None else carried.encoded[i] + carried.decoded[i]
             encoded.append(level(x, inputs[i] if i < len(inputs) else None, context=context))
             x = convolve(encoded[-1], level.down)  # type: ignore[arg-type]
-        assert x is not None
         return encoded, x
 
     @staticmethod
-    def _gather(features: Sequence[Tensor], resizes: Sequence[nn.Module] | nn.ModuleList) -> Tensor:
+    def _gather(features: Sequence[Tensor], resizes: Iterable[nn.Module]) -> Tensor:
         """Features of all levels at the size and with the channels of one, joined."""
         return torch.cat([resized(x) for resized, x in zip(resizes, features, strict=True)], -1)
 
@@ -181,7 +182,8 @@ class MAXIMForImageRestoration(PretrainedModel):
         super().__init__()
         self.config = config
         self.stages = nn.ModuleList(MAXIMStage(config, i) for i in range(config.num_stages))
-        self.apply(self.init_weights)
+        if self.device.type != "meta":  # there is nothing to draw there, which takes torch seconds
+            self.apply(self.init_weights)
 
     def init_weights(self, module: nn.Module) -> None:
         """For `apply`: products as flax draws them, and those of multi-axis blocks with initializer_range.
@@ -210,9 +212,7 @@ class MAXIMForImageRestoration(PretrainedModel):
                 nn.init.normal_(linear.weight, std=std)
 
     @classmethod
-    def from_published(
-        cls, weights: Mapping[str, Any], *, dtype: torch.dtype | None = None, **overrides: Any
-    ) -> MAXIMForImageRestoration:
+    def from_published(cls, weights: Mapping[str, Any], *, dtype: torch.dtype | None = None, **overrides: Any) -> Self:
         """A model from weights under the names of the release, which are those of flax, in eval mode.
 
         The options follow from the weights, of windows as far as they are square.
@@ -229,9 +229,13 @@ class MAXIMForImageRestoration(PretrainedModel):
             ValueError: weights that are missing, unknown or of another shape, or that fit no config.
             TypeError: an override that is no field.
         """
-        from .published import build
-
-        return build(cls, weights, dtype, overrides)
+        what = f"{cls.__name__}.from_published"
+        given = flat(weights)
+        config = MAXIMConfig(**{**config_fields(given, what, overrides), **overrides})
+        with torch.device("meta"):
+            model = cls(config)
+        fill(model, renamed(model, given, what), f"{what}: the weights", dtype)
+        return model.eval()
 
     def forward(
         self, pixel_values: Tensor, *, return_dict: bool | None = None, **unsupported: Any

@@ -8,43 +8,44 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...nn.window_mix import WindowMix
-from ..common.pretrained import fill
+from ..common.pretrained import check_names
 from .blocks import CrossGating, Level
-from .config import MAXIMConfig
 
-if TYPE_CHECKING:
-    from .model import MAXIMForImageRestoration, MAXIMStage
-
-SomeModel = TypeVar("SomeModel", bound="MAXIMForImageRestoration")
 # Checkpoints hold the weights among those of the optimiser.
 PREFIX = "opt/target/"
 Pairs = Iterator[tuple[str, str]]
 
 
-def build(
-    model_class: type[SomeModel], weights: Mapping[str, Any], dtype: torch.dtype | None, overrides: Mapping[str, Any]
-) -> SomeModel:
-    """`MAXIMForImageRestoration.from_published`."""
-    what = f"{model_class.__name__}.from_published"
-    given = flat(weights)
-    config = MAXIMConfig(**{**config_fields(given, what, overrides), **overrides})
-    with torch.device("meta"):
-        model = model_class(config)
+def renamed(model: nn.Module, given: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """Copies of the weights under the names of the model and with its shapes.
+
+    Args:
+        model: a `MAXIMForImageRestoration`.
+        given: weights of the release, as `flat` gives them.
+        what: begins the messages of errors.
+
+    Raises:
+        ValueError: weights that are missing, unknown or of another shape, by their names in the release.
+    """
     names = published_names(model)
-    theirs = {name: ours for ours, name in names.items()}
-    renamed = {theirs.get(name, name): tensor for name, tensor in given.items()}
-    for ours, tensor in renamed.items():
+    check_names({ours: (theirs,) for ours, theirs in names.items()}, given, f"{what}: the weights")
+    found: dict[str, Tensor] = {}
+    for ours, theirs in names.items():
         module, _, leaf = ours.rpartition(".")
-        if ours in names:
-            renamed[ours] = rearranged(tensor, model.get_submodule(module), leaf)
-    fill(model, renamed, f"{what}: the weights", dtype)
-    return model.eval()
+        found[ours] = rearranged(given[theirs], model.get_submodule(module), leaf)
+        wanted = list(model.get_parameter(ours).shape)
+        if list(found[ours].shape) != wanted:
+            raise ValueError(
+                f"{what}: {theirs} must have a shape that gives {ours} the shape {wanted}, "
+                f"got {list(given[theirs].shape)}"
+            )
+    return found
 
 
 def flat(weights: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
@@ -126,11 +127,11 @@ def rearranged(tensor: Tensor, module: nn.Module, leaf: str) -> Tensor:
     return tensor.permute(3, 2, 0, 1).clone(memory_format=torch.contiguous_format)
 
 
-def published_names(model: MAXIMForImageRestoration) -> dict[str, str]:
+def published_names(model: nn.Module) -> dict[str, str]:
     """For each parameter its name in the release."""
     modules: dict[str, str] = {}
-    for index, stage in enumerate(model.stages):
-        for ours, theirs in _of_stage(stage, index):  # type: ignore[arg-type]
+    for index, stage in enumerate(model.get_submodule("stages").children()):
+        for ours, theirs in _of_stage(stage, index):
             modules[f"stages.{index}.{ours}"] = theirs
     norms = {"norm_weight": "scale", "norm_bias": "bias"}
     found = {}
@@ -144,7 +145,7 @@ def published_names(model: MAXIMForImageRestoration) -> dict[str, str]:
     return found
 
 
-def _of_stage(stage: MAXIMStage, index: int) -> Pairs:
+def _of_stage(stage: Any, index: int) -> Pairs:
     """The names of the modules of a stage, here and in the release."""
     depth, here = len(stage.encoder), f"stage_{index}"
     for i in range(len(stage.inputs)):

@@ -44,6 +44,4 @@ def window_mix_backward(draw: Draw) -> Iterator[Call]:
     for call in window_mix(draw):
         out, mean, rstd = reference.window_mix(*call.args, **call.kwargs)
         *tensors, window = call.args
-        yield Call(
-            call.label, (draw.like(out), *tensors, mean, rstd, window), {"dilated": call.kwargs["dilated"]}
-        )
+        yield Call(call.label, (draw.like(out), *tensors, mean, rstd, window), {"dilated": call.kwargs["dilated"]})
