@@ -134,12 +134,12 @@ std::vector<Schema> schemas() {
            kWindows,
        "(Tensor dqkv, Tensor dtable, Tensor dlogit_scale, Tensor dqkv_bias)"},
       // Mixes the tokens of each window of a grid [batch, height, width, channels] by a matrix [to, from], after a
-      // LayerNorm where norm_weight is given: y, or gate * (y + 1). Returns it and the LayerNorm's mean and rstd of each
-      // token, empty without one.
+      // LayerNorm where norm_weight is given: y, or gate * (y + 1). Returns it and the LayerNorm's mean and rstd of
+      // each token, empty without one.
       {"window_mix", kMixed + "SymInt[] window_size, *, bool dilated=False, float eps=1e-6",
        "(Tensor out, Tensor mean, Tensor rstd)"},
-      // Gradients of the six tensors; empty for those that are None. Those of parameters are sums over windows in a fixed
-      // order.
+      // Gradients of the six tensors; empty for those that are None. Those of parameters are sums over windows in a
+      // fixed order.
       {"window_mix_backward",
        "Tensor dout, " + kMixed + "Tensor mean, Tensor rstd, SymInt[] window_size, *, bool dilated=False",
        "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dgate)"},

@@ -22,8 +22,8 @@ struct Arguments {
   int64_t grid_tokens() const { return x.size(0) * x.size(1) * x.size(2); }
 };
 
-// Elements from a token to the next in the order of the grid, where all of them are as far apart and have their channels
-// side by side: x and the gate are halves of one product.
+// Elements from a token to the next in the order of the grid, where all of them are as far apart and have their
+// channels side by side: x and the gate are halves of one product.
 std::optional<int64_t> token_stride(const Tensor& t) {
   if (t.numel() == 0 || t.is_contiguous()) return t.size(3);
   if (t.size(3) > 1 && t.stride(3) != 1) return std::nullopt;

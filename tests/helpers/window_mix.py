@@ -54,6 +54,7 @@ WINDOW_MIX_CASES = (
     WindowMixCase("grid_8x8", (24, 16), (8, 8), 40, dilated=True),
     WindowMixCase("block_16x16", (16, 32), (16, 16), 16, layout="contiguous"),
     WindowMixCase("grid_16x16", (32, 16), (16, 16), 8, dilated=True, wide_norm=True),
+    WindowMixCase("a_tile_of_channels", (8, 12), (4, 4), 64, batch=2),
     WindowMixCase("wide_channels", (8, 4), (4, 4), 136, batch=2, dilated=True),
     WindowMixCase("odd_window", (9, 10), (3, 5), 24, batch=2),
     WindowMixCase("odd_window_grid", (9, 10), (3, 5), 24, batch=2, dilated=True, wide_norm=True),

@@ -1,19 +1,20 @@
 // The products of window mixing with the weight: y = W N(x) + b in the forward, and in the backward dgate, which takes
 // that y again, and dn = W^T (dout gate), of which dx is made.
 //
-// Tile      64 columns (tile.cuh) by all places: X is in shared memory whole, 32 KiB for 256 places of 16-bit elements,
-//           64 of float32, and results are made 64 places at a time by four warps, 16 rows each.
-// Loads     X through registers, where it is normalised or multiplied by the gate: 16 bytes a lane, 64 places in flight
-//           (elements one by one where a row is no multiple of 16 bytes). W by cp.async in slabs of 64 x 64, which every
-//           CTA reads: from L2; they begin before X. The gate and dout of the epilogue, 16 bytes a lane.
+// Tile      64 columns (tile.cuh) by all places: X is in shared memory whole, 32 KiB for 256 places of 16-bit elements
+//           and 64 of float32, and results are made 64 places at a time by four warps of 16 rows each.
+// Loads     X passes registers, where it is normalised or multiplied by the gate: 16 bytes a lane, 64 places in flight
+//           (elements one by one where a row is no multiple of 16 bytes). W comes by cp.async in slabs of 64 x 64,
+//           which every CTA reads, from L2; the first ones are asked for before X. The epilogue reads the gate or dout,
+//           and x again for a LayerNorm's backward, 16 bytes a lane.
 // LayerNorm A token whose chunks are a power of two and fit a tile (up to 64 channels) is shared by neighbouring lanes:
 //           its mean and rstd, and in the backward its two sums, are shuffles. Wider tokens take statistics.cuh before
 //           and LayerNorm's backward (norm/) behind, one more pass over x each, from L2 where the map is not large.
-// Bounds    6 bytes an element of 16 bits forward (x, gate, out), 10 backward, beside 2 n FLOP forward, 6 n backward. At 256
-//           places, a map of 256 x 256 and 32 channels on an H200 (4.3 TB/s; mma.sync at half of 990 TFLOP/s): 2.9 us of
-//           bytes and 2.2 us of products forward; the slabs of W are 128 CTAs x 128 KiB = 16 MB through L2, as many
-//           bytes again. Four ldmatrix of X and one of W feed 8 mma.sync: 80 cycles of shared memory a step of four
-//           warps, where the products take 64.
+// Bounds    Forward 6 bytes an element of 16 bits (x, gate, out) and 2 n FLOP; backward 10 bytes (dout, x, gate, dx,
+//           dgate) and 4 n FLOP. On an H200 (4.3 TB/s; mma.sync at half of 990 TFLOP/s) a map of 256 x 256 with 32
+//           channels and windows of 256 is 2.9 us of bytes and 2.2 us of products forward. The slabs of W are 128 CTAs
+//           of 128 KiB, 16 MB through L2, which is more than the 12.6 MB of the map. Four ldmatrix of X and one of W
+//           feed 8 mma.sync: a step of four warps is 80 cycles of shared memory, where its products take 64.
 // Measured  not yet.
 #pragma once
 

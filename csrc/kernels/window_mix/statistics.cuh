@@ -28,21 +28,19 @@ __global__ void __launch_bounds__(kMixThreads) window_mix_statistics(const __gri
       }
     }
   };
-  const float inverse = 1.0f / static_cast<float>(p.channels);
-  float mean = 0, first = 0, second = 0;
+  const auto n = static_cast<float>(p.channels);
+  float mean = 0, differences = 0, squares = 0;
   for_each([&](float v) { mean += v; });
-  mean = warp_reduce(mean, Sum{}) * inverse;
+  mean = warp_reduce(mean, Sum{}) / n;
   for_each([&](float v) {
-    first += v - mean;
-    second += (v - mean) * (v - mean);
+    differences += v - mean;
+    squares += (v - mean) * (v - mean);
   });
-  // As in token_statistics.
-  const float correction = warp_reduce(first, Sum{}) * inverse;
-  float variance = warp_reduce(second, Sum{}) * inverse - correction * correction;
-  if (variance < 0) variance = 0;
+  differences = warp_reduce(differences, Sum{});
+  squares = warp_reduce(squares, Sum{});
   if (lane_id() == 0) {
-    store_global(p.mean + token, mean + correction);
-    store_global(p.rstd + token, rsqrt_approx(variance + p.eps));
+    store_global(p.mean + token, mean);
+    store_global(p.rstd + token, rstd_of(differences, squares, n, p.eps));
   }
 }
 

@@ -178,13 +178,21 @@ __device__ __forceinline__ void token_sum(const WindowMixProblem& p, float (&v)[
   if (p.chunks.divisor > kLanes) v[0] = v[1] = v[0] + v[1];
 }
 
-// Mean and 1 / sqrt(variance + eps) of the lane's two tokens. What rounding left in the mean is taken off, which matters
-// where the mean is large beside the deviation.
+// 1 / sqrt(variance + eps) of n elements from the sums of their differences from the mean, which rounding moved, and of
+// the squares of those. The first matters where the mean is large beside the deviation.
+__device__ __forceinline__ float rstd_of(float differences, float squares, float n, float eps) {
+  const float moved = differences / n;
+  float variance = squares / n - moved * moved;
+  if (variance < 0) variance = 0;  // and NaN stays NaN
+  return rsqrt_approx(variance + eps);
+}
+
+// Mean and rstd of the lane's two tokens.
 template <class T, int kVec>
 __device__ __forceinline__ void token_statistics(const WindowMixProblem& p, const MixColumns<T>& columns,
                                                  const float (&v)[2][kVec], float (&mean)[2], float (&rstd)[2]) {
-  const float inverse = 1.0f / static_cast<float>(p.channels);
-  float first[2] = {}, second[2] = {};
+  const auto n = static_cast<float>(p.channels);
+  float differences[2] = {}, squares[2] = {};
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     mean[h] = 0;
@@ -194,24 +202,18 @@ __device__ __forceinline__ void token_statistics(const WindowMixProblem& p, cons
   token_sum<T>(p, mean);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    mean[h] *= inverse;
+    mean[h] /= n;
 #pragma unroll
     for (int e = 0; e < kVec; ++e) {
       const float difference = e < columns[h].count ? v[h][e] - mean[h] : 0.0f;
-      first[h] += difference;
-      second[h] += difference * difference;
+      differences[h] += difference;
+      squares[h] += difference * difference;
     }
   }
-  token_sum<T>(p, first);
-  token_sum<T>(p, second);
+  token_sum<T>(p, differences);
+  token_sum<T>(p, squares);
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float correction = first[h] * inverse;
-    float variance = second[h] * inverse - correction * correction;
-    if (variance < 0) variance = 0;  // and NaN stays NaN
-    mean[h] += correction;
-    rstd[h] = rsqrt_approx(variance + p.eps);
-  }
+  for (int h = 0; h < 2; ++h) rstd[h] = rstd_of(differences[h], squares[h], n, p.eps);
 }
 
 // ---- loads of 64 places ----

@@ -1,12 +1,12 @@
-// The gradient of the mixing weight, dW = D N(x)^T, and of its bias, the sums of D's rows: D = dout, times the gate. The
-// sums run over the columns of tile.cuh, all channels of all windows.
+// The gradient of the mixing weight, dW = D N(x)^T, and of its bias, the sums of D's rows, where D is dout, times the
+// gate where there is one. The sums run over the columns of tile.cuh, all channels of all windows.
 //
 // Tile      64 x 64 elements of dW a CTA, and a share of the tiles of columns, 64 a step. A share leaves float32 sums,
-//           which column_sum.cuh adds up: the order follows from the sizes and the number of SMs alone.
-// Loads     as in product.cuh, 64 places of D and of x a step, into one of two buffers: one barrier a step. A CTA reads n /
-//           64 of what a step needs, so that all CTAs together read dout, gate and x n / 64 times, mostly from L2.
-// Bounds    2 n FLOP an element of x, and 6 bytes of 16-bit elements; at 256 places and 16-bit elements the loads
-//           through L2 are 24 bytes an element. Steps wait for their loads: what hides them is seven CTAs an SM.
+//           which column_sum.cuh adds up: their order follows from the sizes and the number of SMs alone.
+// Loads     as in product.cuh: 64 places of D and 64 of x a step, into one of two buffers, with one barrier a step. All
+//           CTAs together read dout, the gate and x n / 64 times, all but the first from L2.
+// Bounds    2 n FLOP and 6 bytes an element of 16 bits; with windows of 256 tokens 24 bytes pass L2. A step waits for
+//           its loads, which the three CTAs of an SM hide from each other.
 // Measured  not yet.
 #pragma once
 
