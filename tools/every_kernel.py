@@ -33,7 +33,9 @@ def _offsets(batch: int) -> Tensor:
 def every_call() -> Iterator[Call]:
     """The examples of all ops in each dtype that has kernels, then the calls of this file."""
     yield from _examples()
-    for calls in (_attention, _steps, _windows, _packing, _norm, _monarch, _fft_conv, _spatial, _routing):
+    for calls in (
+        _attention, _steps, _windows, _mixes, _packing, _norm, _monarch, _fft_conv, _spatial, _routing
+    ):  # fmt: skip
         yield from calls()
 
 
@@ -90,6 +92,19 @@ def _windows() -> Iterator[Call]:
                     table = _empty((2 * side - 1) ** 2, 4, dtype=table_dtype)
                     yield "window_attention", (qkv, table, None, None, *windows), {}
                     yield "window_attention_backward", (out, qkv, table, None, None, out, lse, *windows), {}
+
+
+def _mixes() -> Iterator[Call]:
+    """Tokens that lie whole in a tile, and others; windows of several tiles, up to what every GPU has memory for."""
+    for dtype in FLOATING:
+        for side, channels in ((8, 32), (8, 256), (16, 64), (16, 96)):
+            x = _empty(2, 4 * side, 4 * side, channels, dtype=dtype)
+            weight, bias = _empty(side**2, side**2, dtype=dtype), _empty(side**2, dtype=dtype)
+            norm, row = _floats(channels), _floats(2 * 16 * side**2)
+            for gate in (None, x):
+                tensors = (x, weight, bias, norm, norm, gate)
+                yield "window_mix", (*tensors, [side, side]), {}
+                yield "window_mix_backward", (x, *tensors, row, row, [side, side]), {}
 
 
 def _packing() -> Iterator[Call]:

@@ -113,6 +113,8 @@ VECTORS = (
 )
 SHORT_CONV = r"short_conv_gate(_backward)?_kernel<"
 SPATIAL = r"(depthwise_conv2d(_backward)?|pool_mixer(_sums|_backward)?)_kernel<"
+MIX = r"window_mix_(forward|gradient|weight_gradient)<"
+MIX_HALF = r"window_mix_(forward|gradient|weight_gradient)<(__half|__nv_bfloat16)>"
 HIDDEN = r"hidden_(gather|scatter|weight_grad)<"
 FFT_CONV = r"fft_conv_(gradient_)?kernel<"
 OPCODES: tuple[OpcodeRule, ...] = (
@@ -145,13 +147,21 @@ OPCODES: tuple[OpcodeRule, ...] = (
     OpcodeRule(STEPS, r"STG\..*64"),
     OpcodeRule(VECTORS, r"LDG\..*128"),  # 16 bytes a thread
     OpcodeRule(VECTORS, r"STG\..*128"),
+    OpcodeRule(MIX_HALF, r"HMMA\.16816\.F32"),
+    OpcodeRule(MIX_HALF, r"LDSM\."),
+    OpcodeRule(r"window_mix_(forward|gradient)<(__half|__nv_bfloat16)>", r"LDSM\..*\.MT88"),  # ldmatrix, transposing
+    OpcodeRule(r"window_mix_(forward|gradient)<", r"LDGSTS\..*128"),  # slabs of the weight
+    OpcodeRule(MIX, r"LDG\..*128"),  # 16 bytes of a token a lane
+    OpcodeRule(MIX, r"STG\..*128"),
     OpcodeRule(SHORT_CONV, r"LDGSTS\..*128"),
     OpcodeRule(SHORT_CONV, r"STG\..*128"),
     OpcodeRule(r"short_conv_gate_backward_kernel<", r"LDG\..*128"),
     OpcodeRule(SPATIAL, r"LDGSTS\..*128"),  # tiles with their halo
     OpcodeRule(r"pool_statistics_kernel<", r"LDG\..*128"),
 )
-ABSENT: tuple[AbsentRule, ...] = ()
+ABSENT: tuple[AbsentRule, ...] = (
+    AbsentRule(r"window_mix_\w+<float>", r"HMMA\.", "products of float32 are exact to float32, which TF32 is not"),
+)
 ONLY: tuple[ArchRule, ...] = ()
 
 # Kernels for compute capability 9.0 alone, and no others, have this in their names. Each of them matches one row of

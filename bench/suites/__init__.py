@@ -32,7 +32,7 @@ FAMILIES = {
     "hidden": Family(0.06, "Sparse hidden dimensions"),
     "host": Family(0.03),
     "m2": Family(0.10, "M2-BERT beside BERT"),
-    "models": Family(0.09, "Models end to end"),
+    "models": Family(0.08, "Models end to end"),
     "monarch": Family(0.08, "Monarch products"),
     "norm": Family(0.02, "RMSNorm"),
     "ring": Family(0.05, "Ring attention over N ranks"),
@@ -40,6 +40,7 @@ FAMILIES = {
     "spatial": Family(0.03, "Stencils: pooling mixer, depthwise convolution"),
     "swin": Family(0.08, "Swin end to end"),
     "window": Family(0.05, "Window attention"),
+    "window_mix": Family(0.01, "Mixing in windows"),
 }
 # By which part of a run each family has to be done.
 DEADLINES = dict(zip(FAMILIES, accumulate(family.share for family in FAMILIES.values()), strict=True))

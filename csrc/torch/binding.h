@@ -226,6 +226,7 @@ std::span<const Body> packing_ops();
 std::span<const Body> norm_ops();
 std::span<const Body> activation_ops();
 std::span<const Body> window_ops();
+std::span<const Body> window_mix_ops();
 std::span<const Body> monarch_ops();
 std::span<const Body> fft_conv_ops();
 std::span<const Body> short_conv_ops();

@@ -21,6 +21,7 @@
 #include "kernels/short_conv/launch.h"
 #include "kernels/spatial/launch.h"
 #include "kernels/window/launch.h"
+#include "kernels/window_mix/launch.h"
 #include "launch.h"
 
 // The build defines these; the defaults serve a compile by hand.
@@ -114,8 +115,8 @@ std::string row_json(const SupportedConfig& config, const char* dtype) {
 using Tables = std::span<const std::span<const SupportedConfig>>;
 
 constexpr std::span<const SupportedConfig> kCudaTables[] = {
-    kAttentionConfigs, kPackingConfigs, kNormConfigs,      kGeluConfigs,    kFftConvConfigs,
-    kRoutingConfigs,   kMonarchConfigs, kShortConvConfigs, kSpatialConfigs, kWindowConfigs};
+    kAttentionConfigs, kPackingConfigs,   kNormConfigs,    kGeluConfigs,   kFftConvConfigs,  kRoutingConfigs,
+    kMonarchConfigs,   kShortConvConfigs, kSpatialConfigs, kWindowConfigs, kWindowMixConfigs};
 constexpr std::span<const SupportedConfig> kCpuTables[] = {cpu::kConfigs};
 
 Tables cuda_tables() {

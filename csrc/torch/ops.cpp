@@ -42,6 +42,10 @@ const std::string kDisentangledSequences =
 // backward.
 const std::string kWindows = "SymInt[] window_size, SymInt[] shift_size, *, float? scale=None, float mask_value=-100.0";
 
+// What a token's row passes before and after it is mixed with those of its window; the same in forward and backward.
+const std::string kMixed =
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? gate, ";
+
 // A routing plan: which groups of hidden dimensions each token uses, and the order that sorts tokens by them.
 const std::string kRouting =
     "Tensor group_mask, Tensor perm, Tensor inverse, Tensor tile_mask, Tensor tile_class, Tensor? out_mask, SymInt "
@@ -129,6 +133,16 @@ std::vector<Schema> schemas() {
        "Tensor out, Tensor lse, " +
            kWindows,
        "(Tensor dqkv, Tensor dtable, Tensor dlogit_scale, Tensor dqkv_bias)"},
+      // Mixes the tokens of each window of a grid [batch, height, width, channels] by a matrix [to, from], after a
+      // LayerNorm where norm_weight is given: y, or gate * (y + 1). Returns it and the LayerNorm's mean and rstd of
+      // each token, empty without one.
+      {"window_mix", kMixed + "SymInt[] window_size, *, bool dilated=False, float eps=1e-6",
+       "(Tensor out, Tensor mean, Tensor rstd)"},
+      // Gradients of the six tensors; empty for those that are None. Those of parameters are sums over windows in a
+      // fixed order.
+      {"window_mix_backward",
+       "Tensor dout, " + kMixed + "Tensor mean, Tensor rstd, SymInt[] window_size, *, bool dilated=False",
+       "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dgate)"},
 
       // ---- Monarch ----
 
@@ -234,8 +248,8 @@ const std::vector<Op>& ops() {
   static const std::vector<Op>* all = [] {
     std::map<std::string, Body> bodies;
     for (const auto& family : {attention_ops(), attention_step_ops(), disentangled_attention_ops(), packing_ops(),
-                               norm_ops(), activation_ops(), window_ops(), monarch_ops(), fft_conv_ops(),
-                               short_conv_ops(), spatial_ops(), routing_ops()}) {
+                               norm_ops(), activation_ops(), window_ops(), window_mix_ops(), monarch_ops(),
+                               fft_conv_ops(), short_conv_ops(), spatial_ops(), routing_ops()}) {
       for (const Body& body : family) bodies.emplace(body.name, body);
     }
     auto* made = new std::vector<Op>;

@@ -55,6 +55,12 @@ def _calls(simt: Any) -> dict[str, tuple[Any, ...]]:
         "window_attention_backward": (out, qkv, None, None, None, out, torch.empty(0), [2, 2], [0, 0]),
     }
 
+    x, w = torch.randn(1, 2, 2, 8), torch.randn(4, 4)
+    calls |= {
+        "window_mix": (x, w, None, None, None, None, [2, 2]),
+        "window_mix_backward": (x, x, w, None, None, None, None, torch.empty(0), torch.empty(0), [2, 2]),
+    }
+
     x, w, w_up = torch.randn(4, 16, dtype=half), torch.randn(2, 8, 8, dtype=half), torch.randn(2, 16, 8, dtype=half)
     calls |= {
         "blockdiag_multiply": (x, w),

@@ -36,13 +36,15 @@ constexpr TileShape tile_shape(int splits) {
 
 // load(step, stage) and work(stage) for all steps, kStages - 1 loads ahead of the work. Loads are cp.async and begin in
 // order; work may read what all threads loaded, and what other warps wrote to shared memory in the step before.
-template <int kStages, class Load, class Work>
-__device__ __forceinline__ void pipeline(int steps, Load&& load, Work&& work) {
+// meanwhile() is called once, when the first loads are in flight; work may read what it wrote.
+template <int kStages, class Load, class Work, class Meanwhile>
+__device__ __forceinline__ void pipeline(int steps, Load&& load, Work&& work, Meanwhile&& meanwhile) {
 #pragma unroll
   for (int step = 0; step + 1 < kStages; ++step) {
     if (step < steps) load(step, step);
     cp_async_commit();  // an empty group where nothing is left, so that the waits count the same
   }
+  meanwhile();
   int stage = 0;
   for (int step = 0; step < steps; ++step) {
     cp_async_wait<kStages - 2>();
@@ -53,6 +55,10 @@ __device__ __forceinline__ void pipeline(int steps, Load&& load, Work&& work) {
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
   cp_async_wait<0>();
+}
+template <int kStages, class Load, class Work>
+__device__ __forceinline__ void pipeline(int steps, Load&& load, Work&& work) {
+  pipeline<kStages>(steps, load, work, [] {});
 }
 
 // After it lane t of a quad has in v[i] what lane i had in v[t].

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .hiera import *
     from .ladder import *
     from .matformer import *
+    from .maxim import *
     from .minimal import *
     from .mohd import *
     from .monarch_mixer import *

@@ -55,6 +55,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     ),
     "ladder": ("LadderConfig", "LadderForCausalLM"),
     "matformer": ("MatFormerConfig", "MatFormerForCausalLM"),
+    "maxim": ("ImageRestorationOutput", "MAXIMConfig", "MAXIMForImageRestoration"),
     "minimal": ("MinimalTransformerConfig", "MinimalTransformerForImageClassification"),
     "mohd": ("MoHDConfig", "MoHDForCausalLM"),
     "monarch_mixer": (
@@ -133,6 +134,7 @@ MODEL_TYPES: dict[str, str] = {
     "m2_gpt": "M2GPTForCausalLM",
     "m2_vit": "M2ViTForImageClassification",
     "matformer": "MatFormerForCausalLM",
+    "maxim": "MAXIMForImageRestoration",
     "minimal_transformer": "MinimalTransformerForImageClassification",
     "mohd": "MoHDForCausalLM",
     "mot": "MoTForCausalLM",

@@ -23,6 +23,7 @@ from .patch_embedding import OverlappingPatchEmbedding, PatchEmbedding
 from .pooling import FirstTokenPooler, first_tokens, last_tokens, max_pool, mean_pool
 from .stack import Branch, Stack, Step
 from .window import CosineWindowAttention, PatchMerging, SwinBlock, SwinV2Block, WindowAttention
+from .window_mix import WindowMix
 
 __all__ = [
     "ACTIVATIONS",
@@ -80,6 +81,7 @@ __all__ = [
     "TokenWidths",
     "TriangularMonarch",
     "WindowAttention",
+    "WindowMix",
     "first_tokens",
     "last_tokens",
     "max_pool",

@@ -13,6 +13,7 @@ from .routing import RoutingPlan
 from .short_conv import short_conv_gate
 from .spatial import depthwise_conv2d, pool_mixer
 from .window import window_attention
+from .window_mix import window_mix
 
 __all__ = [
     "RoutingPlan",
@@ -41,4 +42,5 @@ __all__ = [
     "unpack",
     "varlen_attention",
     "window_attention",
+    "window_mix",
 ]

@@ -70,6 +70,14 @@ def window(op: str, window_size: Any) -> tuple[int, int]:
     return window_size[0], window_size[1]
 
 
+def per_axis(op: str, name: str, value: Any, axes: int) -> list[int]:
+    """One int for each axis, of one for all axes or of one for each. Raises TypeError unless they are ints."""
+    values: list[Any] = list(value) if isinstance(value, (tuple, list)) else [value] * axes
+    for one in values:
+        integer(op, name, one)
+    return values
+
+
 def has_values(t: Tensor) -> bool:
     """Tells whether a tensor has values. A tensor on the meta device has none, nor a fake one outside of a compiler.
 

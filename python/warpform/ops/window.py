@@ -127,28 +127,14 @@ def window_attention(
     op = "window_attention"
     _check.tensor(op, "qkv", qkv)
     axes = qkv.dim() - 4
-    window, shift = _of_axes(op, "window_size", window_size, axes), _of_axes(op, "shift_size", shift_size, axes)
+    window = _check.per_axis(op, "window_size", window_size, axes)
+    shift = _check.per_axis(op, "shift_size", shift_size, axes)
     if _autocast.enabled(qkv.device) and qkv.dtype != torch.float64:
-        relative_position_bias_table = _beside_cast(relative_position_bias_table, qkv)
-        logit_scale = _beside_cast(logit_scale, qkv)
+        relative_position_bias_table = _autocast.beside_cast(relative_position_bias_table, qkv)
+        logit_scale = _autocast.beside_cast(logit_scale, qkv)
     elif isinstance(qkv_bias, Tensor) and qkv_bias.dtype == torch.float32 and qkv.dtype in _check.FLOATS:
         qkv_bias = qkv_bias.to(qkv.dtype)  # padded positions hold it as a product's output would
     out, _ = _window_attention(
         qkv, relative_position_bias_table, logit_scale, qkv_bias, window, shift, scale=scale, mask_value=mask_value
     )
     return out
-
-
-def _beside_cast(parameter: Tensor | None, qkv: Tensor) -> Tensor | None:
-    """A parameter that autocast leaves alone: in float32 where it has a dtype that qkv loses by the cast."""
-    if not isinstance(parameter, Tensor) or parameter.dtype != qkv.dtype or qkv.dtype not in _check.FLOATS:
-        return parameter
-    return parameter if qkv.dtype == torch.get_autocast_dtype(qkv.device.type) else parameter.float()
-
-
-def _of_axes(op: str, name: str, value: int | Sequence[int], axes: int) -> list[int]:
-    """One int for each axis."""
-    values: list[Any] = list(value) if isinstance(value, (tuple, list)) else [value] * axes
-    for one in values:
-        _check.integer(op, name, one)
-    return values

@@ -48,6 +48,11 @@ TINY: dict[str, dict[str, Any]] = {
     "Hiera": {**UNITS, "embed_dim": 8, "num_query_pool": 2, "out_features": ("stem", "stage2")},
     "Ladder": {**WIDTH, "num_key_value_heads": 1, "ladder_layers": (1,)},
     "MatFormer": {**WIDTH, "granularities": (6, 12, 24), "layer_sizes": (24, 12), "gated": False, "hidden_act": "gelu"},
+    "MAXIM": {
+        "features": 8, "depth": 2, "num_stages": 2, "num_groups": 1, "num_bottleneck_blocks": 1,
+        "num_supervision_scales": 2, "high_res_stages": 1, "block_size_hr": (4, 2), "grid_size_hr": (2, 4),
+        "block_size_lr": 2,
+    },
     "MinimalTransformer": {
         "image_size": 16, "patch_size": 4, "num_channels": 3, "hidden_size": 16, "num_hidden_layers": 2,
         "similarity": "symmetric",
