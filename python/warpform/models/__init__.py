@@ -27,12 +27,15 @@ if TYPE_CHECKING:
     from .decoder import *
     from .distilbert import *
     from .dit3d import *
+    from .duoformer import *
     from .ladder import *
     from .matformer import *
     from .minimal import *
     from .mohd import *
     from .monarch_mixer import *
     from .mot import *
+    from .p2at import *
+    from .resnet import *
     from .sentence_encoder import *
     from .sequence_parallel_transformer import *
     from .swin import *
