@@ -10,6 +10,7 @@
 #include "kernels/packing/launch.h"
 #include "kernels/routing/launch.h"
 #include "kernels/short_conv/launch.h"
+#include "kernels/spatial/launch.h"
 #include "kernels/window/launch.h"
 
 namespace warpform::cpu {
@@ -143,6 +144,11 @@ struct Kernels {
 
   Kernel<ShortConvParams> short_conv_gate;
   Kernel<ShortConvBackwardParams> short_conv_gate_backward;
+
+  Kernel<PoolMixerParams> pool_mixer;
+  Kernel<PoolMixerBackwardParams> pool_mixer_backward;
+  Kernel<DepthwiseConv2dParams> depthwise_conv2d;
+  Kernel<DepthwiseConv2dBackwardParams> depthwise_conv2d_backward;
 };
 
 // The kernels for this CPU: the widest instruction set that it has, or that WARPFORM_CPU_ISA names. Null where it has

@@ -4,6 +4,7 @@
 #include "kernels/common/supported.h"
 #include "kernels/routing/launch.h"
 #include "kernels/short_conv/launch.h"
+#include "kernels/spatial/launch.h"
 
 namespace warpform::cpu {
 
@@ -49,6 +50,10 @@ inline constexpr SupportedConfig kConfigs[] = {
     {.op = "hidden_weight_grad", .dtypes = kFloats},
     {.op = "short_conv_gate", .dtypes = kFloats, .limits = {kShortConvTaps}},
     {.op = "short_conv_gate_backward", .dtypes = kFloats, .limits = {kShortConvTaps}},
+    {.op = "pool_mixer", .dtypes = kFloats, .limits = {kPoolSizes}, .float_parameters = true},
+    {.op = "pool_mixer_backward", .dtypes = kFloats, .limits = {kPoolSizes}, .float_parameters = true},
+    {.op = "depthwise_conv2d", .dtypes = kFloats, .limits = {kDepthwiseSizes}, .option = kActivations},
+    {.op = "depthwise_conv2d_backward", .dtypes = kFloats, .limits = {kDepthwiseSizes}, .option = kActivations},
 };
 
 }  // namespace warpform::cpu

@@ -39,6 +39,10 @@ const Kernels kKernels = {
     .hidden_weight_grad = hidden_weight_grad,
     .short_conv_gate = short_conv_gate,
     .short_conv_gate_backward = short_conv_gate_backward,
+    .pool_mixer = pool_mixer,
+    .pool_mixer_backward = pool_mixer_backward,
+    .depthwise_conv2d = depthwise_conv2d,
+    .depthwise_conv2d_backward = depthwise_conv2d_backward,
 };
 
 }  // namespace warpform::cpu::WARPFORM_CPU_ISA

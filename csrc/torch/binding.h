@@ -229,6 +229,7 @@ std::span<const Body> window_ops();
 std::span<const Body> monarch_ops();
 std::span<const Body> fft_conv_ops();
 std::span<const Body> short_conv_ops();
+std::span<const Body> spatial_ops();
 std::span<const Body> routing_ops();
 
 }  // namespace warpform

@@ -19,6 +19,7 @@
 #include "kernels/packing/launch.h"
 #include "kernels/routing/launch.h"
 #include "kernels/short_conv/launch.h"
+#include "kernels/spatial/launch.h"
 #include "kernels/window/launch.h"
 #include "launch.h"
 
@@ -105,7 +106,11 @@ std::string row_json(const SupportedConfig& config, const char* dtype) {
     if (limit.name != nullptr) row += ", " + quoted(limit.name) + ": " + limit_json(limit);
   }
   if (const SupportedOption& option = config.option; option.name != nullptr) {
-    row += ", " + quoted(option.name) + ": [" + quoted(option.values[0]) + ", " + quoted(option.values[1]) + "]";
+    std::string values;
+    for (const char* value : option.values) {
+      if (value != nullptr) values += (values.empty() ? "" : ", ") + quoted(value);
+    }
+    row += ", " + quoted(option.name) + ": [" + values + "]";
   }
   return row + "}";
 }
@@ -114,7 +119,8 @@ using Tables = std::span<const std::span<const SupportedConfig>>;
 
 constexpr std::span<const SupportedConfig> kCudaTables[] = {kAttentionConfigs, kPackingConfigs,   kNormConfigs,
                                                             kGeluConfigs,      kFftConvConfigs,   kRoutingConfigs,
-                                                            kMonarchConfigs,   kShortConvConfigs, kWindowConfigs};
+                                                            kMonarchConfigs,   kShortConvConfigs, kSpatialConfigs,
+                                                            kWindowConfigs};
 constexpr std::span<const SupportedConfig> kCpuTables[] = {cpu::kConfigs};
 
 Tables cuda_tables() {

@@ -43,14 +43,6 @@ void check_layer_norm(const char* op, const Tensor& x, const std::optional<Tenso
   check_eps(op, eps);
 }
 
-// mean or rstd: one element for each row of `sum`.
-void check_statistics(const char* op, const char* name, const Tensor& t, int64_t rows, const Tensor& sum) {
-  const ScalarType dtype = sum.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  check(t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == rows, op, ": ", name, " must be ", dtype_name(dtype),
-        " of shape [", rows, "], got ", Got{t});
-  check_same_device(op, name, t, "sum", sum);
-}
-
 // What the backward of LayerNorm and that of RMSNorm take.
 void check_backward(const char* op, const Tensor& dout, const std::optional<Tensor>& dsum, const Tensor& sum,
                     const Tensor& weight) {
@@ -130,8 +122,8 @@ Quadruple add_bias_residual_layer_norm_backward(Tensor dout, std::optional<Tenso
   constexpr const char* kOp = "add_bias_residual_layer_norm_backward";
   check_backward(kOp, dout, dsum, sum, weight);
   const auto [rows, cols] = rows_of(sum);
-  check_statistics(kOp, "mean", mean, rows, sum);
-  check_statistics(kOp, "rstd", rstd, rows, sum);
+  check_statistics(kOp, "mean", mean, rows, "sum", sum);
+  check_statistics(kOp, "rstd", rstd, rows, "sum", sum);
   const Launch launch(kOp, sum);
   if (const std::string reason = no_kernel(launch, sum, cols); !reason.empty()) {
     return UseReference(reason);
@@ -205,7 +197,7 @@ std::tuple<Tensor, Tensor> add_residual_rms_norm_backward(Tensor dout, std::opti
   constexpr const char* kOp = "add_residual_rms_norm_backward";
   check_backward(kOp, dout, dsum, sum, weight);
   const auto [rows, cols] = rows_of(sum);
-  check_statistics(kOp, "rstd", rstd, rows, sum);
+  check_statistics(kOp, "rstd", rstd, rows, "sum", sum);
   const Launch launch(kOp, sum);
   if (const std::string reason = no_kernel(launch, sum, cols); !reason.empty()) return UseReference(reason);
   dout = contiguous(dout);

@@ -166,6 +166,25 @@ std::vector<Schema> schemas() {
       {"short_conv_gate_backward", "Tensor dgated, Tensor dgate, Tensor x, Tensor weight, Tensor? bias",
        "(Tensor dx, Tensor dweight, Tensor dbias)"},
 
+      // ---- stencils on grids of tokens, channels last ----
+
+      // x + scale (P n - n) with n = GroupNorm(1 group)(x) and P the mean over the neighbours of a square of pool_size that
+      // exist, x [batch, height, width, channels]; also mean and 1/std of each sample.
+      {"pool_mixer", "Tensor x, Tensor weight, Tensor? scale=None, *, SymInt pool_size=3, float eps=1e-5",
+       "(Tensor out, Tensor mean, Tensor rstd)"},
+      // dweight and dscale are sums over positions in a fixed order; dscale is empty without a scale.
+      {"pool_mixer_backward",
+       "Tensor dout, Tensor x, Tensor weight, Tensor? scale, Tensor mean, Tensor rstd, *, SymInt pool_size=3",
+       "(Tensor dx, Tensor dweight, Tensor dscale)"},
+      // Depthwise convolution of x [batch, height, width, channels] with weight [channels, k, k], zero padding and stride 1,
+      // then the activation: "linear", "gelu" (erf) or "relu".
+      {"depthwise_conv2d", "Tensor x, Tensor weight, Tensor? bias=None, *, str activation=\"linear\"", "Tensor"},
+      // Makes the convolution again; dweight and dbias are sums over positions in a fixed order, dbias is empty without a
+      // bias.
+      {"depthwise_conv2d_backward",
+       "Tensor dout, Tensor x, Tensor weight, Tensor? bias, *, str activation=\"linear\"",
+       "(Tensor dx, Tensor dweight, Tensor dbias)"},
+
       // ---- hidden routing ----
 
       // The groups that each token uses, as bits of an int64: the first num_shared, and those that idx [tokens, k] names.
@@ -217,7 +236,7 @@ const std::vector<Op>& ops() {
     std::map<std::string, Body> bodies;
     for (const auto& family :
          {attention_ops(), attention_step_ops(), disentangled_attention_ops(), packing_ops(), norm_ops(),
-          activation_ops(), window_ops(), monarch_ops(), fft_conv_ops(), short_conv_ops(), routing_ops()}) {
+          activation_ops(), window_ops(), monarch_ops(), fft_conv_ops(), short_conv_ops(), spatial_ops(), routing_ops()}) {
       for (const Body& body : family) bodies.emplace(body.name, body);
     }
     auto* made = new std::vector<Op>;

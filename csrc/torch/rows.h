@@ -32,6 +32,15 @@ inline void check_parameter(const char* op, const char* name, const Tensor& t, i
   check_same_device(op, name, t, x_name, x);
 }
 
+// A statistic with one element for each normalised row (or sample) of `x`: float32, or float64 where x is.
+inline void check_statistics(const char* op, const char* name, const Tensor& t, int64_t rows, const char* x_name,
+                             const Tensor& x) {
+  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check(t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == rows, op, ": ", name, " must be ", dtype_name(dtype),
+        " of shape [", rows, "], got ", Got{t});
+  check_same_device(op, name, t, x_name, x);
+}
+
 inline void check_gelu_form(const char* op, const std::string& approximate) {
   check(approximate == "none" || approximate == "tanh", op, ": approximate must be \"none\" or \"tanh\", got '",
         approximate, "'");

@@ -33,11 +33,12 @@ inline constexpr SupportedDTypes kFloatTypes{{"float32", "float16", "bfloat16"},
 struct SizeLimit {
   const char* name = nullptr;  // in the table of kernels
   int64_t multiple_of = 1;
+  int64_t min = 0;
   int64_t max = INT64_MAX;
   const char* otherwise = nullptr;  // why another size has no kernel
   bool as_number = false;           // the table of kernels gives max by itself
 
-  constexpr bool allows(int64_t size) const { return size % multiple_of == 0 && size <= max; }
+  constexpr bool allows(int64_t size) const { return size % multiple_of == 0 && min <= size && size <= max; }
   // Null if there are kernels for the size, else why there are none.
   constexpr const char* why_not(int64_t size) const { return allows(size) ? nullptr : otherwise; }
 };
@@ -45,7 +46,7 @@ struct SizeLimit {
 // A string argument and the values of it that kernels take.
 struct SupportedOption {
   const char* name = nullptr;
-  const char* values[2] = {};
+  const char* values[3] = {};
 };
 
 inline constexpr SupportedOption kGeluForms{"approximate", {"none", "tanh"}};

@@ -11,6 +11,7 @@ from .norm import add_residual_rms_norm, rms_norm_gelu
 from .projection import project_to_blockdiag, project_to_monarch
 from .routing import RoutingPlan
 from .short_conv import short_conv_gate
+from .spatial import depthwise_conv2d, pool_mixer
 from .window import window_attention
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "bias_gelu",
     "blockdiag_glu",
     "blockdiag_multiply",
+    "depthwise_conv2d",
     "disentangled_attention",
     "fft_conv",
     "fft_conv_spectrum",
@@ -31,6 +33,7 @@ __all__ = [
     "monarch_multiply",
     "pack",
     "packing_plan",
+    "pool_mixer",
     "project_to_blockdiag",
     "project_to_monarch",
     "rms_norm_gelu",
