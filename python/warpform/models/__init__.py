@@ -13,6 +13,7 @@ from .families import FAMILIES as _FAMILIES
 from .families import PLACES as _PLACES
 
 if TYPE_CHECKING:
+    from .activator import *
     from .albert import *
     from .algoformer import *
     from .auto import *
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .distilbert import *
     from .dit3d import *
     from .duoformer import *
+    from .hiera import *
     from .ladder import *
     from .matformer import *
     from .minimal import *
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from .resnet import *
     from .sentence_encoder import *
     from .sequence_parallel_transformer import *
+    from .sret import *
     from .swin import *
     from .wide import *
 

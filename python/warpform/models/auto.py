@@ -22,7 +22,7 @@ from .families import COUNTERPARTS, FAMILIES, MODEL_TYPES, PLACES, is_model
 __all__ = ["from_pretrained", "from_transformers", "list_models"]
 
 # Families that transformers has too, each class under the same name.
-_CONVERTIBLE = ("albert", "bert", "deberta", "distilbert", "resnet", "swin")
+_CONVERTIBLE = ("albert", "bert", "deberta", "distilbert", "hiera", "resnet", "swin")
 
 
 def from_transformers(hf_model: nn.Module, **overrides: Any) -> ConvertibleModel:
@@ -50,7 +50,8 @@ def from_transformers(hf_model: nn.Module, **overrides: Any) -> ConvertibleModel
         if isinstance(inner, nn.Module) and _convertible(type(inner).__name__) is not None:
             prefix = hf_model.base_model_prefix
             hint = f"; replace its encoder: model.{prefix} = warpform.models.from_transformers(model.{prefix})"
-        known = [other for family in _CONVERTIBLE for other in FAMILIES[family] if is_model(other)] + [*COUNTERPARTS]
+        ours = [other for family in _CONVERTIBLE for other in FAMILIES[family] if _convertible(other) is not None]
+        known = [*ours, *COUNTERPARTS]
         raise TypeError(
             f"from_transformers: hf_model must be one of {', '.join(known)} of transformers, "
             f"got {type(hf_model).__module__}.{name}{hint}"
@@ -71,10 +72,10 @@ def from_pretrained(
     """Reads a model from a folder as transformers or `save_pretrained` saves it: `config.json` and safetensors.
 
     Nothing that is pickled is read. Of an architecture that transformers lacks it is the model that was saved. Of one
-    that transformers has it is the encoder, or the decoder with its head. Weights of heads (`cls.`, `classifier.`,
-    `qa_outputs.`, and where the encoder is under `bert.` whatever is not) are ignored: `BertForMaskedLM` and the like
-    have a `from_pretrained` that reads them. A checkpoint without a pooler gives a model without one. The model comes
-    in eval mode.
+    that transformers has it is the encoder, the decoder with its head, or the backbone where one was saved. Weights of
+    heads (`cls.`, `classifier.`, `qa_outputs.`, and where the encoder is under `bert.` whatever is not) are ignored:
+    `BertForMaskedLM` and the like have a `from_pretrained` that reads them. A checkpoint without a pooler gives a model
+    without one. The model comes in eval mode.
 
     Args:
         folder: with `config.json` and `model.safetensors`, or `model.safetensors.index.json` and its shards.
@@ -135,7 +136,8 @@ def _class_for(fields: Mapping[str, Any]) -> type[PretrainedModel] | None:
     if default is None:
         return None
     family = PLACES[default]
-    named = fields.get("architectures") or []
-    if family not in _CONVERTIBLE and named and named[0] in FAMILIES[family] and is_model(named[0]):
-        return _model_class(named[0])
+    named = (fields.get("architectures") or [""])[0]
+    as_saved = family not in _CONVERTIBLE or named.endswith("Backbone")
+    if as_saved and named in FAMILIES[family] and is_model(named):
+        return _model_class(named)
     return _model_class(default)

@@ -6,6 +6,7 @@ A new architecture is a folder, or a file where it is short, with its own `__all
 from __future__ import annotations
 
 FAMILIES: dict[str, tuple[str, ...]] = {
+    "activator": ("ActivatorConfig", "ActivatorForImageClassification"),
     "albert": (
         "AlbertConfig",
         "AlbertForMaskedLM",
@@ -44,6 +45,15 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     ),
     "dit3d": ("DiT3DConfig", "DiT3DModel"),
     "duoformer": ("DuoFormerConfig", "DuoFormerForImageClassification"),
+    "hiera": (
+        "HieraBackbone",
+        "HieraConfig",
+        "HieraForImageClassification",
+        "HieraModel",
+        "HieraOutput",
+        "TurboViTConfig",
+        "TurboViTForImageClassification",
+    ),
     "ladder": ("LadderConfig", "LadderForCausalLM"),
     "matformer": ("MatFormerConfig", "MatFormerForCausalLM"),
     "minimal": ("MinimalTransformerConfig", "MinimalTransformerForImageClassification"),
@@ -69,11 +79,14 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "SequenceParallelTransformerConfig",
         "next_tokens",
     ),
+    "sret": ("SReTConfig", "SReTForImageClassification"),
     "swin": (
+        "SwinBackbone",
         "SwinConfig",
         "SwinForImageClassification",
         "SwinModel",
         "SwinOutput",
+        "Swinv2Backbone",
         "Swinv2Config",
         "Swinv2ForImageClassification",
         "Swinv2Model",
@@ -92,6 +105,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
 # For each model_type in a config.json the class that `from_pretrained` makes: the model without a head where
 # transformers has the architecture, else what the file names, or this where it names nothing.
 MODEL_TYPES: dict[str, str] = {
+    "activator": "ActivatorForImageClassification",
     "albert": "AlbertModel",
     "algoformer": "AlgoFormer",
     "bert": "BertModel",
@@ -104,6 +118,7 @@ MODEL_TYPES: dict[str, str] = {
     "qwen2": "DecoderForCausalLM",
     "dit3d": "DiT3DModel",
     "duoformer": "DuoFormerForImageClassification",
+    "hiera": "HieraModel",
     "ladder": "LadderForCausalLM",
     "m2_bert": "M2BertModel",
     "m2_gpt": "M2GPTForCausalLM",
@@ -115,8 +130,10 @@ MODEL_TYPES: dict[str, str] = {
     "p2at": "P2ATForSemanticSegmentation",
     "resnet": "ResNetBackbone",
     "sequence_parallel_transformer": "SequenceParallelTransformer",
+    "sret": "SReTForImageClassification",
     "swin": "SwinModel",
     "swinv2": "Swinv2Model",
+    "turbovit": "TurboViTForImageClassification",
     "wide": "WideForSequenceClassification",
 }
 

@@ -15,6 +15,7 @@ from .hidden import GroupFusion, HiddenLinear, HiddenRouter
 from .long_convolution import ImplicitFilter, MonarchMixerSequenceMixer
 from .masked_lm import MaskedLMHead
 from .metaformer import DropPath, MetaFormerBlock, SampleNorm
+from .mixers import GatedUnit, GroupedAttention, MaskUnitAttention
 from .monarch import BlockdiagLinear, MonarchLinear, MonarchMixerMLP
 from .nested import NestedFeedForward, TokenWidths
 from .norm import AddBiasResidualLayerNorm
@@ -49,10 +50,13 @@ __all__ = [
     "FirstTokenPooler",
     "FusedDisentangledSelfAttention",
     "GatedActivation",
+    "GatedUnit",
     "GroupFusion",
+    "GroupedAttention",
     "HiddenLinear",
     "HiddenRouter",
     "ImplicitFilter",
+    "MaskUnitAttention",
     "MaskedLMHead",
     "MetaFormerBlock",
     "MixerState",

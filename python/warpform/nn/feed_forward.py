@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._product import CPU_ROWS, in_blocks, is_plain, product
@@ -15,10 +16,14 @@ class FeedForward(nn.Module):
     Args:
         hidden_size, intermediate_size: widths.
         hidden_act: one of `ACTIVATIONS`.
+        dropout: in training only, behind the activation and behind `down`.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str = "gelu") -> None:
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, hidden_act: str = "gelu", dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.dropout = dropout
         self.up = nn.Linear(hidden_size, intermediate_size)
         self.activation = BiasActivation(hidden_act)
         self.down = nn.Linear(intermediate_size, hidden_size)
@@ -44,4 +49,8 @@ class FeedForward(nn.Module):
         )
 
     def _block(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        return product(self.activation(*product(hidden, self.up)), self.down)
+        inner = self.activation(*product(hidden, self.up))
+        if not self.training or self.dropout == 0.0:
+            return product(inner, self.down)
+        out, bias = product(F.dropout(inner, self.dropout), self.down)
+        return F.dropout(out if bias is None else out + bias, self.dropout), None

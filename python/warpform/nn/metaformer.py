@@ -5,8 +5,8 @@ A grid of tokens [batch, *grid, channels] goes in and out, channels last.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -150,7 +150,13 @@ class MetaFormerBlock(nn.Module):
         self.dropout = dropout
 
     def forward(
-        self, hidden: Tensor, added: Tensor | None = None, bias: Tensor | None = None, *, finish: bool = True
+        self,
+        hidden: Tensor,
+        added: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        finish: bool = True,
+        **mixing: Any,
     ) -> Tensor | Terms:
         """The block on hidden + added + bias.
 
@@ -158,21 +164,22 @@ class MetaFormerBlock(nn.Module):
             hidden, added: [batch, *grid, channels]; None adds nothing.
             bias: [channels], or None.
             finish: False leaves the last addition to the next block, whose first normalisation makes it.
+            **mixing: further arguments of the mixer.
 
         Returns:
             [batch, *grid, channels]; with finish False three such terms, for the next block or for `add_terms`.
         """
-        terms = self.run(hidden, added, bias)
+        terms = self.run(hidden, added, bias, **mixing)
         return add_terms(*terms) if finish else terms
 
-    def run(self, hidden: Tensor, added: Tensor | None, bias: Tensor | None) -> Terms:
+    def run(self, hidden: Tensor, added: Tensor | None, bias: Tensor | None, **mixing: Any) -> Terms:
         """`forward` without the last addition."""
         terms: Terms = (hidden, added, bias)
         for index, part in enumerate(self.halves):
-            terms = self.run_half(index, part, terms)
+            terms = self.run_half(index, part, terms, **(mixing if part == self.part_names[0] else {}))
         return terms
 
-    def run_half(self, index: int, part: str, terms: Terms) -> Terms:
+    def run_half(self, index: int, part: str, terms: Terms, **mixing: Any) -> Terms:
         """One half of the block, without its last addition."""
         module, norm = getattr(self, part), getattr(self, f"{part}_norm")
         scale: Tensor | None = getattr(self, f"{part}_scale")
@@ -183,7 +190,7 @@ class MetaFormerBlock(nn.Module):
                 return (self._drop_whole(hidden, whole), None, None)
             terms = (hidden, None, None)
         normal, hidden = normalise(norm, *terms)
-        added, bias = self._drop(*module(normal))
+        added, bias = self._drop(*module(normal, **mixing))
         if self.coefficients is not None:
             kept, taken = self.coefficients[2 * index], self.coefficients[2 * index + 1]
             scale = taken if scale is None else taken * scale
@@ -215,19 +222,30 @@ def normalise(norm: nn.Module, hidden: Tensor, added: Tensor | None, bias: Tenso
     return cast("tuple[Tensor, Tensor]", norm(added, bias, hidden, return_sum=True))
 
 
-def run_blocks(model: CheckpointedLayers, blocks: nn.Module, hidden: Tensor) -> Tensor:
+def run_blocks(
+    model: CheckpointedLayers,
+    blocks: nn.Module | Iterable[nn.Module],
+    hidden: Tensor,
+    *,
+    each: Sequence[Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> Tensor:
     """One block after another on hidden [batch, *grid, channels]; each makes the last addition of its predecessor.
 
     Args:
         model: whose `run_layer` runs a block, with gradient checkpointing where that is on.
-        blocks: a list of `MetaFormerBlock`s. What takes the place of one is called on the grid of tokens.
+        blocks: a list of `MetaFormerBlock`s, one as often as it runs. What takes the place of one is called on the grid
+            of tokens.
         hidden: the stream.
+        each: for each block keywords of its own; None: there are none.
+        **options: keywords of every block.
     """
     terms: Terms = (hidden, None, None)
-    for block in blocks.children():
+    for index, block in enumerate(cast("Iterable[nn.Module]", blocks)):
+        own = options if each is None else {**options, **each[index]}
         if isinstance(block, MetaFormerBlock) and is_plain(block, type(block)):
-            terms = model.run_layer(block, *terms, finish=False)
+            terms = model.run_layer(block, *terms, finish=False, **own)
         else:
             # Hooks and wrappers of a block find the grid of tokens in it and out of it.
-            terms = model.run_layer(block, add_terms(*terms)), None, None
+            terms = model.run_layer(block, add_terms(*terms), **own), None, None
     return add_terms(*terms)

@@ -287,9 +287,9 @@ class SwinV2Block(SwinBlock):
 
     attention_class = CosineWindowAttention
 
-    def run(self, hidden: Tensor, added: Tensor | None, bias: Tensor | None) -> Terms:
+    def run(self, hidden: Tensor, added: Tensor | None, bias: Tensor | None, **mixing: Any) -> Terms:
         hidden = add_terms(hidden, added, bias)
-        added, bias = self.attention(hidden)
+        added, bias = self.attention(hidden, **mixing)
         added, _ = self._drop(self.attention_norm(added, bias, None), None, dropout=False)
         hidden = hidden + added
         added, bias = self.feed_forward(hidden)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from warpform import models
 from warpform.models.common.config import ModelConfig
@@ -24,10 +25,15 @@ WIDTH = {
     "max_position_embeddings": 16,
 }  # fmt: skip
 GRID = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "window_size": 4}
+UNITS = {
+    "image_size": 16, "patch_size": 3, "patch_stride": 2, "patch_padding": 1, "masked_unit_size": 4,
+    "depths": (1, 2, 1), "num_heads": (1, 2, 2), "masked_unit_attention": (True, True, False),
+}  # fmt: skip
 POSITIONS = {"relative_attention": True, "pos_att_type": ("c2p", "p2c")}
 FILTER = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 16}
 # The beginning of the names of the classes, and a small config of each.
 TINY: dict[str, dict[str, Any]] = {
+    "Activator": {"image_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
     "Albert": {**WIDTH, "embedding_size": 8},
     "AlgoFormer": {"hidden_size": 16, "num_attention_heads": 2, "loop_layers": 2, "max_position_embeddings": 16},
     "Bert": WIDTH,
@@ -39,6 +45,7 @@ TINY: dict[str, dict[str, Any]] = {
         "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "vocab_size": 30, "max_position_embeddings": 16,
     },
     "DiT3D": {"input_size": 4, "patch_size": 2, "hidden_size": 12, "depth": 2, "num_heads": 2, "window_size": 1},
+    "Hiera": {**UNITS, "embed_dim": 8, "num_query_pool": 2, "out_features": ("stem", "stage2")},
     "Ladder": {**WIDTH, "num_key_value_heads": 1, "ladder_layers": (1,)},
     "MatFormer": {**WIDTH, "granularities": (6, 12, 24), "layer_sizes": (24, 12), "gated": False, "hidden_act": "gelu"},
     "MinimalTransformer": {
@@ -54,8 +61,12 @@ TINY: dict[str, dict[str, Any]] = {
         "num_labels": 3,
     },
     "SequenceParallelTransformer": WIDTH,
+    "SReT": {
+        "image_size": 16, "hidden_sizes": (12, 24), "depths": (1, 1), "num_heads": (2, 2), "groups": ((2, 2), (1, 1)),
+    },
     "Swinv2": GRID,
     "Swin": GRID,
+    "TurboViT": {**UNITS, "hidden_sizes": (8, 12, 16), "mlp_ratios": (2.0, 1.0, 2.0)},
     "Wide": {**WIDTH, "head_dim": 24},
 }  # fmt: skip
 
@@ -83,7 +94,7 @@ def run(model: nn.Module) -> list[Tensor]:
             return [model(torch.linspace(0, 30, 2 * 9 * 20).sin().view(2, 9, 20), 3)]
         image = hasattr(model.config, "num_channels")
         out = model(torch.linspace(0, 30, 3 * 256).sin().view(1, 3, 16, 16) if image else ids)
-    return [value for value in out.values() if isinstance(value, Tensor)]
+    return [value for value in pytree.tree_leaves(list(out.values())) if isinstance(value, Tensor)]
 
 
 def options(model: nn.Module) -> dict[str, Any]:
@@ -151,7 +162,7 @@ def test_the_tables_say_what_the_families_have() -> None:
     for model_type, name in MODEL_TYPES.items():
         config_class = getattr(models, name).config_class
         assert model_type in (config_class.model_type, *config_class.other_model_types)
-    with pytest.raises(ValueError, match="family must be one of albert"):
+    with pytest.raises(ValueError, match="family must be one of activator"):
         models.list_models("nonsense")
 
 

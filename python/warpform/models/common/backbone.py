@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -40,7 +40,8 @@ class BackboneOutput(Output):
 
     Attributes:
         feature_maps: of each stage in `out_features`, [batch, channels, height, width].
-        hidden_states: on request, the embeddings and the output of every stage, [batch, channels, height, width].
+        hidden_states: on request, the embeddings and the output of every stage, [batch, channels, height, width], or
+            [batch, tokens, channels] where transformers' class has that.
         attentions: always None, for callers that look.
     """
 
@@ -68,13 +69,23 @@ def checked_out_features(config: ModelConfig, names: Sequence[str] | None, stage
     return tuple(names)
 
 
+def without_default(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config of transformers, with out_features None where it names the last stage alone.
+
+    transformers writes what None means. Then the config does not change with the number of stages.
+    """
+    names, depths = fields.get("out_features"), fields.get("depths")
+    default = depths is not None and names is not None and list(names) == [f"stage{len(depths)}"]
+    return {**fields, "out_features": None} if default else dict(fields)
+
+
 class BackboneModel(ConvertibleModel):
     """The base of backbones that transformers has too. `out_features` of the config names the stages that it returns.
 
     A model says what its stages are: `stage_channels`, `stage_strides` and `stage_maps`, of the stem and all stages.
     """
 
-    is_encoder = False
+    is_encoder = True  # a folder of a backbone gives the backbone
 
     @property
     def stage_channels(self) -> tuple[int, ...]:
@@ -93,6 +104,10 @@ class BackboneModel(ConvertibleModel):
     def finish_map(self, name: str, hidden: Tensor) -> Tensor:
         """The feature map that the stage `name` gives, [batch, H_i, W_i, C_i], from its output."""
         return hidden
+
+    def returned_states(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """`hidden_states` of the output, from the stem and all stages, each [batch, H_i, W_i, C_i]."""
+        return _channels_first(maps)
 
     @property
     def out_features(self) -> tuple[str, ...]:
@@ -149,7 +164,7 @@ class BackboneModel(ConvertibleModel):
         maps = self.stage_maps(pixel_values)
         output = BackboneOutput(_channels_first(self._finish(maps)))
         if output_hidden_states:
-            output.hidden_states = _channels_first(maps)
+            output.hidden_states = self.returned_states(maps)
         if return_dict is None:
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops._dtypes import accumulation_dtype
 from ..common.config import config_overrides
 from ..common.convertible import ConvertibleModel
 from ..common.outputs import Output
+from ..common.positions import resize_grid
 from ..common.pretrained import load_weights, set_weight
 from . import weights as names_of
 from .config import Pair, SwinConfig, Swinv2Config, pair
@@ -41,13 +40,23 @@ class SwinOutput(Output):
     reshaped_hidden_states: tuple[Tensor, ...] | None = None
 
 
-def resize_grid(rows: Tensor, before: Pair, after: Pair) -> Tensor:
-    """rows [before height * width, n] -> [after height * width, n], bicubic; rows themselves where nothing changes."""
-    if tuple(before) == tuple(after):
-        return rows
-    wide = rows.to(accumulation_dtype(rows.dtype)).t().unflatten(1, before).unsqueeze(0)
-    resized = F.interpolate(wide, size=after, mode="bicubic", align_corners=False)
-    return resized.squeeze(0).flatten(1).t().to(rows.dtype).contiguous()
+def share_weights(model: SwinBase, other: SwinBase) -> None:
+    """Gives `other`, of the same class and made on the meta device, the parameters of `model`."""
+    for name, parameter in model.named_parameters():
+        set_weight(other, name, parameter)
+    adopt_modules(model, other)
+
+
+def adopt_modules(model: SwinBase, other: SwinBase) -> None:
+    """Gives `other` what is in no parameter of `model`: buffers, the mode, and eps of norms.
+
+    The eps of a model made from one of transformers may differ from the config's.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "eps"):
+            other.get_submodule(name).eps = module.eps
+    other.restore_buffers()
+    other.train(model.training)
 
 
 class SwinBase(ConvertibleModel):
@@ -146,8 +155,5 @@ class SwinBase(ConvertibleModel):
                     rows = resize_grid(parameter.detach()[0], self.config.patch_grid, config.patch_grid).unsqueeze(0)
                 parameter = nn.Parameter(rows, requires_grad=parameter.requires_grad)
             set_weight(model, name, parameter)
-        for name, module in self.named_modules():
-            if hasattr(module, "eps"):  # that of a transformers model may differ from the config's
-                model.get_submodule(name).eps = module.eps
-        model.restore_buffers()
-        return model.train(self.training)
+        adopt_modules(self, model)
+        return model

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from ...nn import ACTIVATIONS
+from ..common.backbone import checked_out_features, without_default
 from ..common.config import TransformersConfig
 
 Pair = tuple[int, int]
+Self = TypeVar("Self", bound="SwinConfig")
 
 
 def pair(value: int | Pair) -> Pair:
@@ -26,6 +29,8 @@ class SwinConfig(TransformersConfig):
             the same: image_size is that of absolute position embeddings, and in Swin V2 tells where windows shrink.
         embed_dim: channels of the first stage, each further one has twice as many.
         depths, num_heads: blocks and heads of each stage.
+        out_features: of a backbone, the stages that it returns: some of stem, stage1, .., in this order; None is the
+            last one.
 
     Raises:
         ValueError: an unknown hidden_act or problem_type, sizes that do not fit, a probability outside of [0, 1].
@@ -57,6 +62,7 @@ class SwinConfig(TransformersConfig):
     use_absolute_embeddings: bool = False
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
+    out_features: tuple[str, ...] | None = None
     output_hidden_states: bool = False
     return_dict: bool = True
     num_labels: int = 2
@@ -68,6 +74,7 @@ class SwinConfig(TransformersConfig):
             if not isinstance(value, int):
                 setattr(self, name, tuple(value))  # config.json has lists
         super().__post_init__()
+        self.out_features = checked_out_features(self, self.out_features, len(self.depths))
         for name in ("image_size", "patch_size", "window_size"):
             sizes = getattr(self, name)
             if min(pair(sizes)) < 1 or (isinstance(sizes, tuple) and len(sizes) != 2):
@@ -94,6 +101,10 @@ class SwinConfig(TransformersConfig):
         """The window of each stage."""
         return (pair(self.window_size),) * len(self.depths)
 
+    @classmethod
+    def from_transformers(cls: type[Self], fields: Mapping[str, Any], **overrides: Any) -> Self:
+        return super().from_transformers(without_default(fields), **overrides)
+
     def to_transformers(self) -> dict[str, Any]:
         """The fields as keywords of transformers' config.
 
@@ -103,7 +114,10 @@ class SwinConfig(TransformersConfig):
         height, width = pair(self.window_size)
         if height != width:
             raise self.error(f"window_size must be square in transformers, got {self.window_size}")
-        return {**super().to_transformers(), "window_size": height}
+        fields = {**super().to_transformers(), "window_size": height}
+        if self.out_features is not None:
+            fields["out_features"] = list(self.out_features)
+        return fields
 
 
 @dataclasses.dataclass

@@ -13,7 +13,8 @@ from ...nn import AddBiasResidualLayerNorm, PatchEmbedding, PatchMerging, SwinBl
 from ...nn._checkpoint import CheckpointedLayers
 from ...nn.metaformer import run_blocks
 from ..common.checks import check_pixels, refuse_arguments
-from .base import SwinBase, SwinOutput, resize_grid
+from ..common.positions import resize_grid
+from .base import SwinBase, SwinOutput
 from .config import Pair, SwinConfig, Swinv2Config, pair
 
 
@@ -75,6 +76,8 @@ class SwinModel(SwinBase, CheckpointedLayers):
             self.stages.append(nn.ModuleList([self.make_block(stage, i, next(rates)) for i in range(depth)]))
             if stage + 1 < len(config.depths):
                 self.merges.append(PatchMerging(channels, post_norm=self.post_norm))
+        # None in the model below `Swinv2Backbone`, which has no norm in transformers.
+        self.norm: AddBiasResidualLayerNorm | None
         self.norm = AddBiasResidualLayerNorm(config.hidden_size, config.layer_norm_eps)
         self.apply(self.init_weights)
 
@@ -143,18 +146,12 @@ class SwinModel(SwinBase, CheckpointedLayers):
         """
         name = type(self).__name__
         refuse_arguments(name, unsupported)
-        check_pixels(name, pixel_values, self.config.num_channels)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        hidden = self.embeddings(pixel_values, interpolate_pos_encoding)
-        states = [hidden]
-        for stage, blocks in enumerate(self.stages):
-            hidden = run_blocks(self, blocks, hidden)
-            before = hidden
-            if stage < len(self.merges):
-                hidden = self.merges[stage](hidden)
-            states.append(before if output_hidden_states_before_downsampling else hidden)
-        normal = self.norm(hidden, None, None).flatten(1, 2)
+        before, after = self.stage_states(pixel_values, interpolate_pos_encoding)
+        states = before if output_hidden_states_before_downsampling else after
+        normal = after[-1] if self.norm is None else self.norm(after[-1], None, None)
+        normal = normal.flatten(1, 2)
         output = SwinOutput(normal, normal.mean(1) if self.has_pooler else None)
         if output_hidden_states:
             output.hidden_states = tuple(state.flatten(1, 2) for state in states)
@@ -163,12 +160,38 @@ class SwinModel(SwinBase, CheckpointedLayers):
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
 
+    def stage_states(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The embeddings and what leaves each stage before patch merging, and the same after it.
+
+        Args:
+            pixel_values, interpolate_pos_encoding: as of `forward`.
+
+        Returns:
+            Each [batch, height, width, channels].
+
+        Raises:
+            ValueError: pixel_values of another shape.
+        """
+        check_pixels(type(self).__name__, pixel_values, self.config.num_channels)
+        hidden = self.embeddings(pixel_values, interpolate_pos_encoding)
+        before, after = [hidden], [hidden]
+        for stage, blocks in enumerate(self.stages):
+            hidden = run_blocks(self, blocks, hidden)
+            before.append(hidden)
+            if stage < len(self.merges):
+                hidden = self.merges[stage](hidden)
+            after.append(hidden)
+        return before, after
+
     def weight_names(self) -> dict[str, tuple[str, ...]]:
         both: dict[str, str] = {
             "embeddings.projection": "embeddings.patch_embeddings.projection",
             "embeddings.norm": "embeddings.norm",
-            "norm": "layernorm",
         }
+        if self.norm is not None:
+            both["norm"] = "layernorm"
         names: dict[str, tuple[str, ...]] = {}
         if self.embeddings.position_embeddings is not None:
             names["embeddings.position_embeddings"] = ("embeddings.position_embeddings",)

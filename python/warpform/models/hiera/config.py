@@ -1,0 +1,361 @@
+"""The options of Hiera and TurboViT, and the blocks that follow from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from ...nn import ACTIVATIONS
+from ..common.backbone import checked_out_features, without_default
+from ..common.config import ModelConfig, TransformersConfig
+from .units import Pair, Units
+
+Self = TypeVar("Self", bound="HieraConfig")
+
+TOKEN_ORDERS = ("units", "rows")
+_PAIRS = ("image_size", "patch_size", "patch_stride", "patch_padding", "masked_unit_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        width_in, width: channels that come in and that leave.
+        heads: of attention.
+        intermediate: channels inside of the feed-forward.
+        pool: tokens that the first block makes one of; 1: it pools nothing.
+        runs: for each block the tokens that attend to each other, before pooling; None: all of an image.
+    """
+
+    width_in: int
+    width: int
+    heads: int
+    intermediate: int
+    pool: int
+    runs: tuple[int | None, ...]
+
+
+class Geometry(ModelConfig):
+    """What the configs of Hiera and TurboViT do alike: sizes of images, patches, units and poolings."""
+
+    image_size: Any
+    patch_size: Any
+    patch_stride: Any
+    patch_padding: Any
+    query_stride: Any
+    masked_unit_size: Any
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    num_channels: int
+    drop_path_rate: float
+
+    def check_geometry(self, widths: Sequence[int]) -> None:
+        """Raises ValueError where sizes do not fit; makes pairs of single numbers. widths: channels of each stage."""
+        for name in (*_PAIRS, "query_stride"):
+            value = getattr(self, name)
+            sizes = (value, value) if isinstance(value, int) else tuple(value)
+            if len(sizes) != 2 or min(sizes) < (0 if name == "patch_padding" else 1):
+                raise self.error(f"{name} must be one number or two, at least 1, got {value}")
+            setattr(self, name, sizes)
+        if not self.depths or min(self.depths) < 1:
+            raise self.error(f"depths must have a number of at least 1 for each stage, got {self.depths}")
+        if len(self.num_heads) != len(self.depths):
+            raise self.error(f"num_heads must have {len(self.depths)} numbers, as depths has, got {self.num_heads}")
+        for stage, (width, heads) in enumerate(zip(widths, self.num_heads, strict=True)):
+            if width < 1 or heads < 1 or width % heads:
+                raise self.error(f"num_heads must divide the {width} channels of stage {stage}, got {heads}")
+        for axis, place in enumerate(("height", "width")):
+            stride, size, padding, unit, image, pool = (
+                getattr(self, name)[axis]
+                for name in (
+                    "patch_stride", "patch_size", "patch_padding", "masked_unit_size", "image_size", "query_stride",
+                )
+            )  # fmt: skip
+            if not 0 < size - 2 * padding <= stride:
+                raise self.error(
+                    f"patch_padding must leave image_size / patch_stride patches, so that 0 < patch_size - 2 * "
+                    f"patch_padding <= patch_stride; got {padding} with {size} and {stride} ({place})"
+                )
+            if unit % pool ** (len(self.depths) - 1):
+                raise self.error(
+                    f"masked_unit_size must be a multiple of query_stride ** {len(self.depths) - 1}, one power for "
+                    f"each stage but the last, got {unit} with {pool} ({place})"
+                )
+            if image % (stride * unit):
+                raise self.error(
+                    f"image_size must be a multiple of patch_stride * masked_unit_size = {stride * unit}, got {image} "
+                    f"({place})"
+                )
+
+    @property
+    def token_grid(self) -> Pair:
+        """Tokens of an image of image_size, rows and columns."""
+        return self.image_size[0] // self.patch_stride[0], self.image_size[1] // self.patch_stride[1]
+
+    def units(self, grid: Pair) -> Units:
+        """The order of tokens on a grid."""
+        return Units(grid, self.masked_unit_size, self.query_stride, len(self.depths) - 1)
+
+    def poolings(self, stage: int) -> int:
+        """How often tokens are pooled up to the blocks of a stage."""
+        return stage
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages."""
+        raise NotImplementedError
+
+    def drop_paths(self) -> tuple[float, ...]:
+        """The drop path rate of each block, from 0 up to drop_path_rate."""
+        total = sum(self.depths)
+        return tuple(self.drop_path_rate * i / max(total - 1, 1) for i in range(total))
+
+
+def runs_of(
+    masked: Sequence[bool | Sequence[bool]], stage: int, depth: int, units: tuple[int, int]
+) -> tuple[int | None, ...]:
+    """The runs of the blocks of a stage.
+
+    A stage of which one bool says it attends in units where that is True. Its first block also does so where the stage
+    before does, since it still has that stage's resolution.
+
+    Args:
+        masked: for each stage whether it attends in units, or that for each of its blocks.
+        stage, depth: its number and its blocks.
+        units: tokens of a unit before and after the first block.
+    """
+    own, before = masked[stage], masked[max(stage - 1, 0)]
+    if isinstance(own, bool):
+        lag = before if isinstance(before, bool) else before[-1]
+        own = [own or lag] + [own] * (depth - 1)
+    return tuple((units[0] if block == 0 else units[1]) if one else None for block, one in enumerate(own))
+
+
+@dataclasses.dataclass
+class HieraConfig(Geometry, TransformersConfig):
+    """The options of Hiera, under the names of transformers' `HieraConfig`.
+
+    Presets are T, S, B, B+, L and H (table 9 of the paper).
+
+    Attributes:
+        image_size: of images without interpolate_pos_encoding: of both axes, or (height, width), a multiple of
+            patch_stride * masked_unit_size.
+        patch_size, patch_stride, patch_padding: of the convolution that makes tokens, of both axes or of each.
+        embed_dim, embed_dim_multiplier: channels of the first stage, and the factor from each stage to the next.
+        depths, num_heads: blocks and heads of each stage.
+        num_query_pool: so many stages after the first begin with a pooling of queries.
+        query_stride: tokens that a pooling joins along each axis.
+        masked_unit_size: tokens of a mask unit in the first stage along each axis. A unit larger than
+            query_stride ** (stages - 1) is made of several such cells, which lie scattered over the image, as in the
+            published code.
+        masked_unit_attention: for each stage, whether attention is inside of units; else it is over the image. The
+            first block of a stage is also inside of units where the stage before is.
+        layer_norm_init: what the weights of normalisations begin with; biases begin with initializer_range.
+        mask_ratio: the share of units that a model with is_mae=True leaves out.
+        out_features: of a backbone, the stages that it returns: some of stem, stage1, .., in this order; None is the
+            last one.
+        token_order: of `HieraBackbone` alone: "units" is Hiera. transformers' class of that name does not arrange
+            tokens in units, so its windows are tokens from all over the image and its maps are in no order of space;
+            "rows" does the same, and is what a model made from it has.
+
+    Raises:
+        ValueError: sizes that do not fit, an unknown hidden_act, problem_type or token_order, a probability outside of
+            [0, 1].
+    """
+
+    model_type = "hiera"
+    choices = {"hidden_act": ACTIVATIONS, "token_order": TOKEN_ORDERS}
+    positive = ("num_channels", "embed_dim")
+    probabilities = ("drop_path_rate", "mask_ratio")
+    presets = {
+        "T": {"embed_dim": 96, "depths": (1, 2, 7, 2), "num_heads": (1, 2, 4, 8)},
+        "S": {"embed_dim": 96, "depths": (1, 2, 11, 2), "num_heads": (1, 2, 4, 8)},
+        "B": {"embed_dim": 96, "depths": (2, 3, 16, 3), "num_heads": (1, 2, 4, 8)},
+        "B+": {"embed_dim": 112, "depths": (2, 3, 16, 3), "num_heads": (2, 4, 8, 16)},
+        "L": {"embed_dim": 144, "depths": (2, 6, 36, 4), "num_heads": (2, 4, 8, 16)},
+        "H": {"embed_dim": 256, "depths": (2, 6, 36, 4), "num_heads": (4, 8, 16, 32)},
+    }
+
+    embed_dim: int = 96
+    image_size: int | Pair = (224, 224)
+    patch_size: int | Pair = (7, 7)
+    patch_stride: int | Pair = (4, 4)
+    patch_padding: int | Pair = (3, 3)
+    mlp_ratio: float = 4.0
+    depths: tuple[int, ...] = (2, 3, 16, 3)
+    num_heads: tuple[int, ...] = (1, 2, 4, 8)
+    embed_dim_multiplier: float = 2.0
+    num_query_pool: int = 3
+    query_stride: int | Pair = (2, 2)
+    masked_unit_size: int | Pair = (8, 8)
+    masked_unit_attention: tuple[bool, ...] = (True, True, False, False)
+    drop_path_rate: float = 0.0
+    num_channels: int = 3
+    hidden_act: str = "gelu"
+    initializer_range: float = 0.02
+    layer_norm_init: float = 1.0
+    layer_norm_eps: float = 1e-6
+    mask_ratio: float = 0.6
+    out_features: tuple[str, ...] | None = None
+    token_order: str = "units"
+    output_hidden_states: bool = False
+    return_dict: bool = True
+    num_labels: int = 2
+    problem_type: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("depths", "num_heads", "masked_unit_attention"):
+            setattr(self, name, tuple(getattr(self, name)))  # config.json has lists
+        super().__post_init__()
+        if self.embed_dim_multiplier <= 0:
+            raise self.error(f"embed_dim_multiplier must be above 0, got {self.embed_dim_multiplier}")
+        self.check_geometry(self.widths)
+        stages = len(self.depths)
+        if len(self.masked_unit_attention) < stages:
+            raise self.error(
+                f"masked_unit_attention must have {stages} values, as depths has, got {self.masked_unit_attention}"
+            )
+        if not 0 <= self.num_query_pool < stages:
+            raise self.error(f"num_query_pool must be at least 0 and below {stages}, got {self.num_query_pool}")
+        self.out_features = checked_out_features(self, self.out_features, stages)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return tuple(int(self.embed_dim * self.embed_dim_multiplier**i) for i in range(len(self.depths)))
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the last stage."""
+        return self.widths[-1]
+
+    def units(self, grid: Pair) -> Units:
+        return dataclasses.replace(super().units(grid), scattered=True)
+
+    def poolings(self, stage: int) -> int:
+        return min(stage, self.num_query_pool)
+
+    def stages(self) -> tuple[Stage, ...]:
+        area, joined = math.prod(self.masked_unit_size), math.prod(self.query_stride)  # type: ignore[arg-type]
+        found, widths = [], self.widths
+        for stage, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
+            pool = joined if 0 < stage <= self.num_query_pool else 1
+            # The window shrinks at each stage, also where nothing is pooled.
+            window = area // joined**stage
+            found.append(
+                Stage(
+                    widths[max(stage - 1, 0)],
+                    widths[stage],
+                    heads,
+                    int(widths[stage] * self.mlp_ratio),
+                    pool,
+                    runs_of(self.masked_unit_attention, stage, depth, (pool * window, window)),
+                )
+            )
+        return tuple(found)
+
+    @classmethod
+    def from_transformers(cls: type[Self], fields: Mapping[str, Any], **overrides: Any) -> Self:
+        return super().from_transformers(without_default(fields), **overrides)
+
+    def to_transformers(self) -> dict[str, Any]:
+        fields = super().to_transformers()
+        for name, value in fields.items():
+            if isinstance(value, tuple):
+                fields[name] = list(value)
+        return fields
+
+
+@dataclasses.dataclass
+class TurboViTConfig(Geometry, ModelConfig):
+    """The options of a hierarchical transformer of Hiera's kind whose stages may differ in everything (TurboViT).
+
+    TurboViT (arXiv 2308.11421) is such a network, found by a search: queries are pooled between its stages, and blocks
+    that attend in mask units stand beside blocks that attend to the whole image. Its table of layers is not public in
+    a form that could be read, so the defaults here are no published network.
+
+    Attributes:
+        hidden_sizes, depths, num_heads, mlp_ratios: channels, blocks, heads, and channels inside of the feed-forward in
+            those of the block, of each stage. All but the first stage begin with a pooling of queries.
+        masked_unit_attention: for each stage a bool, as of `HieraConfig`, or one for each of its blocks: True attends
+            inside of units, False to the image. The first block of a stage pools after it attended, and so has the
+            units of the stage before.
+        masked_unit_size: tokens of a unit in the first stage along each axis, beside each other: a multiple of
+            query_stride ** (stages - 1).
+        image_size, patch_size, patch_stride, patch_padding, query_stride, num_channels, drop_path_rate, hidden_act,
+        initializer_range, layer_norm_eps, num_labels, problem_type: as of `HieraConfig`.
+
+    Raises:
+        ValueError: as of `HieraConfig`.
+    """
+
+    model_type = "turbovit"
+    choices = {"hidden_act": ACTIVATIONS}
+    positive = ("num_channels",)
+    probabilities = ("drop_path_rate",)
+
+    image_size: int | Pair = (224, 224)
+    patch_size: int | Pair = (7, 7)
+    patch_stride: int | Pair = (4, 4)
+    patch_padding: int | Pair = (3, 3)
+    hidden_sizes: tuple[int, ...] = (64, 128, 256, 384)
+    depths: tuple[int, ...] = (1, 2, 8, 2)
+    num_heads: tuple[int, ...] = (1, 2, 4, 6)
+    mlp_ratios: tuple[float, ...] = (4.0, 4.0, 4.0, 4.0)
+    query_stride: int | Pair = (2, 2)
+    masked_unit_size: int | Pair = (8, 8)
+    masked_unit_attention: tuple[bool | tuple[bool, ...], ...] = (True, True, False, False)
+    drop_path_rate: float = 0.0
+    num_channels: int = 3
+    hidden_act: str = "gelu"
+    initializer_range: float = 0.02
+    layer_norm_init: float = 1.0
+    layer_norm_eps: float = 1e-6
+    return_dict: bool = True
+    num_labels: int = 2
+    problem_type: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_sizes", "depths", "num_heads", "mlp_ratios"):
+            setattr(self, name, tuple(getattr(self, name)))
+        self.masked_unit_attention = tuple(
+            one if isinstance(one, bool) else tuple(one) for one in self.masked_unit_attention
+        )
+        super().__post_init__()
+        stages = len(self.depths)
+        for name in ("hidden_sizes", "mlp_ratios", "masked_unit_attention"):
+            if len(getattr(self, name)) != stages:
+                raise self.error(f"{name} must have {stages} values, as depths has, got {getattr(self, name)}")
+        self.check_geometry(self.hidden_sizes)
+        for stage, (one, depth) in enumerate(zip(self.masked_unit_attention, self.depths, strict=True)):
+            if not isinstance(one, bool) and len(one) != depth:
+                raise self.error(
+                    f"masked_unit_attention must be a bool or have {depth} values in stage {stage}, as it has blocks, "
+                    f"got {one}"
+                )
+        if min(int(w * ratio) for w, ratio in zip(self.hidden_sizes, self.mlp_ratios, strict=True)) < 1:
+            raise self.error(f"mlp_ratios must leave a channel inside of the feed-forward, got {self.mlp_ratios}")
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the last stage."""
+        return self.hidden_sizes[-1]
+
+    def stages(self) -> tuple[Stage, ...]:
+        area, joined = math.prod(self.masked_unit_size), math.prod(self.query_stride)  # type: ignore[arg-type]
+        found, widths = [], self.hidden_sizes
+        for stage, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
+            before, after = area // joined ** max(stage - 1, 0), area // joined**stage
+            found.append(
+                Stage(
+                    widths[max(stage - 1, 0)],
+                    widths[stage],
+                    heads,
+                    int(widths[stage] * self.mlp_ratios[stage]),
+                    joined if stage else 1,
+                    runs_of(self.masked_unit_attention, stage, depth, (before, after)),
+                )
+            )
+        return tuple(found)
