@@ -1,4 +1,4 @@
-"""Vision models of warpform against those of transformers, in float64: outputs, losses, gradients, statistics, files."""
+"""Vision models against those of transformers, in float64: outputs, losses, gradients, statistics, and files."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def check_parity(
         names = {name: parts for name, parts in ours.weight_names().items() if name in ours_of}
         assert set(names) == set(ours_of) and {part for parts in names.values() for part in parts} == set(named)
         for name, parts in names.items():
-            for part, chunk in zip(parts, ours.split_weight(name, ours_of[name], len(parts)), strict=True):
+            whole = ours_of[name]
+            chunks = ours.split_weight(name, whole, len(parts)) if len(parts) > 1 else (whole,)
+            for part, chunk in zip(parts, chunks, strict=True):
                 assert_same(part, chunk.double(), named[part].double())
 
 

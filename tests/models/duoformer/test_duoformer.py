@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {
     "backbone": BACKBONE, "image_size": 64, "hidden_size": 12, "num_attention_heads": HEADS, "intermediate_size": 20,
     "scale_layers": 2, "patch_layers": 3, "num_labels": 5,
 }  # fmt: skip
-KINDS = [(scales, token) for scales in (1, 2, 3, 4) for token in ("learned", "features")]
+KINDS = [(1, "learned"), (2, "features"), (3, "learned"), (4, "features")]
 
 
 def model_of(**fields: Any) -> DuoFormerForImageClassification:

@@ -44,7 +44,12 @@ def our_model(**fields: Any) -> ResNetBackbone:
 @pytest.mark.parametrize("fields", VARIANTS)
 def test_parity(fields: dict[str, Any], training: bool) -> None:
     """Maps, stem and stages, every gradient, and in training mode the statistics of BatchNorm after the step."""
-    check_parity(hf_model(**fields).train(training), torch.randn(2, 3, 45, 70).double())
+    theirs, pixels = hf_model(**fields).train(training), torch.randn(2, 3, 45, 70).double()
+    check_parity(theirs, pixels)
+    ours = models.from_transformers(theirs)
+    assert isinstance(ours, ResNetBackbone)
+    for found, channels, stride in zip(ours.feature_maps(pixels), ours.channels, ours.strides, strict=True):
+        assert found.shape == (2, -(-45 // stride), -(-70 // stride), channels)
 
 
 @pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
