@@ -28,7 +28,7 @@ class CheckpointedLayers(nn.Module):
     def run_layer(self, layer: nn.Module, *args: Any, **options: Any) -> Any:
         """layer(*args, **options)."""
         if self.gradient_checkpointing and self.training:
-            call = partial(layer.__call__, **options)
+            call: Callable[..., Any] = partial(layer.__call__, **options)
             if any(isinstance(module, _BatchNorm) for module in layer.modules()):
                 call = _CountedOnce(layer, call)
             return self._gradient_checkpointing_func(call, *args)

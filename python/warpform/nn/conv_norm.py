@@ -31,7 +31,7 @@ def depthwise(x: Tensor, conv: nn.Module, activation: str = "linear") -> Tensor:
     """
     if is_plain(conv, nn.Conv2d):
         weight: Tensor = conv.weight  # type: ignore[assignment]
-        return ops.depthwise_conv2d(x, weight.squeeze(1), conv.bias, activation=activation)  # type: ignore[arg-type]
+        return ops.depthwise_conv2d(x, weight.squeeze(1), conv.bias, activation=activation)
     out = channels_last(conv(channels_first(x)))
     return F.relu(out) if activation == "relu" else out
 

@@ -124,6 +124,7 @@ class Formula:
         return self.linear("vision_transformer.head", x[:, 0])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("scales", "token"), KINDS)
 def test_formula(scales: int, token: str, training: bool) -> None:
@@ -149,19 +150,24 @@ def test_formula(scales: int, token: str, training: bool) -> None:
         assert_same(name, one, other)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("scales", "total"), [(2, 139_325_514), (3, 139_731_786), (4, 139_978_314)])
 def test_sizes(scales: int, total: int) -> None:
     """With ten classes; a scale token of features takes the place of a vector of 768."""
-    for token, expected in (("learned", total), ("features", total - 768 + 46_016_512)):
-        with torch.device("meta"):
-            config = DuoFormerConfig(num_scales=scales, scale_token=token, num_labels=10)
-            model = DuoFormerForImageClassification(config)
-        assert sum(p.numel() for p in model.parameters()) == expected
-    own = [p.numel() for name, p in model.named_parameters() if not name.startswith("backbone.")]
+    with torch.device("meta"):
+        config = DuoFormerConfig(num_scales=scales, scale_token="features", num_labels=10)
+        model = DuoFormerForImageClassification(config)
+    assert sum(p.numel() for p in model.parameters()) == total - 768 + 46_016_512
+    assert model.scale_features is not None
+    assert sum(p.numel() for p in model.scale_features.parameters()) == 46_016_512
     assert model.scale_positions.shape == (1, 1, {2: 6, 3: 22, 4: 86}[scales], 768)
     if scales == 4:
-        projections = sum(p.numel() for p in model.projections.parameters())
-        assert sum(own) - projections - 46_016_512 == 113_517_322
+        others = (model.backbone, model.projections, model.scale_features)
+        assert sum(p.numel() for p in model.parameters()) - sum(
+            p.numel() for module in others for p in module.parameters()
+        ) == 113_517_322  # fmt: skip
+    vector = DuoFormerForImageClassification(DuoFormerConfig(**{**SMALL, "hidden_size": 16})).scale_token
+    assert vector is not None and vector.numel() == 16
 
 
 def test_order_of_tokens() -> None:
@@ -192,6 +198,7 @@ def test_attention_is_in_windows_of_a_patch(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls[2:] == [((2, 1, 5, 3, HEADS, 8), (1, 5), scale)] * 3
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("token", ["learned", "features"])
 def test_from_published(token: str) -> None:
     model = model_of(num_scales=3, scale_token=token)
@@ -292,6 +299,7 @@ def digits_model(**fields: Any) -> DuoFormerForImageClassification:
     return DuoFormerForImageClassification(config, ThreeConvolutions())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("token", ["learned", "features"])
 def test_a_backbone_of_another_kind(token: str) -> None:
     model = digits_model(scale_token=token)
@@ -308,6 +316,7 @@ def test_a_backbone_of_another_kind(token: str) -> None:
         DuoFormerForImageClassification(model.config, odd)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     """Beside the formula in the same dtype."""

@@ -40,6 +40,7 @@ def our_model(**fields: Any) -> ResNetBackbone:
     return ResNetBackbone(ResNetConfig(**{**SMALL, "layer_type": "basic", **fields}))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("fields", VARIANTS)
 def test_parity(fields: dict[str, Any], training: bool) -> None:
@@ -52,6 +53,7 @@ def test_parity(fields: dict[str, Any], training: bool) -> None:
         assert found.shape == (2, -(-45 // stride), -(-70 // stride), channels)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
 def test_there_and_back(layer_type: str, tmp_path: Path) -> None:
     check_there_and_back(hf_model(layer_type=layer_type), torch.randn(2, 3, 33, 40).double(), tmp_path)
@@ -74,6 +76,7 @@ def test_an_eps_other_than_the_usual_is_taken_over() -> None:
     check_parity(theirs, torch.randn(1, 3, 32, 32).double())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("size", "parameters", "entries"), [("18", 11_176_512, 120), ("34", 21_284_672, 216),
                                                             ("50", 23_508_032, 318)])  # fmt: skip
 def test_presets_have_torchvisions_sizes_and_names(size: str, parameters: int, entries: int) -> None:
@@ -108,6 +111,7 @@ def test_backbone_protocol() -> None:
     assert our_model().channels == (20,)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
 def test_from_published(layer_type: str) -> None:
     """From a state dict of torchvision's kind: its classifier is ignored, and counts that old files lack begin at 0."""
