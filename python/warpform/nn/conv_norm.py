@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ._product import apply_linear, is_plain
+from ._product import apply_linear, is_plain, linear
 
 ACTIVATION_LAYERS = ("relu", "prelu")
 
@@ -30,10 +32,28 @@ def depthwise(x: Tensor, conv: nn.Module, activation: str = "linear") -> Tensor:
         activation: "linear" or "relu".
     """
     if is_plain(conv, nn.Conv2d):
-        weight: Tensor = conv.weight  # type: ignore[assignment]
-        return ops.depthwise_conv2d(x, weight.squeeze(1), conv.bias, activation=activation)
+        plain = cast("nn.Conv2d", conv)
+        return ops.depthwise_conv2d(x, plain.weight.squeeze(1), plain.bias, activation=activation)
     out = channels_last(conv(channels_first(x)))
     return F.relu(out) if activation == "relu" else out
+
+
+def on_one_place(x: Tensor, conv: nn.Module) -> Tensor:
+    """conv of a map of 1 x 1, where only the tap in the middle of an `nn.Conv2d` that keeps the size of the grid counts.
+
+    Args:
+        x: [batch, in_channels].
+        conv: the convolution, without a bias. A module that takes its place, such as an adapter, is called.
+
+    Returns:
+        [batch, out_channels].
+    """
+    if not is_plain(conv, nn.Conv2d):
+        out: Tensor = conv(x[:, :, None, None])
+        return out[:, :, 0, 0]
+    weight = cast("nn.Conv2d", conv).weight
+    rows, columns = weight.shape[2:]
+    return linear(x, weight[:, :, rows // 2, columns // 2])
 
 
 class ConvNorm(nn.Module):

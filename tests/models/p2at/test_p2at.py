@@ -241,6 +241,13 @@ def test_a_context_has_one_tap() -> None:
     for weight, middle in ((context.inwards.weight, 1), (conv.weight, 3)):
         taps = weight.grad.abs().sum((0, 1)).nonzero().tolist()
         assert taps == [[middle, middle]]
+    # A convolution with a hook is called, and gives the same.
+    x, seen = torch.randn(2, 3, 4, 6).double(), []
+    expected = context(x)
+    for module in (context.inwards, conv):
+        module.register_forward_hook(lambda _, given, out: seen.append(tuple(out.shape)))
+    assert_same("with hooks", context(x), expected)
+    assert seen == [(2, 6, 1, 1)] * 2
 
 
 def test_rows_and_columns_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ...nn._product import apply_linear, linear
-from ...nn.conv_norm import ConvNorm, channels_first, channels_last, depthwise
+from ...nn._product import apply_linear
+from ...nn.conv_norm import ConvNorm, channels_first, channels_last, depthwise, on_one_place
 from ...ops._dtypes import accumulation_dtype
 from .config import P2ATConfig
 
@@ -228,9 +226,8 @@ class P2ATContext(nn.Module):
         self.out = ConvNorm(channels, channels, 7, activation="prelu")
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = linear(x.mean((1, 2)), self.inwards.weight[:, :, 1, 1]) * self.weight + self.bias
-        conv: Any = self.out.conv
-        return x + self.out.finish(linear(mean, conv.weight[:, :, 3, 3])[:, :, None, None])
+        mean = on_one_place(x.mean((1, 2)), self.inwards) * self.weight + self.bias
+        return x + self.out.finish(on_one_place(mean, self.out.conv)[:, :, None, None])
 
 
 class P2ATHead(nn.Module):
