@@ -39,7 +39,7 @@ def depthwise(x: Tensor, conv: nn.Module, activation: str = "linear") -> Tensor:
 
 
 def on_one_place(x: Tensor, conv: nn.Module) -> Tensor:
-    """conv of a map of 1 x 1, where only the tap in the middle of an `nn.Conv2d` that keeps the size of the grid counts.
+    """conv of a map of 1 x 1, where only the middle tap of an `nn.Conv2d` that keeps the size of the grid counts.
 
     Args:
         x: [batch, in_channels].
