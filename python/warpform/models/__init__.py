@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .decoder import *
     from .distilbert import *
     from .dit3d import *
+    from .duoformer import *
     from .hiera import *
     from .ladder import *
     from .matformer import *
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
     from .mohd import *
     from .monarch_mixer import *
     from .mot import *
+    from .p2at import *
     from .poolformer import *
+    from .resnet import *
     from .segformer import *
     from .sentence_encoder import *
     from .sequence_parallel_transformer import *

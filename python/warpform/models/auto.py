@@ -22,7 +22,7 @@ from .families import COUNTERPARTS, FAMILIES, MODEL_TYPES, PLACES, is_model
 __all__ = ["from_pretrained", "from_transformers", "list_models"]
 
 # Families that transformers has too, each class under the same name.
-_CONVERTIBLE = ("albert", "bert", "deberta", "distilbert", "hiera", "poolformer", "segformer", "swin")
+_CONVERTIBLE = ("albert", "bert", "deberta", "distilbert", "hiera", "poolformer", "resnet", "segformer", "swin")
 
 
 def from_transformers(hf_model: nn.Module, **overrides: Any) -> ConvertibleModel:

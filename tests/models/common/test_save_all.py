@@ -29,6 +29,7 @@ UNITS = {
     "image_size": 16, "patch_size": 3, "patch_stride": 2, "patch_padding": 1, "masked_unit_size": 4,
     "depths": (1, 2, 1), "num_heads": (1, 2, 2), "masked_unit_attention": (True, True, False),
 }  # fmt: skip
+RESNET = {"layer_type": "basic", "embedding_size": 8, "hidden_sizes": (8, 12), "depths": (1, 1)}
 POSITIONS = {"relative_attention": True, "pos_att_type": ("c2p", "p2c")}
 FILTER = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 16}
 # The beginning of the names of the classes, and a small config of each.
@@ -45,6 +46,10 @@ TINY: dict[str, dict[str, Any]] = {
         "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "vocab_size": 30, "max_position_embeddings": 16,
     },
     "DiT3D": {"input_size": 4, "patch_size": 2, "hidden_size": 12, "depth": 2, "num_heads": 2, "window_size": 1},
+    "DuoFormer": {
+        "backbone": RESNET, "image_size": 16, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24,
+        "scale_layers": 1, "patch_layers": 2, "scale_token": "features",
+    },
     "Hiera": {**UNITS, "embed_dim": 8, "num_query_pool": 2, "out_features": ("stem", "stage2")},
     "Ladder": {**WIDTH, "num_key_value_heads": 1, "ladder_layers": (1,)},
     "MatFormer": {**WIDTH, "granularities": (6, 12, 24), "layer_sizes": (24, 12), "gated": False, "hidden_act": "gelu"},
@@ -65,10 +70,15 @@ TINY: dict[str, dict[str, Any]] = {
         "image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "nblocks": 2, "filter_order": 8,
         "num_labels": 3,
     },
+    "P2AT": {
+        "backbone": {**RESNET, "hidden_sizes": (8, 12, 16, 20), "depths": (1, 1, 1, 1)}, "hidden_size": 8,
+        "num_attention_heads": 2, "key_dim": 4, "auxiliary_heads": True,
+    },
     "PoolFormer": {
         "depths": (1, 1), "hidden_sizes": (8, 12), "patch_sizes": (3, 3), "strides": (2, 2), "padding": (1, 1),
         "layer_scale_init_value": 0.5,
     },
+    "ResNet": {**RESNET, "out_features": ("stem", "stage2")},
     "Segformer": {
         "depths": (1, 1), "hidden_sizes": (8, 16), "patch_sizes": (3, 3), "strides": (2, 2), "mlp_ratios": (2, 2),
         "num_attention_heads": (1, 2), "sr_ratios": (2, 1), "decoder_hidden_size": 8,
@@ -105,7 +115,7 @@ def run(model: nn.Module) -> list[Tensor]:
             return [model(torch.linspace(0, 9, 2 * 3 * 64).sin().view(2, 3, 4, 4, 4), torch.tensor([3, 500]))]
         if isinstance(model, models.AlgoFormer):
             return [model(torch.linspace(0, 30, 2 * 9 * 20).sin().view(2, 9, 20), 3)]
-        image = hasattr(model.config, "num_channels")
+        image = hasattr(model.config, "num_channels") or hasattr(model.config, "backbone")
         out = model(torch.linspace(0, 30, 3 * 256).sin().view(1, 3, 16, 16) if image else ids)
     return [value for value in pytree.tree_leaves(list(out.values())) if isinstance(value, Tensor)]
 

@@ -132,7 +132,9 @@ class PretrainedModel(Model):
     def split_weight(self, name: str, weight: Tensor, count: int | None = None) -> Sequence[Tensor]:
         """The parts of a weight that has `count` names in `weight_names`, views of it; None: count them."""
         count = len(self.weight_names()[name]) if count is None else count
-        rows = self.weight_rows(name) if count > 1 else None
+        if count == 1:  # it may be a number, which has no rows
+            return (weight,)
+        rows = self.weight_rows(name)
         return weight.chunk(count, 0) if rows is None else weight.split(list(rows), 0)
 
     @classmethod
@@ -278,7 +280,8 @@ def fill(model: PretrainedModel, weights: Mapping[str, Tensor], what: str, dtype
         sources = [weights[part] for part in parts]
         check_weight(state[ours], parts, sources, what, model.weight_rows(ours) if len(parts) > 1 else None)
         joined = sources[0] if len(sources) == 1 else torch.cat(sources)
-        set_weight(model, ours, nn.Parameter(joined) if isinstance(state[ours], nn.Parameter) else joined)
+        own = state[ours]
+        set_weight(model, ours, nn.Parameter(joined, own.requires_grad) if isinstance(own, nn.Parameter) else joined)
     for name, first in tied.items():
         set_weight(model, name, model.get_parameter(first))
     if dtype is not None:

@@ -1,0 +1,138 @@
+"""A convolution, BatchNorm and an activation on a grid whose channels come last."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ._product import apply_linear, is_plain, linear
+
+ACTIVATION_LAYERS = ("relu", "prelu")
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """x [batch, height, width, channels] as torch's convolutions and BatchNorm take it, without a copy."""
+    return x.permute(0, 3, 1, 2)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The opposite of `channels_first`; without a copy where x is in torch's channels_last format."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def depthwise(x: Tensor, conv: nn.Module, activation: str = "linear") -> Tensor:
+    """activation(conv(x)) for a depthwise `nn.Conv2d` that keeps the size of the grid, by `ops.depthwise_conv2d`.
+
+    Args:
+        x: [batch, height, width, channels].
+        conv: the convolution. A module that takes its place, such as an adapter, is called.
+        activation: "linear" or "relu".
+    """
+    if is_plain(conv, nn.Conv2d):
+        plain = cast("nn.Conv2d", conv)
+        return ops.depthwise_conv2d(x, plain.weight.squeeze(1), plain.bias, activation=activation)
+    out = channels_last(conv(channels_first(x)))
+    return F.relu(out) if activation == "relu" else out
+
+
+def on_one_place(x: Tensor, conv: nn.Module) -> Tensor:
+    """conv of a map of 1 x 1, where only the middle tap of an `nn.Conv2d` that keeps the size of the grid counts.
+
+    Args:
+        x: [batch, in_channels].
+        conv: the convolution, without a bias. A module that takes its place, such as an adapter, is called.
+
+    Returns:
+        [batch, out_channels].
+    """
+    if not is_plain(conv, nn.Conv2d):
+        out: Tensor = conv(x[:, :, None, None])
+        return out[:, :, 0, 0]
+    weight = cast("nn.Conv2d", conv).weight
+    rows, columns = weight.shape[2:]
+    return linear(x, weight[:, :, rows // 2, columns // 2])
+
+
+class ConvNorm(nn.Module):
+    """activation(BatchNorm(convolution(x))), of stride 1 and padded so that the grid keeps its size.
+
+    A convolution of one tap is an `nn.Linear`, with a weight [out_channels, in_channels].
+
+    Args:
+        in_channels, out_channels: channels.
+        kernel_size: taps along each side, an odd number.
+        groups: of the convolution.
+        bias: of the convolution.
+        norm: whether BatchNorm follows.
+        activation: "relu", "prelu" with one slope a channel, or None.
+
+    Attributes:
+        conv: `nn.Linear` or `nn.Conv2d`.
+        norm: `nn.BatchNorm2d`, or None.
+        activation: `nn.ReLU` or `nn.PReLU`, or None.
+
+    Raises:
+        ValueError: an even kernel_size, or an unknown activation.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        *,
+        groups: int = 1,
+        bias: bool = False,
+        norm: bool = True,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"ConvNorm: kernel_size must be an odd number, got {kernel_size}")
+        if activation not in (None, *ACTIVATION_LAYERS):
+            raise ValueError(f"ConvNorm: activation must be None, relu or prelu, got {activation!r}")
+        self.conv: nn.Module
+        if kernel_size == 1 and groups == 1:
+            self.conv = nn.Linear(in_channels, out_channels, bias=bias)
+        else:
+            padding = kernel_size // 2
+            self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, groups=groups, bias=bias)
+        self.norm = nn.BatchNorm2d(out_channels) if norm else None
+        self.activation: nn.Module | None = None
+        if activation is not None:
+            self.activation = nn.ReLU() if activation == "relu" else nn.PReLU(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [batch, height, width, in_channels]; returns [batch, height, width, out_channels]."""
+        if isinstance(self.conv, nn.Conv2d):
+            out = self.conv(channels_first(x))
+        else:
+            out = channels_first(apply_linear(x, self.conv))
+        return self.finish(out)
+
+    def finish(self, product: Tensor) -> Tensor:
+        """Norm and activation of what the convolution gave.
+
+        Args:
+            product: [batch, out_channels, height, width], in torch's channels_last format.
+
+        Returns:
+            [batch, height, width, out_channels].
+
+        Raises:
+            ValueError: less than two places in training mode, of which BatchNorm has no variance.
+        """
+        if self.norm is not None:
+            batch, _, height, width = product.shape
+            if self.norm.training and batch * height * width < 2:
+                raise ValueError(
+                    "ConvNorm: x must have more than one place a channel in training mode, where BatchNorm normalises "
+                    f"over them, got {[batch, height, width]}: give more images, or call eval()"
+                )
+            product = self.norm(product)
+        if self.activation is not None:
+            product = self.activation(product)
+        return channels_last(product)
