@@ -138,6 +138,7 @@ def test_report(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         "conv",
         "hidden",
         "m2",
+        "mix",
         "models",
         "monarch",
         "norm",

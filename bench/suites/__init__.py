@@ -37,7 +37,8 @@ FAMILIES = {
     "ring": Family(0.07, "Ring attention over N ranks"),
     "short_conv": Family(0.01, "Short convolutions with a gate"),
     "swin": Family(0.09, "Swin end to end"),
-    "window": Family(0.06, "Window attention"),
+    "window": Family(0.05, "Window attention"),
+    "window_mix": Family(0.01, "Mixing in windows"),
 }
 # By which part of a run each family has to be done.
 DEADLINES = dict(zip(FAMILIES, accumulate(family.share for family in FAMILIES.values()), strict=True))

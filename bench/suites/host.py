@@ -34,6 +34,7 @@ OPS = (
     "add_residual_rms_norm",
     "rms_norm_gelu",
     "window_attention",
+    "window_mix",
     "blockdiag_multiply",
     "monarch_multiply",
     "blockdiag_glu",
@@ -189,6 +190,11 @@ class HostCase(Case):
                     .reshape(2, 1, 3, 128)
                 ),
                 (draw(2, 1, 3, 3, 2, 64), draw(5, 2)),
+            ),
+            "window_mix": (
+                lambda x, w: warpform.ops.window_mix(x, w, window_size=(1, 3)),
+                lambda x, w: torch.matmul(w, x.unflatten(2, (-1, 3))).flatten(2, 3),
+                (draw(2, 1, 6, 128), draw(3, 3)),
             ),
             "blockdiag_multiply": (
                 warpform.ops.blockdiag_multiply,

@@ -194,7 +194,8 @@ def places(grid: tuple[int, int], window: tuple[int, int], dilated: bool) -> Ten
                 for b in range(columns):
                     i, j = (a * down + p, b * across + q) if dilated else (p * rows + a, q * columns + b)
                     found.append(i * wide + j)
-    return torch.tensor(found, dtype=torch.int64).view(-1, rows * columns)
+    with torch.inference_mode(False):  # what is kept serves every mode
+        return torch.tensor(found, dtype=torch.int64).view(-1, rows * columns)
 
 
 def window_mix_oracle(

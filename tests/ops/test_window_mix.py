@@ -168,6 +168,23 @@ def test_bad_arguments(changed: dict[str, Any], error: type[Exception], message:
         ops.window_mix(**{"x": X, "weight": W, "window_size": 2, **changed})
 
 
+def test_a_gate_of_another_shape_is_refused_where_gradients_are_recorded() -> None:
+    """There torch multiplies by the gate, which would stretch one of these."""
+    x = leaf(1, 4, 6, 8, dtype=torch.float32)
+    for gate in (X[:, :1], X[0, 0, 0], X.half(), X.double(), X.to("meta")):
+        with pytest.raises((TypeError, ValueError), match="^window_mix: gate must "):
+            ops.window_mix(x, W, window_size=2, gate=gate)
+
+
+def test_a_gate_is_the_same_with_and_without_gradients() -> None:
+    x, gate, weight = leaf(1, 4, 6, 8), leaf(1, 4, 6, 8), W.double()
+    recorded = ops.window_mix(x, weight, window_size=2, gate=gate)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ops.window_mix(x, weight, window_size=2, gate=gate), recorded, atol=1e-14, rtol=1e-14
+        )
+
+
 def test_op_called_directly_checks_shapes() -> None:
     out, mean, rstd = OPS.window_mix(X, W, None, torch.ones(8), None, None, [2, 2])
     given = (X, W, None, torch.ones(8), None, None)

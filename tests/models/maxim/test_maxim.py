@@ -63,6 +63,12 @@ class Formula:
         self.config, self.weights = config, weights
         self.resizes = 0
 
+    def windows(self, level: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The block and the grid. Where levels have the smaller ones both are the block."""
+        config: Any = self.config
+        fine = (config.block_size_hr, config.grid_size_hr)
+        return fine if level < config.high_res_stages else (config.block_size_lr, config.block_size_lr)
+
     def dense(self, x: Tensor, name: str) -> Tensor:
         kernel = self.weights[f"{name}/kernel"]
         return x @ kernel.reshape(kernel.shape[-2:]) + self.weights[f"{name}/bias"]
@@ -136,7 +142,7 @@ class Formula:
         return x + self.dense(u * (v + 1), f"{name}/out_project")
 
     def multi_axis(self, x: Tensor, name: str, level: int) -> Tensor:
-        block, grid = self.config.windows(level)
+        block, grid = self.windows(level)
         u, v = self.gelu(self.dense(self.norm(x, f"{name}/LayerNorm_in"), f"{name}/in_project")).chunk(2, -1)
         u, v = (
             self.gated(u, f"{name}/GridGmlpLayer", "Grid", grid),
@@ -158,7 +164,7 @@ class Formula:
         return x + self.attention(self.dense(y, f"{name}/channel_mixing/Dense_1"), f"{name}/channel_attention")
 
     def gates(self, x: Tensor, name: str, level: int) -> Tensor:
-        block, grid = self.config.windows(level)
+        block, grid = self.windows(level)
         u, v = self.gelu(self.dense(self.norm(x, f"{name}/LayerNorm_in"), f"{name}/in_project")).chunk(2, -1)
         both = self.mixed(u, f"{name}/Dense_0", grid, True), self.mixed(v, f"{name}/Dense_1", block, False)
         return self.dense(torch.cat(both, -1), f"{name}/out_project")

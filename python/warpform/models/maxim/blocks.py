@@ -301,7 +301,11 @@ def resize(x: Tensor, steps: int) -> Tensor:
     # Torch smooths neither float16 nor bfloat16 on a CPU.
     wide = x.float() if steps < 0 and x.device.type == "cpu" and x.dtype.itemsize == 2 else x
     how: dict[str, Any] = {"mode": "bilinear", "align_corners": False, "antialias": steps < 0}
-    return F.interpolate(wide.permute(0, 3, 1, 2), size, **how).permute(0, 2, 3, 1).to(x.dtype).contiguous()
+    out = F.interpolate(wide.permute(0, 3, 1, 2), size, **how).permute(0, 2, 3, 1).to(x.dtype).contiguous()
+    if out.requires_grad and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # The gradient of joined features is a part of wider rows, for which torch's backward takes ten times as long.
+        out.register_hook(Tensor.contiguous)
+    return out
 
 
 def upsample(x: Tensor, convolution: nn.Module) -> Tensor:

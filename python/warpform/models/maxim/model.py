@@ -212,7 +212,9 @@ class MAXIMForImageRestoration(PretrainedModel):
                 nn.init.normal_(linear.weight, std=std)
 
     @classmethod
-    def from_published(cls, weights: Mapping[str, Any], *, dtype: torch.dtype | None = None, **overrides: Any) -> Self:
+    def from_published(
+        cls: type[Self], weights: Mapping[str, Any], *, dtype: torch.dtype | None = None, **overrides: Any
+    ) -> Self:
         """A model from weights under the names of the release, which are those of flax, in eval mode.
 
         The options follow from the weights, of windows as far as they are square.

@@ -44,13 +44,13 @@ def _windows(x: Tensor, window_size: Sequence[int], dilated: bool) -> Tensor:
 
 
 def _put(windows: Tensor, into: Tensor, window_size: Sequence[int], dilated: bool, factor: Tensor | None) -> None:
-    """Writes windows [windows, n, C], times factor [B, H, W, C] where there is one, to where `_windows` read them."""
+    """Writes windows [windows, n, C], times factor [B, H, W, C or 1] where there is one, to where they come from."""
     view = _view(into, window_size, dilated)
     values = windows.view(view.shape)
     if factor is None:
         view.copy_(values)
     else:
-        view.copy_(values * _view(factor, window_size, dilated))
+        torch.mul(values, _view(factor, window_size, dilated), out=view)
 
 
 def _mixed(normal: Tensor, weight: Tensor, bias: Tensor | None, added: float) -> Tensor:
@@ -116,14 +116,17 @@ def window_mix_backward(
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         rest = [x.new_empty(0) if t is None else torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in optional]
         return dx, torch.zeros_like(weight), rest[0], rest[1], rest[2], rest[3]
-    windows = _windows(x, window_size, dilated)
-    normal = windows
-    statistics = []
-    if norm_weight is not None:
-        statistics = [_windows(t.view(*x.shape[:3], 1), window_size, dilated) for t in (mean, rstd)]
-        normal = (windows - statistics[0]).mul_(statistics[1]).mul_(_wide(norm_weight))
-        if norm_bias is not None:
-            normal += _wide(norm_bias)
+    scale = None
+    if norm_weight is None:
+        hats = normal = _windows(x, window_size, dilated)
+    else:
+        # x without mean and spread is all of x that the norm's gradient needs, divided by the spread once more.
+        mean, rstd = (t.view(*x.shape[:3], 1) for t in (mean, rstd))
+        view, factor, shift = (_view(t, window_size, dilated) for t in (x, rstd, -mean * rstd))
+        hats = torch.empty(view.shape, dtype=rstd.dtype, device=x.device)
+        torch.addcmul(shift, view, factor, out=hats)
+        hats, scale = hats.view(-1, weight.size(0), x.size(-1)), _wide(norm_weight)
+        normal = hats * scale if norm_bias is None else torch.addcmul(_wide(norm_bias), hats, scale)
     dgate = x.new_empty(0)
     douts = _wide(dout)
     if gate is not None:
@@ -131,19 +134,20 @@ def window_mix_backward(
         _put(_mixed(normal, weight, bias, 1.0), dgate, window_size, dilated, douts)
         douts = douts * gate
     d = _windows(douts, window_size, dilated)
-    size = weight.size(0)
-    dweight = torch.addbmm(d.new_zeros(size, size), d, normal.mT).to(weight.dtype)
+    # One product over all windows and channels.
+    of_tokens, of_normal = (t.transpose(0, 1).reshape(weight.size(0), -1) for t in (d, normal))
+    dweight = (of_tokens @ of_normal.t()).to(weight.dtype)
     dbias = x.new_empty(0) if bias is None else d.sum((0, 2)).to(bias.dtype)
     drows = torch.bmm(_wide(weight).t().expand(d.size(0), -1, -1), d)
     dnorm_weight = dnorm_bias = x.new_empty(0)
     if norm_weight is not None:
-        scale = _wide(norm_weight)
+        zeros = rstd.new_zeros(()).expand(*drows.shape[:2], 1).contiguous()
         # Of the bias only the shape is read, and torch's function needs one.
         drows, found, found_bias = torch.ops.aten.native_layer_norm_backward(
-            drows, windows, drows.shape[-1:], *statistics, scale, scale, [True, True, True]
+            drows, hats, drows.shape[-1:], zeros, zeros + 1, scale, scale, [True, True, True]
         )
         dnorm_weight = found.to(norm_weight.dtype)
         dnorm_bias = dnorm_bias if norm_bias is None else found_bias.to(norm_bias.dtype)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _put(drows, dx, window_size, dilated, None)
+    _put(drows, dx, window_size, dilated, None if norm_weight is None else rstd)
     return dx, dweight, dbias, dnorm_weight, dnorm_bias, dgate
