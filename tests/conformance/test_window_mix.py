@@ -1,4 +1,4 @@
-"""window_mix and its backward on every backend."""
+"""window_mix and window_mix_backward on every backend."""
 
 from __future__ import annotations
 

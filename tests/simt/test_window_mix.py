@@ -11,6 +11,7 @@ import torch
 
 from helpers.backends import AD102_SHARED, FEW_SMS, H200_SHARED
 from helpers.cases import KERNEL_DTYPES
+from helpers.compare import assert_close
 from helpers.window_mix import WindowMixCase, check_window_mix, check_window_mix_of, window_mix_inputs
 
 CASE = WindowMixCase("", (8, 12), (4, 3), 24, batch=2, dilated=True)
@@ -94,6 +95,19 @@ def test_windows_of_small_channels_share_a_tile(simt: Any) -> None:
         simt.configure(1, FEW_SMS, H200_SHARED)
         x.forward(simt)
         assert _kernels(simt)[-1] == ("window_mix_forward", [tiles, 1, 1])
+
+
+@pytest.mark.parametrize("channels", (24, 32, 48), ids=("kernel_before", "in_a_tile", "chunks_of_float32"))
+def test_a_rounded_mean_is_taken_off_the_variance(simt: Any, channels: int) -> None:
+    """The spread is 25 times the last digit of a mean: what rounding moved the mean by is no part of it."""
+    x = window_mix_inputs(WindowMixCase("", (4, 6), (2, 3), channels), torch.float32)
+    x.x = x.x * 0.05 + 20000
+    _, mean, rstd = x.forward(simt)
+    rows = x.x.double().flatten(0, 2)
+    truth = 1 / torch.sqrt(rows.var(-1, unbiased=False) + x.case.eps)
+    assert_close("rstd", rstd, truth, truth.float())
+    rounded = 1 / torch.sqrt((rows - mean[:, None]).square().mean(-1) + x.case.eps)
+    assert (rounded / truth - 1).abs().max() > 1e-4  # which is what it would be otherwise
 
 
 def test_kernel_table_lists_what_runs(simt: Any) -> None:
