@@ -118,7 +118,7 @@ def window_mix_backward(
         return dx, torch.zeros_like(weight), rest[0], rest[1], rest[2], rest[3]
     scale = None
     if norm_weight is None:
-        hats = normal = _windows(x, window_size, dilated)
+        hats = _windows(x, window_size, dilated)
     else:
         # x without mean and spread is all of x that the norm's gradient needs, divided by the spread once more.
         mean, rstd = (t.view(*x.shape[:3], 1) for t in (mean, rstd))
@@ -126,18 +126,25 @@ def window_mix_backward(
         hats = torch.empty(view.shape, dtype=rstd.dtype, device=x.device)
         torch.addcmul(shift, view, factor, out=hats)
         hats, scale = hats.view(-1, weight.size(0), x.size(-1)), _wide(norm_weight)
-        normal = hats * scale if norm_bias is None else torch.addcmul(_wide(norm_bias), hats, scale)
     dgate = x.new_empty(0)
     douts = _wide(dout)
     if gate is not None:
         dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        normal = hats if scale is None else hats * scale
+        normal = normal if norm_bias is None else normal.add_(_wide(norm_bias))
         _put(_mixed(normal, weight, bias, 1.0), dgate, window_size, dilated, douts)
         douts = douts * gate
     d = _windows(douts, window_size, dilated)
-    # One product over all windows and channels.
-    of_tokens, of_normal = (t.transpose(0, 1).reshape(weight.size(0), -1) for t in (d, normal))
-    dweight = (of_tokens @ of_normal.t()).to(weight.dtype)
-    dbias = x.new_empty(0) if bias is None else d.sum((0, 2)).to(bias.dtype)
+    # One product over all windows and channels, of d * norm_weight and the rows before it: the normal rows need not be
+    # made for it. What norm_bias adds to them is the same for every token.
+    rows = d.new_empty(weight.size(0), d.size(0), d.size(2))
+    torch.mul(d.transpose(0, 1), 1.0 if scale is None else scale, out=rows)
+    sums = d.sum(0)  # [n, C]
+    dbias = x.new_empty(0) if bias is None else sums.sum(1).to(bias.dtype)
+    dweight = rows.flatten(1) @ hats.transpose(0, 1).reshape(weight.size(0), -1).t()
+    if norm_bias is not None:
+        dweight += (sums @ _wide(norm_bias)).unsqueeze(1)
+    dweight = dweight.to(weight.dtype)
     drows = torch.bmm(_wide(weight).t().expand(d.size(0), -1, -1), d)
     dnorm_weight = dnorm_bias = x.new_empty(0)
     if norm_weight is not None:
