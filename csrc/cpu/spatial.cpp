@@ -5,6 +5,8 @@
 // reads x and writes out; its backward reads dout and x and writes dx, and makes the convolution again. It is bound by
 // arithmetic where it has an erf: some 30 operations an element beside 2 k^2.
 //
+// Measured: not yet on a machine without other work.
+//
 // An item is some rows of one image by a block of channels. It goes down its rows and keeps the k that a window needs as
 // float32, one after another, so that strides between pixels and 16-bit numbers are met once (Ring). What is computed from
 // them is a row of float32 again, [width][wide], and another pass over it, which stays in L1, reads and writes tensors.
