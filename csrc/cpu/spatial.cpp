@@ -1,15 +1,18 @@
 // pool_mixer, depthwise_conv2d and their backwards: stencils over [batch, height, width, channels].
 //
-// Floor: bytes. pool_mixer reads x twice and writes out, and its backward reads dout and x twice and writes dx; in each of
-// them the second read comes from a cache, since an image's second pass follows its first (over_stages). The convolution
-// reads x and writes out; its backward reads dout and x and writes dx, and makes the convolution again. It is bound by
-// arithmetic where it has an erf: some 30 operations an element beside 2 k^2.
+// Floor: bytes. pool_mixer reads x twice and writes out, and its backward reads dout and x twice and writes dx; in
+// each of them the second read comes from a cache, since an image's second pass follows its first (over_stages). The
+// convolution reads x and writes out; its backward reads dout and x and writes dx, and makes the convolution again.
+// It is bound by arithmetic where it has an erf: some 30 operations an element beside 2 k^2.
 //
-// An item is some rows of one image by a block of channels. It goes down its rows and keeps the k that a window needs as
-// float32, one after another, so that strides between pixels and 16-bit numbers are met once (Ring). What is computed from
-// them is a row of float32 again, [width][wide], and another pass over it, which stays in L1, reads and writes tensors.
-// Along a row a vector of channels goes from pixel to pixel: a convolution gives each pixel to the k outputs that it belongs
-// to, which are in registers; pooling adds up the window's columns, and its last k columns are in registers.
+// Measured: not yet on a machine without other work.
+//
+// An item is some rows of one image by a block of channels. It goes down its rows and keeps the k that a window needs
+// as float32, one after another, so that strides between pixels and 16-bit numbers are met once (Ring). What is
+// computed from them is a row of float32 again, [width][wide], and another pass over it, which stays in L1, reads and
+// writes tensors. Along a row a vector of channels goes from pixel to pixel: a convolution gives each pixel to the k
+// outputs that it belongs to, which are in registers; pooling adds up the window's columns, and its last k columns
+// are in registers.
 #include <sched.h>
 
 #include "families.h"
@@ -66,9 +69,9 @@ inline Host host_for(const Host& host, const SpatialShape& s) {
   return found;
 }
 
-// Two stages of each group, in one parallel region: calls first(group, i) for i < firsts, and when all of a group's have
-// returned then(group, i) for i < seconds. The second stage of a group is handed out behind the first stage of the next
-// one, so that threads seldom wait, and a thread waits for items alone that another one is at work on.
+// Two stages of each group, in one parallel region: calls first(group, i) for i < firsts, and when all of a group's
+// have returned then(group, i) for i < seconds. The second stage of a group is handed out behind the first stage of
+// the next one, so that threads seldom wait, and a thread waits for items alone that another one is at work on.
 template <class Worker>
 void over_stages(const Host& host, int64_t groups, int64_t firsts, int64_t seconds, const Worker& worker) {
   if (groups <= 0) return;
@@ -120,8 +123,8 @@ class Ring {
   const int64_t line_;
 };
 
-// A row of a piece: where its first pixel is in a tensor, in elements, and how far apart its pixels are there and in rows
-// of float32.
+// A row of a piece: where its first pixel is in a tensor, in elements, and how far apart its pixels are there and in
+// rows of float32.
 struct Row {
   int64_t at, width, stride, channels, wide;
   Row(const SpatialShape& s, int64_t b, int64_t h, const Piece& piece)
@@ -355,8 +358,8 @@ struct Moments {
   double squares;  // of the differences from the mean
 };
 
-// Sums over elements [0, count): calls f(at, lanes, sum) as sum_columns does. A sum of float32 has 16 terms; the sums are
-// added in float64, since the one number that a sample's variance is has no other numbers' errors beside it.
+// Sums over elements [0, count): calls f(at, lanes, sum) as sum_columns does. A sum of float32 has 16 terms; the sums
+// are added in float64, since the one number that a sample's variance is has no other numbers' errors beside it.
 template <int kSums, class F>
 WARPFORM_INLINE void exact_sums(double (&total)[kSums], int64_t count, const F& f) {
   constexpr int64_t kTerms = 16 * 4 * kLanes;
@@ -605,8 +608,8 @@ class Taps {
   float *const taps_, *const given_, *const bias_;
 };
 
-// The convolution along a row, for one vector of channels; what is null begins at 0 and `rows`, `taps`, `bias` and `out`
-// at the vector. kTurned: the taps are turned about their center.
+// The convolution along a row, for one vector of channels; what is null begins at 0 and `rows`, `taps`, `bias` and
+// `out` at the vector. kTurned: the taps are turned about their center.
 template <int kSize, bool kTurned, bool kAll>
 WARPFORM_INLINE void convolve_vector(const float* const (&rows)[kSize], const float* taps, const float* bias,
                                      int64_t width, int64_t wide, float* out) {
@@ -682,8 +685,8 @@ void depthwise(const DepthwiseConv2dParams& p, const Host& host) {
   });
 }
 
-// sums [size * size][wide] += over w of slopes [width][wide] times the pixels of each tap, and behind them the sums of the
-// slopes. Each row's sum is made by itself, so that none is long.
+// sums [size * size][wide] += over w of slopes [width][wide] times the pixels of each tap, and behind them the sums
+// of the slopes. Each row's sum is made by itself, so that none is long.
 template <int kSize>
 void add_tap_gradients(const float* const (&rows)[kSize], const float* slopes, int64_t width, int64_t wide,
                        float* sums) {

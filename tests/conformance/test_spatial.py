@@ -50,7 +50,7 @@ def test_depthwise_conv2d_at_edges_of_tiles(backend: Backend, case: DepthwiseCas
 
 @on(CPU, size=(3, 7), dtype=one_dtype)
 def test_images_of_several_pieces(backend: Backend, size: int, dtype: torch.dtype) -> None:
-    """CPU kernels cut rows and channels of an image where it has some 65,536 elements: sums and halos cross the cuts."""
+    """CPU kernels cut an image of more than 65,536 elements by rows and channels: sums and halos cross the cuts."""
     for shape in ((1, 90, 30, 40), (2, 24, 60, 80)):
         helpers.check_pool_mixer(backend.library, PoolMixerCase("", shape, pool_size=size), dtype, backend.device)
         helpers.check_depthwise_conv2d(backend.library, DepthwiseCase("", shape, size=size), dtype, backend.device)
