@@ -141,6 +141,7 @@ def test_sample_norm_is_group_norm_of_one_group() -> None:
         x = torch.randn(shape, dtype=torch.float64)
         expected = F.group_norm(x.movedim(-1, 1), 1, norm.weight, norm.bias, 1e-3).movedim(1, -1)
         assert_same(norm(x), expected)
+        assert_same(norm._by_rows(x), expected)  # what a GPU takes
 
 
 def test_bad_arguments() -> None:

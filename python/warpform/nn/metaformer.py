@@ -5,6 +5,7 @@ A grid of tokens [batch, *grid, channels] goes in and out, channels last.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
@@ -62,7 +63,14 @@ class SampleNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [batch, *grid, C]; returns the same shape."""
-        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+        if x.device.type == "cpu":
+            return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+        return self._by_rows(x)
+
+    def _by_rows(self, x: Tensor) -> Tensor:
+        """The same by LayerNorm of samples as rows. torch's GroupNorm of a GPU copies x to channels first and back."""
+        rows = F.layer_norm(x.flatten(1), (math.prod(x.shape[1:]),), eps=self.eps)
+        return torch.addcmul(self.bias, rows.view(x.shape), self.weight)
 
 
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {"layer": AddBiasResidualLayerNorm, "group": SampleNorm}

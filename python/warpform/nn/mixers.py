@@ -43,7 +43,7 @@ def attend_runs(qkv: Tensor, length: int, scale: float | None = None) -> Tensor:
     if length <= LONGEST_RUN:
         return ops.window_attention(qkv.unsqueeze(1), window_size=(1, length), scale=scale).squeeze(1)
     q, k, v = qkv.flatten(0, 1).unbind(1)
-    offsets = torch.arange(0, q.shape[0] + 1, length, dtype=torch.int32, device=qkv.device)
+    offsets = equal_offsets(qkv, q.shape[0] // length, length)
     out = ops.varlen_attention(q, k, v, offsets, offsets, length, length, softmax_scale=scale)
     return cast("Tensor", out).flatten(1).view(*qkv.shape[:2], qkv.shape[3] * qkv.shape[4])
 
@@ -449,16 +449,15 @@ class MaskUnitAttention(nn.Module):
         if self.pool > 1:
             q = q.unflatten(2, (-1, self.pool)).max(3).values
         pooled = tokens // self.pool
-        # Sequence i has keys from starts[i] * keys on, and the longest has `most` times so many.
         if self.run is None and packing is not None:
-            starts, keys, most = packing.cu_seqlens, tokens, packing.max_seqlen
+            keys = packing.max_seqlen * tokens  # of the image with the most units
+            q_offsets, k_offsets = packing.cu_seqlens * pooled, packing.cu_seqlens * tokens
         else:
             keys = units * tokens if self.run is None else self.run
             count = batch if self.run is None else batch * units * (tokens // self.run)
-            starts, most = torch.arange(count + 1, dtype=torch.int32, device=qkv.device), 1
-        queries = keys // self.pool
+            q_offsets, k_offsets = (equal_offsets(qkv, count, length) for length in (keys // self.pool, keys))
         q, k, v = q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
-        out = ops.varlen_attention(q, k, v, starts * queries, starts * keys, most * queries, most * keys)
+        out = ops.varlen_attention(q, k, v, q_offsets, k_offsets, keys // self.pool, keys)
         return cast("Tensor", out).view(batch, units, pooled, self.num_heads * self.head_dim)
 
     def extra_repr(self) -> str:
