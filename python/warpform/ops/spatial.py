@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .. import _autocast
 from ._dtypes import accumulation_dtype
 from ._register import register_op
 from .examples import spatial as examples
@@ -88,6 +90,8 @@ def pool_mixer(
         ValueError: a wrong shape, tensors on different devices, an even pool_size, or an eps that is negative or not
             finite.
     """
+    if isinstance(x, Tensor) and _autocast.enabled(x.device) and x.dtype != torch.float64:
+        weight, scale = (_autocast.beside_cast(t, x) for t in (weight, scale))
     return _pool_mixer(x, weight, scale, pool_size=pool_size, eps=eps)[0]
 
 
