@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn._checkpoint import CheckpointedLayers
-from ..nn.conv_norm import channels_last
+from ..nn.conv_norm import channels_last, needs_places
 from .common.backbone import Backbone, BackboneModel, checked_out_features, stage_names
 from .common.checks import check_pixels
 from .common.config import ModelConfig, TransformersConfig, config_overrides
@@ -139,10 +139,19 @@ class ResNetBlock(nn.Module):
         return F.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
+class ResNetStage(nn.Sequential, CheckpointedLayers):
+    """Blocks, one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = self.run_layer(block, x)
+        return x
+
+
 Self = TypeVar("Self", bound="ResNetBackbone")
 
 
-class ResNetBackbone(BackboneModel, CheckpointedLayers):
+class ResNetBackbone(BackboneModel):
     """A ResNet without a head. Called as `transformers.ResNetBackbone`, on images of any size.
 
     Sizes that strides do not divide are rounded up: an image of 33 pixels has maps of 9, 5, 3 and 2. In training mode
@@ -170,7 +179,7 @@ class ResNetBackbone(BackboneModel, CheckpointedLayers):
             stride = 2 if stage or config.downsample_in_first_stage else 1
             blocks = [ResNetBlock(config, inputs, outputs, stride)]
             blocks += [ResNetBlock(config, outputs, outputs, 1) for _ in range(depth - 1)]
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            self.add_module(f"layer{stage + 1}", ResNetStage(*blocks))
             inputs = outputs
         self.apply(self.init_weights)
 
@@ -201,8 +210,7 @@ class ResNetBackbone(BackboneModel, CheckpointedLayers):
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
         maps = [x]
         for stage in range(len(self.config.depths)):
-            for block in getattr(self, f"layer{stage + 1}"):
-                x = self.run_layer(block, x)
+            x = getattr(self, f"layer{stage + 1}")(x)
             maps.append(x)
         return [channels_last(x) for x in maps]
 
@@ -210,12 +218,12 @@ class ResNetBackbone(BackboneModel, CheckpointedLayers):
         """Raises ValueError where a BatchNorm in training mode would see fewer than two places."""
         stride = self.stage_strides[-1]
         batch, _, height, width = pixel_values.shape
-        if batch * -(-height // stride) * -(-width // stride) > 1:
-            return
-        if any(module.training for module in self.modules() if isinstance(module, nn.BatchNorm2d)):
+        places = batch * -(-height // stride) * -(-width // stride)
+        if places < 2 and any(needs_places(module) for module in self.modules()):
             raise ValueError(
                 f"{type(self).__name__}: pixel_values must give BatchNorm more than one place a channel in training "
-                f"mode, got {list(pixel_values.shape)}, whose last map is 1 x 1: give more images, or call eval()"
+                f"mode, got {list(pixel_values.shape)}, of which the last map has {places}: give more images, or call "
+                "eval()"
             )
 
     def weight_names(self) -> dict[str, tuple[str, ...]]:

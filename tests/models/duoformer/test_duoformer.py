@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from helpers.compare import assert_close
 from helpers.training import accuracy_on_digits
-from helpers.vision import assert_same
+from helpers.vision import assert_same, wrap_products
 from helpers.vision import randomise as in_double
 from warpform import models, ops
 from warpform.models import DuoFormerConfig, DuoFormerForImageClassification, ResNetConfig
@@ -231,6 +231,14 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert isinstance(found, DuoFormerForImageClassification) and found.config == model.config
     assert torch.equal(found.norm.weight, model.norm.weight) and not found.norm.weight.requires_grad
     assert_same("logits", found(pixels).logits, model(pixels).logits)
+
+
+def test_modules_in_the_place_of_products() -> None:
+    """Adapters are called on what they stand for."""
+    model, pixels = model_of(num_scales=3, scale_token="features"), torch.randn(2, 3, 64, 64).double()
+    expected = model(pixels).logits
+    assert wrap_products(model) > 30
+    assert_same("logits", model(pixels).logits, expected)
 
 
 def test_losses_and_dropout() -> None:

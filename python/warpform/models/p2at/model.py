@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...nn._checkpoint import CheckpointedLayers
-from ...nn.conv_norm import ConvNorm
+from ...nn.conv_norm import ConvNorm, needs_places
 from ..common.config import config_overrides
 from ..common.losses import segmentation_loss
 from ..common.outputs import SemanticSegmenterOutput
@@ -41,7 +41,8 @@ class P2ATForSemanticSegmentation(PretrainedModel, CheckpointedLayers):
     """P2AT: gives each pixel of an image a class.
 
     Images may have any size, also one that strides do not divide: maps are resized to each other. In training mode it
-    needs two images or more, as BatchNorm normalises what is left of each whole image (`contexts`).
+    needs two images or more, as BatchNorm normalises what is left of each whole image (`contexts`). With
+    `nn.SyncBatchNorm` these are of all processes.
 
     Args:
         config: its options.
@@ -122,8 +123,8 @@ class P2ATForSemanticSegmentation(PretrainedModel, CheckpointedLayers):
 
     def _normalises_contexts(self) -> bool:
         """Tells whether contexts are normalised over a batch: not in eval mode, nor where their BatchNorm is in it."""
-        norms = [context.out.norm for context in self.contexts.children() if isinstance(context, P2ATContext)]
-        return any(norm is not None and norm.training for norm in norms)
+        contexts = [context for context in self.contexts.children() if isinstance(context, P2ATContext)]
+        return any(needs_places(context.out.norm) for context in contexts)
 
     def loss(self, labels: Tensor, logits: Tensor, *auxiliary: Tensor) -> Tensor:
         """The loss of logits and of those of auxiliary heads, each [batch, num_labels, height, width]."""
