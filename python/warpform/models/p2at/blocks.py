@@ -216,6 +216,14 @@ class P2ATFusion(nn.Module):
         return joined + middle * deep + torch.sigmoid(middle * fine)
 
 
+class P2ATContextOut(ConvNorm):
+    """ConvNorm of maps of 1 x 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [batch, 1, 1, in_channels]; returns [batch, 1, 1, out_channels]."""
+        return self.finish(on_one_place(x[:, 0, 0], self.conv)[:, :, None, None])
+
+
 class P2ATContext(nn.Module):
     """x + PReLU BN 7x7(weight * 3x3(mean of x) + bias): on one place a convolution has one tap, that in its middle."""
 
@@ -223,11 +231,12 @@ class P2ATContext(nn.Module):
         super().__init__()
         self.inwards = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.out = ConvNorm(channels, channels, 7, activation="prelu")
+        self.out = P2ATContextOut(channels, channels, 7, activation="prelu")
 
     def forward(self, x: Tensor) -> Tensor:
         mean = on_one_place(x.mean((1, 2)), self.inwards) * self.weight + self.bias
-        return x + self.out.finish(on_one_place(mean, self.out.conv)[:, :, None, None])
+        out: Tensor = x + self.out(mean[:, None, None])
+        return out
 
 
 class P2ATHead(nn.Module):
