@@ -260,12 +260,15 @@ class DuoFormerForImageClassification(PretrainedModel, CheckpointedLayers):
         for positions in (self.scale_positions, self.positions):
             nn.init.trunc_normal_(positions, std=POSITION_STD)
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, *, return_dict: bool | None = None
+    ) -> ImageClassifierOutput | tuple[Any, ...]:
         """Classifies images.
 
         Args:
             pixel_values: [batch, num_channels, image_size, image_size].
             labels: [batch] integers (classes) or [batch] numbers (regression with one label), else [batch, num_labels].
+            return_dict: False returns a tuple.
 
         Returns:
             ImageClassifierOutput: loss, in float32 at least; logits [batch, num_labels].
@@ -290,7 +293,8 @@ class DuoFormerForImageClassification(PretrainedModel, CheckpointedLayers):
         loss = None
         if labels is not None:
             loss = classification_loss(name, self.config.problem_type, logits, labels)
-        return ImageClassifierOutput(loss, logits)
+        output = ImageClassifierOutput(loss, logits)
+        return output.to_tuple() if return_dict is False else output
 
     def scale_tokens(self, maps: tuple[Tensor, ...]) -> Tensor:
         """The tokens of all patches, with positions: [batch, patches, patch_tokens, hidden_size].

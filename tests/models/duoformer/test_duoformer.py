@@ -246,6 +246,8 @@ def test_losses_and_dropout() -> None:
     model = model_of(hidden_dropout_prob=0.3)
     out = model(pixels, labels)
     torch.testing.assert_close(out.loss, F.cross_entropy(out.logits, labels))
+    loss, logits = model(pixels, labels, return_dict=False)
+    assert torch.equal(loss, out.loss) and torch.equal(logits, out.logits)
     for module in model.train().modules():  # statistics that do not move
         if isinstance(module, nn.BatchNorm2d):
             module.eval()

@@ -325,6 +325,9 @@ def test_losses() -> None:
     last, *others = (F.cross_entropy(x, labels, ignore_index=255) for x in (out.logits, *out.auxiliary))
     torch.testing.assert_close(out.loss, last + 0.4 * (others[0] + others[1]))
     assert float(model(pixels, torch.full_like(labels, 255)).loss.detach()) == 0
+    names = ("loss", "logits", "auxiliary")
+    for one, name in zip(model(pixels, labels, return_dict=False), names, strict=True):
+        torch.testing.assert_close(one, out[name])
     model.config.auxiliary_loss_weight = 2.0
     torch.testing.assert_close(model(pixels, labels).loss, last + 2 * (others[0] + others[1]))
     alone = model_of().eval()

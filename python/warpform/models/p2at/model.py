@@ -78,12 +78,15 @@ class P2ATForSemanticSegmentation(PretrainedModel, CheckpointedLayers):
         heads = 2 if config.auxiliary_heads else 0
         self.auxiliary_heads = nn.ModuleList(P2ATHead(channels, config.num_labels) for _ in range(heads))
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> P2ATOutput:
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, *, return_dict: bool | None = None
+    ) -> P2ATOutput | tuple[Any, ...]:
         """Gives each pixel a class.
 
         Args:
             pixel_values: [batch, num_channels, height, width].
             labels: integers [batch, height, width]; `semantic_loss_ignore_index` is ignored.
+            return_dict: False returns a tuple.
 
         Returns:
             P2ATOutput: loss, in float32 at least: the mean cross-entropy over labelled pixels, and
@@ -119,7 +122,7 @@ class P2ATForSemanticSegmentation(PretrainedModel, CheckpointedLayers):
             output.auxiliary = tuple(head(x, size) for head, x in maps)
         if labels is not None:
             output.loss = self.loss(labels, logits, *(output.auxiliary or ()))
-        return output
+        return output.to_tuple() if return_dict is False else output
 
     def _normalises_contexts(self) -> bool:
         """Tells whether contexts are normalised over a batch: not in eval mode, nor where their BatchNorm is in it."""
