@@ -28,9 +28,10 @@ from .common.config import ModelConfig, config_overrides
 from .common.init import linear_std
 from .common.losses import classification_loss
 from .common.outputs import ImageClassifierOutput
-from .common.pretrained import PretrainedModel, load_weights, named_weights
+from .common.pretrained import PretrainedModel, load_weights, named_weights, published_weights
 from .common.weights import rename
-from .resnet import ResNetConfig, backbone_config, checked_backbone, make_backbone, published_config
+from .resnet import ResNetConfig, published_config
+from .system_backbone import backbone_choice, backbone_config, checked_backbone, make_backbone
 
 __all__ = ["DuoFormerConfig", "DuoFormerForImageClassification"]
 
@@ -336,13 +337,8 @@ class DuoFormerForImageClassification(PretrainedModel, CheckpointedLayers):
         config = cls.config_class(**{**_config_of(what, weights), **overrides})
         with torch.device("meta"):
             model = cls(config)
-        state, own, unread = model.state_dict(), {}, {*weights}
-        for name, (theirs,) in model.published_names().items():
-            unread.discard(theirs)
-            if theirs in weights:  # what is missing is named by load_weights
-                found, shape = weights[theirs], state[name].shape
-                own[name] = found.view(shape) if found.dim() == 4 and found.numel() == shape.numel() else found
-        return load_weights(cls, config, {**own, **{name: weights[name] for name in unread}}, what).eval()
+        own = published_weights(model, model.published_names(), weights)
+        return load_weights(cls, config, own, what).eval()
 
 
 def _published_name(name: str) -> str:
@@ -366,7 +362,6 @@ def _config_of(what: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
             _, place, rest = name.split(".", 2)
             resnet_weights[f"{sequence.get(place, place)}.{rest}"] = weight
     resnet = published_config(what, resnet_weights)
-    presets = {size: ResNetConfig.preset(size) for size in ResNetConfig.presets}
     layers = {kind: {name.split(".")[2] for name in weights if name.startswith(f"{transformer}{kind}.")}
               for kind in ("scaleBlocks", "blocks")}  # fmt: skip
     positions, head, inside = (weights[name].shape for name in needed)
@@ -375,7 +370,7 @@ def _config_of(what: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         "num_scales": sum(name.startswith("projection.") and name.endswith(".weight") for name in weights),
         "scale_token": "learned" if "channel_token" in weights else "features",
-        "backbone": next((size for size, preset in presets.items() if preset == resnet), resnet),
+        "backbone": backbone_choice(resnet),
         "image_size": stride * math.isqrt(positions[1] - 1),
         "hidden_size": positions[2],
         "scale_layers": len(layers["scaleBlocks"]),

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..nn._checkpoint import CheckpointedLayers
 from ..nn.conv_norm import channels_last, needs_places
-from .common.backbone import Backbone, BackboneModel, checked_out_features, stage_names
+from .common.backbone import BackboneModel, checked_out_features
 from .common.checks import check_pixels
-from .common.config import ModelConfig, TransformersConfig, config_overrides
+from .common.config import TransformersConfig, config_overrides
 from .common.pretrained import load_weights, named_weights
 from .common.weights import rename
 
@@ -297,58 +297,3 @@ def _transformers_name(name: str) -> str:
         name = f"encoder.stages.{int(stage[1]) - 1}.layers.{stage[2]}.{name[stage.end() :]}"
         name = _IN_A_BLOCK.sub(lambda found: f".layer.{int(found[2]) - 1}.{kinds[found[1]]}.", name)
     return rename(name, _TO_TRANSFORMERS)
-
-
-# What the backbone of a system may be in its config: a preset, options, these as config.json has them, or another's.
-BackboneChoice = str | ResNetConfig | Mapping[str, Any] | None
-
-
-def checked_backbone(config: ModelConfig, choice: BackboneChoice) -> str | ResNetConfig | None:
-    """The field `backbone` of a system's config, for its `__post_init__`.
-
-    Raises:
-        ValueError: no preset of this name, or options that do not fit.
-        TypeError: another type.
-    """
-    if isinstance(choice, Mapping):
-        return ResNetConfig.from_fields(choice)
-    if isinstance(choice, str) and choice not in ResNetConfig.presets:
-        raise config.error(f"backbone must be one of {', '.join(ResNetConfig.presets)}, or options, got {choice!r}")
-    if choice is not None and not isinstance(choice, str | ResNetConfig):
-        raise TypeError(
-            f"{type(config).__name__}: backbone must be a name, a ResNetConfig or None, got {type(choice).__name__}"
-        )
-    return choice
-
-
-def backbone_config(choice: str | ResNetConfig | None) -> ResNetConfig | None:
-    """The options that the field `backbone` stands for, with every stage returned; None: it is of another kind."""
-    if choice is None:
-        return None
-    config = ResNetConfig.preset(choice) if isinstance(choice, str) else choice
-    return dataclasses.replace(config, out_features=stage_names(len(config.depths))[1:])
-
-
-def make_backbone(name: str, choice: str | ResNetConfig | None, given: Any) -> Any:
-    """The backbone of a system: the given one, or a new ResNet.
-
-    Args:
-        name: of the system's class, for errors.
-        choice: the field `backbone` of its config.
-        given: a module that is a `Backbone`, or None.
-
-    Raises:
-        ValueError: neither a choice nor a module, or a module that the choice does not describe.
-        TypeError: a module that is no `Backbone`.
-    """
-    config = backbone_config(choice)
-    if given is None:
-        if config is None:
-            raise ValueError(f"{name}: backbone must be given where the config's backbone is None")
-        return ResNetBackbone(config)
-    if not isinstance(given, nn.Module) or not isinstance(given, Backbone):
-        raise TypeError(f"{name}: backbone must be a module with channels, strides and feature_maps, "
-                        f"got {type(given).__name__}")  # fmt: skip
-    if config is not None and getattr(given, "config", None) != config:
-        raise ValueError(f"{name}: the config's backbone must be None, or what the given backbone has as config")
-    return given

@@ -14,8 +14,8 @@ from ...nn.conv_norm import ConvNorm, needs_places
 from ..common.config import config_overrides
 from ..common.losses import segmentation_loss
 from ..common.outputs import SemanticSegmenterOutput
-from ..common.pretrained import PretrainedModel, load_weights, named_weights
-from ..resnet import make_backbone
+from ..common.pretrained import PretrainedModel, load_weights, named_weights, published_weights
+from ..system_backbone import make_backbone
 from .blocks import P2ATBlock, P2ATContext, P2ATDecoder, P2ATFusion, P2ATHead, resized
 from .config import MAPS, P2ATConfig
 from .weights import AUXILIARY_HEAD, published_fields, published_names
@@ -164,14 +164,7 @@ class P2ATForSemanticSegmentation(PretrainedModel, CheckpointedLayers):
         config = cls.config_class(**{**published_fields(what, weights), **overrides})
         with torch.device("meta"):
             model = cls(config)
-        unread = {name for name in weights if config.auxiliary_heads or not name.startswith(AUXILIARY_HEAD)}
-        own: dict[str, Tensor] = {}
-        state = model.state_dict()
-        for name, parts in model.published_names().items():
-            unread -= {*parts}
-            if all(part in weights for part in parts):  # what is missing is named by load_weights
-                found = [weights[part] for part in parts]
-                joined = found[0] if len(found) == 1 else torch.cat(found)
-                same = joined.numel() == state[name].numel() and joined.dim() == 4
-                own[name] = joined.view(state[name].shape) if same else joined
-        return load_weights(cls, config, {**own, **{name: weights[name] for name in unread}}, what).eval()
+        if not config.auxiliary_heads:
+            weights = {name: weight for name, weight in weights.items() if not name.startswith(AUXILIARY_HEAD)}
+        own = published_weights(model, model.published_names(), weights)
+        return load_weights(cls, config, own, what).eval()
