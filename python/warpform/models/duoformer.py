@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..nn import FeedForward
 from ..nn._checkpoint import CheckpointedLayers
 from ..nn._product import apply_linear
-from ..nn.conv_norm import ConvNorm, channels_first, channels_last
+from ..nn.conv_norm import ConvNorm
+from ..nn.grids import channels_first, channels_last
 from ..nn.metaformer import MetaFormerBlock, add_terms, run_blocks
 from ..nn.mixers import GroupedAttention
 from .common.config import ModelConfig, config_overrides

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn._checkpoint import CheckpointedLayers
-from ..nn.conv_norm import channels_last, needs_places
+from ..nn.conv_norm import needs_places
+from ..nn.grids import channels_last
 from .common.backbone import BackboneModel, checked_out_features
 from .common.checks import check_pixels
 from .common.config import TransformersConfig, config_overrides

@@ -4,38 +4,12 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
 from ._product import apply_linear, is_plain, linear
+from .grids import channels_first, channels_last
 
 ACTIVATION_LAYERS = ("relu", "prelu")
-
-
-def channels_first(x: Tensor) -> Tensor:
-    """x [batch, height, width, channels] as torch's convolutions and BatchNorm take it, without a copy."""
-    return x.permute(0, 3, 1, 2)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """The opposite of `channels_first`; without a copy where x is in torch's channels_last format."""
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
-def depthwise(x: Tensor, conv: nn.Module, activation: str = "linear") -> Tensor:
-    """activation(conv(x)) for a depthwise `nn.Conv2d` that keeps the size of the grid, by `ops.depthwise_conv2d`.
-
-    Args:
-        x: [batch, height, width, channels].
-        conv: the convolution. A module that takes its place, such as an adapter, is called.
-        activation: "linear" or "relu".
-    """
-    if is_plain(conv, nn.Conv2d):
-        plain = cast("nn.Conv2d", conv)
-        return ops.depthwise_conv2d(x, plain.weight.squeeze(1), plain.bias, activation=activation)
-    out = channels_last(conv(channels_first(x)))
-    return F.relu(out) if activation == "relu" else out
 
 
 def on_one_place(x: Tensor, conv: nn.Module) -> Tensor:

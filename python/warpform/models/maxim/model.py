@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...nn.patch_embedding import convolve
+from ...nn.grids import convolve
 from ...nn.window_mix import WindowMix
 from ..common.checks import check_pixels, refuse_arguments
 from ..common.outputs import Output

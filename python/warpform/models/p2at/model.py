@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from ...nn._checkpoint import CheckpointedLayers
 from ...nn.conv_norm import ConvNorm, needs_places
+from ...nn.grids import resize
 from ..common.config import config_overrides
 from ..common.losses import segmentation_loss
 from ..common.outputs import SemanticSegmenterOutput
 from ..common.pretrained import PretrainedModel, load_weights, named_weights, published_weights
 from ..system_backbone import make_backbone
-from .blocks import P2ATBlock, P2ATContext, P2ATDecoder, P2ATFusion, P2ATHead, resized
+from .blocks import P2ATBlock, P2ATContext, P2ATDecoder, P2ATFusion, P2ATHead
 from .config import MAPS, P2ATConfig
 from .weights import AUXILIARY_HEAD, published_fields, published_names
 
@@ -113,8 +114,8 @@ class P2ATForSemanticSegmentation(PretrainedModel, CheckpointedLayers):
         halfway = self.decoders[1](self.contexts[0](x))
         x = second = self.fusions[1](finest, fine, halfway)
         x = self.refinements[0](self.decoders[2](self.contexts[1](x)))
-        x = self.refinements[1](self.merges[0](torch.cat([resized(halfway, x), x], -1)))
-        x = self.refinements[2](self.merges[1](torch.cat([resized(coarse, x), x], -1)))
+        x = self.refinements[1](self.merges[0](torch.cat([resize(halfway, x.shape[1:3]), x], -1)))
+        x = self.refinements[2](self.merges[1](torch.cat([resize(coarse, x.shape[1:3]), x], -1)))
         logits = self.head(x, size)
         output = P2ATOutput(logits=logits)
         if self.config.auxiliary_heads:
