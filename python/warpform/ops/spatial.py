@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def pool_mixer(
             finite.
     """
     if isinstance(x, Tensor) and _autocast.enabled(x.device) and x.dtype != torch.float64:
-        weight, scale = (_autocast.beside_cast(t, x) for t in (weight, scale))
+        weight, scale = cast("Tensor", _autocast.beside_cast(weight, x)), _autocast.beside_cast(scale, x)
     return _pool_mixer(x, weight, scale, pool_size=pool_size, eps=eps)[0]
 
 
