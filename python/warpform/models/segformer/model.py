@@ -75,6 +75,17 @@ class SegformerBase(ConvertibleModel):
                 raise ValueError(f"{what}: {name} must be {told} as the weights tell, got {value}")
         return load_weights(cls, cls.config_class(**{**fields, **overrides}), weights, what).eval()
 
+    def _new_origin(self) -> nn.Module:
+        """A new model of transformers, whose norms get the eps that these have: its config does not say them."""
+        origin = super()._new_origin()
+        live = {self.file_name(name): name for name, _ in origin.named_parameters()}
+        names = self.weight_names()
+        for ours, module in self.named_modules():
+            if hasattr(module, "eps") and f"{ours}.weight" in names:
+                place = live[names[f"{ours}.weight"][0]].removesuffix(".weight")
+                origin.get_submodule(place).eps = module.eps  # type: ignore[assignment]
+        return origin
+
 
 class SegformerModel(SegformerBase, CheckpointedLayers):
     """The Mix Transformer. Called as `transformers.SegformerModel`, on images of any size.
@@ -134,6 +145,15 @@ class SegformerModel(SegformerBase, CheckpointedLayers):
     @classmethod
     def build(cls, config: SegformerConfig, *, with_optional: bool = True) -> SegformerModel:
         return cls(config)
+
+    def adopt(self, hf_model: nn.Module) -> None:
+        """Says in the config which eps the norms in blocks and after stages have, where all have the same."""
+        found = {norm.eps for norm in self.norms}
+        for blocks in self.stages:
+            for block in blocks:
+                found |= {block.mixer_norm.eps, block.channel_mixer_norm.eps}
+        if len(found) == 1:
+            self.config.block_norm_eps = found.pop()
 
     @property
     def channels(self) -> tuple[int, ...]:
