@@ -51,7 +51,8 @@ class HieraBackbone(BackboneModel, VisionHead, HieraWeights):
     transformers' class of this name has the same weights but another order of tokens (`HieraConfig.token_order`). A
     model made from it, or read from a folder that it saved, has that order, "rows", and the same outputs. Weights that
     were trained as `HieraModel` are at home in the order "units", which is the default, and which transformers' class
-    does not compute.
+    does not compute. It reads a folder that such a model saved, as the weights are the same, but gives other maps. Only
+    folders of the order "rows" are for transformers' class.
 
     Args:
         config: its options.
