@@ -48,6 +48,12 @@ def attend_runs(qkv: Tensor, length: int, scale: float | None = None) -> Tensor:
     return cast("Tensor", out).flatten(1).view(*qkv.shape[:2], qkv.shape[3] * qkv.shape[4])
 
 
+def check_grid(name: str, hidden: Tensor) -> None:
+    """Raises ValueError where hidden is not [batch, height, width, channels]; `name` begins the message."""
+    if hidden.dim() != 4:
+        raise ValueError(f"{name}: hidden must be [batch, height, width, channels], got shape {list(hidden.shape)}")
+
+
 class GroupedAttention(nn.Module):
     """Self-attention in equal groups of adjacent tokens (SReT, arXiv 2111.05297, section 3.3).
 
@@ -240,7 +246,12 @@ class PoolMixer(nn.Module):
         self.pool_size = pool_size
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
-        """hidden: [batch, height, width, channels]; returns the same shape, and None as there is no bias."""
+        """hidden: [batch, height, width, channels]; returns the same shape, and None as there is no bias.
+
+        Raises:
+            ValueError: hidden of another shape.
+        """
+        check_grid("PoolMixer", hidden)
         size = self.pool_size
         pooled = F.avg_pool2d(hidden.permute(0, 3, 1, 2), size, 1, size // 2, count_include_pad=False)
         return pooled.permute(0, 2, 3, 1) - hidden, None
@@ -330,9 +341,10 @@ class StridedAttention(nn.Module):
         added, or None where it is added.
 
         Raises:
-            ValueError: a grid smaller than the stride, which has no keys.
+            ValueError: hidden of another shape, a grid smaller than the stride, which has no keys.
             NotImplementedError: training mode with attention dropout above 0.
         """
+        check_grid("StridedAttention", hidden)
         if self.training and self.attention_dropout > 0.0:
             raise NotImplementedError(
                 f"attention_probs_dropout_prob is {self.attention_dropout}, and attention dropout is not supported in "
@@ -431,7 +443,19 @@ class MaskUnitAttention(nn.Module):
 
         Returns:
             The product [batch, units, n / pool, out_size], and the bias [out_size] to be added, or None.
+
+        Raises:
+            ValueError: hidden of another shape, or with an n that run or pool does not divide.
         """
+        name = type(self).__name__
+        if hidden.dim() != 4:
+            raise ValueError(f"{name}: hidden must be [batch, units, n, channels], got shape {list(hidden.shape)}")
+        for of, divisor in (("run", self.run), ("pool", self.pool)):
+            if divisor is not None and hidden.shape[2] % divisor:
+                raise ValueError(
+                    f"{name}: hidden must have a number of tokens a unit that {of} {divisor} divides, "
+                    f"got {hidden.shape[2]}"
+                )
         qkv = apply_linear(hidden, self.qkv).unflatten(-1, (3, self.num_heads, self.head_dim))
         batch, units, tokens = hidden.shape[:3]
         run = self.run
