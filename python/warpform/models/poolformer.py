@@ -185,7 +185,8 @@ class PoolFormerModel(ConvertibleModel, CheckpointedLayers):
         Args:
             pixel_values: [batch, channels, height, width].
             output_hidden_states: also return the output of every stage. None = as the config says.
-            return_dict: False returns a tuple. None = as the config says.
+            return_dict: False returns a tuple with None in the second place, as in transformers. None = as the config
+                says.
             **unsupported: other arguments of the transformers model, accepted when None or False.
 
         Raises:
@@ -198,7 +199,10 @@ class PoolFormerModel(ConvertibleModel, CheckpointedLayers):
         output = ImageModelOutput(states[-1], states if output_hidden_states else None)
         if return_dict is None:
             return_dict = self.config.return_dict
-        return output if return_dict else output.to_tuple()
+        if return_dict:
+            return output
+        last, *others = output.to_tuple()
+        return (last, None, *others)
 
     def weight_names(self) -> dict[str, tuple[str, ...]]:
         both: dict[str, str] = {}

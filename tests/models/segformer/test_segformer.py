@@ -185,6 +185,19 @@ def test_epsilon_goes_with_the_model(kind: str, tmp_path: Path) -> None:
     check_parity(model, pixels, ours=mixed)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("states", (False, True), ids=("last", "states"))
+def test_tuples(kind: str, states: bool) -> None:
+    """Every place holds what transformers has there."""
+    theirs = make(kind)
+    ours, pixels = models.from_transformers(theirs), pixels_of(1, 3, 40, 40)
+    expected, found = (m(pixels, output_hidden_states=states, return_dict=False) for m in (theirs, ours))
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        for x, y in zip(one, other, strict=True) if isinstance(other, tuple) else ((one, other),):
+            assert_same("place", x, y)
+
+
 PUBLISHED = (
     ("segformer.encoder.patch_embeddings.{}.proj", "patch_embed{}.proj"),
     ("segformer.encoder.patch_embeddings.{}.layer_norm", "patch_embed{}.norm"),
