@@ -83,7 +83,7 @@ class SegformerBase(ConvertibleModel):
         for ours, module in self.named_modules():
             if hasattr(module, "eps") and f"{ours}.weight" in names:
                 place = live[names[f"{ours}.weight"][0]].removesuffix(".weight")
-                origin.get_submodule(place).eps = module.eps  # type: ignore[assignment]
+                origin.get_submodule(place).eps = module.eps
         return origin
 
 
@@ -148,10 +148,13 @@ class SegformerModel(SegformerBase, CheckpointedLayers):
 
     def adopt(self, hf_model: nn.Module) -> None:
         """Says in the config which eps the norms in blocks and after stages have, where all have the same."""
-        found = {norm.eps for norm in self.norms}
-        for blocks in self.stages:
-            for block in blocks:
-                found |= {block.mixer_norm.eps, block.channel_mixer_norm.eps}
+        found = {
+            module.eps
+            for name, module in self.named_modules()
+            if isinstance(module, AddBiasResidualLayerNorm)
+            and not name.startswith("embedding_norms.")
+            and not name.endswith(".reduction_norm")
+        }
         if len(found) == 1:
             self.config.block_norm_eps = found.pop()
 
