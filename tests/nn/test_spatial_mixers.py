@@ -21,7 +21,7 @@ from warpform.nn import (
     PoolMixer,
     StridedAttention,
 )
-from warpform.nn.mixers import equal_offsets
+from warpform.nn._offsets import equal_offsets
 from warpform.nn.patch_embedding import embed_patches, least_size
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -11,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _autocast, _torch_private, ops
+from .. import _autocast, ops
 from ..packing import Packing
+from ._offsets import equal_offsets
 from ._product import apply_linear, is_plain, linear, product
 from .activations import BiasActivation
 from .metaformer import SampleNorm
@@ -369,31 +369,6 @@ class StridedAttention(nn.Module):
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, stride={self.stride}"
 
 
-def equal_offsets(x: Tensor, batch: int, length: int) -> Tensor:
-    """cu_seqlens of `batch` sequences of `length` rows each: 0, length, ..., int32 [batch + 1] on the device of x.
-
-    They are made once for each size and device. Where torch traces or captures a call they are made in it, as what is
-    kept has to hold values from then on.
-    """
-    device = x.device
-    if (
-        torch.compiler.is_compiling()
-        or _torch_private.is_fake(x)
-        or device.type == "meta"
-        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-    ):
-        return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-    return _kept_offsets(batch, length, device)
-
-
-@functools.lru_cache(maxsize=256)
-def _kept_offsets(batch: int, length: int, device: torch.device) -> Tensor:
-    # A copy from the host ends before it returns, so that other streams find the values. An inference tensor could not
-    # be kept for a backward pass.
-    with torch.inference_mode(False):
-        return (torch.arange(batch + 1, dtype=torch.int32, device="cpu") * length).to(device)
-
-
 def max_of_runs(x: Tensor, pool: int) -> Tensor:
     """The largest of each `pool` adjacent tokens: x [..., n, C] -> [..., n / pool, C]; x itself where pool is 1.
 
@@ -470,8 +445,7 @@ class MaskUnitAttention(nn.Module):
         """qkv [batch, units, n, 3, heads, d] -> [batch, units, n / pool, heads * d], by attention over sequences."""
         batch, units, tokens = qkv.shape[:3]
         q, k, v = qkv.unbind(3)  # [batch, units, n, heads, d]
-        if self.pool > 1:
-            q = q.unflatten(2, (-1, self.pool)).max(3).values
+        q = max_of_runs(q.flatten(3), self.pool).unflatten(3, q.shape[3:])
         pooled = tokens // self.pool
         if self.run is None and packing is not None:
             keys = packing.max_seqlen * tokens  # of the image with the most units
