@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from ...nn import ACTIVATIONS
 from ..common.backbone import checked_out_features, without_default
-from ..common.config import ModelConfig, TransformersConfig
+from ..common.config import ModelConfig, TransformersConfig, drop_path_rates
 from .units import Pair, Units
 
 Self = TypeVar("Self", bound="HieraConfig")
@@ -109,8 +109,7 @@ class Geometry(ModelConfig):
 
     def drop_paths(self) -> tuple[float, ...]:
         """The drop path rate of each block, from 0 up to drop_path_rate."""
-        total = sum(self.depths)
-        return tuple(self.drop_path_rate * i / max(total - 1, 1) for i in range(total))
+        return drop_path_rates(self.drop_path_rate, sum(self.depths))
 
 
 def runs_of(
