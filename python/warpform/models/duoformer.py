@@ -240,7 +240,7 @@ class DuoFormerForImageClassification(PretrainedModel, CheckpointedLayers):
         if len(channels) < config.num_scales:
             raise ValueError(f"{name}: backbone must have {config.num_scales} feature maps, got {len(channels)}")
         if any(2 * first != second for first, second in itertools.pairwise(strides)):
-            raise ValueError(f"{name}: backbone must have maps of which each has twice the stride of the one before, "
+            raise ValueError(f"{name}: backbone must have maps of which each has twice the stride of the finer one, "
                              f"got strides {strides}")  # fmt: skip
         if config.image_size % strides[-1]:
             raise ValueError(f"{name}: image_size must be a multiple of {strides[-1]}, got {config.image_size}")

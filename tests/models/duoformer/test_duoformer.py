@@ -322,7 +322,7 @@ def test_a_backbone_of_another_kind(token: str) -> None:
         DuoFormerForImageClassification(model.config)
     odd = ThreeConvolutions()
     odd.strides = (2, 4, 16)
-    with pytest.raises(ValueError, match=r"each has twice the stride of the one before, got strides \(2, 4, 16\)"):
+    with pytest.raises(ValueError, match=r"each has twice the stride of the finer one, got strides \(2, 4, 16\)"):
         DuoFormerForImageClassification(model.config, odd)
 
 

@@ -25,7 +25,7 @@ class StagedModel(ConvertibleModel, CheckpointedLayers):
 
     @classmethod
     def build(cls: type[Self], config: Any, *, with_optional: bool = True) -> Self:
-        return cls(config)
+        return cls(config)  # type: ignore[call-arg]
 
     @property
     def channels(self) -> tuple[int, ...]:
