@@ -219,11 +219,13 @@ NEVER_LAUNCHED: dict[str, str] = {
 
 # Registers that code of an instruction set must not touch. csrc/cpu is compiled once for each.
 WIDER = {"v3": re.compile(r"%zmm|%k[1-7]\b|%[xy]mm(1[6-9]|2\d|3[01])\b")}
-# What objects of CPU kernels may take from elsewhere: the C library, and cleaning up behind an exception of the host.
+# What objects of CPU kernels may take from elsewhere: the C library, giving up the core while another thread works, and
+# cleaning up behind an exception of the host.
 CPU_NEEDS = frozenset(
     (
         *("memcpy", "memset", "memmove", "memcmp"),
         *("logf", "exp2f", "log2f", "expf", "tanhf", "sqrtf"),
+        "sched_yield",
         *("__stack_chk_fail", "_GLOBAL_OFFSET_TABLE_"),
         *("_Unwind_Resume", "__gxx_personality_v0", "DW.ref.__gxx_personality_v0"),
     )

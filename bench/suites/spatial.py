@@ -17,7 +17,7 @@ import warpform
 from helpers import spatial as oracle
 from helpers.compare import assert_close
 
-PROVIDERS = ("warpform", "torch_compiled", "torch_eager", "torch_channels_first")
+PROVIDERS = ("warpform", "torch_compiled", "torch_channels_first", "torch_eager")
 SIZE, EPS = 3, 1e-5
 
 # The table of sizes: (batch, height, width, channels). Of the mixer the stages of PoolFormer-S12 at 224 x 224, of the

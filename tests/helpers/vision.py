@@ -42,6 +42,27 @@ def assert_same(name: str, actual: Tensor, expected: Tensor) -> None:
         assert error <= 1e-12 * max(1.0, size), f"{name}: error {error:.2e} beside {size:.2e}"
 
 
+class Wrapped(nn.Module):
+    """Calls a module, as an adapter does in whose place it is."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x)
+        return out
+
+
+def wrap_products(model: nn.Module) -> int:
+    """Puts a `Wrapped` in the place of every linear layer and convolution; returns how many there are."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, Wrapped(model.get_submodule(name)))
+    return len(names)
+
+
 def outputs_of(model: nn.Module, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
     """Everything that a model returns, by name."""
     out = model(pixels, output_hidden_states=True, **({} if labels is None else {"labels": labels}))

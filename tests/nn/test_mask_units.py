@@ -136,3 +136,23 @@ def test_arguments() -> None:
         MaskUnitAttention(8, 2, 4, out_size=9)
     with pytest.raises(ValueError, match="pool must be at least 1 and divide run 6, got 4"):
         MaskUnitAttention(8, 2, 6, pool=4)
+    for module, shape, text in (
+        (
+            MaskUnitAttention(8, 2, 4),
+            (2, 3, 6, 8),
+            "hidden must have a number of tokens a unit that run 4 divides, got 6",
+        ),
+        (
+            MaskUnitAttention(8, 2, 4, pool=2),
+            (2, 2, 6, 8),
+            "hidden must have a number of tokens a unit that run 4 divides, got 6",
+        ),
+        (
+            MaskUnitAttention(8, 2, pool=4),
+            (2, 2, 6, 8),
+            "hidden must have a number of tokens a unit that pool 4 divides, got 6",
+        ),
+        (MaskUnitAttention(8, 2, 4), (2, 8, 8), r"hidden must be \[batch, units, n, channels\], got shape \[2, 8, 8\]"),
+    ):
+        with pytest.raises(ValueError, match=f"MaskUnitAttention: {text}"):
+            module(torch.randn(shape))

@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from warpform.nn import AddBiasResidualLayerNorm, FeedForward, MetaFormerBlock, SampleNorm
+from warpform.nn import (
+    AddBiasResidualLayerNorm,
+    FeedForward,
+    MetaFormerBlock,
+    MixFeedForward,
+    PoolMixer,
+    SampleNorm,
+    StridedAttention,
+)
 from warpform.nn._checkpoint import CheckpointedLayers
 from warpform.nn.metaformer import run_blocks
 
@@ -141,6 +149,7 @@ def test_sample_norm_is_group_norm_of_one_group() -> None:
         x = torch.randn(shape, dtype=torch.float64)
         expected = F.group_norm(x.movedim(-1, 1), 1, norm.weight, norm.bias, 1e-3).movedim(1, -1)
         assert_same(norm(x), expected)
+        assert_same(norm._by_rows(x), expected)  # what a GPU takes
 
 
 def test_bad_arguments() -> None:
@@ -150,3 +159,21 @@ def test_bad_arguments() -> None:
         MetaFormerBlock(Mean(), None, norm="batch")
     with pytest.raises(ValueError, match="hidden_size must be given"):
         MetaFormerBlock(Mean(), None, norm="layer")
+
+
+@pytest.mark.parametrize(
+    "mixer, channel_mixer",
+    (
+        (PoolMixer(), FeedForward(6, 8)),
+        (PoolMixer(), FeedForward(6, 8, pointwise=True)),
+        (None, MixFeedForward(6, 8)),
+        (StridedAttention(6, 2), None),
+    ),
+    ids=("linear", "pointwise", "with neighbours", "of the mixer"),
+)
+@pytest.mark.parametrize("norm", ("layer", "group"))
+def test_channels_are_read_off(mixer: nn.Module | None, channel_mixer: nn.Module | None, norm: str) -> None:
+    made = MetaFormerBlock(mixer, channel_mixer, norm=norm, layer_scale=0.5)
+    for part in made.halves:
+        assert getattr(made, f"{part}_norm").weight.shape == getattr(made, f"{part}_scale").shape == (6,)
+    assert made(torch.randn(2, 4, 3, 6)).shape == (2, 4, 3, 6)

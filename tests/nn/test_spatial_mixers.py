@@ -21,7 +21,7 @@ from warpform.nn import (
     PoolMixer,
     StridedAttention,
 )
-from warpform.nn.mixers import equal_offsets
+from warpform.nn._offsets import equal_offsets
 from warpform.nn.patch_embedding import embed_patches, least_size
 
 
@@ -280,3 +280,11 @@ def test_least_size(patches: Any, strides: Any, padding: Any, grids: Any) -> Non
         return True
 
     assert least_size(patches, strides, padding, grids) == next(size for size in range(1, 200) if enough(size))
+
+
+@pytest.mark.parametrize("mixer", (PoolMixer(), StridedAttention(8, 2, 2), StridedAttention(8, 2)))
+@pytest.mark.parametrize("shape", ((2, 6, 8), (2, 2, 4, 4, 8)))
+def test_mixers_refuse_what_is_no_grid(mixer: nn.Module, shape: tuple[int, ...]) -> None:
+    wanted = rf"{type(mixer).__name__}: hidden must be \[batch, height, width, channels\], got shape \[2, "
+    with pytest.raises(ValueError, match=wanted):
+        mixer(torch.randn(shape))

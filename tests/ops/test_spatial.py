@@ -175,6 +175,8 @@ def test_autocast(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=dtype):
         mixed, convolved = ops.pool_mixer(x, weight, scale), ops.depthwise_conv2d(image, taps, bias, activation="gelu")
         assert ops.pool_mixer(x.double(), weight.double()).dtype == torch.float64
+        other = torch.bfloat16 if dtype == torch.float16 else torch.float16
+        assert ops.pool_mixer(*(t.to(other) for t in (x, weight, scale))).dtype == dtype
     assert torch.equal(mixed, ops.pool_mixer(x.to(dtype), weight, scale)) and mixed.dtype == dtype
     half = [t.to(dtype) for t in (image, taps, bias)]
     assert torch.equal(convolved, ops.depthwise_conv2d(*half, activation="gelu")) and convolved.dtype == dtype

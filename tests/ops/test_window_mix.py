@@ -177,8 +177,9 @@ def test_a_gate_of_another_shape_is_refused_where_gradients_are_recorded() -> No
 
 
 def test_a_gate_is_the_same_with_and_without_gradients() -> None:
-    x, gate, weight = leaf(1, 4, 6, 8), leaf(1, 4, 6, 8), W.double()
+    x, gate, weight = leaf(1, 4, 6, 8), leaf(1, 8, 4, 6).permute(0, 2, 3, 1), W.double()
     recorded = ops.window_mix(x, weight, window_size=2, gate=gate)
+    assert recorded.is_contiguous()  # however the gate lies
     with torch.no_grad():
         torch.testing.assert_close(
             ops.window_mix(x, weight, window_size=2, gate=gate), recorded, atol=1e-14, rtol=1e-14

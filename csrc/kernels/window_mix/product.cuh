@@ -9,7 +9,8 @@
 //           and x again for a LayerNorm's backward, 16 bytes a lane.
 // LayerNorm A token whose chunks are a power of two and fit a tile (up to 64 channels) is shared by neighbouring lanes:
 //           its mean and rstd, and in the backward its two sums, are shuffles. Wider tokens take statistics.cuh before
-//           and LayerNorm's backward (norm/) behind, one more pass over x each, from L2 where the map is not large.
+//           and LayerNorm's backward (norm/) behind, one more pass over x each, from L2 where the map is not large; the
+//           latter takes a copy of x where its tokens are parts of wider rows.
 // Bounds    Forward 6 bytes an element of 16 bits (x, gate, out) and 2 n FLOP; backward 10 bytes (dout, x, gate, dx,
 //           dgate) and 4 n FLOP. On an H200 (4.3 TB/s; mma.sync at half of 990 TFLOP/s) a map of 256 x 256 with 32
 //           channels and windows of 256 is 2.9 us of bytes and 2.2 us of products forward. The slabs of W are 128 CTAs

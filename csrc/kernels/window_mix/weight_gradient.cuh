@@ -6,7 +6,7 @@
 // Loads     as in product.cuh: 64 places of D and 64 of x a step, into one of two buffers, with one barrier a step. All
 //           CTAs together read dout, the gate and x n / 64 times, all but the first from L2.
 // Bounds    2 n FLOP and 6 bytes an element of 16 bits; with windows of 256 tokens 24 bytes pass L2. A step waits for
-//           its loads, which the three CTAs of an SM hide from each other.
+//           its loads, which the two CTAs of an SM hide from each other.
 // Measured  not yet.
 #pragma once
 

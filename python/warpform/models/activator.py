@@ -89,12 +89,15 @@ class ActivatorForImageClassification(PretrainedModel, CheckpointedLayers):
         feed_forward = FeedForward(width, inner, dropout=config.dropout) if config.feed_forward else None
         return MetaFormerBlock(GatedUnit(width, inner, config.layer_norm_eps), feed_forward, norm=lambda: norm)
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, *, return_dict: bool | None = None
+    ) -> ImageClassifierOutput | tuple[Any, ...]:
         """Classifies images.
 
         Args:
             pixel_values: [batch, num_channels, height, width], of sizes that patch_size divides.
             labels: [batch] integers (classes) or [batch] numbers (regression with one label), else [batch, num_labels].
+            return_dict: False returns a tuple.
 
         Returns:
             ImageClassifierOutput: loss, in float32 at least; logits [batch, num_labels].
@@ -113,7 +116,8 @@ class ActivatorForImageClassification(PretrainedModel, CheckpointedLayers):
         hidden = run_blocks(self, self.blocks, self.patcher(pixel_values))
         logits = apply_linear(hidden.flatten(1, 2).mean(1), self.classifier)
         loss = None if labels is None else classification_loss(name, config.problem_type, logits, labels)
-        return ImageClassifierOutput(loss, logits)
+        output = ImageClassifierOutput(loss, logits)
+        return output.to_tuple() if return_dict is False else output
 
     def weight_names(self) -> dict[str, tuple[str, ...]]:
         return {name: published_names(name) for name in named_weights(self)}

@@ -21,16 +21,18 @@ from torch import Tensor, nn
 from ..nn import FeedForward
 from ..nn._checkpoint import CheckpointedLayers
 from ..nn._product import apply_linear
-from ..nn.conv_norm import ConvNorm, channels_first, channels_last
+from ..nn.conv_norm import ConvNorm
+from ..nn.grids import channels_first, channels_last
 from ..nn.metaformer import MetaFormerBlock, add_terms, run_blocks
 from ..nn.mixers import GroupedAttention
 from .common.config import ModelConfig, config_overrides
 from .common.init import linear_std
 from .common.losses import classification_loss
 from .common.outputs import ImageClassifierOutput
-from .common.pretrained import PretrainedModel, load_weights, named_weights
+from .common.pretrained import PretrainedModel, load_weights, named_weights, published_weights
 from .common.weights import rename
-from .resnet import ResNetConfig, backbone_config, checked_backbone, make_backbone, published_config
+from .resnet import ResNetConfig, published_config
+from .system_backbone import backbone_choice, backbone_config, checked_backbone, make_backbone
 
 __all__ = ["DuoFormerConfig", "DuoFormerForImageClassification"]
 
@@ -260,12 +262,15 @@ class DuoFormerForImageClassification(PretrainedModel, CheckpointedLayers):
         for positions in (self.scale_positions, self.positions):
             nn.init.trunc_normal_(positions, std=POSITION_STD)
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, *, return_dict: bool | None = None
+    ) -> ImageClassifierOutput | tuple[Any, ...]:
         """Classifies images.
 
         Args:
             pixel_values: [batch, num_channels, image_size, image_size].
             labels: [batch] integers (classes) or [batch] numbers (regression with one label), else [batch, num_labels].
+            return_dict: False returns a tuple.
 
         Returns:
             ImageClassifierOutput: loss, in float32 at least; logits [batch, num_labels].
@@ -290,7 +295,8 @@ class DuoFormerForImageClassification(PretrainedModel, CheckpointedLayers):
         loss = None
         if labels is not None:
             loss = classification_loss(name, self.config.problem_type, logits, labels)
-        return ImageClassifierOutput(loss, logits)
+        output = ImageClassifierOutput(loss, logits)
+        return output.to_tuple() if return_dict is False else output
 
     def scale_tokens(self, maps: tuple[Tensor, ...]) -> Tensor:
         """The tokens of all patches, with positions: [batch, patches, patch_tokens, hidden_size].
@@ -332,13 +338,8 @@ class DuoFormerForImageClassification(PretrainedModel, CheckpointedLayers):
         config = cls.config_class(**{**_config_of(what, weights), **overrides})
         with torch.device("meta"):
             model = cls(config)
-        state, own, unread = model.state_dict(), {}, {*weights}
-        for name, (theirs,) in model.published_names().items():
-            unread.discard(theirs)
-            if theirs in weights:  # what is missing is named by load_weights
-                found, shape = weights[theirs], state[name].shape
-                own[name] = found.view(shape) if found.dim() == 4 and found.numel() == shape.numel() else found
-        return load_weights(cls, config, {**own, **{name: weights[name] for name in unread}}, what).eval()
+        own = published_weights(model, model.published_names(), weights)
+        return load_weights(cls, config, own, what).eval()
 
 
 def _published_name(name: str) -> str:
@@ -362,7 +363,6 @@ def _config_of(what: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
             _, place, rest = name.split(".", 2)
             resnet_weights[f"{sequence.get(place, place)}.{rest}"] = weight
     resnet = published_config(what, resnet_weights)
-    presets = {size: ResNetConfig.preset(size) for size in ResNetConfig.presets}
     layers = {kind: {name.split(".")[2] for name in weights if name.startswith(f"{transformer}{kind}.")}
               for kind in ("scaleBlocks", "blocks")}  # fmt: skip
     positions, head, inside = (weights[name].shape for name in needed)
@@ -371,7 +371,7 @@ def _config_of(what: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         "num_scales": sum(name.startswith("projection.") and name.endswith(".weight") for name in weights),
         "scale_token": "learned" if "channel_token" in weights else "features",
-        "backbone": next((size for size, preset in presets.items() if preset == resnet), resnet),
+        "backbone": backbone_choice(resnet),
         "image_size": stride * math.isqrt(positions[1] - 1),
         "hidden_size": positions[2],
         "scale_layers": len(layers["scaleBlocks"]),

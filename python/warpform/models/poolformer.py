@@ -6,20 +6,17 @@ Inside, features are [batch, height, width, channels]; in outputs [batch, channe
 from __future__ import annotations
 
 import dataclasses
-from itertools import accumulate
-from operator import mul
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..nn import ACTIVATIONS, FeedForward, MetaFormerBlock, OverlappingPatchEmbedding, PoolMixer, SampleNorm
-from ..nn._checkpoint import CheckpointedLayers
 from ..nn.metaformer import run_blocks
 from ..nn.patch_embedding import least_size
-from .common.checks import check_pixels, refuse_arguments
-from .common.config import TransformersConfig, check_stages
-from .common.convertible import ConvertibleModel
+from .common.checks import check_pixels
+from .common.config import TransformersConfig, check_stages, drop_path_rates
 from .common.outputs import ImageModelOutput
+from .common.staged import StagedModel
 from .common.vision_heads import ImageClassification
 
 __all__ = ["PoolFormerConfig", "PoolFormerForImageClassification", "PoolFormerModel"]
@@ -95,7 +92,7 @@ class PoolFormerConfig(TransformersConfig):
         return {**super().to_transformers(), "num_encoder_blocks": len(self.depths)}
 
 
-class PoolFormerModel(ConvertibleModel, CheckpointedLayers):
+class PoolFormerModel(StagedModel):
     """PoolFormer without a head. Called as `transformers.PoolFormerModel`, on images of any size.
 
     Args:
@@ -112,8 +109,7 @@ class PoolFormerModel(ConvertibleModel, CheckpointedLayers):
     def __init__(self, config: PoolFormerConfig) -> None:
         super().__init__()
         self.config = config
-        total = sum(config.depths)
-        rates = iter(config.drop_path_rate * i / max(total - 1, 1) for i in range(total))
+        rates = iter(drop_path_rates(config.drop_path_rate, sum(config.depths)))
         self.embeddings = nn.ModuleList()
         self.stages = nn.ModuleList()
         channels = config.num_channels
@@ -135,20 +131,6 @@ class PoolFormerModel(ConvertibleModel, CheckpointedLayers):
             layer_scale=config.layer_scale_init_value if config.use_layer_scale else None,
             drop_path=drop_path,
         )
-
-    @classmethod
-    def build(cls, config: PoolFormerConfig, *, with_optional: bool = True) -> PoolFormerModel:
-        return cls(config)
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """Of each feature map."""
-        return self.config.hidden_sizes
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Pixels of the image to one step of each feature map."""
-        return tuple(accumulate(self.config.strides, mul))
 
     def feature_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """The output of each stage, channels last.
@@ -172,33 +154,10 @@ class PoolFormerModel(ConvertibleModel, CheckpointedLayers):
             maps.append(hidden)
         return tuple(maps)
 
-    def forward(
-        self,
-        pixel_values: Tensor,
-        *,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **unsupported: Any,
-    ) -> ImageModelOutput | tuple[Any, ...]:
-        """Images of any size.
-
-        Args:
-            pixel_values: [batch, channels, height, width].
-            output_hidden_states: also return the output of every stage. None = as the config says.
-            return_dict: False returns a tuple. None = as the config says.
-            **unsupported: other arguments of the transformers model, accepted when None or False.
-
-        Raises:
-            ValueError: pixel_values of another shape, or smaller than a patch; an argument that is not supported.
-        """
-        refuse_arguments(type(self).__name__, unsupported)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        states = tuple(x.permute(0, 3, 1, 2) for x in self.feature_maps(pixel_values))
-        output = ImageModelOutput(states[-1], states if output_hidden_states else None)
-        if return_dict is None:
-            return_dict = self.config.return_dict
-        return output if return_dict else output.to_tuple()
+    def as_tuple(self, output: ImageModelOutput) -> tuple[Any, ...]:
+        """With None in the second place, as in transformers."""
+        last, *others = output.to_tuple()
+        return (last, None, *others)
 
     def weight_names(self) -> dict[str, tuple[str, ...]]:
         both: dict[str, str] = {}

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn._checkpoint import CheckpointedLayers
-from ..nn.conv_norm import channels_last
-from .common.backbone import Backbone, BackboneModel, checked_out_features, stage_names
+from ..nn.conv_norm import needs_places
+from ..nn.grids import channels_last
+from .common.backbone import BackboneModel, checked_out_features
 from .common.checks import check_pixels
-from .common.config import ModelConfig, TransformersConfig, config_overrides
+from .common.config import TransformersConfig, config_overrides
 from .common.pretrained import load_weights, named_weights
 from .common.weights import rename
 
@@ -139,10 +140,19 @@ class ResNetBlock(nn.Module):
         return F.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
+class ResNetStage(nn.Sequential, CheckpointedLayers):
+    """Blocks, one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = self.run_layer(block, x)
+        return x
+
+
 Self = TypeVar("Self", bound="ResNetBackbone")
 
 
-class ResNetBackbone(BackboneModel, CheckpointedLayers):
+class ResNetBackbone(BackboneModel):
     """A ResNet without a head. Called as `transformers.ResNetBackbone`, on images of any size.
 
     Sizes that strides do not divide are rounded up: an image of 33 pixels has maps of 9, 5, 3 and 2. In training mode
@@ -170,7 +180,7 @@ class ResNetBackbone(BackboneModel, CheckpointedLayers):
             stride = 2 if stage or config.downsample_in_first_stage else 1
             blocks = [ResNetBlock(config, inputs, outputs, stride)]
             blocks += [ResNetBlock(config, outputs, outputs, 1) for _ in range(depth - 1)]
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            self.add_module(f"layer{stage + 1}", ResNetStage(*blocks))
             inputs = outputs
         self.apply(self.init_weights)
 
@@ -201,8 +211,7 @@ class ResNetBackbone(BackboneModel, CheckpointedLayers):
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
         maps = [x]
         for stage in range(len(self.config.depths)):
-            for block in getattr(self, f"layer{stage + 1}"):
-                x = self.run_layer(block, x)
+            x = getattr(self, f"layer{stage + 1}")(x)
             maps.append(x)
         return [channels_last(x) for x in maps]
 
@@ -210,12 +219,12 @@ class ResNetBackbone(BackboneModel, CheckpointedLayers):
         """Raises ValueError where a BatchNorm in training mode would see fewer than two places."""
         stride = self.stage_strides[-1]
         batch, _, height, width = pixel_values.shape
-        if batch * -(-height // stride) * -(-width // stride) > 1:
-            return
-        if any(module.training for module in self.modules() if isinstance(module, nn.BatchNorm2d)):
+        places = batch * -(-height // stride) * -(-width // stride)
+        if places < 2 and any(needs_places(module) for module in self.modules()):
             raise ValueError(
                 f"{type(self).__name__}: pixel_values must give BatchNorm more than one place a channel in training "
-                f"mode, got {list(pixel_values.shape)}, whose last map is 1 x 1: give more images, or call eval()"
+                f"mode, got {list(pixel_values.shape)}, of which the last map has {places}: give more images, or call "
+                "eval()"
             )
 
     def weight_names(self) -> dict[str, tuple[str, ...]]:
@@ -289,58 +298,3 @@ def _transformers_name(name: str) -> str:
         name = f"encoder.stages.{int(stage[1]) - 1}.layers.{stage[2]}.{name[stage.end() :]}"
         name = _IN_A_BLOCK.sub(lambda found: f".layer.{int(found[2]) - 1}.{kinds[found[1]]}.", name)
     return rename(name, _TO_TRANSFORMERS)
-
-
-# What the backbone of a system may be in its config: a preset, options, these as config.json has them, or another's.
-BackboneChoice = str | ResNetConfig | Mapping[str, Any] | None
-
-
-def checked_backbone(config: ModelConfig, choice: BackboneChoice) -> str | ResNetConfig | None:
-    """The field `backbone` of a system's config, for its `__post_init__`.
-
-    Raises:
-        ValueError: no preset of this name, or options that do not fit.
-        TypeError: another type.
-    """
-    if isinstance(choice, Mapping):
-        return ResNetConfig.from_fields(choice)
-    if isinstance(choice, str) and choice not in ResNetConfig.presets:
-        raise config.error(f"backbone must be one of {', '.join(ResNetConfig.presets)}, or options, got {choice!r}")
-    if choice is not None and not isinstance(choice, str | ResNetConfig):
-        raise TypeError(
-            f"{type(config).__name__}: backbone must be a name, a ResNetConfig or None, got {type(choice).__name__}"
-        )
-    return choice
-
-
-def backbone_config(choice: str | ResNetConfig | None) -> ResNetConfig | None:
-    """The options that the field `backbone` stands for, with every stage returned; None: it is of another kind."""
-    if choice is None:
-        return None
-    config = ResNetConfig.preset(choice) if isinstance(choice, str) else choice
-    return dataclasses.replace(config, out_features=stage_names(len(config.depths))[1:])
-
-
-def make_backbone(name: str, choice: str | ResNetConfig | None, given: Any) -> Any:
-    """The backbone of a system: the given one, or a new ResNet.
-
-    Args:
-        name: of the system's class, for errors.
-        choice: the field `backbone` of its config.
-        given: a module that is a `Backbone`, or None.
-
-    Raises:
-        ValueError: neither a choice nor a module, or a module that the choice does not describe.
-        TypeError: a module that is no `Backbone`.
-    """
-    config = backbone_config(choice)
-    if given is None:
-        if config is None:
-            raise ValueError(f"{name}: backbone must be given where the config's backbone is None")
-        return ResNetBackbone(config)
-    if not isinstance(given, nn.Module) or not isinstance(given, Backbone):
-        raise TypeError(f"{name}: backbone must be a module with channels, strides and feature_maps, "
-                        f"got {type(given).__name__}")  # fmt: skip
-    if config is not None and getattr(given, "config", None) != config:
-        raise ValueError(f"{name}: the config's backbone must be None, or what the given backbone has as config")
-    return given

@@ -198,14 +198,20 @@ class SReTForImageClassification(PretrainedModel, CheckpointedLayers):
         return MetaFormerBlock(None, feed_forward, norm="layer", eps=config.layer_norm_eps, coefficients=True)
 
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, *, generator: torch.Generator | None = None
-    ) -> ImageClassifierOutput:
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        return_dict: bool | None = None,
+    ) -> ImageClassifierOutput | tuple[Any, ...]:
         """Classifies images.
 
         Args:
             pixel_values: [batch, num_channels, image_size, image_size].
             labels: [batch] integers (classes) or [batch] numbers (regression with one label), else [batch, num_labels].
             generator: what permutations are drawn with, where there are any; None: torch's default one of the device.
+            return_dict: False returns a tuple.
 
         Returns:
             ImageClassifierOutput: loss, in float32 at least; logits [batch, num_labels].
@@ -229,7 +235,8 @@ class SReTForImageClassification(PretrainedModel, CheckpointedLayers):
         pooled = self.norm(hidden.flatten(1, 2).mean(1), None, None)
         logits = apply_linear(pooled, self.head)
         loss = None if labels is None else classification_loss(name, config.problem_type, logits, labels)
-        return ImageClassifierOutput(loss, logits)
+        output = ImageClassifierOutput(loss, logits)
+        return output.to_tuple() if return_dict is False else output
 
     def run_stage(self, stage: int, hidden: Tensor, generator: torch.Generator | None) -> Tensor:
         """The blocks of a stage on hidden [batch, rows, columns, channels]."""

@@ -4,38 +4,12 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
 from ._product import apply_linear, is_plain, linear
+from .grids import channels_first, channels_last
 
 ACTIVATION_LAYERS = ("relu", "prelu")
-
-
-def channels_first(x: Tensor) -> Tensor:
-    """x [batch, height, width, channels] as torch's convolutions and BatchNorm take it, without a copy."""
-    return x.permute(0, 3, 1, 2)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """The opposite of `channels_first`; without a copy where x is in torch's channels_last format."""
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
-def depthwise(x: Tensor, conv: nn.Module, activation: str = "linear") -> Tensor:
-    """activation(conv(x)) for a depthwise `nn.Conv2d` that keeps the size of the grid, by `ops.depthwise_conv2d`.
-
-    Args:
-        x: [batch, height, width, channels].
-        conv: the convolution. A module that takes its place, such as an adapter, is called.
-        activation: "linear" or "relu".
-    """
-    if is_plain(conv, nn.Conv2d):
-        plain = cast("nn.Conv2d", conv)
-        return ops.depthwise_conv2d(x, plain.weight.squeeze(1), plain.bias, activation=activation)
-    out = channels_last(conv(channels_first(x)))
-    return F.relu(out) if activation == "relu" else out
 
 
 def on_one_place(x: Tensor, conv: nn.Module) -> Tensor:
@@ -56,6 +30,14 @@ def on_one_place(x: Tensor, conv: nn.Module) -> Tensor:
     return linear(x, weight[:, :, rows // 2, columns // 2])
 
 
+def needs_places(norm: nn.Module | None) -> bool:
+    """Tells whether a norm is an `nn.BatchNorm2d` in training mode, which needs more than one place a channel.
+
+    It is no `nn.SyncBatchNorm`, whose statistics span processes, of which each may have one place.
+    """
+    return isinstance(norm, nn.BatchNorm2d) and norm.training
+
+
 class ConvNorm(nn.Module):
     """activation(BatchNorm(convolution(x))), of stride 1 and padded so that the grid keeps its size.
 
@@ -69,7 +51,11 @@ class ConvNorm(nn.Module):
         norm: whether BatchNorm follows.
         activation: "relu", "prelu" with one slope a channel, or None.
 
+    A module that takes the place of `conv`, such as an adapter, is called on what `conv` takes: with one tap and one
+    group [batch, height, width, in_channels], else [batch, in_channels, height, width].
+
     Attributes:
+        pointwise: whether `conv` is an `nn.Linear`.
         conv: `nn.Linear` or `nn.Conv2d`.
         norm: `nn.BatchNorm2d`, or None.
         activation: `nn.ReLU` or `nn.PReLU`, or None.
@@ -94,24 +80,23 @@ class ConvNorm(nn.Module):
             raise ValueError(f"ConvNorm: kernel_size must be an odd number, got {kernel_size}")
         if activation not in (None, *ACTIVATION_LAYERS):
             raise ValueError(f"ConvNorm: activation must be None, relu or prelu, got {activation!r}")
+        self.pointwise = kernel_size == 1 and groups == 1
         self.conv: nn.Module
-        if kernel_size == 1 and groups == 1:
+        if self.pointwise:
             self.conv = nn.Linear(in_channels, out_channels, bias=bias)
         else:
             padding = kernel_size // 2
             self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, groups=groups, bias=bias)
-        self.norm = nn.BatchNorm2d(out_channels) if norm else None
+        self.norm: nn.Module | None = nn.BatchNorm2d(out_channels) if norm else None
         self.activation: nn.Module | None = None
         if activation is not None:
             self.activation = nn.ReLU() if activation == "relu" else nn.PReLU(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [batch, height, width, in_channels]; returns [batch, height, width, out_channels]."""
-        if isinstance(self.conv, nn.Conv2d):
-            out = self.conv(channels_first(x))
-        else:
-            out = channels_first(apply_linear(x, self.conv))
-        return self.finish(out)
+        if self.pointwise:
+            return self.finish(channels_first(apply_linear(x, self.conv)))
+        return self.finish(self.conv(channels_first(x)))
 
     def finish(self, product: Tensor) -> Tensor:
         """Norm and activation of what the convolution gave.
@@ -123,11 +108,11 @@ class ConvNorm(nn.Module):
             [batch, height, width, out_channels].
 
         Raises:
-            ValueError: less than two places in training mode, of which BatchNorm has no variance.
+            ValueError: less than two places in training mode, of which `nn.BatchNorm2d` has no variance.
         """
         if self.norm is not None:
             batch, _, height, width = product.shape
-            if self.norm.training and batch * height * width < 2:
+            if needs_places(self.norm) and batch * height * width < 2:
                 raise ValueError(
                     "ConvNorm: x must have more than one place a channel in training mode, where BatchNorm normalises "
                     f"over them, got {[batch, height, width]}: give more images, or call eval()"

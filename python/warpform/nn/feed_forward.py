@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
 from ._product import CPU_ROWS, apply_linear, in_blocks, is_plain, product
 from .activations import BiasActivation
+from .grids import depthwise
 
 
 class FeedForward(nn.Module):
@@ -112,10 +112,7 @@ class MixFeedForward(nn.Module):
 
     def _convolve(self, x: Tensor) -> Tensor:
         """act(depthwise(x)), [batch, height, width, intermediate]."""
-        if not is_plain(self.depthwise, nn.Conv2d):
-            return self.activation(self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous(), None)
         fused = self.activation.name if is_plain(self.activation, BiasActivation) else ""
-        weight, bias = self.depthwise.weight.squeeze(1), self.depthwise.bias
         if fused in self.FUSED:
-            return ops.depthwise_conv2d(x, weight, bias, activation=fused)
-        return self.activation(ops.depthwise_conv2d(x, weight, bias), None)
+            return depthwise(x, self.depthwise, fused)
+        return self.activation(depthwise(x, self.depthwise), None)

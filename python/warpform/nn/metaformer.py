@@ -5,6 +5,7 @@ A grid of tokens [batch, *grid, channels] goes in and out, channels last.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
@@ -62,7 +63,14 @@ class SampleNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [batch, *grid, C]; returns the same shape."""
-        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+        if x.device.type == "cpu":
+            return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+        return self._by_rows(x)
+
+    def _by_rows(self, x: Tensor) -> Tensor:
+        """The same by LayerNorm of samples as rows. torch's GroupNorm of a GPU copies x to channels first and back."""
+        rows = F.layer_norm(x.flatten(1), (math.prod(x.shape[1:]),), eps=self.eps)
+        return torch.addcmul(self.bias, rows.view(x.shape), self.weight)
 
 
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {"layer": AddBiasResidualLayerNorm, "group": SampleNorm}
@@ -88,7 +96,8 @@ class MetaFormerBlock(nn.Module):
         channel_mixer: works on each token alone, such as `FeedForward`. None leaves the second half out.
         norm: "layer" (`AddBiasResidualLayerNorm`, each token), "group" (`SampleNorm`, each sample), or what makes a
             norm. What returns the same module twice makes a block of one norm for both halves.
-        hidden_size: the channels; None: what `channel_mixer.up` takes.
+        hidden_size: the channels; None: what `channel_mixer.up` takes, a linear layer or a convolution, else what
+            `mixer.out` gives.
         eps: of the norms that have names.
         layer_scale: what the vectors s1 and s2, one factor a channel, begin with (arXiv 2103.17239). None: there are
             none.
@@ -132,10 +141,9 @@ class MetaFormerBlock(nn.Module):
         if isinstance(norm, str) and norm not in NORMS:
             raise ValueError(f"{name}: norm must be one of {', '.join(NORMS)} or what makes a norm, got {norm!r}")
         if hidden_size is None:
-            up = getattr(channel_mixer, "up", None)
-            hidden_size = up.in_features if isinstance(up, nn.Linear) else None
+            hidden_size = _channels_of(mixer, channel_mixer)
         if hidden_size is None and (isinstance(norm, str) or layer_scale is not None):
-            raise ValueError(f"{name}: hidden_size must be given, as channel_mixer does not tell it")
+            raise ValueError(f"{name}: hidden_size must be given, as neither mixer nor channel_mixer tells it")
         self.halves = tuple(halves)
         for part, module in halves.items():
             self.add_module(part, module)
@@ -209,6 +217,16 @@ class MetaFormerBlock(nn.Module):
     def _drop_whole(self, hidden: Tensor, whole: Tensor) -> Tensor:
         """The stream where `whole` is what the half makes of it, with drop path on the difference."""
         return torch.lerp(hidden, whole, self.drop_path.factor(whole)) if self.drop_path.drops else whole
+
+
+def _channels_of(mixer: nn.Module | None, channel_mixer: nn.Module | None) -> int | None:
+    """The channels that go into `channel_mixer.up` or come out of `mixer.out`, or None where neither tells them."""
+    up, out = getattr(channel_mixer, "up", None), getattr(mixer, "out", None)
+    if isinstance(up, nn.Linear):
+        return up.in_features
+    if isinstance(up, nn.Conv2d):
+        return up.in_channels
+    return out.out_features if isinstance(out, nn.Linear) else None
 
 
 def normalise(norm: nn.Module, hidden: Tensor, added: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -11,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _autocast, _torch_private, ops
+from .. import _autocast, ops
 from ..packing import Packing
+from ._offsets import equal_offsets
 from ._product import apply_linear, is_plain, linear, product
 from .activations import BiasActivation
 from .metaformer import SampleNorm
@@ -43,9 +43,15 @@ def attend_runs(qkv: Tensor, length: int, scale: float | None = None) -> Tensor:
     if length <= LONGEST_RUN:
         return ops.window_attention(qkv.unsqueeze(1), window_size=(1, length), scale=scale).squeeze(1)
     q, k, v = qkv.flatten(0, 1).unbind(1)
-    offsets = torch.arange(0, q.shape[0] + 1, length, dtype=torch.int32, device=qkv.device)
+    offsets = equal_offsets(qkv, q.shape[0] // length, length)
     out = ops.varlen_attention(q, k, v, offsets, offsets, length, length, softmax_scale=scale)
     return cast("Tensor", out).flatten(1).view(*qkv.shape[:2], qkv.shape[3] * qkv.shape[4])
+
+
+def check_grid(name: str, hidden: Tensor) -> None:
+    """Raises ValueError where hidden is not [batch, height, width, channels]; `name` begins the message."""
+    if hidden.dim() != 4:
+        raise ValueError(f"{name}: hidden must be [batch, height, width, channels], got shape {list(hidden.shape)}")
 
 
 class GroupedAttention(nn.Module):
@@ -240,7 +246,12 @@ class PoolMixer(nn.Module):
         self.pool_size = pool_size
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
-        """hidden: [batch, height, width, channels]; returns the same shape, and None as there is no bias."""
+        """hidden: [batch, height, width, channels]; returns the same shape, and None as there is no bias.
+
+        Raises:
+            ValueError: hidden of another shape.
+        """
+        check_grid("PoolMixer", hidden)
         size = self.pool_size
         pooled = F.avg_pool2d(hidden.permute(0, 3, 1, 2), size, 1, size // 2, count_include_pad=False)
         return pooled.permute(0, 2, 3, 1) - hidden, None
@@ -330,9 +341,10 @@ class StridedAttention(nn.Module):
         added, or None where it is added.
 
         Raises:
-            ValueError: a grid smaller than the stride, which has no keys.
+            ValueError: hidden of another shape, a grid smaller than the stride, which has no keys.
             NotImplementedError: training mode with attention dropout above 0.
         """
+        check_grid("StridedAttention", hidden)
         if self.training and self.attention_dropout > 0.0:
             raise NotImplementedError(
                 f"attention_probs_dropout_prob is {self.attention_dropout}, and attention dropout is not supported in "
@@ -355,31 +367,6 @@ class StridedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, stride={self.stride}"
-
-
-def equal_offsets(x: Tensor, batch: int, length: int) -> Tensor:
-    """cu_seqlens of `batch` sequences of `length` rows each: 0, length, ..., int32 [batch + 1] on the device of x.
-
-    They are made once for each size and device. Where torch traces or captures a call they are made in it, as what is
-    kept has to hold values from then on.
-    """
-    device = x.device
-    if (
-        torch.compiler.is_compiling()
-        or _torch_private.is_fake(x)
-        or device.type == "meta"
-        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-    ):
-        return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-    return _kept_offsets(batch, length, device)
-
-
-@functools.lru_cache(maxsize=256)
-def _kept_offsets(batch: int, length: int, device: torch.device) -> Tensor:
-    # A copy from the host ends before it returns, so that other streams find the values. An inference tensor could not
-    # be kept for a backward pass.
-    with torch.inference_mode(False):
-        return (torch.arange(batch + 1, dtype=torch.int32, device="cpu") * length).to(device)
 
 
 def max_of_runs(x: Tensor, pool: int) -> Tensor:
@@ -431,7 +418,19 @@ class MaskUnitAttention(nn.Module):
 
         Returns:
             The product [batch, units, n / pool, out_size], and the bias [out_size] to be added, or None.
+
+        Raises:
+            ValueError: hidden of another shape, or with an n that run or pool does not divide.
         """
+        name = type(self).__name__
+        if hidden.dim() != 4:
+            raise ValueError(f"{name}: hidden must be [batch, units, n, channels], got shape {list(hidden.shape)}")
+        for of, divisor in (("run", self.run), ("pool", self.pool)):
+            if divisor is not None and hidden.shape[2] % divisor:
+                raise ValueError(
+                    f"{name}: hidden must have a number of tokens a unit that {of} {divisor} divides, "
+                    f"got {hidden.shape[2]}"
+                )
         qkv = apply_linear(hidden, self.qkv).unflatten(-1, (3, self.num_heads, self.head_dim))
         batch, units, tokens = hidden.shape[:3]
         run = self.run
@@ -446,19 +445,17 @@ class MaskUnitAttention(nn.Module):
         """qkv [batch, units, n, 3, heads, d] -> [batch, units, n / pool, heads * d], by attention over sequences."""
         batch, units, tokens = qkv.shape[:3]
         q, k, v = qkv.unbind(3)  # [batch, units, n, heads, d]
-        if self.pool > 1:
-            q = q.unflatten(2, (-1, self.pool)).max(3).values
+        q = max_of_runs(q.flatten(3), self.pool).unflatten(3, q.shape[3:])
         pooled = tokens // self.pool
-        # Sequence i has keys from starts[i] * keys on, and the longest has `most` times so many.
         if self.run is None and packing is not None:
-            starts, keys, most = packing.cu_seqlens, tokens, packing.max_seqlen
+            keys = packing.max_seqlen * tokens  # of the image with the most units
+            q_offsets, k_offsets = packing.cu_seqlens * pooled, packing.cu_seqlens * tokens
         else:
             keys = units * tokens if self.run is None else self.run
             count = batch if self.run is None else batch * units * (tokens // self.run)
-            starts, most = torch.arange(count + 1, dtype=torch.int32, device=qkv.device), 1
-        queries = keys // self.pool
+            q_offsets, k_offsets = (equal_offsets(qkv, count, length) for length in (keys // self.pool, keys))
         q, k, v = q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
-        out = ops.varlen_attention(q, k, v, starts * queries, starts * keys, most * queries, most * keys)
+        out = ops.varlen_attention(q, k, v, q_offsets, k_offsets, keys // self.pool, keys)
         return cast("Tensor", out).view(batch, units, pooled, self.num_heads * self.head_dim)
 
     def extra_repr(self) -> str:

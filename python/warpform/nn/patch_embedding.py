@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._product import is_plain, linear
+from .grids import convolve
 
 CONVOLUTIONS: dict[int, type[Any]] = {2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -133,13 +134,6 @@ class OverlappingPatchEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [batch, height, width, in_channels]; returns [batch, rows, columns, hidden_size]."""
         return convolve(x, getattr(self, self.name))
-
-
-def convolve(x: Tensor, convolution: nn.Module) -> Tensor:
-    """convolution(x) with channels last: x [batch, height, width, in], returns [batch, rows, columns, out]."""
-    # Where channels are the last in memory, torch convolves so and copies nothing.
-    out: Tensor = convolution(x.contiguous().permute(0, 3, 1, 2))
-    return out.permute(0, 2, 3, 1).contiguous()
 
 
 def least_size(patch_sizes: Sequence[int], strides: Sequence[int], padding: Sequence[int], grids: Sequence[int]) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
+from .. import _autocast
 from ._dtypes import accumulation_dtype
 from ._register import register_op
 from .examples import spatial as examples
@@ -88,6 +90,8 @@ def pool_mixer(
         ValueError: a wrong shape, tensors on different devices, an even pool_size, or an eps that is negative or not
             finite.
     """
+    if isinstance(x, Tensor) and _autocast.enabled(x.device) and x.dtype != torch.float64:
+        weight, scale = cast("Tensor", _autocast.beside_cast(weight, x)), _autocast.beside_cast(scale, x)
     return _pool_mixer(x, weight, scale, pool_size=pool_size, eps=eps)[0]
 
 

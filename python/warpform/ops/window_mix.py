@@ -92,10 +92,11 @@ def window_mix(
 
     Args:
         x: [B, H, W, C], float16, bfloat16, float32 or float64. Tokens may be part of wider rows, as the halves of one
-            product are; other layouts are copied.
+            product are; other layouts are copied, and such rows too by the backward of a norm of more than 64 channels.
         weight: [n, n] in x's dtype, n = wh * ww; a row for each token that is made.
         bias: [n] in x's dtype, or None.
-        window_size: tokens along each axis of a window, one number or (wh, ww). They divide H and W.
+        window_size: tokens along each axis of a window, one number or (wh, ww). They divide H and W. CUDA kernels take
+            n up to 1024, as far as shared memory goes: in float32 768 on Hopper and 512 on an A100.
         dilated: False: windows are blocks of adjacent tokens. True: a window has one token of each cell of a grid of
             wh x ww cells, token (a, b) of window (p, q) at (a * H / wh + p, b * W / ww + q).
         norm_weight: [C], x's dtype or float32: a LayerNorm over the channels of each token stands before the product.
@@ -105,8 +106,9 @@ def window_mix(
         gate: [B, H, W, C] in x's dtype, laid out in any way that x may be, or None.
 
     Returns:
-        [B, H, W, C] like x, contiguous, computed in float32 (float64) and rounded once. Gradients reach all tensors and
-        repeat bit by bit. Under autocast x, weight, bias and gate are cast, the parameters of the norm are not.
+        [B, H, W, C] like x, contiguous. Sums are float32 (float64); 16-bit kernels also round the normal tokens before
+        the product. Gradients reach all tensors and repeat bit by bit. Under autocast x, weight, bias and gate are
+        cast, the parameters of the norm are not.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -121,7 +123,7 @@ def window_mix(
     beside = gate if _gates_beside(x, gate, weight, bias, norm_weight, norm_bias) else None
     inside = gate if beside is None else None
     out, _, _ = _window_mix(x, weight, bias, norm_weight, norm_bias, inside, window, dilated=dilated, eps=eps)
-    return out if beside is None else torch.addcmul(beside, beside, out)
+    return out if beside is None else torch.addcmul(beside, beside, out).contiguous()
 
 
 def _gates_beside(x: Tensor, gate: Any, *parameters: Any) -> bool:

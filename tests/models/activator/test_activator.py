@@ -107,6 +107,8 @@ def test_it_is_the_formula(feed_forward: bool, checkpointing: bool) -> None:
     loss = F.cross_entropy(logits, labels)
     assert_same(out.logits, logits)
     assert_same(out.loss, loss)
+    for found, expected in zip(model(x, labels, return_dict=False), (loss, logits), strict=True):
+        assert_same(found, expected)
     out.loss.backward()
     loss.backward()
     expected = {name: parameter.grad for name, parameter in plain.named_parameters()}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from helpers.compare import assert_close
 from helpers.training import accuracy_on_digits
-from helpers.vision import assert_same
+from helpers.vision import assert_same, wrap_products
 from helpers.vision import randomise as in_double
 from warpform import models, ops
 from warpform.models import DuoFormerConfig, DuoFormerForImageClassification, ResNetConfig
@@ -233,11 +233,21 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert_same("logits", found(pixels).logits, model(pixels).logits)
 
 
+def test_modules_in_the_place_of_products() -> None:
+    """Adapters are called on what they stand for."""
+    model, pixels = model_of(num_scales=3, scale_token="features"), torch.randn(2, 3, 64, 64).double()
+    expected = model(pixels).logits
+    assert wrap_products(model) > 30
+    assert_same("logits", model(pixels).logits, expected)
+
+
 def test_losses_and_dropout() -> None:
     pixels, labels = torch.randn(3, 3, 64, 64).double(), torch.tensor([0, 4, 2])
     model = model_of(hidden_dropout_prob=0.3)
     out = model(pixels, labels)
     torch.testing.assert_close(out.loss, F.cross_entropy(out.logits, labels))
+    loss, logits = model(pixels, labels, return_dict=False)
+    assert torch.equal(loss, out.loss) and torch.equal(logits, out.logits)
     for module in model.train().modules():  # statistics that do not move
         if isinstance(module, nn.BatchNorm2d):
             module.eval()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from helpers.compare import assert_close
 from helpers.parity import check_gradients, randomise
 from helpers.training import accuracy_on_digits
+from helpers.vision import assert_same
 from warpform import models
 from warpform.models.hiera.units import Units
 
@@ -300,6 +301,22 @@ def test_folders_say_the_order_of_tokens(tmp_path: Path) -> None:
     assert models.from_pretrained(tmp_path).config.token_order == "units"
     # A model without the head reads the stages of either.
     assert models.HieraModel.from_pretrained(tmp_path).norm is None
+
+
+def test_folders_that_transformers_computes_otherwise(tmp_path: Path) -> None:
+    """Its class has the maps of a folder in the order "rows", and others of one in the order "units", as docs say."""
+    pixels = torch.randn(1, 3, 32, 32).double()
+    for order in ("rows", "units"):
+        ours = randomise(models.HieraBackbone(models.HieraConfig(**SMALL, token_order=order)).double())
+        ours.save_pretrained(tmp_path)
+        again = models.from_pretrained(tmp_path)
+        theirs = transformers.HieraBackbone.from_pretrained(tmp_path, dtype=torch.float64).eval()
+        expected, found, other = (model(pixels).feature_maps[0] for model in (ours, again, theirs))
+        assert again.config == ours.config and torch.equal(found, expected)
+        if order == "rows":
+            assert_same("map", other, expected)
+        else:
+            assert other.shape == expected.shape and float((other - expected).detach().abs().max()) > 0.01
 
 
 @pytest.mark.parametrize(

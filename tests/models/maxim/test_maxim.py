@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from helpers.drawn import drawn
 from helpers.parity import randomise
 from warpform.models import MAXIMConfig, MAXIMForImageRestoration
-from warpform.models.maxim.blocks import GatedMixing, ResizedLinear, resize, upsample
+from warpform.models.maxim.blocks import GatedMixing, ResizedLinear, rescale, upsample
 from warpform.models.maxim.published import published_names
 
 # Windows that are not square, another grid than block, three levels, two stages of three scales.
@@ -452,7 +452,7 @@ def test_parts_are_torchs() -> None:
     for steps in (-2, -1, 0, 1, 2):
         module = ResizedLinear(5, 3, steps).double()
         x = torch.randn(2, 8, 12, 5, dtype=torch.float64)
-        assert_same("order", module(x), module.linear(resize(x, steps)))
+        assert_same("order", module(x), module.linear(rescale(x, steps)))
 
 
 # ---- sizes of images ----

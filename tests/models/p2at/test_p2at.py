@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from helpers.compare import assert_close
 from helpers.scenes import digit_scenes, mean_iou
 from helpers.training import train
-from helpers.vision import assert_same
+from helpers.vision import assert_same, wrap_products
 from helpers.vision import randomise as in_double
 from warpform import models, ops
 from warpform.models import P2ATConfig, P2ATForSemanticSegmentation, ResNetConfig
@@ -248,6 +248,20 @@ def test_a_context_has_one_tap() -> None:
         module.register_forward_hook(lambda _, given, out: seen.append(tuple(out.shape)))
     assert_same("with hooks", context(x), expected)
     assert seen == [(2, 6, 1, 1)] * 2
+    context.out.register_forward_hook(lambda _, given, out: seen.append(tuple(out.shape)))
+    context(x)
+    assert seen[4:] == [(2, 1, 1, 6)]
+
+
+def test_modules_in_the_place_of_products() -> None:
+    """Adapters are called on what they stand for; maps of 10 x 10 have as many channels."""
+    model, pixels = model_of(auxiliary_heads=True), torch.randn(2, 3, 80, 80).double()
+    expected = model(pixels)
+    assert wrap_products(model) > 50
+    found = model(pixels)
+    assert_same("logits", found.logits, expected.logits)
+    for i, (one, other) in enumerate(zip(found.auxiliary, expected.auxiliary, strict=True)):
+        assert_same(f"auxiliary {i}", one, other)
 
 
 def test_rows_and_columns_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,6 +325,9 @@ def test_losses() -> None:
     last, *others = (F.cross_entropy(x, labels, ignore_index=255) for x in (out.logits, *out.auxiliary))
     torch.testing.assert_close(out.loss, last + 0.4 * (others[0] + others[1]))
     assert float(model(pixels, torch.full_like(labels, 255)).loss.detach()) == 0
+    names = ("loss", "logits", "auxiliary")
+    for one, name in zip(model(pixels, labels, return_dict=False), names, strict=True):
+        torch.testing.assert_close(one, out[name])
     model.config.auxiliary_loss_weight = 2.0
     torch.testing.assert_close(model(pixels, labels).loss, last + 2 * (others[0] + others[1]))
     alone = model_of().eval()
@@ -347,6 +364,10 @@ def test_one_image_in_training_mode() -> None:
             ValueError, match="P2ATForSemanticSegmentation: pixel_values must be two images or more in tr"
         ):
             model(pixels[:batch])
+    # Statistics of this kind span processes. In one process torch refuses the image.
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        synced(pixels)
     for module in model.modules():  # frozen statistics
         if isinstance(module, nn.BatchNorm2d):
             module.eval()

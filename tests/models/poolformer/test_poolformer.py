@@ -127,7 +127,22 @@ def test_beginning() -> None:
     maps = model.base.feature_maps(torch.randn(2, 3, 32, 48))
     assert [tuple(x.shape) for x in maps] == [(2, 8, 12, 8), (2, 4, 6, 12), (2, 2, 3, 10)]
     states = model.base(torch.zeros(1, 3, 32, 48), output_hidden_states=True, return_dict=False)
-    assert [tuple(x.shape) for x in states[1]] == [(1, 8, 8, 12), (1, 12, 4, 6), (1, 10, 2, 3)]
+    assert [tuple(x.shape) for x in states[2]] == [(1, 8, 8, 12), (1, 12, 4, 6), (1, 10, 2, 3)]
+
+
+@pytest.mark.parametrize("head", (False, True), ids=("model", "classifier"))
+@pytest.mark.parametrize("states", (False, True), ids=("last", "states"))
+def test_tuples(head: bool, states: bool) -> None:
+    """Every place holds what transformers has there; without a head the second one is empty."""
+    theirs = make(head)
+    ours, pixels = models.from_transformers(theirs), torch.randn(1, 3, 32, 48, dtype=torch.float64)
+    expected, found = (m(pixels, output_hidden_states=states, return_dict=False) for m in (theirs, ours))
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert type(one) is type(other)
+        if other is not None:
+            for x, y in zip(one, other, strict=True) if isinstance(other, tuple) else ((one, other),):
+                assert_same("place", x, y)
 
 
 def test_a_half_is_dropped_once() -> None:

@@ -166,6 +166,21 @@ def test_gradient_checkpointing_counts_a_batch_once() -> None:
     assert all(m.track_running_stats for m in twin.modules() if isinstance(m, nn.BatchNorm2d))
 
 
+def test_hooks_of_stages_are_called() -> None:
+    """With gradient checkpointing too, where blocks are computed again and not the whole of a stage."""
+    model, seen = our_model().train(), []
+    for name in ("layer1", "layer4"):
+        model.get_submodule(name).register_forward_hook(lambda _, given, out: seen.append(tuple(out.shape)))
+    pixels = torch.randn(2, 3, 64, 64)
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        (found,) = model(pixels).feature_maps
+        found.sum().backward()
+        assert seen == [(2, 8, 16, 16), (2, 20, 2, 2)]
+        seen.clear()
+
+
 def test_bfloat16() -> None:
     model, pixels = randomise(our_model()), torch.randn(2, 3, 40, 40)
     (truth,) = model.feature_maps(pixels.double())
@@ -187,7 +202,11 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="pixel_values must have at least 1 pixels a side"):
         model(torch.zeros(1, 3, 0, 8))
     for batch in (0, 1):
-        with pytest.raises(ValueError, match="ResNetBackbone: pixel_values must give BatchNorm more than one place"):
+        with pytest.raises(
+            ValueError,
+            match=r"ResNetBackbone: pixel_values must give BatchNorm more than one place a channel in training mode, "
+            rf"got \[{batch}, 3, 32, 32\], of which the last map has {batch}: give more images",
+        ):
             model.train()(torch.zeros(batch, 3, 32, 32))
     model(torch.zeros(1, 3, 32, 33))  # 1 x 2
     for module in model.modules():  # frozen statistics need no second place

@@ -16,7 +16,7 @@ from helpers.compare import assert_close
 from helpers.compilations import Compilations
 from helpers.scenes import digit_scenes, mean_iou
 from helpers.training import train
-from helpers.vision import assert_same, check_parity, check_there_and_back, randomise
+from helpers.vision import assert_same, check_parity, check_there_and_back, outputs_of, randomise
 from warpform import models
 from warpform.models.common.backbone import Backbone
 from warpform.models.segformer.heads import SegformerDecodeHead
@@ -151,6 +151,51 @@ def test_epsilon() -> None:
         if hasattr(module, "eps"):
             outside = "embedding_norms" in name or "reduction_norm" in name
             assert module.eps == (1e-5 if outside else 1e-6), name
+    assert ours.config.block_norm_eps == 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_epsilon_goes_with_the_model(kind: str, tmp_path: Path) -> None:
+    """The config says the eps of live norms, so a folder keeps it, and a new model of transformers gets it."""
+    model = make(kind)
+    outside = ("patch_embeddings", "sequence_reduction")
+    norms = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm) and not any(part in name for part in outside)
+    ]
+    for norm in norms:
+        norm.eps = 0.3
+    ours, pixels = models.from_transformers(model), pixels_of(1, 3, 40, 40)
+    assert ours.config.block_norm_eps == 0.3
+    expected = outputs_of(model, pixels)
+    ours.save_pretrained(tmp_path)
+    again = type(ours).from_pretrained(tmp_path)
+    assert again.config.block_norm_eps == 0.3
+    theirs = again.to_transformers()
+    assert type(theirs) is type(model) and theirs is not model
+    back = models.from_transformers(theirs)
+    assert back.config == again.config
+    for found in (again, theirs, back):
+        for name, value in outputs_of(found, pixels).items():
+            assert_same(name, value, expected[name])
+    norms[-1].eps = 0.4  # of the last one alone: no one number says it
+    mixed = models.from_transformers(model)
+    assert mixed.config.block_norm_eps == 1e-5
+    check_parity(model, pixels, ours=mixed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("states", (False, True), ids=("last", "states"))
+def test_tuples(kind: str, states: bool) -> None:
+    """Every place holds what transformers has there."""
+    theirs = make(kind)
+    ours, pixels = models.from_transformers(theirs), pixels_of(1, 3, 40, 40)
+    expected, found = (m(pixels, output_hidden_states=states, return_dict=False) for m in (theirs, ours))
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        for x, y in zip(one, other, strict=True) if isinstance(other, tuple) else ((one, other),):
+            assert_same("place", x, y)
 
 
 PUBLISHED = (

@@ -196,6 +196,8 @@ def test_it_is_the_formula() -> None:
     x, labels = images(), torch.tensor([4, 0, 2])
     with torch.no_grad():
         assert_same(model(x).logits, plain(x))
+        (alone,) = model(x, return_dict=False)
+        assert_same(alone, plain(x))
     model.train()
     plain.train()
     out, logits = model(x, labels), plain(x)

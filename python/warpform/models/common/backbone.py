@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...nn import AddBiasResidualLayerNorm
 from .config import ModelConfig
 from .convertible import ConvertibleModel
 from .outputs import Output
@@ -168,6 +169,24 @@ class BackboneModel(ConvertibleModel):
         if return_dict is None:
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
+
+
+class NormedBackboneModel(BackboneModel):
+    """The base of backbones that normalise each map that they return by a LayerNorm of its own, `hidden_states_norms`.
+
+    It comes before `VisionHead` among the bases, whose `make_head` it fills in.
+    """
+
+    def make_head(self) -> None:
+        """Sets the norms."""
+        channels = dict(zip(self.out_features, self.channels, strict=True))
+        self.hidden_states_norms = nn.ModuleDict(
+            {name: AddBiasResidualLayerNorm(width, 1e-5) for name, width in channels.items()}
+        )
+
+    def finish_map(self, name: str, hidden: Tensor) -> Tensor:
+        out: Tensor = self.hidden_states_norms[name](hidden, None, None)
+        return out
 
 
 def _channels_first(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:

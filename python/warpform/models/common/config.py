@@ -210,6 +210,11 @@ def check_stages(config: ModelConfig, names: Sequence[str], least: Mapping[str, 
             raise config.error(f"{name} must be above 0, got {entries}")
 
 
+def drop_path_rates(last: float, total: int) -> tuple[float, ...]:
+    """The drop path rates of `total` blocks, from 0 in the first in equal steps up to `last` in the last one."""
+    return tuple(last * i / max(total - 1, 1) for i in range(total))
+
+
 def config_overrides(config_class: type[Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """The overrides, checked to be fields of the config."""
     fields = [f.name for f in dataclasses.fields(config_class)]

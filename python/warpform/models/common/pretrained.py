@@ -251,6 +251,30 @@ def load_weights(
     return model
 
 
+def published_weights(
+    model: nn.Module, names: Mapping[str, tuple[str, ...]], weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Published weights under a model's own names and in its shapes, for `load_weights`, which names what is wrong.
+
+    Args:
+        model: the model, or one on the meta device.
+        names: for each weight of the model the published names whose tensors, joined on dim 0, it holds. Of a
+            convolution of one tap [out, in, 1, 1] the model may have the weight of a linear layer, [out, in].
+        weights: by published names.
+
+    Returns:
+        What the model has, without what the weights lack; and what it does not have, under its published name.
+    """
+    state, own, unread = model.state_dict(), {}, {*weights}
+    for name, parts in names.items():
+        unread -= {*parts}
+        if all(part in weights for part in parts):
+            joined = weights[parts[0]] if len(parts) == 1 else torch.cat([weights[part] for part in parts])
+            shape = state[name].shape
+            own[name] = joined.view(shape) if joined.dim() == 4 and joined.numel() == shape.numel() else joined
+    return {**own, **{name: weight for name, weight in weights.items() if name in unread}}
+
+
 def has_optional(model_class: type[PretrainedModel], weights: Iterable[str]) -> bool:
     """Tells whether weights of these names include those of the optional module."""
     optional = model_class.optional_module

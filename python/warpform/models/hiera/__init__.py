@@ -1,9 +1,9 @@
 """Hiera (arXiv 2306.00989), and networks of its kind with free stages (TurboViT, arXiv 2308.11421)."""
 
-from .config import HieraConfig, TurboViTConfig
+from .config import HieraConfig
 from .heads import HieraBackbone, HieraForImageClassification
 from .model import HieraModel, HieraOutput
-from .turbovit import TurboViTForImageClassification
+from .turbovit import TurboViTConfig, TurboViTForImageClassification
 
 __all__ = [
     "HieraBackbone",

@@ -1,4 +1,4 @@
-"""The options of Hiera and TurboViT, and the blocks that follow from them."""
+"""The options of Hiera, and the stages that follow from them and from those of networks of its kind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from ...nn import ACTIVATIONS
 from ..common.backbone import checked_out_features, without_default
-from ..common.config import ModelConfig, TransformersConfig
+from ..common.config import ModelConfig, TransformersConfig, drop_path_rates
 from .units import Pair, Units
 
 Self = TypeVar("Self", bound="HieraConfig")
@@ -49,6 +49,7 @@ class Geometry(ModelConfig):
     masked_unit_size: Any
     depths: tuple[int, ...]
     num_heads: tuple[int, ...]
+    masked_unit_attention: tuple[Any, ...]
     num_channels: int
     drop_path_rate: float
 
@@ -103,14 +104,39 @@ class Geometry(ModelConfig):
         """How often tokens are pooled up to the blocks of a stage."""
         return stage
 
-    def stages(self) -> tuple[Stage, ...]:
-        """The stages."""
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each stage."""
         raise NotImplementedError
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Of each stage the channels inside of the feed-forward to those of the block."""
+        raise NotImplementedError
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages. The window shrinks at each of them, also where nothing is pooled."""
+        area, joined = math.prod(self.masked_unit_size), math.prod(self.query_stride)
+        found, widths, before = [], self.widths, 0
+        for stage, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
+            pool = joined if self.poolings(stage) > before else 1
+            before = self.poolings(stage)
+            window = area // joined**stage
+            found.append(
+                Stage(
+                    widths[max(stage - 1, 0)],
+                    widths[stage],
+                    heads,
+                    int(widths[stage] * self.ratios[stage]),
+                    pool,
+                    runs_of(self.masked_unit_attention, stage, depth, (pool * window, window)),
+                )
+            )
+        return tuple(found)
 
     def drop_paths(self) -> tuple[float, ...]:
         """The drop path rate of each block, from 0 up to drop_path_rate."""
-        total = sum(self.depths)
-        return tuple(self.drop_path_rate * i / max(total - 1, 1) for i in range(total))
+        return drop_path_rates(self.drop_path_rate, sum(self.depths))
 
 
 def runs_of(
@@ -227,6 +253,11 @@ class HieraConfig(Geometry, TransformersConfig):
         return tuple(int(self.embed_dim * self.embed_dim_multiplier**i) for i in range(len(self.depths)))
 
     @property
+    def ratios(self) -> tuple[float, ...]:
+        """Of each stage the channels inside of the feed-forward to those of the block: mlp_ratio."""
+        return (self.mlp_ratio,) * len(self.depths)
+
+    @property
     def hidden_size(self) -> int:
         """Channels of the last stage."""
         return self.widths[-1]
@@ -236,25 +267,6 @@ class HieraConfig(Geometry, TransformersConfig):
 
     def poolings(self, stage: int) -> int:
         return min(stage, self.num_query_pool)
-
-    def stages(self) -> tuple[Stage, ...]:
-        area, joined = math.prod(self.masked_unit_size), math.prod(self.query_stride)  # type: ignore[arg-type]
-        found, widths = [], self.widths
-        for stage, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
-            pool = joined if 0 < stage <= self.num_query_pool else 1
-            # The window shrinks at each stage, also where nothing is pooled.
-            window = area // joined**stage
-            found.append(
-                Stage(
-                    widths[max(stage - 1, 0)],
-                    widths[stage],
-                    heads,
-                    int(widths[stage] * self.mlp_ratio),
-                    pool,
-                    runs_of(self.masked_unit_attention, stage, depth, (pool * window, window)),
-                )
-            )
-        return tuple(found)
 
     @classmethod
     def from_transformers(cls: type[Self], fields: Mapping[str, Any], **overrides: Any) -> Self:
@@ -266,96 +278,3 @@ class HieraConfig(Geometry, TransformersConfig):
             if isinstance(value, tuple):
                 fields[name] = list(value)
         return fields
-
-
-@dataclasses.dataclass
-class TurboViTConfig(Geometry, ModelConfig):
-    """The options of a hierarchical transformer of Hiera's kind whose stages may differ in everything (TurboViT).
-
-    TurboViT (arXiv 2308.11421) is such a network, found by a search: queries are pooled between its stages, and blocks
-    that attend in mask units stand beside blocks that attend to the whole image. Its table of layers is not public in
-    a form that could be read, so the defaults here are no published network.
-
-    Attributes:
-        hidden_sizes, depths, num_heads, mlp_ratios: channels, blocks, heads, and channels inside of the feed-forward in
-            those of the block, of each stage. All but the first stage begin with a pooling of queries.
-        masked_unit_attention: for each stage a bool, as of `HieraConfig`, or one for each of its blocks: True attends
-            inside of units, False to the image. The first block of a stage pools after it attended, and so has the
-            units of the stage before.
-        masked_unit_size: tokens of a unit in the first stage along each axis, beside each other: a multiple of
-            query_stride ** (stages - 1).
-        image_size, patch_size, patch_stride, patch_padding, query_stride, num_channels, drop_path_rate, hidden_act,
-        initializer_range, layer_norm_eps, num_labels, problem_type: as of `HieraConfig`.
-
-    Raises:
-        ValueError: as of `HieraConfig`.
-    """
-
-    model_type = "turbovit"
-    choices = {"hidden_act": ACTIVATIONS}
-    positive = ("num_channels",)
-    probabilities = ("drop_path_rate",)
-
-    image_size: int | Pair = (224, 224)
-    patch_size: int | Pair = (7, 7)
-    patch_stride: int | Pair = (4, 4)
-    patch_padding: int | Pair = (3, 3)
-    hidden_sizes: tuple[int, ...] = (64, 128, 256, 384)
-    depths: tuple[int, ...] = (1, 2, 8, 2)
-    num_heads: tuple[int, ...] = (1, 2, 4, 6)
-    mlp_ratios: tuple[float, ...] = (4.0, 4.0, 4.0, 4.0)
-    query_stride: int | Pair = (2, 2)
-    masked_unit_size: int | Pair = (8, 8)
-    masked_unit_attention: tuple[bool | tuple[bool, ...], ...] = (True, True, False, False)
-    drop_path_rate: float = 0.0
-    num_channels: int = 3
-    hidden_act: str = "gelu"
-    initializer_range: float = 0.02
-    layer_norm_init: float = 1.0
-    layer_norm_eps: float = 1e-6
-    return_dict: bool = True
-    num_labels: int = 2
-    problem_type: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("hidden_sizes", "depths", "num_heads", "mlp_ratios"):
-            setattr(self, name, tuple(getattr(self, name)))
-        self.masked_unit_attention = tuple(
-            one if isinstance(one, bool) else tuple(one) for one in self.masked_unit_attention
-        )
-        super().__post_init__()
-        stages = len(self.depths)
-        for name in ("hidden_sizes", "mlp_ratios", "masked_unit_attention"):
-            if len(getattr(self, name)) != stages:
-                raise self.error(f"{name} must have {stages} values, as depths has, got {getattr(self, name)}")
-        self.check_geometry(self.hidden_sizes)
-        for stage, (one, depth) in enumerate(zip(self.masked_unit_attention, self.depths, strict=True)):
-            if not isinstance(one, bool) and len(one) != depth:
-                raise self.error(
-                    f"masked_unit_attention must be a bool or have {depth} values in stage {stage}, as it has blocks, "
-                    f"got {one}"
-                )
-        if min(int(w * ratio) for w, ratio in zip(self.hidden_sizes, self.mlp_ratios, strict=True)) < 1:
-            raise self.error(f"mlp_ratios must leave a channel inside of the feed-forward, got {self.mlp_ratios}")
-
-    @property
-    def hidden_size(self) -> int:
-        """Channels of the last stage."""
-        return self.hidden_sizes[-1]
-
-    def stages(self) -> tuple[Stage, ...]:
-        area, joined = math.prod(self.masked_unit_size), math.prod(self.query_stride)  # type: ignore[arg-type]
-        found, widths = [], self.hidden_sizes
-        for stage, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
-            before, after = area // joined ** max(stage - 1, 0), area // joined**stage
-            found.append(
-                Stage(
-                    widths[max(stage - 1, 0)],
-                    widths[stage],
-                    heads,
-                    int(widths[stage] * self.mlp_ratios[stage]),
-                    joined if stage else 1,
-                    runs_of(self.masked_unit_attention, stage, depth, (before, after)),
-                )
-            )
-        return tuple(found)

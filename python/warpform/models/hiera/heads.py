@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...nn import AddBiasResidualLayerNorm
-from ..common.backbone import BackboneModel
+from ..common.backbone import NormedBackboneModel
 from ..common.pretrained import named_weights, read_config
 from ..common.vision_heads import ImageClassification, VisionHead
 from .config import HieraConfig
@@ -43,7 +42,7 @@ class HieraForImageClassification(ImageClassification, HieraWeights):
         super().__init__(config, base)
 
 
-class HieraBackbone(BackboneModel, VisionHead, HieraWeights):
+class HieraBackbone(NormedBackboneModel, VisionHead, HieraWeights):
     """Hiera as a backbone: the maps of the stages in `out_features`, each with its own LayerNorm.
 
     Images whose sides patch_stride * masked_unit_size divides; positions are resized where they are not of image_size.
@@ -51,7 +50,8 @@ class HieraBackbone(BackboneModel, VisionHead, HieraWeights):
     transformers' class of this name has the same weights but another order of tokens (`HieraConfig.token_order`). A
     model made from it, or read from a folder that it saved, has that order, "rows", and the same outputs. Weights that
     were trained as `HieraModel` are at home in the order "units", which is the default, and which transformers' class
-    does not compute.
+    does not compute. It reads a folder that such a model saved, as the weights are the same, but gives other maps. Only
+    folders of the order "rows" are for transformers' class.
 
     Args:
         config: its options.
@@ -75,12 +75,6 @@ class HieraBackbone(BackboneModel, VisionHead, HieraWeights):
             self.base.trunk = base.trunk
             self.base.train(base.training)
 
-    def make_head(self) -> None:
-        channels = dict(zip(self.out_features, self.channels, strict=True))
-        self.hidden_states_norms = nn.ModuleDict(
-            {name: AddBiasResidualLayerNorm(width, 1e-5) for name, width in channels.items()}
-        )
-
     @property
     def stage_channels(self) -> tuple[int, ...]:
         """Channels of the stem and of all stages."""
@@ -99,10 +93,6 @@ class HieraBackbone(BackboneModel, VisionHead, HieraWeights):
         by_rows = self.config.token_order == "rows"
         run = trunk(pixel_values, units, interpolate_pos_encoding=True, by_rows=by_rows)
         return [units.join(state, n) for state, n in zip(run.states, self.base.state_poolings(), strict=True)]
-
-    def finish_map(self, name: str, hidden: Tensor) -> Tensor:
-        out: Tensor = self.hidden_states_norms[name](hidden, None, None)
-        return out
 
     def returned_states(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Of each map its tokens [batch, tokens, channels] in the order of transformers."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,8 +9,8 @@ from torch import Tensor, nn
 from ...nn import AddBiasResidualLayerNorm, BiasActivation, MetaFormerBlock
 from ...nn._checkpoint import CheckpointedLayers
 from ...nn._product import apply_linear, is_plain, linear, product
+from ...nn.grids import convolve, resize
 from ...nn.metaformer import run_blocks
-from ...nn.patch_embedding import convolve
 from ...nn.window_mix import WindowMix
 from .config import MAXIMConfig, Pair
 
@@ -286,22 +284,21 @@ class ResizedLinear(nn.Module):
         With steps below 0 height and width are divided.
         """
         if self.steps < 0:
-            return apply_linear(resize(x, self.steps), self.linear)
-        return resize(apply_linear(x, self.linear), self.steps)
+            return apply_linear(rescale(x, self.steps), self.linear)
+        return rescale(apply_linear(x, self.linear), self.steps)
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}"
 
 
-def resize(x: Tensor, steps: int) -> Tensor:
+def rescale(x: Tensor, steps: int) -> Tensor:
     """x [batch, height, width, channels], bilinearly 2 ** steps times as high and wide, smoothed before it shrinks."""
     if steps == 0:
         return x
     size = [n << steps if steps > 0 else n >> -steps for n in x.shape[1:3]]
     # Torch smooths neither float16 nor bfloat16 on a CPU.
     wide = x.float() if steps < 0 and x.device.type == "cpu" and x.dtype.itemsize == 2 else x
-    how: dict[str, Any] = {"mode": "bilinear", "align_corners": False, "antialias": steps < 0}
-    out = F.interpolate(wide.permute(0, 3, 1, 2), size, **how).permute(0, 2, 3, 1).to(x.dtype).contiguous()
+    out = resize(wide, size, antialias=steps < 0).to(x.dtype)
     if out.requires_grad and x.device.type == "cpu" and not torch.compiler.is_compiling():
         # The gradient of joined features is a part of wider rows, for which torch's backward takes ten times as long.
         out.register_hook(Tensor.contiguous)

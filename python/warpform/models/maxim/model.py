@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...nn.patch_embedding import convolve
+from ...nn.grids import convolve
 from ...nn.window_mix import WindowMix
 from ..common.checks import check_pixels, refuse_arguments
 from ..common.outputs import Output
@@ -186,9 +186,11 @@ class MAXIMForImageRestoration(PretrainedModel):
             self.apply(self.init_weights)
 
     def init_weights(self, module: nn.Module) -> None:
-        """For `apply`: products as flax draws them, and those of multi-axis blocks with initializer_range.
+        """For `apply`: products as flax draws them, which is LeCun's rule, with biases of 0.
 
-        Mixing matrices are drawn with initializer_range; their bias is 0, and 1 in a cross-gating, where no 1 is added.
+        As in the release those of multi-axis blocks and of `DenseChannels`, its MlpBlock, are drawn with
+        initializer_range instead. So are mixing matrices. Their bias is 0, and 1 in a cross-gating, where no 1 is
+        added.
         """
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):

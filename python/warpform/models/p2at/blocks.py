@@ -8,20 +8,14 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...nn._product import apply_linear
-from ...nn.conv_norm import ConvNorm, channels_first, channels_last, depthwise, on_one_place
+from ...nn.conv_norm import ConvNorm, on_one_place
+from ...nn.grids import channels_first, channels_last, depthwise, resize
 from ...ops._dtypes import accumulation_dtype
 from .config import P2ATConfig
 
 VALUE_RATIO = 2  # dimensions of a value to those of a key
 GAMMA = 1e-6  # what the layer scale of decoder blocks begins with
 POSITIONS = 4  # tables of positions: of queries and keys of rows, then of columns
-
-
-def resized(x: Tensor, like: Tensor) -> Tensor:
-    """x [batch, h, w, channels] resized bilinearly to the grid of `like` [batch, height, width, ...]."""
-    if x.shape[1:3] == like.shape[1:3]:
-        return x
-    return channels_last(F.interpolate(channels_first(x), like.shape[1:3], mode="bilinear", align_corners=False))
 
 
 class P2ATDetails(nn.Module):
@@ -210,10 +204,19 @@ class P2ATFusion(nn.Module):
         fine = self.fine(fine)
         mean = apply_linear(fine.mean((1, 2), keepdim=True), self.fine_mean)
         fine = apply_linear(mean + torch.sigmoid(apply_linear(fine, self.fine_gate)), self.fine_out)
-        deep = resized(self.deep(deep) * torch.softmax(apply_linear(deep, self.deep_gate), -1), fine)
-        middle = resized(self.middle(middle), fine)
+        grid = fine.shape[1:3]
+        deep = resize(self.deep(deep) * torch.softmax(apply_linear(deep, self.deep_gate), -1), grid)
+        middle = resize(self.middle(middle), grid)
         joined: Tensor = self.out(torch.cat([fine, deep, middle], -1))
         return joined + middle * deep + torch.sigmoid(middle * fine)
+
+
+class P2ATContextOut(ConvNorm):
+    """ConvNorm of maps of 1 x 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [batch, 1, 1, in_channels]; returns [batch, 1, 1, out_channels]."""
+        return self.finish(on_one_place(x[:, 0, 0], self.conv)[:, :, None, None])
 
 
 class P2ATContext(nn.Module):
@@ -223,11 +226,12 @@ class P2ATContext(nn.Module):
         super().__init__()
         self.inwards = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.out = ConvNorm(channels, channels, 7, activation="prelu")
+        self.out = P2ATContextOut(channels, channels, 7, activation="prelu")
 
     def forward(self, x: Tensor) -> Tensor:
         mean = on_one_place(x.mean((1, 2)), self.inwards) * self.weight + self.bias
-        return x + self.out.finish(on_one_place(mean, self.out.conv)[:, :, None, None])
+        out: Tensor = x + self.out(mean[:, None, None])
+        return out
 
 
 class P2ATHead(nn.Module):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from ..common.config import ModelConfig
-from ..resnet import ResNetConfig, backbone_config, checked_backbone
+from ..resnet import ResNetConfig
+from ..system_backbone import backbone_config, checked_backbone
 
 MAPS = 4  # of the backbone
 

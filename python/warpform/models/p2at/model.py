@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ...nn._checkpoint import CheckpointedLayers
-from ...nn.conv_norm import ConvNorm
+from ...nn.conv_norm import ConvNorm, needs_places
+from ...nn.grids import resize
 from ..common.config import config_overrides
 from ..common.losses import segmentation_loss
 from ..common.outputs import SemanticSegmenterOutput
-from ..common.pretrained import PretrainedModel, load_weights, named_weights
-from ..resnet import make_backbone
-from .blocks import P2ATBlock, P2ATContext, P2ATDecoder, P2ATFusion, P2ATHead, resized
+from ..common.pretrained import PretrainedModel, load_weights, named_weights, published_weights
+from ..system_backbone import make_backbone
+from .blocks import P2ATBlock, P2ATContext, P2ATDecoder, P2ATFusion, P2ATHead
 from .config import MAPS, P2ATConfig
 from .weights import AUXILIARY_HEAD, published_fields, published_names
 
@@ -41,7 +42,8 @@ class P2ATForSemanticSegmentation(PretrainedModel, CheckpointedLayers):
     """P2AT: gives each pixel of an image a class.
 
     Images may have any size, also one that strides do not divide: maps are resized to each other. In training mode it
-    needs two images or more, as BatchNorm normalises what is left of each whole image (`contexts`).
+    needs two images or more, as BatchNorm normalises what is left of each whole image (`contexts`). With
+    `nn.SyncBatchNorm` these are of all processes.
 
     Args:
         config: its options.
@@ -77,12 +79,15 @@ class P2ATForSemanticSegmentation(PretrainedModel, CheckpointedLayers):
         heads = 2 if config.auxiliary_heads else 0
         self.auxiliary_heads = nn.ModuleList(P2ATHead(channels, config.num_labels) for _ in range(heads))
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> P2ATOutput:
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, *, return_dict: bool | None = None
+    ) -> P2ATOutput | tuple[Any, ...]:
         """Gives each pixel a class.
 
         Args:
             pixel_values: [batch, num_channels, height, width].
             labels: integers [batch, height, width]; `semantic_loss_ignore_index` is ignored.
+            return_dict: False returns a tuple.
 
         Returns:
             P2ATOutput: loss, in float32 at least: the mean cross-entropy over labelled pixels, and
@@ -109,8 +114,8 @@ class P2ATForSemanticSegmentation(PretrainedModel, CheckpointedLayers):
         halfway = self.decoders[1](self.contexts[0](x))
         x = second = self.fusions[1](finest, fine, halfway)
         x = self.refinements[0](self.decoders[2](self.contexts[1](x)))
-        x = self.refinements[1](self.merges[0](torch.cat([resized(halfway, x), x], -1)))
-        x = self.refinements[2](self.merges[1](torch.cat([resized(coarse, x), x], -1)))
+        x = self.refinements[1](self.merges[0](torch.cat([resize(halfway, x.shape[1:3]), x], -1)))
+        x = self.refinements[2](self.merges[1](torch.cat([resize(coarse, x.shape[1:3]), x], -1)))
         logits = self.head(x, size)
         output = P2ATOutput(logits=logits)
         if self.config.auxiliary_heads:
@@ -118,12 +123,12 @@ class P2ATForSemanticSegmentation(PretrainedModel, CheckpointedLayers):
             output.auxiliary = tuple(head(x, size) for head, x in maps)
         if labels is not None:
             output.loss = self.loss(labels, logits, *(output.auxiliary or ()))
-        return output
+        return output.to_tuple() if return_dict is False else output
 
     def _normalises_contexts(self) -> bool:
         """Tells whether contexts are normalised over a batch: not in eval mode, nor where their BatchNorm is in it."""
-        norms = [context.out.norm for context in self.contexts.children() if isinstance(context, P2ATContext)]
-        return any(norm is not None and norm.training for norm in norms)
+        contexts = [context for context in self.contexts.children() if isinstance(context, P2ATContext)]
+        return any(needs_places(context.out.norm) for context in contexts)
 
     def loss(self, labels: Tensor, logits: Tensor, *auxiliary: Tensor) -> Tensor:
         """The loss of logits and of those of auxiliary heads, each [batch, num_labels, height, width]."""
@@ -160,14 +165,7 @@ class P2ATForSemanticSegmentation(PretrainedModel, CheckpointedLayers):
         config = cls.config_class(**{**published_fields(what, weights), **overrides})
         with torch.device("meta"):
             model = cls(config)
-        unread = {name for name in weights if config.auxiliary_heads or not name.startswith(AUXILIARY_HEAD)}
-        own: dict[str, Tensor] = {}
-        state = model.state_dict()
-        for name, parts in model.published_names().items():
-            unread -= {*parts}
-            if all(part in weights for part in parts):  # what is missing is named by load_weights
-                found = [weights[part] for part in parts]
-                joined = found[0] if len(found) == 1 else torch.cat(found)
-                same = joined.numel() == state[name].numel() and joined.dim() == 4
-                own[name] = joined.view(state[name].shape) if same else joined
-        return load_weights(cls, config, {**own, **{name: weights[name] for name in unread}}, what).eval()
+        if not config.auxiliary_heads:
+            weights = {name: weight for name, weight in weights.items() if not name.startswith(AUXILIARY_HEAD)}
+        own = published_weights(model, model.published_names(), weights)
+        return load_weights(cls, config, own, what).eval()

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..common.weights import rename
-from ..resnet import ResNetConfig, published_config
+from ..resnet import published_config
+from ..system_backbone import backbone_choice
 
 # Our names to those of the published code. Numbers follow the order of computation; it counts contexts and fusions from
 # the coarse side, 4 and then 3, and refinements backwards.
@@ -100,10 +101,9 @@ def published_fields(what: str, weights: Mapping[str, Tensor]) -> dict[str, Any]
     if missing:
         raise ValueError(f"{what}: weights must have the published names, and lack {missing[0]}")
     resnet = published_config(what, {name.replace("conv1_x.", "conv1."): w for name, w in weights.items()})
-    presets = {size: ResNetConfig.preset(size) for size in ResNetConfig.presets}
     hidden_size = weights["feature_reducer.conv.weight"].shape[0]
     return {
-        "backbone": next((size for size, preset in presets.items() if preset == resnet), resnet),
+        "backbone": backbone_choice(resnet),
         "auxiliary_heads": any(name.startswith(AUXILIARY_HEAD) for name in weights),
         "hidden_size": hidden_size,
         "num_blocks": len({name.split(".")[2] for name in weights if name.startswith(f"{layers}.")}),

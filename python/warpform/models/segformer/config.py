@@ -26,8 +26,10 @@ class SegformerConfig(TransformersConfig):
         hidden_dropout_prob, attention_probs_dropout_prob: in training; that of attention has to be 0 there.
         classifier_dropout_prob: before the classifier of pixels.
         drop_path_rate: of the last block, from 0 in the first.
-        block_norm_eps: of the LayerNorms in blocks and after stages; others have 1e-5. transformers has 1e-5 everywhere
-            (its layer_norm_eps changes nothing), the published code 1e-6 here.
+        block_norm_eps: of the LayerNorms in blocks and after stages; others have 1e-5. The published code has 1e-6
+            here. transformers has 1e-5 everywhere: its layer_norm_eps changes nothing, and it does not read this field,
+            so what it reads from a folder computes with 1e-5. `to_transformers` sets the eps of the norms themselves,
+            and `from_transformers` takes it from them, into this field where all agree.
         decoder_hidden_size: channels of the head for segmentation.
         semantic_loss_ignore_index: the label of pixels that the loss does not look at.
         reshape_last_stage: whether the last output is [batch, channels, height, width] as all others, rather than

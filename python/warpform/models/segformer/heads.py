@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn._product import apply_linear, apply_pointwise, is_plain, linear
+from ...nn.grids import resize
 from ..common.checks import refuse_arguments
 from ..common.losses import segmentation_loss
 from ..common.outputs import ImageModelOutput, SemanticSegmenterOutput
@@ -87,13 +88,6 @@ class SegformerDecodeHead(nn.Module):
             resize(apply_linear(x, module), size) for x, module in zip(maps, self.linear_projections, strict=True)
         ]
         return apply_pointwise(torch.cat(resized[::-1], -1), self.linear_fuse)
-
-
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """x: [batch, height, width, channels]; returns [batch, *size, channels], bilinearly, corners not aligned."""
-    if tuple(x.shape[1:3]) == tuple(size):
-        return x
-    return F.interpolate(x.permute(0, 3, 1, 2), size=tuple(size), mode="bilinear").permute(0, 2, 3, 1)
 
 
 class SegformerForSemanticSegmentation(VisionHead, SegformerBase):

@@ -6,8 +6,6 @@ Inside, features are [batch, height, width, channels]; in outputs [batch, channe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
-from operator import mul
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -19,14 +17,14 @@ from ...nn import (
     OverlappingPatchEmbedding,
     StridedAttention,
 )
-from ...nn._checkpoint import CheckpointedLayers
 from ...nn.metaformer import run_blocks
 from ...nn.patch_embedding import least_size
-from ..common.checks import check_pixels, refuse_arguments
-from ..common.config import config_overrides
+from ..common.checks import check_pixels
+from ..common.config import config_overrides, drop_path_rates
 from ..common.convertible import ConvertibleModel
 from ..common.outputs import ImageModelOutput
 from ..common.pretrained import load_weights
+from ..common.staged import StagedModel
 from . import weights as names_of
 from .config import SegformerConfig
 
@@ -75,8 +73,19 @@ class SegformerBase(ConvertibleModel):
                 raise ValueError(f"{what}: {name} must be {told} as the weights tell, got {value}")
         return load_weights(cls, cls.config_class(**{**fields, **overrides}), weights, what).eval()
 
+    def _new_origin(self) -> nn.Module:
+        """A new model of transformers, whose norms get the eps that these have: its config does not say them."""
+        origin = super()._new_origin()
+        live = {self.file_name(name): name for name, _ in origin.named_parameters()}
+        names = self.weight_names()
+        for ours, module in self.named_modules():
+            if hasattr(module, "eps") and f"{ours}.weight" in names:
+                place = live[names[f"{ours}.weight"][0]].removesuffix(".weight")
+                origin.get_submodule(place).eps = module.eps
+        return origin
 
-class SegformerModel(SegformerBase, CheckpointedLayers):
+
+class SegformerModel(SegformerBase, StagedModel):
     """The Mix Transformer. Called as `transformers.SegformerModel`, on images of any size.
 
     Where a stage's sr_ratio does not divide its grid, the last rows and columns are in no key, as in transformers.
@@ -94,8 +103,7 @@ class SegformerModel(SegformerBase, CheckpointedLayers):
     def __init__(self, config: SegformerConfig) -> None:
         super().__init__()
         self.config = config
-        total = sum(config.depths)
-        rates = iter(config.drop_path_rate * i / max(total - 1, 1) for i in range(total))
+        rates = iter(drop_path_rates(config.drop_path_rate, sum(config.depths)))
         self.embeddings = nn.ModuleList()
         self.embedding_norms = nn.ModuleList()
         self.stages = nn.ModuleList()
@@ -131,19 +139,17 @@ class SegformerModel(SegformerBase, CheckpointedLayers):
             dropout=dropout,
         )
 
-    @classmethod
-    def build(cls, config: SegformerConfig, *, with_optional: bool = True) -> SegformerModel:
-        return cls(config)
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """Of each feature map."""
-        return self.config.hidden_sizes
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Pixels of the image to one step of each feature map."""
-        return tuple(accumulate(self.config.strides, mul))
+    def adopt(self, hf_model: nn.Module) -> None:
+        """Says in the config which eps the norms in blocks and after stages have, where all have the same."""
+        found = {
+            module.eps
+            for name, module in self.named_modules()
+            if isinstance(module, AddBiasResidualLayerNorm)
+            and not name.startswith("embedding_norms.")
+            and not name.endswith(".reduction_norm")
+        }
+        if len(found) == 1:
+            self.config.block_norm_eps = found.pop()
 
     def feature_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """The normalised output of each stage, channels last.
@@ -171,41 +177,14 @@ class SegformerModel(SegformerBase, CheckpointedLayers):
             maps.append(hidden)
         return tuple(maps)
 
-    def forward(
-        self,
-        pixel_values: Tensor,
-        *,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **unsupported: Any,
-    ) -> ImageModelOutput | tuple[Any, ...]:
-        """Images of any size.
-
-        Args:
-            pixel_values: [batch, channels, height, width].
-            output_hidden_states: also return the output of every stage. None = as the config says.
-            return_dict: False returns a tuple. None = as the config says.
-            **unsupported: other arguments of the transformers model, accepted when None or False.
-
-        Raises:
-            ValueError: pixel_values of another shape, or so small that a stage has no key; an argument that is not
-                supported, by name.
-            NotImplementedError: training mode with attention dropout above 0.
-        """
-        refuse_arguments(type(self).__name__, unsupported)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        output = self.as_output(self.feature_maps(pixel_values), output_hidden_states)
-        if return_dict is None:
-            return_dict = self.config.return_dict
-        return output if return_dict else output.to_tuple()
-
     def as_output(self, maps: Sequence[Tensor], with_hidden_states: bool) -> ImageModelOutput:
-        """What `forward` returns, from the feature maps."""
-        states = [x.permute(0, 3, 1, 2) for x in maps]
+        """As of the base; the last output is [batch, tokens, channels] where the config says so."""
+        output = super().as_output(maps, with_hidden_states)
         if not self.config.reshape_last_stage:
-            states[-1] = maps[-1].flatten(1, 2)
-        return ImageModelOutput(states[-1], tuple(states) if with_hidden_states else None)
+            output.last_hidden_state = tokens = maps[-1].flatten(1, 2)
+            if output.hidden_states is not None:
+                output.hidden_states = (*output.hidden_states[:-1], tokens)
+        return output
 
     def weight_names(self) -> dict[str, tuple[str, ...]]:
         both: dict[str, str] = {}

@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ...nn import AddBiasResidualLayerNorm, WindowAttention
-from ..common.backbone import BackboneModel
+from ...nn import WindowAttention
+from ..common.backbone import BackboneModel, NormedBackboneModel
 from ..common.vision_heads import VisionHead
 from ..common.weights import rename
 from .base import SwinBase, share_weights
@@ -53,7 +53,7 @@ class SwinMaps(BackboneModel, VisionHead, SwinBase):
         return base
 
 
-class SwinBackbone(SwinMaps):
+class SwinBackbone(NormedBackboneModel, SwinMaps):
     """Swin as a backbone: what leaves the stages in `out_features` before patch merging, each with its own LayerNorm.
 
     Images of any size; they are padded with zeros to whole patches. As in transformers' class, a grid that is smaller
@@ -76,16 +76,6 @@ class SwinBackbone(SwinMaps):
         for module in self.base.modules():
             if isinstance(module, WindowAttention):
                 module.clamp = False
-
-    def make_head(self) -> None:
-        channels = dict(zip(self.out_features, self.channels, strict=True))
-        self.hidden_states_norms = nn.ModuleDict(
-            {name: AddBiasResidualLayerNorm(width, 1e-5) for name, width in channels.items()}
-        )
-
-    def finish_map(self, name: str, hidden: Tensor) -> Tensor:
-        out: Tensor = self.hidden_states_norms[name](hidden, None, None)
-        return out
 
     @classmethod
     def file_name(cls, name: str) -> str:

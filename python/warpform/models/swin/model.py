@@ -13,6 +13,7 @@ from ...nn import AddBiasResidualLayerNorm, PatchEmbedding, PatchMerging, SwinBl
 from ...nn._checkpoint import CheckpointedLayers
 from ...nn.metaformer import run_blocks
 from ..common.checks import check_pixels, refuse_arguments
+from ..common.config import drop_path_rates
 from ..common.positions import resize_grid
 from .base import SwinBase, SwinOutput
 from .config import Pair, SwinConfig, Swinv2Config, pair
@@ -67,8 +68,7 @@ class SwinModel(SwinBase, CheckpointedLayers):
         self.config = config
         self.has_pooler = add_pooling_layer
         self.embeddings = SwinEmbeddings(config)
-        total = sum(config.depths)
-        rates = iter(config.drop_path_rate * i / max(total - 1, 1) for i in range(total))
+        rates = iter(drop_path_rates(config.drop_path_rate, sum(config.depths)))
         self.stages = nn.ModuleList()
         self.merges = nn.ModuleList()
         for stage, depth in enumerate(config.depths):
