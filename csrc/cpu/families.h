@@ -39,6 +39,10 @@ void gather_rows(const GatherRowsParams& params, const Host& host);
 void window_attention(const WindowForwardParams& params, const Host& host);
 void window_attention_backward(const WindowBackwardParams& params, const Host& host);
 
+// window_mix.cpp
+void window_mix(const WindowMixParams& params, const Host& host);
+void window_mix_backward(const WindowMixBackwardParams& params, const Host& host);
+
 // monarch.cpp
 void blockdiag_multiply(const BlockProductParams& params, const Host& host);
 void blockdiag_multiply_backward(const BlockProductParams& params, const Host& host);

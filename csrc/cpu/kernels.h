@@ -12,6 +12,7 @@
 #include "kernels/short_conv/launch.h"
 #include "kernels/spatial/launch.h"
 #include "kernels/window/launch.h"
+#include "kernels/window_mix/launch.h"
 
 namespace warpform::cpu {
 
@@ -149,6 +150,9 @@ struct Kernels {
   Kernel<PoolMixerBackwardParams> pool_mixer_backward;
   Kernel<DepthwiseConv2dParams> depthwise_conv2d;
   Kernel<DepthwiseConv2dBackwardParams> depthwise_conv2d_backward;
+
+  Kernel<WindowMixParams> window_mix;
+  Kernel<WindowMixBackwardParams> window_mix_backward;
 };
 
 // The kernels for this CPU: the widest instruction set that it has, or that WARPFORM_CPU_ISA names. Null where it has

@@ -75,25 +75,11 @@ void layer_norm_rows(const LayerNormParams& p, const Host& host) {
     const float total = add_terms<false, kResidual, kBias>(row.x, row.residual, bias, line, row.sum, cols);
     const float* const kept = row.template kept<kIsX>(line);
 
-    // The sum of the differences is what rounding left in near_mean. It corrects the mean and the variance, which
-    // matters where the mean is large beside the deviation.
-    const auto count = static_cast<float>(cols);
-    const float near_mean = total / count;
-    float moments[2];
-    sum_columns<4>(moments, cols, [&](int64_t c, auto lanes, Vec(&part)[2]) __attribute__((always_inline)) {
-      const Vec d = lanes.or_zero(lanes.read(kept + c) - near_mean);
-      part[0] += d;
-      part[1] += d * d;
-    });
-    const float correction = moments[0] / count;
-    float variance = moments[1] / count - correction * correction;
-    if (variance < 0.f) variance = 0.f;  // and NaN stays NaN
-    const float rstd = 1.f / __builtin_sqrtf(variance + p.eps);
-    p.mean[r] = near_mean + correction;
-    p.rstd[r] = rstd;
+    const RowMoments moments = row_moments(kept, total, cols, p.eps);
+    p.mean[r] = moments.mean();
+    p.rstd[r] = moments.rstd;
     each_vector(0, cols, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-      const Vec centred = lanes.read(kept + c) - near_mean - correction;
-      lanes.write(row.out + c, centred * rstd * lanes.read(weight + c) + lanes.read(ln_bias + c));
+      lanes.write(row.out + c, moments.normal(lanes.read(kept + c)) * lanes.read(weight + c) + lanes.read(ln_bias + c));
     });
   });
 }

@@ -5,6 +5,7 @@
 #include "kernels/routing/launch.h"
 #include "kernels/short_conv/launch.h"
 #include "kernels/spatial/launch.h"
+#include "kernels/window_mix/launch.h"
 
 namespace warpform::cpu {
 
@@ -54,6 +55,8 @@ inline constexpr SupportedConfig kConfigs[] = {
     {.op = "pool_mixer_backward", .dtypes = kFloats, .limits = {kPoolSizes}, .float_parameters = true},
     {.op = "depthwise_conv2d", .dtypes = kFloats, .limits = {kDepthwiseSizes}},
     {.op = "depthwise_conv2d_backward", .dtypes = kFloats, .limits = {kDepthwiseSizes}},
+    {.op = "window_mix", .dtypes = kFloats, .limits = {kWindowMixTokens}, .float_parameters = true},
+    {.op = "window_mix_backward", .dtypes = kFloats, .limits = {kWindowMixTokens}, .float_parameters = true},
 };
 
 }  // namespace warpform::cpu

@@ -43,6 +43,8 @@ const Kernels kKernels = {
     .pool_mixer_backward = pool_mixer_backward,
     .depthwise_conv2d = depthwise_conv2d,
     .depthwise_conv2d_backward = depthwise_conv2d_backward,
+    .window_mix = window_mix,
+    .window_mix_backward = window_mix_backward,
 };
 
 }  // namespace warpform::cpu::WARPFORM_CPU_ISA

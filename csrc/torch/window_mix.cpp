@@ -118,7 +118,7 @@ WindowMixProblem problem(const Launch& launch, const Arguments& a) {
 
 // Why no kernel serves the call, or nothing.
 std::string no_kernel(const Launch& launch, const Arguments& a, bool backward) {
-  if (const char* reason = launch.unusable()) return reason;
+  if (const char* reason = launch.unusable_anywhere()) return reason;
   if (const char* reason = kFloatTypes.why_not(dtype_name(a.x.scalar_type()))) return reason;
   if (const char* reason = kWindowMixTokens.why_not(a.tokens())) return reason;
   const auto fits = [](int64_t n) { return n <= INT32_MAX / 2; };
@@ -127,7 +127,7 @@ std::string no_kernel(const Launch& launch, const Arguments& a, bool backward) {
       !fits(windows * ((channels + 3) / 4))) {
     return "a size is larger than int32 holds";
   }
-  if (backward && a.norm_weight && !kRowNormCols.allows(channels)) {
+  if (backward && !launch.on_cpu() && a.norm_weight && !kRowNormCols.allows(channels)) {
     return "rows of " + std::to_string(channels) + " elements; the kernels of LayerNorm take up to " +
            std::to_string(kRowNormCols.max);
   }
@@ -152,7 +152,6 @@ std::tuple<Tensor, Tensor, Tensor> window_mix(Tensor x, Tensor weight, std::opti
   Arguments a{x, weight, bias, norm_weight, norm_bias, gate, window_size, dilated};
   check_arguments(kOp, a);
   check_eps(kOp, eps);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const std::string reason = no_kernel(launch, a, /*backward=*/false); !reason.empty()) {
     return UseReference(reason);
@@ -166,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> window_mix(Tensor x, Tensor weight, std::opti
   params.problem.mean = launch.out<float>(mean);
   params.problem.rstd = launch.out<float>(rstd);
   params.problem.eps = static_cast<float>(eps);
-  launch_window_mix(params, launch.stream());
+  launch.run<&launch_window_mix, &cpu::Kernels::window_mix>(params);
   return {out, mean, rstd};
 }
 
@@ -197,7 +196,7 @@ void norm_backward(const char* op, const Launch& launch, const Arguments& a, con
   params.groups = launch.ask<&layer_norm_backward_groups>(params);
   const Tensor partials = empty(op, {3, params.groups, channels}, ScalarType::Float, dx);
   params.partials = launch.out<float>(partials);
-  launch_layer_norm_backward(params, launch.stream());
+  launch.run<&launch_layer_norm_backward, &cpu::Kernels::layer_norm_backward>(params);
 }
 
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -212,7 +211,6 @@ BackwardResult window_mix_backward(Tensor dout, Tensor x, Tensor weight, std::op
   check_like(kOp, "dout", dout, "x", x);
   check_statistics(kOp, "mean", mean, a);
   check_statistics(kOp, "rstd", rstd, a);
-  if constexpr (!kHasKernels) return UseReference(without_kernels(x));
   const Launch launch(kOp, x);
   if (const std::string reason = no_kernel(launch, a, /*backward=*/true); !reason.empty()) {
     return UseReference(reason);
@@ -236,11 +234,11 @@ BackwardResult window_mix_backward(Tensor dout, Tensor x, Tensor weight, std::op
   params.problem = problem(launch, a);
   params.problem.mean = const_cast<float*>(launch.in<float>(mean));
   params.problem.rstd = const_cast<float*>(launch.in<float>(rstd));
-  const bool apart = norm_weight && !params.problem.whole_tokens;
+  const bool apart = !launch.on_cpu() && norm_weight && !params.problem.whole_tokens;
   params.shares = launch.ask<&window_mix_shares>(params.problem);
   const Tensor weight_sums = workspace(true, {params.shares, a.tokens(), a.tokens()});
   const Tensor bias_sums = workspace(bias.has_value(), {params.shares, a.tokens()});
-  const Tensor norm_sums = workspace(norm_weight && !apart, {2, params.problem.windows, x.size(3)});
+  const Tensor norm_sums = workspace(!launch.on_cpu() && norm_weight && !apart, {2, params.problem.windows, x.size(3)});
   params.dout = launch.in(dout);
   params.dx = launch.out(dx);
   params.dgate = out_or_null(gate, dgate);
@@ -251,7 +249,7 @@ BackwardResult window_mix_backward(Tensor dout, Tensor x, Tensor weight, std::op
   params.weight_sums = launch.out<float>(weight_sums);
   params.bias_sums = launch.out<float>(bias_sums);
   params.norm_sums = launch.out<float>(norm_sums);
-  launch_window_mix_backward(params, launch.stream());
+  launch.run<&launch_window_mix_backward, &cpu::Kernels::window_mix_backward>(params);
   if (apart) {
     const Tensor dnormalised = dx;
     dx = empty(kOp, sizes_of(x), x.scalar_type(), x);

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import cases
-from helpers.backends import FEW_SMS, MANY_SMS, Backend, drawn_on, kernels, on, one_dtype, reference, same
+from helpers.backends import FEW_SMS, MANY_SMS, Backend, cpu, drawn_on, kernels, on, one_dtype, reference, same
 from helpers.compare import assert_close, farthest
+from helpers.threads import assert_same_on_threads
 from helpers.window_mix import (
     NAMES,
     WINDOW_MIX_CASES,
@@ -25,8 +26,9 @@ from helpers.window_mix import (
 )
 
 REFERENCE = reference()
+CPU = cpu(cases.KERNEL_DTYPES, examples=40)
 SIMT, GPU = kernels(cases.KERNEL_DTYPES, examples=(12, 60))
-EVERY = (REFERENCE, SIMT, GPU)
+EVERY = (REFERENCE, CPU, SIMT, GPU)
 
 BLOCK = WindowMixCase("block", (8, 12), (4, 4), 24, batch=2)
 GRID = WindowMixCase("grid", (8, 12), (4, 4), 24, batch=2, dilated=True)
@@ -175,6 +177,22 @@ def test_results_repeat_bit_for_bit(backend: Backend, case: WindowMixCase, dtype
     """In any order of blocks and threads."""
     x = window_mix_inputs(replace(case, batch=3), dtype, backend.device)
     backend.assert_repeats(lambda: x.call(backend.library))
+
+
+@on(CPU, case=BOTH, dtype=one_dtype)
+def test_bits_do_not_depend_on_threads(backend: Backend, case: WindowMixCase, dtype: torch.dtype) -> None:
+    """With so many windows that groups of them, and shares, are several."""
+    x = window_mix_inputs(replace(case, grid=(40, 48), batch=3, channels=33), dtype, backend.device)
+    assert_same_on_threads(lambda: x.call(backend.library))
+
+
+@on(CPU, dtype=one_dtype)
+def test_groups_and_shares_of_windows(backend: Backend, dtype: torch.dtype) -> None:
+    """CPU kernels mix several windows in one product, and add the gradients of parameters over shares of the groups."""
+    for name, grid, window, channels in (("a last group", (12, 20), (2, 2), 330), ("shares", (40, 48), (2, 4), 33)):
+        for dilated in (False, True):
+            case = WindowMixCase(name, grid, window, channels, batch=3, dilated=dilated)
+            check_window_mix(backend.library, case, dtype, backend.device)
 
 
 @on(*EVERY, case=BOTH, dtype=one_dtype)

@@ -532,6 +532,46 @@ std::vector<Floats> routing() {
   return {Floats(perm.begin(), perm.end()), gathered, scattered, dw};
 }
 
+// Windows of 24 tokens, all of whose optional arguments are there: dilated, with channels that are no whole vectors.
+std::vector<Floats> window_mix() {
+  constexpr int kBatch = 3, kHeight = 24, kWidth = 42, kChannels = 29, kTokens = 24, kRows = kBatch * kHeight * kWidth;
+  static const Floats both = drawn(kRows * 2 * kChannels), dout = drawn(kRows * kChannels);  // x and the gate
+  static const Floats weight = drawn(kTokens * kTokens), bias = drawn(kTokens);
+  static const Floats norm_weight = drawn(kChannels), norm_bias = drawn(kChannels);
+  Floats out(kRows * kChannels), mean(kRows), rstd(kRows), dx(kRows * kChannels), dgate(kRows * kChannels);
+  Floats dweight(kTokens * kTokens), dbias(kTokens), dnorm_weight(kChannels), dnorm_bias(kChannels);
+  WindowMixProblem problem{.x = both.data() + kChannels,
+                           .x_stride = 2 * kChannels,
+                           .gate = both.data(),
+                           .gate_stride = 2 * kChannels,
+                           .weight = weight.data(),
+                           .bias = bias.data(),
+                           .norm_weight = norm_weight.data(),
+                           .norm_bias = norm_bias.data(),
+                           .mean = mean.data(),
+                           .rstd = rstd.data(),
+                           .eps = 1e-6f,
+                           .dtype = DType::kFloat32,
+                           .dilated = true,
+                           .batch = kBatch,
+                           .height = kHeight,
+                           .width = kWidth,
+                           .channels = kChannels,
+                           .window = {4, 6}};
+  problem.derive();
+  kernels::window_mix({.problem = problem, .out = out.data()}, kHost);
+  kernels::window_mix_backward({.problem = problem,
+                                .dout = dout.data(),
+                                .dx = dx.data(),
+                                .dgate = dgate.data(),
+                                .dweight = dweight.data(),
+                                .dbias = dbias.data(),
+                                .dnorm_weight = dnorm_weight.data(),
+                                .dnorm_bias = dnorm_bias.data()},
+                               kHost);
+  return {out, mean, rstd, dx, dgate, dweight, dbias, dnorm_weight, dnorm_bias};
+}
+
 const Case kCases[] = {
     {"bias_gelu", 2, gelu},
     {"layer_norm", 2, layer_norm},
@@ -547,6 +587,7 @@ const Case kCases[] = {
     {"short_conv", 2, short_conv},
     {"pool_mixer", 2, pool_mixer},
     {"depthwise_conv2d", 2, depthwise_conv2d},
+    {"window_mix", 2, window_mix},
     {"attention_step", 2, attention_step},
     {"disentangled attention", 2, disentangled},
     {"glu", 2, glu},
