@@ -27,6 +27,8 @@ KERNEL, REFERENCE, SILENT = "kernel", "reference, with a warning", "reference"
 NAMES = {
     "block_sizes": "sizes of blocks",
     "max_taps": "taps",
+    "max_pool_size": "pool_size",
+    "max_kernel_size": "taps along an axis",
     "max_cols": "columns",
     "num_groups": "groups",
     "window_tokens": "tokens of a window",
