@@ -169,7 +169,7 @@ def test_bad_arguments(changed: dict[str, Any], error: type[Exception], message:
 
 
 def test_a_gate_of_another_shape_is_refused_where_gradients_are_recorded() -> None:
-    """There torch multiplies by the gate, which would stretch one of these."""
+    """A gate is not stretched to the shape of x, as a factor of torch would be."""
     x = leaf(1, 4, 6, 8, dtype=torch.float32)
     for gate in (X[:, :1], X[0, 0, 0], X.half(), X.double(), X.to("meta")):
         with pytest.raises((TypeError, ValueError), match="^window_mix: gate must "):

@@ -120,26 +120,5 @@ def window_mix(
     window = _check.per_axis(op, "window_size", window_size, 2)
     if _autocast.enabled(x.device) and x.dtype != torch.float64:
         norm_weight, norm_bias = (_autocast.beside_cast(t, x) for t in (norm_weight, norm_bias))
-    beside = gate if _gates_beside(x, gate, weight, bias, norm_weight, norm_bias) else None
-    inside = gate if beside is None else None
-    out, _, _ = _window_mix(x, weight, bias, norm_weight, norm_bias, inside, window, dilated=dilated, eps=eps)
-    return out if beside is None else torch.addcmul(beside, beside, out).contiguous()
-
-
-def _gates_beside(x: Tensor, gate: Any, *parameters: Any) -> bool:
-    """Tells whether torch multiplies by the gate: on a CPU, where there will be a backward.
-
-    The op keeps no y and makes it again for the gradient of the gate: a fourth product beside three. On a GPU it costs
-    less than the memory; on a CPU, where the product is most of the time, keeping y is faster. In 16 bits y would be
-    rounded once more.
-    """
-    return (
-        isinstance(gate, Tensor)
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        and (gate.shape, gate.dtype, gate.device) == (x.shape, x.dtype, x.device)
-        and not torch.compiler.is_compiling()
-        and not _autocast.enabled(x.device)
-        and torch.is_grad_enabled()
-        and any(isinstance(t, Tensor) and t.requires_grad for t in (x, gate, *parameters))
-    )
+    out, _, _ = _window_mix(x, weight, bias, norm_weight, norm_bias, gate, window, dilated=dilated, eps=eps)
+    return out
