@@ -30,13 +30,14 @@ Row = dict[str, str]
 # Families of kernels; those of models and of the host's calls have no floor of one kernel.
 FAMILIES = (
     "attention", "disentangled_attention", "encoder", "fft_conv", "hidden", "monarch", "norm", "ring", "short_conv",
-    "window",
+    "spatial", "window", "window_mix",
 )  # fmt: skip
 # The ops behind what bench/ calls a kernel, where the name is another one.
 OPS = {
     "fft_conv": ("spectral_conv",),
     "gated_fft_conv": ("spectral_conv",),
     "RoutingPlan": ("routing_mask", "routing_plan"),
+    "window_mix_dilated": ("window_mix",),
 }
 # The ops of a backward pass, where they are not NAME_backward.
 BACKWARD = {
