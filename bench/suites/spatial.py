@@ -164,7 +164,7 @@ class SpatialCase(Case):
             if provider == "warpform":
                 assert_close(name, actual, wanted, plain, gradient=name.startswith("d"))
             else:
-                # Gradients of parameters are small beside what they are sums of, and peers add up in orders of their own.
+                # Gradients of parameters are small beside what they are sums of; peers add up in orders of their own.
                 terms = self.inputs[0][1][0].double().abs().sum((0, 1, 2)).max().item()
                 harness.assert_near(name, actual, wanted, plain, scale=terms if name in names[2:] else 0.0)
 
