@@ -62,9 +62,11 @@ void hidden_weight_grad(const RoutedProductParams& params, const Host& host);
 void short_conv_gate(const ShortConvParams& params, const Host& host);
 void short_conv_gate_backward(const ShortConvBackwardParams& params, const Host& host);
 
-// spatial.cpp
+// pool_mixer.cpp
 void pool_mixer(const PoolMixerParams& params, const Host& host);
 void pool_mixer_backward(const PoolMixerBackwardParams& params, const Host& host);
+
+// depthwise_conv2d.cpp
 void depthwise_conv2d(const DepthwiseConv2dParams& params, const Host& host);
 void depthwise_conv2d_backward(const DepthwiseConv2dBackwardParams& params, const Host& host);
 
